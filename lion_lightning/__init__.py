@@ -1,0 +1,34 @@
+"""Lion for PyTorch, right in bf16, with a Lightning guard and the recipes to compare it.
+
+`from lion_lightning import Lion, LionMixin, LionGuard, from_adamw` is the front door. Importing the package needs torch
+alone: Lightning is loaded when `LionGuard` or `LionMixin` is first touched, and never by `Lion`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Lion", "LionGuard", "LionMixin", "from_adamw"]
+
+if TYPE_CHECKING:
+    from lion_lightning.guard.callback import LionGuard
+    from lion_lightning.hyperparams import from_adamw
+    from lion_lightning.mixin import LionMixin
+    from lion_lightning.optim import Lion
+
+_HOMES = {
+    "Lion": "lion_lightning.optim",
+    "LionGuard": "lion_lightning.guard.callback",
+    "LionMixin": "lion_lightning.mixin",
+    "from_adamw": "lion_lightning.hyperparams",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
