@@ -1,0 +1,135 @@
+"""Bit patterns: the fp32 weight behind a bf16 parameter, counter-based random bits, stochastic rounding.
+
+A bf16 number is the top half of an fp32 number. Of the 32-bit pattern w of an fp32 result, N bits are kept:
+
+    N = 32   bf16 + int16 remainder   every bit of the fp32 number
+    N = 24   bf16 + int8 remainder    stochastically rounded to 24 bits
+    N = 16   bf16 alone               stochastically rounded to 16 bits
+
+The bf16 half is rounded half up (away from zero), so the remainder is the low half of w read as a signed number.
+Kept remainders go back to Megatron's parameter remainders and FlashOptim; added here is unbiased rounding at 24 bits.
+
+Random bits are a hash of (seed, step, parameter index, element), with no generator state: replicas round alike and a
+resumed run repeats itself. The mixing constants are those of Wellons' lowbias32 (github.com/skeeto/hash-prospector).
+"""
+
+import math
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+WORD_MASK = 0xFFFFFFFF
+GOLDEN = 0x9E3779B9
+MULTIPLIER_1 = 0x7FEB352D
+MULTIPLIER_2 = 0x846CA68B
+BFLOAT16_MAX = torch.finfo(torch.bfloat16).max
+NAN_PATTERN = 0x7FC00000
+
+Word: TypeAlias = int | Tensor
+"""A 32-bit unsigned word: a Python int, or an int64 tensor that holds one (a step counter on a device)."""
+
+
+def mix(word: Word) -> Word:
+    """Scrambles a 32-bit word, one to one."""
+    word = word ^ (word >> 16)
+    word = (word * MULTIPLIER_1) & WORD_MASK
+    word = word ^ (word >> 15)
+    word = (word * MULTIPLIER_2) & WORD_MASK
+    return word ^ (word >> 16)
+
+
+def random_keys(seed: int, step: Word, index: int) -> tuple[Word, Word]:
+    """The two 32-bit words that key the random bits of one parameter at one step.
+
+    Args:
+        seed: the optimizer's seed; its low 64 bits count.
+        step: number of steps taken that moved weights; an int64 tensor stays on its device.
+        index: position of the parameter over all parameter groups.
+    """
+    base = mix((mix((seed + GOLDEN) & WORD_MASK) + (seed >> 32)) & WORD_MASK)
+    first = mix((mix((step + base) & WORD_MASK) + ((index * GOLDEN) & WORD_MASK)) & WORD_MASK)
+    return first, mix((first + GOLDEN) & WORD_MASK)
+
+
+def _signed(word: Word) -> Word:
+    """The word as a two's complement number, which is what int32 tensors hold."""
+    return ((word + 0x80000000) & WORD_MASK) - 0x80000000
+
+
+def _shift_right(words: Tensor, places: int) -> Tensor:
+    """Logical shift of int32 words (torch's own keeps the sign)."""
+    return (words >> places).bitwise_and_((1 << (32 - places)) - 1)
+
+
+def random_bits(keys: tuple[Word, Word], start: int, count: int, device: torch.device) -> Tensor:
+    """Random 32-bit words for `count` elements from `start` on (modulo 2^32).
+
+    Returns:
+        int32 of shape (count,): the word of element e is a function of `keys` and e alone.
+    """
+    first, second = (_signed(key) for key in keys)
+    start = _signed(start & WORD_MASK)
+    words = torch.arange(start, start + count, dtype=torch.int64, device=device).to(torch.int32)
+    words.bitwise_xor_(first)
+    words.bitwise_xor_(_shift_right(words, 16)).mul_(_signed(MULTIPLIER_1))
+    words.bitwise_xor_(_shift_right(words, 15)).add_(second).mul_(_signed(MULTIPLIER_2))
+    return words.bitwise_xor_(_shift_right(words, 16))
+
+
+def join_weight(param: Tensor, remainder: Tensor | None) -> Tensor:
+    """The fp32 number that a bf16 parameter and its remainder (int16, int8 or None) stand for.
+
+    A remainder below zero beside a bf16 zero, which only a weight zeroed from outside can have, counts as zero: joined
+    as it is it would be a NaN.
+    """
+    words = param.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+    if remainder is None:
+        return words.view(torch.float32)
+    low = remainder.to(torch.int32)
+    if remainder.dtype == torch.int8:
+        low.bitwise_left_shift_(8)
+    zero = param == 0
+    if param.device.type != "cpu" or bool(zero.any()):
+        low = torch.where(zero, low.clamp(min=0), low)
+    return words.add_(low).view(torch.float32)
+
+
+def split_weight(value: Tensor, weight_bits: int, random: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Splits fp32 numbers into bf16 and the remainder that `weight_bits` keeps.
+
+    Finite numbers beyond the largest bf16 number are stored as that number, infinities stay, every NaN becomes the
+    canonical one.
+
+    Args:
+        value: fp32.
+        weight_bits: 32 (nothing is lost), 24 or 16 (stochastic rounding).
+        random: int32 words as `random_bits` gives them; their top 32 - `weight_bits` bits are used. Unused at 32.
+
+    Returns:
+        The bf16 tensor and the remainder: int16, int8 or None.
+    """
+    words = _ordinary(value).view(torch.int32)
+    if weight_bits != 32:
+        assert random is not None, "stochastic rounding needs random bits"
+        kept = -(1 << (32 - weight_bits))
+        words = words.add(_shift_right(random, weight_bits)).bitwise_and_(kept)
+    high = words.add(0x8000).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
+    if weight_bits == 16:
+        return high, None
+    if weight_bits == 24:
+        return high, (words >> 8).to(torch.int8)
+    return high, words.to(torch.int16)
+
+
+def _ordinary(value: Tensor) -> Tensor:
+    """Saturates at the largest bf16 number and makes NaNs canonical; one cheap look settles it on a CPU."""
+    if value.device.type == "cpu" and value.numel() and is_below(value, BFLOAT16_MAX):
+        return value
+    value = torch.where(value.isinf(), value, value.clamp(-BFLOAT16_MAX, BFLOAT16_MAX))
+    return torch.where(value.isnan(), torch.full_like(value, math.nan), value)
+
+
+def is_below(value: Tensor, limit: float) -> bool:
+    """Whether every magnitude is below `limit`; False where there is a NaN. Reads the answer on the host."""
+    return float(torch.linalg.vector_norm(value, torch.inf)) < limit

@@ -1,0 +1,315 @@
+"""The Lion optimizer: parameter groups, state, the step counter and the choice of an engine."""
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from itertools import chain
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lion_lightning.optim import options
+from lion_lightning.optim import state as states
+from lion_lightning.optim.engines import Engine, choose
+from lion_lightning.optim.rule import Settings, TensorUpdate
+
+ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+class Lion(Optimizer):
+    """Lion (Chen et al., 2023, arXiv:2302.06675) whose step and weight decay survive bf16.
+
+    Every keyword may differ per parameter group. The number of steps taken, `param_groups[i]["step"]`, keys the
+    stochastic rounding; it is part of the checkpoint, and a step at lr 0 does not advance it.
+
+    Args:
+        params: tensors, named tensors or parameter groups; bf16, fp32 or fp64, DTensors included.
+        lr: size of every weight's step; a float or a tensor of one element.
+        betas: weights of the momentum in the update's direction and in the momentum itself; language recipes take
+            (0.95, 0.98).
+        weight_decay: decoupled; a weight shrinks by lr * weight_decay of itself a step.
+        weight_bits: bits of the fp32 weight kept for a bf16 parameter: 32 (2 bytes of state, exact), 24 (1 byte,
+            stochastically rounded) or 16 (no state, stochastically rounded). Of no meaning to fp32 and fp64.
+        momentum_dtype: None (the parameter's dtype), float32, bfloat16 or int8 (blocks of 256 with an fp32 scale).
+        cautious: masks updates that the gradient contradicts; no weight moves more than twice lr and its decay.
+        maximize: ascends.
+        nonfinite: "skip" leaves elements whose gradient is not finite as they are; "propagate" follows IEEE: their
+            weight and momentum become NaN. Either way they are counted in `nonfinite_count`.
+        fused: None takes the best engine for the device, True insists on one that is not eager, False takes eager.
+        seed: keys the stochastic rounding; the same on every replica.
+
+    Raises:
+        ValueError: an argument is not allowed; names it, its value and what is.
+
+    Example:
+        >>> optimizer = Lion(model.parameters(), lr=1e-4, weight_decay=0.1)  # doctest: +SKIP
+
+    Two tensors may be set as attributes, named and meant as in torch's fused optimizers: `grad_scale` divides the
+    gradients and a `found_inf` other than 0 makes the step change nothing. Both act inside the update, without a wait
+    for the device.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        weight_bits: int = 32,
+        momentum_dtype: torch.dtype | str | None = None,
+        cautious: bool = False,
+        maximize: bool = False,
+        nonfinite: str = "skip",
+        fused: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            betas=tuple(betas),
+            weight_decay=weight_decay,
+            weight_bits=weight_bits,
+            momentum_dtype=options.momentum_dtype(momentum_dtype),
+            cautious=cautious,
+            maximize=maximize,
+            nonfinite=nonfinite,
+            fused=fused,
+            seed=seed,
+        )
+        options.check(defaults)
+        self._nonfinite: dict[torch.device, Tensor] = {}
+        super().__init__(params, defaults)
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        options.check_names(param_group)
+        group = {**self.defaults, "step": 0, **param_group}
+        options.check(group)
+        group["momentum_dtype"] = options.momentum_dtype(group["momentum_dtype"])
+        group["params"] = _once(group["params"])
+        for entry in [group["params"]] if isinstance(group["params"], Tensor) else group["params"]:
+            param = entry[1] if isinstance(entry, tuple) else entry
+            if isinstance(param, Tensor):  # torch has its own words for what is not a tensor
+                options.check_param(param)
+        super().add_param_group(group)
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_nonfinite", {})
+        for group in self.param_groups:
+            group.setdefault("step", 0)
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    @property
+    def nonfinite_count(self) -> Tensor:
+        """Gradient elements that were not finite since the optimizer was made: 0-d int64, without a wait for it."""
+        counts = list(self._nonfinite.values())
+        if not counts:
+            return torch.zeros((), dtype=torch.int64)
+        return sum((count.to(counts[0].device, non_blocking=True) for count in counts[1:]), counts[0].clone())
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Takes one step.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            ValueError: a gradient is sparse or complex, or an option was set to what is not allowed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update()
+        return loss
+
+    def _update(self) -> None:
+        batches: dict[tuple[Engine, torch.device], list[TensorUpdate]] = {}
+        copies: list[tuple[Tensor, Tensor]] = []
+        index = 0
+        for group in self.param_groups:
+            settings: dict[torch.device, Settings | None] = {}
+            for param in group["params"]:
+                index += 1
+                if param.grad is None:
+                    continue
+                device = param.device
+                if device not in settings:
+                    settings[device] = self._settings(group, device)
+                now = settings[device]
+                states.prepare(self.state[param], param, group["weight_bits"], group["momentum_dtype"])
+                if now is None or not states.local(param).numel():
+                    continue
+                update = self._tensor_update(param, index - 1, now, copies)
+                batches.setdefault((choose(update, group["fused"]), device), []).append(update)
+            self._count_step(group, [now for now in settings.values() if now is not None])
+        for (engine, device), updates in batches.items():
+            if device not in self._nonfinite:
+                self._nonfinite[device] = torch.zeros((), dtype=torch.int64, device=device)
+            engine.step(updates, self._nonfinite[device])
+        for target, source in copies:
+            target.copy_(source)
+
+    def _settings(self, group: dict[str, Any], device: torch.device) -> Settings | None:
+        """The group's settings for one step on a device; None where the host knows that the step is to be skipped."""
+        options.check(group)
+        found_inf = _known(self.found_inf, device)
+        if found_inf is not None and not isinstance(found_inf, Tensor):
+            if found_inf != 0:
+                return None
+            found_inf = None
+        grad_scale = _known(self.grad_scale, device)
+        lr = _known(group["lr"], device)
+        assert lr is not None
+        return Settings(
+            lr=lr,
+            beta1=float(group["betas"][0]),
+            beta2=float(group["betas"][1]),
+            weight_decay=float(group["weight_decay"]),
+            weight_bits=group["weight_bits"],
+            cautious=group["cautious"],
+            maximize=group["maximize"],
+            skip_nonfinite=group["nonfinite"] == "skip",
+            seed=group["seed"],
+            step=_known(group["step"], device),
+            grad_scale=1.0 if grad_scale is None else grad_scale,
+            found_inf=found_inf,
+        )
+
+    def _count_step(self, group: dict[str, Any], settings: list[Settings]) -> None:
+        """Advances the step counter of a group by the steps that could move its weights: at lr 0 none does."""
+        if not settings:
+            return
+        lr = settings[0].lr
+        if isinstance(lr, Tensor) or lr != 0:
+            group["step"] = group["step"] + 1
+
+    def _tensor_update(
+        self, param: Tensor, index: int, settings: Settings, copies: list[tuple[Tensor, Tensor]]
+    ) -> TensorUpdate:
+        """Dense flat views of a parameter, its gradient and its state.
+
+        A parameter with gaps in memory is updated in a dense copy, which `copies` gets to write back.
+        """
+        grad = param.grad
+        assert grad is not None
+        options.check_grad(grad)
+        state = self.state[param]
+        weight = states.local(param)
+        if not states.is_dense(weight):
+            dense = torch.empty_like(weight).copy_(weight)
+            copies.append((weight, dense))
+            weight = dense
+        remainder = self._state_like(state, "weight_remainder", weight)
+        exp_avg = self._state_like(state, "exp_avg", weight)
+        assert exp_avg is not None
+        return TensorUpdate(
+            param=_flat(weight),
+            grad=_flat(states.laid_out_like(states.local(grad), weight)),
+            exp_avg=exp_avg,
+            exp_avg_scale=None,
+            weight_remainder=remainder,
+            index=index,
+            offset=0,
+            settings=settings,
+        )
+
+    def _state_like(self, state: dict[str, Any], key: str, weight: Tensor) -> Tensor | None:
+        """Flat view of a state tensor; gives the state the memory layout of the weight if it came with another."""
+        if key not in state:
+            return None
+        tensor = states.local(state[key])
+        if not (states.is_dense(tensor) and states.same_layout(tensor, weight)):
+            state[key] = tensor = states.laid_out_like(tensor, weight)
+        return _flat(tensor)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """State of every parameter and the options of every group but `fused`, which is the machine's affair."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            group.pop("fused", None)
+            group["step"] = int(group["step"])
+        return saved
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores a `state_dict`, each tensor in the dtype it was saved in (torch casts it to the parameter's).
+
+        State of other Lion implementations that call the momentum `exp_avg` loads as it is.
+
+        Raises:
+            ValueError: groups differ in number or size from those of this optimizer.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        groups = deepcopy(state_dict["param_groups"])
+        sizes = [len(group["params"]) for group in self.param_groups]
+        saved_sizes = [len(group["params"]) for group in groups]
+        if sizes != saved_sizes:
+            raise ValueError(f"state_dict has parameter groups of sizes {saved_sizes}; allowed here are {sizes}")
+        saved_ids = chain.from_iterable(group["params"] for group in groups)
+        params = dict(zip(saved_ids, chain.from_iterable(g["params"] for g in self.param_groups), strict=True))
+        state = {params.get(key, key): _loaded(value, params.get(key)) for key, value in state_dict["state"].items()}
+        for group, current in zip(groups, self.param_groups, strict=True):
+            group["params"] = current["params"]
+            group.update({name: current[name] for name in ("fused",)})
+            if "param_names" in current:
+                group.setdefault("param_names", current["param_names"])
+        fresh: dict[str, Any] = {"state": type(self.state)(dict, state), "param_groups": groups}
+        self.__setstate__(fresh)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+
+def _once(params: Any) -> Any:
+    """Each parameter of a group once, in order of appearance: tied weights may be listed twice."""
+    if isinstance(params, (Tensor, set)):  # torch takes the one and refuses the other
+        return params
+    return list({id(entry[1] if isinstance(entry, tuple) else entry): entry for entry in params}.values())
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    flat = states.flat(tensor)
+    assert flat is not None
+    return flat
+
+
+def _known(value: Any, device: torch.device) -> Any:
+    """A number where the host can know it without waiting for the device, else a 0-d tensor on the device."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.device.type == "cpu" or device.type == "cpu":
+        return value.item()
+    return value.reshape(()).to(device, non_blocking=True)
+
+
+def _loaded(value: Any, param: Tensor | None) -> Any:
+    """State as loaded: tensors on the parameter's device in their own dtype, sharing no memory with what was saved."""
+    if isinstance(value, Tensor):
+        moved = value if param is None else value.to(param.device)
+        return moved.clone() if moved is value else moved
+    if isinstance(value, dict):
+        return {key: _loaded(item, param) for key, item in value.items()}
+    return deepcopy(value)

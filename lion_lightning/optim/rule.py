@@ -1,0 +1,153 @@
+"""The Lion rule on plain tensors: what every engine computes, and the objects that an engine is handed.
+
+For gradient g, momentum m, parameter p, learning rate eta, betas (b1, b2) and decoupled weight decay lam:
+
+    c = b1*m + (1-b1)*g          u = sign(c)          sign(0) = 0
+    p <- p - eta*(u + lam*p)
+    m <- b2*m + (1-b2)*g
+
+Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675. Arithmetic is fp32 whatever is
+stored, and float64 for float64 parameters; products and sums are rounded one by one (no fused multiply-add), so that
+engines agree bit for bit. A stored weight is rounded once, after step and decay together.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lion_lightning.optim import bits
+
+BLOCK_ELEMENTS = 256
+"""Elements that share an int8 scale and a cautious factor, counted in memory order."""
+
+CAUTIOUS_LIMIT = 2.0
+"""With `cautious`, no element moves further than this multiple of lr (and its decay)."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one parameter group asks of one step; made anew for every step.
+
+    `lr`, `grad_scale`, `found_inf` and `step` are Python numbers where the host knows them and 0-d device tensors
+    where it would have to wait for them. Engines on a CPU get numbers.
+    """
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    weight_decay: float
+    weight_bits: int
+    cautious: bool
+    maximize: bool
+    skip_nonfinite: bool
+    seed: int
+    step: int | Tensor
+    """Steps taken before this one: keys the random bits."""
+    grad_scale: float | Tensor = 1.0
+    """Gradients are divided by it (multiplied by its fp32 reciprocal), as in torch's fused optimizers."""
+    found_inf: Tensor | None = None
+    """Where not None and not 0, the step changes nothing. A skip that the host knows of never reaches an engine."""
+
+
+@dataclass
+class TensorUpdate:
+    """One parameter with its gradient and state as dense, flat (1-D, stride 1) tensors that share memory with them.
+
+    Shapes: all (n,), except `exp_avg_scale` of (ceil(n / BLOCK_ELEMENTS),) or longer. Engines write `param`, `exp_avg`,
+    `exp_avg_scale` and `weight_remainder` in place and never `grad`.
+    """
+
+    param: Tensor
+    """bfloat16, float32 or float64."""
+    grad: Tensor
+    """Any floating dtype; that of `param` unless the caller did something unusual."""
+    exp_avg: Tensor
+    """float64, float32, bfloat16, or int8 with `exp_avg_scale`."""
+    exp_avg_scale: Tensor | None
+    weight_remainder: Tensor | None
+    """int16 at 32 bits, int8 at 24; None at 16 and for parameters that are not bf16."""
+    index: int
+    """Position of the parameter over all groups: keys the random bits."""
+    offset: int
+    """Index of the first element within the whole parameter (not 0 for a shard): keys the random bits."""
+    settings: Settings
+
+    def part(self, start: int, stop: int) -> "TensorUpdate":
+        """The elements from `start`, a multiple of BLOCK_ELEMENTS, to `stop`."""
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[start:stop]
+
+        scale = self.exp_avg_scale
+        if scale is not None:
+            scale = scale[start // BLOCK_ELEMENTS : -(-stop // BLOCK_ELEMENTS)]
+        return replace(
+            self,
+            param=self.param[start:stop],
+            grad=self.grad[start:stop],
+            exp_avg=self.exp_avg[start:stop],
+            exp_avg_scale=scale,
+            weight_remainder=cut(self.weight_remainder),
+            offset=self.offset + start,
+        )
+
+    def random_bits(self) -> Tensor | None:
+        """int32 words of shape (n,) where storage is rounded stochastically, else None."""
+        low_weight = self.param.dtype == torch.bfloat16 and self.settings.weight_bits != 32
+        if not low_weight and self.exp_avg.dtype != torch.int8:
+            return None
+        keys = bits.random_keys(self.settings.seed, self.settings.step, self.index)
+        return bits.random_bits(keys, self.offset, self.param.numel(), self.param.device)
+
+
+def direction(grad: Tensor, momentum: Tensor, settings: Settings) -> Tensor:
+    """u, before caution: the sign of the interpolation of momentum and gradient; a NaN stays one."""
+    mixed = momentum * settings.beta1
+    mixed += grad * (1 - settings.beta1)
+    return torch.where(mixed.isnan(), mixed, mixed.sign())
+
+
+def caution(update: Tensor, grad: Tensor) -> Tensor:
+    """Masks the elements of u whose sign the gradient does not share and makes up for them within each block.
+
+    Liang et al., "Cautious Optimizers", arXiv:2411.16085, rescale by 1/mean(mask) over the tensor, which is unbounded;
+    this takes the mean over BLOCK_ELEMENTS elements and stops at CAUTIOUS_LIMIT.
+    """
+    count = update.numel()
+    mask = (update * grad > 0).to(update.dtype)
+    padded = torch.nn.functional.pad(mask, (0, -count % BLOCK_ELEMENTS)).view(-1, BLOCK_ELEMENTS)
+    elements = torch.full_like(padded[:, :1], BLOCK_ELEMENTS)
+    if count % BLOCK_ELEMENTS:
+        elements[-1] = count % BLOCK_ELEMENTS
+    factor = (elements / padded.sum(1, keepdim=True)).clamp_(max=CAUTIOUS_LIMIT)
+    return torch.where(mask > 0, update * factor.expand_as(padded).reshape(-1)[:count], update * 0)
+
+
+def ruled(weight: Tensor, grad: Tensor, momentum: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """The rule for finite or propagated gradients, in the precision of its arguments.
+
+    Returns:
+        New weight, new momentum, and u.
+    """
+    update = direction(grad, momentum, settings)
+    if settings.cautious:
+        update = caution(update, grad)
+    change = weight * settings.weight_decay
+    change += update
+    change *= settings.lr
+    new_momentum = momentum * settings.beta2
+    new_momentum += grad * (1 - settings.beta2)
+    return weight - change, new_momentum, update
+
+
+def scaled_gradient(update: TensorUpdate, dtype: torch.dtype) -> Tensor:
+    """The gradient in `dtype`, unscaled and with the sign to descend along. May be the gradient itself: read only."""
+    settings = update.settings
+    grad = update.grad.to(dtype)
+    if isinstance(settings.grad_scale, Tensor):
+        return grad * (settings.grad_scale.to(dtype).reciprocal() * (-1 if settings.maximize else 1))
+    if settings.grad_scale != 1.0:
+        reciprocal = torch.tensor(settings.grad_scale, dtype=dtype).reciprocal().item()
+        return grad * (-reciprocal if settings.maximize else reciprocal)
+    return -grad if settings.maximize else grad
