@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lion_lightning.optim import options
-from lion_lightning.optim import state as states
+from lion_lightning.optim import options, views
 from lion_lightning.optim.engines import Engine, choose
 from lion_lightning.optim.rule import Settings, TensorUpdate
+from lion_lightning.optim.state import loaded, prepare
+from lion_lightning.optim.telemetry import Telemetry
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -83,6 +84,7 @@ class Lion(Optimizer):
         )
         options.check(defaults)
         self._nonfinite: dict[torch.device, Tensor] = {}
+        self._telemetry = Telemetry()
         super().__init__(params, defaults)
 
     @override
@@ -102,6 +104,7 @@ class Lion(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_nonfinite", {})
+        self.__dict__.setdefault("_telemetry", Telemetry())
         for group in self.param_groups:
             group.setdefault("step", 0)
             for name, value in self.defaults.items():
@@ -114,6 +117,28 @@ class Lion(Optimizer):
         if not counts:
             return torch.zeros((), dtype=torch.int64)
         return sum((count.to(counts[0].device, non_blocking=True) for count in counts[1:]), counts[0].clone())
+
+    @property
+    def telemetry_every(self) -> int:
+        """Every how many steps `telemetry` is sampled; 0, the default, is never. May be set."""
+        return self._telemetry.every
+
+    @telemetry_every.setter
+    def telemetry_every(self, steps: int) -> None:
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"telemetry_every={steps!r} is not allowed: use a whole number, 0 or above")
+        self._telemetry.every = steps
+
+    def telemetry(self) -> dict[str, Tensor]:
+        """Figures of the last sampled step under `lion/`, 0-d tensors on the device; empty before the first.
+
+        unmoved: share of weights whose stored bits did not change. zero_update: share of u = 0. sign_agreement: share
+        of elements whose momentum and gradient had the same sign. flip_rate: share of u that changed sign since the
+        last sample. momentum_rms. step_ratio_scalar, _vector and _matrix: lr / RMS(p), about 1e-3 is healthy.
+        near_bound: share of |p| > 0.9/weight_decay. realised_decay: what happened over what was asked, 1 is right.
+        nonfinite: count.
+        """
+        return self._telemetry.summary()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -143,31 +168,39 @@ class Lion(Optimizer):
         return loss
 
     def _update(self) -> None:
-        batches: dict[tuple[Engine, torch.device], list[TensorUpdate]] = {}
+        updates: list[tuple[Engine, TensorUpdate]] = []
         copies: list[tuple[Tensor, Tensor]] = []
-        index = 0
+        index = -1
         for group in self.param_groups:
             settings: dict[torch.device, Settings | None] = {}
             for param in group["params"]:
                 index += 1
                 if param.grad is None:
                     continue
-                device = param.device
-                if device not in settings:
-                    settings[device] = self._settings(group, device)
-                now = settings[device]
-                states.prepare(self.state[param], param, group["weight_bits"], group["momentum_dtype"])
-                if now is None or not states.local(param).numel():
-                    continue
-                update = self._tensor_update(param, index - 1, now, copies)
-                batches.setdefault((choose(update, group["fused"]), device), []).append(update)
+                options.check_grad(param.grad)
+                if param.device not in settings:
+                    settings[param.device] = self._settings(group, param.device)
+                now, state = settings[param.device], self.state[param]
+                prepare(state, param, group["weight_bits"], group["momentum_dtype"])
+                if now is not None:
+                    update = views.tensor_update(param, state, index, now, copies)
+                    updates.append((choose(update, group["fused"]), update))
             self._count_step(group, [now for now in settings.values() if now is not None])
-        for (engine, device), updates in batches.items():
-            if device not in self._nonfinite:
-                self._nonfinite[device] = torch.zeros((), dtype=torch.int64, device=device)
-            engine.step(updates, self._nonfinite[device])
+        self._run([pair for pair in updates if pair[1].param.numel()])
         for target, source in copies:
             target.copy_(source)
+
+    def _run(self, updates: list[tuple[Engine, TensorUpdate]]) -> None:
+        self._telemetry.attach([update for _, update in updates])
+        batches: dict[tuple[str, torch.device], list[TensorUpdate]] = {}
+        engines = {}
+        for engine, update in updates:
+            engines[engine.name] = engine
+            batches.setdefault((engine.name, update.param.device), []).append(update)
+        for (name, device), batch in batches.items():
+            if device not in self._nonfinite:
+                self._nonfinite[device] = torch.zeros((), dtype=torch.int64, device=device)
+            engines[name].step(batch, self._nonfinite[device])
 
     def _settings(self, group: dict[str, Any], device: torch.device) -> Settings | None:
         """The group's settings for one step on a device; None where the host knows that the step is to be skipped."""
@@ -203,45 +236,6 @@ class Lion(Optimizer):
         if isinstance(lr, Tensor) or lr != 0:
             group["step"] = group["step"] + 1
 
-    def _tensor_update(
-        self, param: Tensor, index: int, settings: Settings, copies: list[tuple[Tensor, Tensor]]
-    ) -> TensorUpdate:
-        """Dense flat views of a parameter, its gradient and its state.
-
-        A parameter with gaps in memory is updated in a dense copy, which `copies` gets to write back.
-        """
-        grad = param.grad
-        assert grad is not None
-        options.check_grad(grad)
-        state = self.state[param]
-        weight = states.local(param)
-        if not states.is_dense(weight):
-            dense = torch.empty_like(weight).copy_(weight)
-            copies.append((weight, dense))
-            weight = dense
-        remainder = self._state_like(state, "weight_remainder", weight)
-        exp_avg = self._state_like(state, "exp_avg", weight)
-        assert exp_avg is not None
-        return TensorUpdate(
-            param=_flat(weight),
-            grad=_flat(states.laid_out_like(states.local(grad), weight)),
-            exp_avg=exp_avg,
-            exp_avg_scale=None,
-            weight_remainder=remainder,
-            index=index,
-            offset=0,
-            settings=settings,
-        )
-
-    def _state_like(self, state: dict[str, Any], key: str, weight: Tensor) -> Tensor | None:
-        """Flat view of a state tensor; gives the state the memory layout of the weight if it came with another."""
-        if key not in state:
-            return None
-        tensor = states.local(state[key])
-        if not (states.is_dense(tensor) and states.same_layout(tensor, weight)):
-            state[key] = tensor = states.laid_out_like(tensor, weight)
-        return _flat(tensor)
-
     @override
     def state_dict(self) -> dict[str, Any]:
         """State of every parameter and the options of every group but `fused`, which is the machine's affair."""
@@ -271,7 +265,7 @@ class Lion(Optimizer):
             raise ValueError(f"state_dict has parameter groups of sizes {saved_sizes}; allowed here are {sizes}")
         saved_ids = chain.from_iterable(group["params"] for group in groups)
         params = dict(zip(saved_ids, chain.from_iterable(g["params"] for g in self.param_groups), strict=True))
-        state = {params.get(key, key): _loaded(value, params.get(key)) for key, value in state_dict["state"].items()}
+        state = {params.get(key, key): loaded(value, params.get(key)) for key, value in state_dict["state"].items()}
         for group, current in zip(groups, self.param_groups, strict=True):
             group["params"] = current["params"]
             group.update({name: current[name] for name in ("fused",)})
@@ -290,12 +284,6 @@ def _once(params: Any) -> Any:
     return list({id(entry[1] if isinstance(entry, tuple) else entry): entry for entry in params}.values())
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    flat = states.flat(tensor)
-    assert flat is not None
-    return flat
-
-
 def _known(value: Any, device: torch.device) -> Any:
     """A number where the host can know it without waiting for the device, else a 0-d tensor on the device."""
     if not isinstance(value, Tensor):
@@ -303,13 +291,3 @@ def _known(value: Any, device: torch.device) -> Any:
     if value.device.type == "cpu" or device.type == "cpu":
         return value.item()
     return value.reshape(()).to(device, non_blocking=True)
-
-
-def _loaded(value: Any, param: Tensor | None) -> Any:
-    """State as loaded: tensors on the parameter's device in their own dtype, sharing no memory with what was saved."""
-    if isinstance(value, Tensor):
-        moved = value if param is None else value.to(param.device)
-        return moved.clone() if moved is value else moved
-    if isinstance(value, dict):
-        return {key: _loaded(item, param) for key, item in value.items()}
-    return deepcopy(value)

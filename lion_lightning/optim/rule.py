@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from lion_lightning.optim import bits
-
-BLOCK_ELEMENTS = 256
-"""Elements that share an int8 scale and a cautious factor, counted in memory order."""
+from lion_lightning.optim.bits import BLOCK_ELEMENTS
 
 CAUTIOUS_LIMIT = 2.0
 """With `cautious`, no element moves further than this multiple of lr (and its decay)."""
@@ -72,30 +70,40 @@ class TensorUpdate:
     offset: int
     """Index of the first element within the whole parameter (not 0 for a shard): keys the random bits."""
     settings: Settings
+    kind: str = "matrix"
+    """"scalar", "vector" or "matrix" (two dimensions and more), for telemetry."""
+    statistics: Tensor | None = None
+    """Where not None, a row of sums (float64; see telemetry.py) that the engine adds to."""
+    signs: Tensor | None = None
+    """With statistics: int8 signs of u at the last sample, of every `sign_stride`-th element from `sign_start` on."""
+    sign_stride: int = 1
+    sign_start: int = 0
 
     def part(self, start: int, stop: int) -> "TensorUpdate":
         """The elements from `start`, a multiple of BLOCK_ELEMENTS, to `stop`."""
-
-        def cut(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[start:stop]
-
-        scale = self.exp_avg_scale
-        if scale is not None:
-            scale = scale[start // BLOCK_ELEMENTS : -(-stop // BLOCK_ELEMENTS)]
+        scale, remainder, signs = self.exp_avg_scale, self.weight_remainder, self.signs
+        first, last = -(-start // self.sign_stride), -(-stop // self.sign_stride)
         return replace(
             self,
             param=self.param[start:stop],
             grad=self.grad[start:stop],
             exp_avg=self.exp_avg[start:stop],
-            exp_avg_scale=scale,
-            weight_remainder=cut(self.weight_remainder),
+            exp_avg_scale=None if scale is None else scale[start // BLOCK_ELEMENTS : -(-stop // BLOCK_ELEMENTS)],
+            weight_remainder=None if remainder is None else remainder[start:stop],
             offset=self.offset + start,
+            signs=None if signs is None else signs[first:last],
+            sign_start=first * self.sign_stride - start,
         )
+
+    @property
+    def is_random(self) -> bool:
+        """Whether what is stored is rounded stochastically."""
+        low_weight = self.param.dtype == torch.bfloat16 and self.settings.weight_bits != 32
+        return low_weight or self.exp_avg.dtype == torch.int8
 
     def random_bits(self) -> Tensor | None:
         """int32 words of shape (n,) where storage is rounded stochastically, else None."""
-        low_weight = self.param.dtype == torch.bfloat16 and self.settings.weight_bits != 32
-        if not low_weight and self.exp_avg.dtype != torch.int8:
+        if not self.is_random:
             return None
         keys = bits.random_keys(self.settings.seed, self.settings.step, self.index)
         return bits.random_bits(keys, self.offset, self.param.numel(), self.param.device)
@@ -115,13 +123,12 @@ def caution(update: Tensor, grad: Tensor) -> Tensor:
     this takes the mean over BLOCK_ELEMENTS elements and stops at CAUTIOUS_LIMIT.
     """
     count = update.numel()
-    mask = (update * grad > 0).to(update.dtype)
-    padded = torch.nn.functional.pad(mask, (0, -count % BLOCK_ELEMENTS)).view(-1, BLOCK_ELEMENTS)
-    elements = torch.full_like(padded[:, :1], BLOCK_ELEMENTS)
-    if count % BLOCK_ELEMENTS:
-        elements[-1] = count % BLOCK_ELEMENTS
-    factor = (elements / padded.sum(1, keepdim=True)).clamp_(max=CAUTIOUS_LIMIT)
-    return torch.where(mask > 0, update * factor.expand_as(padded).reshape(-1)[:count], update * 0)
+    mask = update * grad > 0
+    shared = bits.blocked(mask.to(update.dtype)).sum(1)
+    elements = torch.full_like(shared, BLOCK_ELEMENTS)
+    elements[-1] = count - (shared.numel() - 1) * BLOCK_ELEMENTS
+    factor = (elements / shared).clamp_(max=CAUTIOUS_LIMIT).repeat_interleave(BLOCK_ELEMENTS)[:count]
+    return update * torch.where(mask, factor, 0.0)
 
 
 def ruled(weight: Tensor, grad: Tensor, momentum: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,13 +148,11 @@ def ruled(weight: Tensor, grad: Tensor, momentum: Tensor, settings: Settings) ->
     return weight - change, new_momentum, update
 
 
-def scaled_gradient(update: TensorUpdate, dtype: torch.dtype) -> Tensor:
-    """The gradient in `dtype`, unscaled and with the sign to descend along. May be the gradient itself: read only."""
-    settings = update.settings
-    grad = update.grad.to(dtype)
+def gradient_factor(settings: Settings, dtype: torch.dtype) -> float | Tensor:
+    """What gradients are multiplied by: the reciprocal of `grad_scale` in `dtype`, negative to ascend."""
+    sign = -1.0 if settings.maximize else 1.0
     if isinstance(settings.grad_scale, Tensor):
-        return grad * (settings.grad_scale.to(dtype).reciprocal() * (-1 if settings.maximize else 1))
-    if settings.grad_scale != 1.0:
-        reciprocal = torch.tensor(settings.grad_scale, dtype=dtype).reciprocal().item()
-        return grad * (-reciprocal if settings.maximize else reciprocal)
-    return -grad if settings.maximize else grad
+        return settings.grad_scale.to(dtype).reciprocal() * sign
+    if settings.grad_scale == 1.0:
+        return sign
+    return sign * torch.tensor(settings.grad_scale, dtype=dtype).reciprocal().item()

@@ -1,52 +1,58 @@
-"""The state of one parameter: its momentum, the bits its bf16 weight cannot hold, and their layout in memory.
+"""The state of one parameter: its momentum, and the bits its bf16 weight cannot hold.
 
 Keys, each present only where it is needed:
     exp_avg: momentum, shaped and laid out as the parameter.
     exp_avg_scale: fp32 scales of an int8 momentum, one per block of 256 elements in memory order.
     weight_remainder: int16 (32 bits) or int8 (24 bits), shaped and laid out as a bf16 parameter.
-A DTensor parameter has DTensors as state, sharded alike.
+A DTensor parameter has DTensors as state. The scales of its int8 momentum belong to the blocks of each local part, so
+such a state can be loaded by as many processes as saved it.
 """
 
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lion_lightning.optim import bits, views
+
 REMAINDER_DTYPES = {32: torch.int16, 24: torch.int8, 16: None}
+SMALL_ELEMENTS = 4096
+"""Momentum of parameters with fewer elements stays fp32 where int8 is asked for: it costs next to nothing."""
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, told without importing torch.distributed."""
-    return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that lives here, possibly empty; other tensors as they are."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def prepare(state: dict[str, Any], param: Tensor, weight_bits: int, momentum: torch.dtype | None) -> None:
+def prepare(state: dict[str, Any], param: Tensor, weight_bits: int, momentum_dtype: torch.dtype | None) -> None:
     """Creates what is missing from a parameter's state and converts what is stored otherwise than asked.
 
     Args:
         state: the parameter's entry in `Optimizer.state`; changed in place.
         param: bf16, fp32 or fp64 parameter.
         weight_bits: 32, 24 or 16; of meaning to bf16 parameters only.
-        momentum: dtype of `exp_avg`; None keeps what there is and starts with the parameter's dtype.
+        momentum_dtype: of `exp_avg`; None keeps what there is and starts with the parameter's dtype.
     """
+    if momentum_dtype == torch.int8 and param.numel() < SMALL_ELEMENTS:
+        momentum_dtype = torch.float32
     exp_avg = state.get("exp_avg")
     if exp_avg is None:
-        state["exp_avg"] = torch.zeros_like(param, dtype=momentum, requires_grad=False)
-    elif momentum is not None and exp_avg.dtype != momentum:
-        state["exp_avg"] = exp_avg.to(momentum)
-    remainder_dtype = REMAINDER_DTYPES[weight_bits] if param.dtype == torch.bfloat16 else None
+        state["exp_avg"] = torch.zeros_like(param, dtype=momentum_dtype, requires_grad=False)
+        if momentum_dtype == torch.int8:
+            state["exp_avg_scale"] = zero_scale(param)
+    elif not _fits(exp_avg, param) or momentum_dtype not in (None, exp_avg.dtype):
+        store_momentum(state, param, restored_momentum(state), momentum_dtype or exp_avg.dtype)
+    _prepare_remainder(state, param, REMAINDER_DTYPES[weight_bits] if param.dtype == torch.bfloat16 else None)
+
+
+def _prepare_remainder(state: dict[str, Any], param: Tensor, dtype: torch.dtype | None) -> None:
     remainder = state.get("weight_remainder")
-    if remainder_dtype is None:
+    if dtype is None:
         state.pop("weight_remainder", None)
     elif remainder is None:
-        state["weight_remainder"] = torch.zeros_like(param, dtype=remainder_dtype, requires_grad=False)
-    elif remainder.dtype != remainder_dtype:
-        state["weight_remainder"] = converted_remainder(remainder, remainder_dtype)
+        state["weight_remainder"] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+    else:
+        if remainder.dtype != dtype:
+            state["weight_remainder"] = remainder = converted_remainder(remainder, dtype)
+        if not _fits(remainder, param):
+            state["weight_remainder"] = _like(remainder, param)
 
 
 def converted_remainder(remainder: Tensor, dtype: torch.dtype) -> Tensor:
@@ -56,39 +62,66 @@ def converted_remainder(remainder: Tensor, dtype: torch.dtype) -> Tensor:
     return remainder.to(torch.int16) << 8
 
 
-def flat(tensor: Tensor) -> Tensor | None:
-    """A 1-D view of all elements in memory order, or None where memory has gaps."""
-    if tensor.is_contiguous():
-        return tensor.view(-1)
-    if is_dense(tensor):
-        return tensor.as_strided((tensor.numel(),), (1,))
-    return None
+def zero_scale(param: Tensor) -> Tensor:
+    """Scales of a momentum of zeros: fp32 of shape (ceil(n / 256),), or as many for each shard of a DTensor."""
+    if not views.is_sharded(param):
+        return torch.zeros(-(-param.numel() // bits.BLOCK_ELEMENTS), device=param.device)
+    from torch.distributed.tensor import DTensor, Shard
+
+    placements: tuple[Any, ...] = param.placements  # type: ignore[attr-defined]
+    largest, shards = list(param.shape), 1
+    for ways, placement in zip(param.device_mesh.shape, placements, strict=True):  # type: ignore[attr-defined]
+        if placement.is_shard():
+            largest[placement.dim] = -(-largest[placement.dim] // ways)
+            shards *= ways
+    blocks = -(-torch.Size(largest).numel() // bits.BLOCK_ELEMENTS)
+    here = torch.zeros(blocks, device=views.local(param).device)
+    across = [Shard(0) if placement.is_shard() else placement for placement in placements]
+    shape, mesh = torch.Size((blocks * shards,)), param.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(here, mesh, across, run_check=False, shape=shape, stride=(1,))
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory, in any order of dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return not tensor.is_neg()
+def restored_momentum(state: dict[str, Any]) -> Tensor:
+    """The momentum as a floating tensor of its shape; local to this process for a DTensor of int8."""
+    exp_avg, scale = state["exp_avg"], state.get("exp_avg_scale")
+    if scale is None:
+        return exp_avg
+    levels = views.local(exp_avg)
+    values = bits.dequantize(views.flat(levels), views.local(scale))
+    return torch.empty_like(levels, dtype=torch.float32).copy_(values.as_strided(levels.shape, levels.stride()))
 
 
-def same_layout(tensor: Tensor, other: Tensor) -> bool:
-    """Whether equal positions in memory are equal elements; both must be dense."""
-    if tensor.shape != other.shape:
-        return False
-    if tensor.is_contiguous() and other.is_contiguous():
-        return True
-    pairs = zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
-    return all(size == 1 or left == right for size, left, right in pairs)
+def store_momentum(state: dict[str, Any], param: Tensor, momentum: Tensor, dtype: torch.dtype) -> None:
+    """Stores a momentum as `dtype`, laid out as the parameter; int8 rounds to nearest."""
+    state.pop("exp_avg_scale", None)
+    target = state["exp_avg"] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+    if dtype != torch.int8:
+        views.local(target).copy_(views.local(momentum))
+        return
+    scale = state["exp_avg_scale"] = zero_scale(param)
+    here = views.local(target)
+    levels, scales = bits.quantize(views.flat(views.laid_out_like(views.local(momentum).float(), here)), None)
+    views.flat(here).copy_(levels)
+    views.local(scale)[: scales.numel()].copy_(scales)
 
 
-def laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """The tensor, or a copy of it, with the memory layout of `other`, which must be dense."""
-    if is_dense(tensor) and same_layout(tensor, other):
-        return tensor
-    return torch.empty_like(other, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+def _fits(tensor: Tensor, param: Tensor) -> bool:
+    """Whether state has the memory layout of the parameter, or a dense one where the parameter has gaps."""
+    here, weight = views.local(tensor), views.local(param)
+    if not views.is_dense(weight):
+        return views.same_layout(here, torch.empty_like(weight, device="meta"))
+    return views.is_dense(here) and views.same_layout(here, weight)
+
+
+def _like(tensor: Tensor, param: Tensor) -> Tensor:
+    return torch.zeros_like(param, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+
+
+def loaded(value: Any, param: Tensor | None) -> Any:
+    """State as loaded: tensors on the parameter's device in their own dtype, sharing no memory with what was saved."""
+    if isinstance(value, Tensor):
+        moved = value if param is None else value.to(param.device)
+        return moved.clone() if moved is value else moved
+    if isinstance(value, dict):
+        return {key: loaded(item, param) for key, item in value.items()}
+    return deepcopy(value)

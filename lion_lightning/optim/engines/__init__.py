@@ -14,6 +14,7 @@ It must
   `settings.skip_nonfinite` is set;
 - add the number of elements with non-finite gradients to `nonfinite`, skipped or propagated (a 0-d int64 tensor on
   the device of the updates);
+- where `update.statistics` is not None, add to it the sums that `telemetry.observe` adds, and refresh `update.signs`;
 - draw random bits as `bits.random_bits` does: a hash of (`settings.seed`, `settings.step`, `update.index`,
   `update.offset` + element);
 - never wait for the device, except on a CPU.
@@ -41,7 +42,7 @@ class Engine(Protocol):
         """Runs the updates in place and adds to the count of non-finite gradient elements."""
 
 
-ENGINES: dict[str, tuple[str, ...]] = {}
+ENGINES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
 """Device type -> modules of this package, best first, each with an `engine` object."""
 
 

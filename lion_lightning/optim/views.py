@@ -1,0 +1,107 @@
+"""Dense, flat views of parameters, gradients and state: what an engine works on, whatever the shape and strides."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lion_lightning.optim.rule import Settings, TensorUpdate
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, told without importing torch.distributed."""
+    return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that lives here, possibly empty; other tensors as they are."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def local_grad(grad: Tensor, param: Tensor) -> Tensor:
+    """The local part of a gradient, sharded as its parameter is."""
+    if is_sharded(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+    return local(grad)
+
+
+def element_offset(param: Tensor) -> int:
+    """Index of the first local element in the whole parameter; exact for shards of the first dimension."""
+    if not is_sharded(param):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)  # type: ignore[attr-defined]
+    return sum(offset * stride for offset, stride in zip(offsets, param.stride(), strict=True))
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory, in any order of dimensions, as they are (no lazy negation)."""
+    if tensor.is_neg():
+        return False
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def same_layout(tensor: Tensor, other: Tensor) -> bool:
+    """Whether equal positions in memory are equal elements; both must be dense."""
+    if tensor.shape != other.shape:
+        return False
+    if tensor.is_contiguous() and other.is_contiguous():
+        return True
+    pairs = zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
+    return all(size == 1 or left == right for size, left, right in pairs)
+
+
+def laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """The tensor, or a copy of it, with the memory layout of `other`, which must be dense."""
+    if is_dense(tensor) and same_layout(tensor, other):
+        return tensor
+    return torch.empty_like(other, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A 1-D view of all elements of a dense tensor in memory order."""
+    return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
+
+
+def tensor_update(
+    param: Tensor, state: dict[str, Any], index: int, settings: Settings, copies: list[tuple[Tensor, Tensor]]
+) -> TensorUpdate:
+    """Flat views of a parameter, its gradient and its state.
+
+    Args:
+        param: has a gradient; a DTensor stands for its local part.
+        state: prepared (see state.py) and laid out as the parameter.
+        index: position of the parameter over all groups.
+        settings: those of its group.
+        copies: a parameter with gaps in memory is updated in a dense copy; (parameter, copy) is added here, for the
+            caller to write back after the step.
+    """
+    weight = local(param.detach())
+    if not is_dense(weight):
+        dense = torch.empty_like(weight).copy_(weight)
+        copies.append((weight, dense))
+        weight = dense
+    assert param.grad is not None
+    grad = local_grad(param.grad, param)
+    scale, remainder = state.get("exp_avg_scale"), state.get("weight_remainder")
+    return TensorUpdate(
+        param=flat(weight),
+        grad=flat(laid_out_like(grad, weight)),
+        exp_avg=flat(local(state["exp_avg"])),
+        exp_avg_scale=None if scale is None else local(scale),
+        weight_remainder=None if remainder is None else flat(local(remainder)),
+        index=index,
+        offset=element_offset(param),
+        settings=settings,
+        kind=("scalar", "vector")[param.ndim] if param.ndim < 2 else "matrix",
+    )
