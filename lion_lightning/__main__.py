@@ -1,0 +1,68 @@
+"""The door: command line -> Hydra configuration -> `training.run`, with mistakes told in one line.
+
+`train.py`, `python -m lion_lightning` and `lion-train` all come through here. Nothing heavy is imported before there is
+something to run, so `--help`, `--cfg` and tab completion answer at once.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+EXIT_USAGE = 2
+WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+_HERE = Path(__file__).resolve().parent
+# In a checkout conf/ lies beside the package, in a wheel inside it.
+CONFIG_FOLDER = next(folder for folder in (_HERE / "conf", _HERE.parent / "conf") if (folder / "train.yaml").is_file())
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name="train")
+def train(cfg: DictConfig) -> float:
+    """Run what `cfg` describes; returns the best value of the recipe's metric, which Hydra's sweepers optimise."""
+    from lion_lightning.training.run import run
+
+    try:
+        return run(cfg)
+    except Exception as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # Hydra notes it and goes on with the other jobs
+        _report(error)
+
+
+def main() -> None:
+    """Run the command line. Exits with 2 for a configuration that cannot work and 42 when the guard stops the run."""
+    # Without this Hydra prints an excerpt of its own and hides the exception from us.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        train()
+    except Exception as error:
+        _report(error)
+
+
+def _report(error: Exception) -> NoReturn:
+    """Leave with one line for an error that its message explains; any other goes on with its traceback."""
+    from lion_lightning.training.errors import ConfigError
+
+    code = getattr(error, "exit_code", None)
+    if isinstance(error, HydraException | OmegaConfBaseException | ConfigError):
+        code = EXIT_USAGE
+    if code is None or WANTS_TRACEBACK:
+        raise error
+    print(f"error: {_one_line(error)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).split("Config search path")[0].split("set HYDRA_FULL_ERROR")[0]
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    main()

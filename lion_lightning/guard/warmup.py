@@ -1,0 +1,87 @@
+"""Linear warm-up around `optimizer.step`, for any torch optimizer, unseen by any scheduler.
+
+A scheduler reads and writes `group["lr"]`: LambdaLR and OneCycleLR overwrite what somebody else put there, others keep
+it for ever. So the factor is put on right before the step and taken off right after it.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class LinearWarmup:
+    """Multiplies every group's learning rate by `min(1, (step + 1) / warmup_steps)` while the optimizer steps.
+
+    Args:
+        warmup_steps: number of optimizer steps below the full rate; 0 for none.
+    """
+
+    def __init__(self, warmup_steps: int) -> None:
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
+        self.warmup_steps = warmup_steps
+        self.step = 0
+
+    @property
+    def factor(self) -> float:
+        """The factor of the coming step, in (0, 1]."""
+        return 1.0 if self.step >= self.warmup_steps else (self.step + 1) / self.warmup_steps
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step, "warmup_steps": self.warmup_steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step, self.warmup_steps = state["step"], state["warmup_steps"]
+
+
+class WarmupHook:
+    """Ties a warm-up to one optimizer by its step hooks.
+
+    An exception between the hooks leaves the scaled rates in the groups; the next step puts the true ones back before
+    it scales them again, and so does `remove`.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup: LinearWarmup) -> None:
+        self.optimizer, self.warmup = optimizer, warmup
+        self.applied: list[float | Tensor] = []
+        self._true_rates: list[float | Tensor] = []
+        self._handles = [
+            optimizer.register_step_pre_hook(self._scale),
+            optimizer.register_step_post_hook(self._finish),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer and leave its learning rates as the schedule set them."""
+        self._restore()
+        for handle in self._handles:
+            handle.remove()
+
+    def _scale(self, optimizer: Optimizer, *_: Any) -> None:
+        self._restore()
+        factor = self.warmup.factor
+        groups = optimizer.param_groups
+        self._true_rates = [_copy(group["lr"]) for group in groups]
+        for group in groups:
+            _assign(group, group["lr"] * factor)
+        self.applied = [_copy(group["lr"]) for group in groups]
+
+    def _finish(self, *_: Any) -> None:
+        self._restore()
+        self.warmup.step += 1
+
+    def _restore(self) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self._true_rates, strict=False):
+            _assign(group, rate)
+        self._true_rates = []
+
+
+def _copy(rate: float | Tensor) -> float | Tensor:
+    return rate.clone() if isinstance(rate, Tensor) else rate
+
+
+def _assign(group: dict[str, Any], rate: float | Tensor) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].copy_(rate)  # in place: a compiled or captured step holds on to the tensor itself
+    else:
+        group["lr"] = rate

@@ -1,0 +1,128 @@
+"""Where Lion's settings come from: a conversion from AdamW's, published presets, and parameter groups.
+
+Lion moves every weight by the same learning rate, so its rate is smaller than AdamW's and its decay larger: what a
+step takes off a weight is `lr * weight_decay * weight`, and the conversion keeps that product.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+# Normalisation layers of torch and of transformers alike end in one of these (LayerNorm, BatchNorm2d, LlamaRMSNorm).
+_NORM_SUFFIXES = ("norm", "norm1d", "norm2d", "norm3d")
+_POSITION_TABLES = ("position_embeddings", "pos_embed", "position_embedding", "wpe", "cls_token")
+
+
+def from_adamw(lr: float, weight_decay: float = 0.01, *, factor: float = 10.0) -> dict[str, float]:
+    """Lion's learning rate and weight decay for a run that is tuned for AdamW.
+
+    Divides the rate and multiplies the decay by `factor`, so that their product, the strength of the decay, stays. Keep
+    the schedule; if it names absolute rates, divide those too. The paper advises 3 to 10 (Chen et al., 2023,
+    arXiv:2302.06675, section 5).
+
+    Args:
+        lr: AdamW's peak learning rate, above 0.
+        weight_decay: AdamW's decoupled decay, at least 0. torch's default is 0.01.
+        factor: how much smaller Lion's rate is: 3 to 10 are sound values.
+
+    Returns:
+        `{"lr": ..., "weight_decay": ...}`, ready for `Lion(params, **from_adamw(1e-3, 0.1))`.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    if not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"lr must be a positive number, got {lr}")
+    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+        raise ValueError(f"weight_decay must be a number of at least 0, got {weight_decay}")
+    if not (math.isfinite(factor) and factor >= 1):
+        raise ValueError(f"factor must be a number of at least 1 (3 to 10 are sound), got {factor}")
+    return {"lr": lr / factor, "weight_decay": weight_decay * factor}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Published settings for Lion, and where they were published."""
+
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    source: str
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for `Lion`."""
+        return {"lr": self.lr, "weight_decay": self.weight_decay, "betas": self.betas}
+
+
+_PAPER = "Chen et al., 2023, arXiv:2302.06675, table 12"
+_AMOS = "Su, 2023, kexue.fm/archives/9473: the Amos rule with sigma = sqrt(1/768), alpha_0 = 1.11e-3"
+PRESETS = MappingProxyType(
+    {
+        "base": Preset(3e-4, 0.01, (0.9, 0.99), _PAPER),
+        "base_language": Preset(3e-4, 0.01, (0.95, 0.98), _PAPER),
+        "billion_language": Preset(2e-4, 0.01, (0.95, 0.98), _PAPER),
+        "bert_base_amos": Preset(4e-5, 0.015, (0.95, 0.98), _AMOS),
+        "vit_b16_imagenet": Preset(1e-4, 10.0, (0.9, 0.99), _PAPER),
+    }
+)
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Published settings by name, as keyword arguments for `Lion`; `PRESETS[name].source` says where they are from.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"name must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name].options()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two named parameter groups, `decay` and `no_decay`, of the parameters that are trained.
+
+    Biases, the parameters of normalisation layers, other vectors and scalars, and tables of positions do not decay.
+    Tied weights come once, under the first of their names. A group that would be empty is left out.
+
+    Args:
+        model: its parameters with `requires_grad` are grouped.
+        weight_decay: the decay of the first group.
+
+    Returns:
+        Groups for any `torch.optim` optimizer, `params` being (name, parameter) pairs.
+
+    Raises:
+        ValueError: the model has no parameter that is trained.
+    """
+    groups: list[dict[str, Any]] = [
+        {"name": "decay", "params": [], "weight_decay": weight_decay},
+        {"name": "no_decay", "params": [], "weight_decay": 0.0},
+    ]
+    for name, parameter, decays in _trained_parameters(model):
+        groups[0 if decays else 1]["params"].append((name, parameter))
+    filled = [group for group in groups if group["params"]]
+    if not filled:
+        raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True")
+    return filled
+
+
+def _trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            full_name = f"{prefix}.{name}" if prefix else name
+            yield full_name, parameter, _decays(full_name, parameter, module)
+
+
+def _decays(name: str, parameter: torch.Tensor, module: nn.Module) -> bool:
+    is_norm = type(module).__name__.lower().endswith(_NORM_SUFFIXES)
+    is_position_table = any(part in _POSITION_TABLES for part in name.split("."))
+    return parameter.ndim >= 2 and not is_norm and not is_position_table

@@ -1,0 +1,90 @@
+"""Weights & Biases with manners: one run per job, offline without a key, closed with the exit code it deserves."""
+
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+from lightning.pytorch.loggers import WandbLogger
+
+Mode = Literal["online", "offline", "disabled"]
+MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
+
+
+class RunLogger(WandbLogger):
+    """Lightning's WandbLogger for exactly one run.
+
+    Args:
+        project, entity: where the run belongs.
+        run_name: what it is called.
+        group: what it may be compared with.
+        job_type, tags: to find it by.
+        mode: None: `WANDB_MODE` if that is set, online if `WANDB_API_KEY` is, else offline.
+        save_dir: the folder in which W&B makes its own `wandb` folder.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+
+    def __init__(
+        self,
+        project: str,
+        run_name: str,
+        group: str,
+        save_dir: str,
+        entity: str | None = None,
+        job_type: str = "train",
+        tags: Sequence[str] = (),
+        mode: Mode | None = None,
+    ) -> None:
+        self.mode = choose_mode(mode)
+        # Not `offline=True`: that sets WANDB_MODE for the whole process and every later run in it.
+        super().__init__(
+            name=run_name,
+            project=project,
+            entity=entity,
+            group=group,
+            job_type=job_type,
+            tags=list(tags),
+            save_dir=save_dir,
+            id=secrets.token_hex(4),  # known before training starts
+            mode=self.mode,
+            settings=wandb.Settings(silent=True),
+        )
+        self._wandb_init.pop("anonymous")  # Lightning passes it on; W&B is removing it
+        Path(save_dir).mkdir(parents=True, exist_ok=True)  # W&B falls back to a temporary folder without a word
+
+    def define_summaries(self, summaries: Mapping[str, Literal["min", "max", "last"]]) -> None:
+        """Say which value of a metric stands for the run, by its exact name: a glob is ignored under Lightning."""
+        for name, kind in summaries.items():
+            self.experiment.define_metric(name, summary=kind, step_metric="trainer/global_step", step_sync=True)
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder of this run, which `wandb sync` and `wandb leet inspect` take."""
+        return Path(self.experiment.dir).parent
+
+    def describe(self) -> str:
+        """One line: where the run is, and how it gets online if it is not."""
+        if self.mode == "online":
+            return f"W&B run at {self.experiment.url}"
+        if self.mode == "disabled":
+            return "W&B is disabled"
+        return f"W&B is offline (no WANDB_API_KEY); upload with: wandb sync {self.run_folder}"
+
+    def finish(self, exit_code: int) -> None:
+        """Close the run. Without this the next job of a sweep would log into it, and a crash would look finished."""
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=exit_code)
+            self._experiment = None
+
+
+def choose_mode(mode: str | None) -> Mode:
+    """The mode that was asked for, else `WANDB_MODE`, else online if there is a key and offline if there is none."""
+    wanted = mode or os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+    for known in MODES:
+        if wanted == known:
+            return known
+    raise ValueError(f"mode must be one of {', '.join(MODES)}, got {wanted!r}")

@@ -1,0 +1,52 @@
+"""Prepared data on disk: made once, found again by what it was made from, never half-written."""
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+
+def default_cache() -> Path:
+    """`lion_lightning` in the user's cache folder (`XDG_CACHE_HOME`, or `~/.cache`)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lion_lightning"
+
+
+def cached_folder(cache: Path, key: str, write: Callable[[Path], None]) -> tuple[Path, bool]:
+    """The folder of `cache` that belongs to `key`, filled by `write` if it is not there yet.
+
+    It is written under another name and renamed at the end: a run that is killed leaves no half of it, and two runs that
+    start together do not meet.
+
+    Args:
+        cache: made if missing.
+        key: everything the content depends on, in one string.
+        write: fills the empty folder it is given.
+
+    Returns:
+        The folder, and whether it was there already.
+    """
+    folder = cache / hashlib.blake2b(key.encode(), digest_size=10).hexdigest()
+    if folder.is_dir():
+        return folder, True
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix="writing-", dir=cache))
+    try:
+        write(temporary)
+        _publish(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder, False
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        log.info("%s was made by another run in the meantime", folder)

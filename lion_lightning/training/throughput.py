@@ -1,0 +1,101 @@
+"""How fast a run really goes: the median over its steps, without the first ones and without validation."""
+
+import resource
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.data import extract_batch_size
+from typing_extensions import override
+
+WARMUP_BATCHES = 5  # allocation, compilation and caches: not what the run will be like
+BYTES_PER_GIB = 2**30
+
+
+class Throughput(Callback):
+    """Logs `perf/*` and how much data the run has seen.
+
+    Under `perf/`: `step_ms` (one optimizer step), `samples_per_second`, `tokens_per_second` (over all ranks), `data_wait`
+    (share of the time spent waiting for a batch), `peak_memory_gib` (device, or the process on a CPU), `seconds` (since
+    training began). Under `data/`: `samples_seen`, `tokens_seen`.
+
+    Args:
+        tokens_per_sample: None where a sample is not made of tokens.
+    """
+
+    def __init__(self, tokens_per_sample: int | None = None) -> None:
+        self.tokens_per_sample = tokens_per_sample
+        self.samples_seen = 0
+        self._samples: list[float] = []
+        self._waits: list[float] = []
+        self._durations: list[float] = []
+        self._batches = 0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = self._mark = time.perf_counter()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._mark = time.perf_counter()  # validation is not training time
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._wait = time.perf_counter() - self._mark
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.perf_counter()
+        samples = extract_batch_size(batch) * trainer.world_size
+        self.samples_seen += samples
+        self._batches += 1
+        if self._batches > WARMUP_BATCHES:
+            self._durations.append(now - self._mark)
+            self._waits.append(self._wait)
+            self._samples.append(samples)
+        self._mark = now
+        if self._durations and trainer.global_step % trainer.log_every_n_steps == 0:
+            self.log_dict({**self.measured(trainer), **self._seen(), "perf/seconds": now - self._began})
+
+    def measured(self, trainer: Trainer) -> dict[str, float]:
+        """The `perf/*` figures so far; empty before the first measured batch."""
+        if not self._durations:
+            return {}
+        duration = statistics.median(self._durations)
+        samples_per_second = statistics.median(self._samples) / duration
+        figures = {
+            "perf/step_ms": 1000 * duration * trainer.accumulate_grad_batches,
+            "perf/samples_per_second": samples_per_second,
+            "perf/data_wait": statistics.median(self._waits) / duration,
+            "perf/peak_memory_gib": _peak_memory_bytes(trainer.strategy.root_device) / BYTES_PER_GIB,
+        }
+        if self.tokens_per_sample:
+            figures["perf/tokens_per_second"] = samples_per_second * self.tokens_per_sample
+        return figures
+
+    def _seen(self) -> dict[str, float]:
+        seen = {"data/samples_seen": float(self.samples_seen)}
+        if self.tokens_per_sample:
+            seen["data/tokens_seen"] = float(self.samples_seen * self.tokens_per_sample)
+        return seen
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples_seen": self.samples_seen}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.samples_seen = state_dict["samples_seen"]
+
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes, except on macOS

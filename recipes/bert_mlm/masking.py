@@ -1,0 +1,104 @@
+"""Masked language modelling: which tokens are hidden is a pure function of (seed, sample number).
+
+Nothing here keeps random state: a resumed run, another number of ranks or workers, and the CPU and the GPU all hide the
+same tokens. The number of hidden tokens per sequence is fixed, so shapes never change and nothing waits for the device.
+The 15 % and 80/10/10 are those of BERT (Devlin et al., 2019, arXiv:1810.04805).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # what torch's cross_entropy leaves out
+_MASK32 = 0xFFFFFFFF
+_STREAM_WHICH, _STREAM_HOW, _STREAM_RANDOM_TOKEN = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How many tokens are hidden, and how.
+
+    Attributes:
+        rate: share of the tokens that the loss is computed on.
+        mask_share: share of those that become [MASK].
+        random_share: share of those that become a random token; the rest stay as they are.
+    """
+
+    rate: float = 0.15
+    mask_share: float = 0.8
+    random_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate < 1:
+            raise ValueError(f"rate must be between 0 and 1, got {self.rate}")
+        if min(self.mask_share, self.random_share) < 0 or self.mask_share + self.random_share > 1:
+            raise ValueError(
+                f"mask_share and random_share must be at least 0 and add up to at most 1, "
+                f"got {self.mask_share} and {self.random_share}"
+            )
+
+
+@dataclass(frozen=True)
+class MaskedBatch:
+    """A batch ready for the model.
+
+    Attributes:
+        input_ids: int64 (batch, length), some tokens replaced.
+        positions: int64 (batch, hidden), where the loss is computed.
+        targets: int64 (batch, hidden), the tokens that stood there, IGNORED where none could be hidden.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    targets: Tensor
+
+
+def mask_tokens(
+    input_ids: Tensor, sample: Tensor, *, masking: Masking, seed: int, mask_id: int, first_normal_id: int, vocab_size: int
+) -> MaskedBatch:
+    """Hide the same tokens of the same sample every time.
+
+    Args:
+        input_ids: int64 (batch, length).
+        sample: int64 (batch,), the number of each sequence in the run.
+        masking: rate and shares.
+        seed: keys the choice.
+        mask_id: id of [MASK].
+        first_normal_id: ids below it are special tokens: never hidden, never drawn as a random token.
+        vocab_size: number of ids.
+    """
+    length = input_ids.shape[1]
+    hidden = max(1, round(masking.rate * length))
+    order = uniform(seed, _STREAM_WHICH, sample, length).masked_fill(input_ids < first_normal_id, -1.0)
+    positions = order.topk(hidden, dim=1).indices
+    targets = input_ids.gather(1, positions)
+    how = uniform(seed, _STREAM_HOW, sample, length).gather(1, positions)
+    drawn = uniform(seed, _STREAM_RANDOM_TOKEN, sample, length).gather(1, positions)
+    random_ids = first_normal_id + (drawn * (vocab_size - first_normal_id)).long()
+    replaced = torch.where(how < masking.mask_share + masking.random_share, random_ids, targets)
+    replaced = torch.where(how < masking.mask_share, mask_id, replaced)
+    special = targets < first_normal_id  # chosen only in a block that has almost nothing else
+    replaced = torch.where(special, targets, replaced)
+    return MaskedBatch(input_ids.scatter(1, positions, replaced), positions, targets.masked_fill(special, IGNORED))
+
+
+def uniform(seed: int, stream: int, sample: Tensor, length: int) -> Tensor:
+    """Counter-based uniform numbers in [0, 1): float32 (batch, length), a function of the arguments alone.
+
+    The mixing is MurmurHash3's 32-bit finaliser (Appleby, public domain), carried out in int64.
+    """
+    position = torch.arange(length, device=sample.device)
+    counter = _mix(sample & _MASK32) ^ _mix((sample >> 32) ^ _scramble(seed, stream))
+    bits = _mix(_mix(counter.unsqueeze(1) ^ (position * 0x9E3779B1 & _MASK32)))
+    return (bits >> 8).float() * 2.0**-24
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK32
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK32
+    return x ^ (x >> 16)
+
+
+def _scramble(seed: int, stream: int) -> int:
+    return (seed * 0x9E3779B1 + stream * 0x7F4A7C15 + (seed >> 32)) & _MASK32

@@ -1,0 +1,153 @@
+"""BERT pre-training by masked language modelling, as a LightningModule."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForMaskedLM, PretrainedConfig
+
+from lion_lightning.mixin import LionMixin, OptimizerFactory
+from lion_lightning.schedules import Schedule
+from lion_lightning.training.errors import ConfigError
+from recipes.bert_mlm.data import TextBlocks
+from recipes.bert_mlm.masking import IGNORED, MaskedBatch, Masking, mask_tokens
+from recipes.bert_mlm.tokens import SPECIAL_TOKENS
+
+VALIDATION = Masking(rate=0.15)  # always, so that runs compare
+VALIDATION_SEED = 20_181_011
+
+
+class BertMLM(LionMixin, LightningModule):
+    """A `transformers` masked language model trained on packed blocks.
+
+    The encoder runs on whole blocks; the vocabulary head, the larger part of a small BERT's work, on hidden tokens only.
+
+    Args:
+        config: a `transformers` configuration with a masked-LM head; its vocabulary is set to the tokenizer's.
+        data: the blocks, after `setup`.
+        optimizer_factory, schedule: see `LionMixin`.
+        masking: how training tokens are hidden; validation always hides 15 %, the same tokens each time.
+        seed: keys the masks of training.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        data: TextBlocks,
+        optimizer_factory: OptimizerFactory,
+        schedule: Schedule,
+        masking: Masking,
+        seed: int = 1,
+    ) -> None:
+        super().__init__()
+        self.optimizer_factory, self.schedule = optimizer_factory, schedule
+        self.masking, self.seed, self.data = masking, seed, data
+        self.model = build_model(config, data)
+        self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
+
+    def hidden_logits(self, batch: MaskedBatch) -> Tensor:
+        """Scores of the hidden tokens: float (batch * hidden, vocabulary)."""
+        states = self.model.base_model(batch.input_ids).last_hidden_state
+        rows = batch.positions.unsqueeze(-1).expand(-1, -1, states.shape[-1])
+        return self.model.cls(states.gather(1, rows).flatten(0, 1))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        masked = self._mask(batch, self.masking, self.seed)
+        loss = cross_entropy(self.hidden_logits(masked).float(), masked.targets.flatten(), ignore_index=IGNORED)
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        masked = self._mask(batch, VALIDATION, VALIDATION_SEED)
+        targets = masked.targets.flatten()
+        kept = targets != IGNORED
+        logits, targets = self.hidden_logits(masked).float()[kept], targets[kept]
+        self.val_loss.update(cross_entropy(logits, targets, reduction="none"))
+        self.val_accuracy.update((logits.argmax(-1) == targets).float())
+
+    def on_validation_epoch_end(self) -> None:
+        loss = self.val_loss.compute()
+        self.log_dict({"val/loss": loss, "val/perplexity": loss.exp(), "val/accuracy": self.val_accuracy.compute()})
+        self.val_loss.reset()
+        self.val_accuracy.reset()
+
+    def on_fit_start(self) -> None:
+        if self.logger is not None:
+            self.logger.log_metrics({"data/unigram_entropy": self.data.unigram_entropy()}, step=self.global_step)
+
+    def _mask(self, batch: dict[str, Tensor], masking: Masking, seed: int) -> MaskedBatch:
+        tokenizer = self.data.ready.tokenizer
+        return mask_tokens(
+            batch["input_ids"],
+            batch["sample"],
+            masking=masking,
+            seed=seed,
+            mask_id=tokenizer.mask_token_id,
+            first_normal_id=len(SPECIAL_TOKENS),
+            vocab_size=len(tokenizer),
+        )
+
+    # What `training.run` asks of every recipe.
+
+    def describe(self) -> dict[str, str]:
+        """Lines for the summary at the start of a run."""
+        config = self.model.config
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        shape = f"{config.num_hidden_layers} layers of width {config.hidden_size}"
+        return {"model": f"{type(self.model).__name__}, {parameters / 1e6:.1f} M parameters, {shape}"}
+
+    def tokens_per_sample(self) -> int:
+        return self.data.settings.sequence_length
+
+    def export(self, folder: Path, card: str) -> None:
+        """Write a Hugging Face model folder that `pipeline("fill-mask")` opens, with `card` as its README."""
+        self.model.save_pretrained(folder)
+        self.data.ready.tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    @torch.no_grad()
+    def showcase(self) -> list[str]:
+        """Three validation sentences with a hidden word, and the model's first three guesses for it."""
+        tokenizer, lines = self.data.ready.tokenizer, []
+        blocks = self.data.ready.val
+        for block in blocks[:: max(1, len(blocks) // 3)][:3]:
+            tokens = torch.from_numpy(block[:25].astype("int64"))
+            place = _whole_word(tokens, tokenizer)
+            answer = tokenizer.convert_ids_to_tokens(int(tokens[place]))
+            hidden = tokens.clone()
+            hidden[place] = tokenizer.mask_token_id
+            batch = MaskedBatch(hidden[None].to(self.device), torch.tensor([[place]], device=self.device), tokens[None])
+            best = self.hidden_logits(batch)[0].topk(3).indices.tolist()
+            text = tokenizer.decode(hidden[1:].tolist()).replace("[SEP]", "/")
+            lines.append(f"{text} -> {', '.join(tokenizer.convert_ids_to_tokens(best))} (it was: {answer})")
+        return lines
+
+
+def build_model(config: PretrainedConfig, data: TextBlocks) -> Any:
+    """The masked language model of `config`, sized for the data's vocabulary and sequence length.
+
+    Raises:
+        ConfigError: the configuration has no masked-LM head, or too few positions for the blocks.
+    """
+    if not isinstance(data, TextBlocks):
+        raise ConfigError(f"recipe=bert_mlm trains on text, not on {type(data).__name__}; try data=python_docs")
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        raise ConfigError(f"recipe=bert_mlm needs a model with a masked-LM head, not {config.model_type}; try model=bert_mini")
+    length = data.settings.sequence_length
+    if length > config.max_position_embeddings:
+        raise ConfigError(f"data.sequence_length={length} is longer than the model's {config.max_position_embeddings} positions")
+    tokenizer = data.ready.tokenizer
+    config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+    return AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa")
+
+
+def _whole_word(tokens: Tensor, tokenizer: Any) -> int:
+    """The place of a whole word of letters near the middle of `tokens`; the middle where there is none."""
+    words = tokenizer.convert_ids_to_tokens(tokens.tolist())
+    middle = len(words) // 2
+    whole = [i for i in range(1, len(words) - 1) if words[i].isalpha() and not words[i + 1].startswith("##")]
+    return min((i for i in whole if len(words[i]) > 2), key=lambda i: abs(i - middle), default=middle)
