@@ -145,8 +145,8 @@ def quantize(momentum: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor]:
     probability that keeps its mean, else a momentum whose gradients have ceased would never decay: 1 % of a level below
     100 is less than half the way to the next. Tried in the training of a character transformer (0.4 M parameters, 300
     steps), the share of signs of u that agree with fp32 momentum: nearest square 98.5 % (frozen as said), stochastic
-    square 97.9 %, nearest linear 97.6 %, stochastic linear 97.0 %, bf16 99.8 %. The final losses of all were within 0.002
-    of fp32's 2.394 and 2.403 (400 steps, two seeds).
+    square 97.9 %, nearest linear 97.6 %, stochastic linear 97.0 %, bf16 99.8 %. The final losses of all were within
+    0.002 of fp32's 2.394 and 2.402 (400 steps, two seeds).
 
     Args:
         momentum: fp32 of shape (n,).

@@ -79,9 +79,8 @@ class Telemetry:
         self._steps += 1
         if not self.every or (self._steps - 1) % self.every:
             return
-        stride = (
-            max(1, sum(update.param.numel() for update in updates) // SAMPLED_SIGNS) | 1
-        )  # odd: not in step with rows
+        elements = sum(update.param.numel() for update in updates)
+        stride = max(1, elements // SAMPLED_SIGNS) | 1  # odd, so as not to visit the same columns of every matrix
         known = bool(self._signs)
         self._rows = []
         for device in {update.param.device for update in updates}:
