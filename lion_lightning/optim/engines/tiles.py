@@ -1,0 +1,217 @@
+"""Tiles of arrays on the device, in Triton: what bits.py does, as the kernels load and store.
+
+Everything is followed operation for operation, with bf16 taken apart as integers, so that a GPU and the other engines
+agree bit for bit. A tile is TILE_ROWS rows of 256 elements, the blocks that share an int8 scale.
+"""
+
+# ruff: noqa: SIM300 - upper-case names here are parameters
+import triton
+import triton.language as tl
+
+from lion_lightning.optim import bits
+from lion_lightning.optim.engines import tables
+
+TILE_ROWS = 4
+TILE_ELEMENTS = TILE_ROWS * bits.BLOCK_ELEMENTS
+"""Elements of one program: at 4 warps of 32 threads, a block of 256 is one warp's and 16 bytes of bf16 one thread's."""
+
+ROWS = tl.constexpr(TILE_ROWS)
+BLOCK = tl.constexpr(bits.BLOCK_ELEMENTS)
+TILE = tl.constexpr(TILE_ELEMENTS)
+LEVELS = tl.constexpr(bits.LEVELS)
+GOLDEN = tl.constexpr(bits.GOLDEN)
+MULTIPLIER_1 = tl.constexpr(bits.MULTIPLIER_1)
+MULTIPLIER_2 = tl.constexpr(bits.MULTIPLIER_2)
+BFLOAT16_MAX_PATTERN = tl.constexpr(0x7F7F0000)
+INFINITY_PATTERN = tl.constexpr(0x7F800000)
+NAN_PATTERN = tl.constexpr(0x7FC00000)
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+
+# Columns of the tables.
+PARAM_ARRAY, GRAD_ARRAY, EXP_AVG_ARRAY = (
+    tl.constexpr(tables.TENSOR.index(name)) for name in ("param", "grad", "exp_avg")
+)
+SCALE_ARRAY, REMAINDER_ARRAY = (
+    tl.constexpr(tables.TENSOR.index(name)) for name in ("exp_avg_scale", "weight_remainder")
+)
+OFFSET, INDEX = (tl.constexpr(tables.TENSOR.index(name)) for name in ("offset", "index"))
+STEP_ADDRESS, STEP, SEED = (tl.constexpr(tables.GROUP.index(name)) for name in ("step_address", "step", "seed"))
+
+
+@triton.jit
+def array_at(tensor, COLUMN: tl.constexpr, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointer to element `start` of the array whose address a column holds."""
+    pointer = tl.load(tensor + COLUMN).to(tl.pointer_type(DTYPE)) + start
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def setting(group, COLUMN: tl.constexpr, COMPUTE: tl.constexpr):
+    """A number of the table of settings."""
+    return tl.load(group + COLUMN).to(tl.float64, bitcast=True).to(COMPUTE)
+
+
+@triton.jit
+def device_scalar(group, COLUMN: tl.constexpr, otherwise, DTYPE: tl.constexpr):
+    """The number at the address that a column holds, or `otherwise` where it holds 0."""
+    address = tl.load(group + COLUMN)
+    return tl.load(address.to(tl.pointer_type(DTYPE)), mask=address != 0, other=otherwise)
+
+
+@triton.jit
+def divide(numerator, denominator, COMPUTE: tl.constexpr):
+    """Correctly rounded division; that of float32 is not by itself."""
+    if COMPUTE == tl.float64:
+        return numerator / denominator
+    else:
+        return tl.div_rn(numerator, denominator)
+
+
+@triton.jit
+def mix(word):
+    """`bits.mix` on uint32."""
+    word = word ^ (word >> 16)
+    word = word * MULTIPLIER_1
+    word = word ^ (word >> 15)
+    word = word * MULTIPLIER_2
+    return word ^ (word >> 16)
+
+
+@triton.jit
+def random_words(tensor, group, start, local):
+    """`bits.random_keys` and `bits.random_bits` for the elements of a tile; uint32."""
+    step = device_scalar(group, STEP_ADDRESS, tl.load(group + STEP), tl.int64).to(tl.uint32)
+    index = tl.load(tensor + INDEX).to(tl.uint32)
+    first = mix(mix(step + tl.load(group + SEED).to(tl.uint32)) + index * GOLDEN)
+    second = mix(first + GOLDEN)
+    word = (tl.load(tensor + OFFSET) + start).to(tl.uint32) + local.to(tl.uint32)
+    word = word ^ first
+    word = (word ^ (word >> 16)) * MULTIPLIER_1
+    word = ((word ^ (word >> 15)) + second) * MULTIPLIER_2
+    return word ^ (word >> 16)
+
+
+@triton.jit
+def load_numbers(
+    tensor, COLUMN: tl.constexpr, start, local, inside, DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Floating numbers of any dtype in the precision of the arithmetic; 0 outside."""
+    if DTYPE == tl.bfloat16:
+        source = array_at(tensor, COLUMN, start, tl.int16, ALIGNED)
+        words = tl.load(source + local, mask=inside, other=0).to(tl.int32) << 16
+        return words.to(tl.float32, bitcast=True).to(COMPUTE)
+    else:
+        source = array_at(tensor, COLUMN, start, DTYPE, ALIGNED)
+        return tl.load(source + local, mask=inside, other=0.0).to(COMPUTE)
+
+
+@triton.jit
+def load_weight(
+    tensor, start, local, inside, DTYPE: tl.constexpr, WEIGHT_BITS: tl.constexpr, COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """`bits.join_weight`."""
+    if DTYPE != tl.bfloat16 or WEIGHT_BITS == 16:
+        return load_numbers(tensor, PARAM_ARRAY, start, local, inside, DTYPE, COMPUTE, ALIGNED)
+    else:
+        source = array_at(tensor, PARAM_ARRAY, start, tl.int16, ALIGNED)
+        high = tl.load(source + local, mask=inside, other=0).to(tl.int32)
+        if WEIGHT_BITS == 32:
+            low = array_at(tensor, REMAINDER_ARRAY, start, tl.int16, ALIGNED)
+            rest = tl.load(low + local, mask=inside, other=0).to(tl.int32)
+        else:
+            low = array_at(tensor, REMAINDER_ARRAY, start, tl.int8, ALIGNED)
+            rest = tl.load(low + local, mask=inside, other=0).to(tl.int32) * 256
+        zeroed = ((high & 0x7FFF) == 0) & (rest < 0)
+        return ((high << 16) + tl.where(zeroed, 0, rest)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_momentum(
+    tensor, start, local, inside, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """Momentum as stored, int8 through `bits.dequantize`."""
+    if DTYPE == tl.int8:
+        source = array_at(tensor, EXP_AVG_ARRAY, start, tl.int8, ALIGNED)
+        level = tl.load(source + local, mask=inside, other=0).to(tl.int32)
+        scale = array_at(tensor, SCALE_ARRAY, start // BLOCK, tl.float32, False)
+        row = tl.arange(0, ROWS)[:, None]
+        scales = tl.load(scale + row, mask=tl.sum(inside.to(tl.int32), 1, keep_dims=True) > 0, other=0.0)
+        return ((level * tl.abs(level)).to(tl.float32) * scales).to(COMPUTE)
+    else:
+        return load_numbers(tensor, EXP_AVG_ARRAY, start, local, inside, DTYPE, COMPUTE, ALIGNED)
+
+
+@triton.jit
+def store_weight(
+    tensor, start, local, stored, value, random, DTYPE: tl.constexpr, WEIGHT_BITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """`bits.split_weight` where `stored` says so; returns the weight as it reads back."""
+    if DTYPE != tl.bfloat16:
+        target = array_at(tensor, PARAM_ARRAY, start, DTYPE, ALIGNED)
+        tl.store(target + local, value, mask=stored)
+        return value
+    else:
+        words = value.to(tl.int32, bitcast=True)
+        magnitude = words & 0x7FFFFFFF
+        saturated = (words ^ magnitude) | tl.minimum(magnitude, BFLOAT16_MAX_PATTERN)
+        extreme = tl.where(magnitude == INFINITY_PATTERN, words, NAN_PATTERN)
+        words = tl.where(magnitude < INFINITY_PATTERN, saturated, extreme)
+        if WEIGHT_BITS != 32:
+            words = (words + (random >> WEIGHT_BITS).to(tl.int32)) & (-(1 << (32 - WEIGHT_BITS)))
+        high = array_at(tensor, PARAM_ARRAY, start, tl.int16, ALIGNED)
+        tl.store(high + local, ((words + 0x8000) >> 16).to(tl.int16), mask=stored)
+        if WEIGHT_BITS == 32:
+            low = array_at(tensor, REMAINDER_ARRAY, start, tl.int16, ALIGNED)
+            tl.store(low + local, words.to(tl.int16), mask=stored)
+        elif WEIGHT_BITS == 24:
+            low = array_at(tensor, REMAINDER_ARRAY, start, tl.int8, ALIGNED)
+            tl.store(low + local, (words >> 8).to(tl.int8), mask=stored)
+        return words.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def quantize(momentum, random):
+    """`bits.quantize` of float32 rows: levels, and a column of scales."""
+    magnitude = momentum.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    largest = tl.max(magnitude, 1, keep_dims=True).to(tl.float32, bitcast=True)
+    scale = tl.div_rn(largest, tl.full(largest.shape, LEVELS * LEVELS, tl.float32))
+    broken = ~(scale < float("inf"))
+    tiny = scale < SMALLEST_NORMAL
+    usable = ~(tiny | broken)
+    inverse = tl.where(usable, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(usable, scale, 1.0)), 0.0)
+    square = magnitude.to(tl.float32, bitcast=True) * inverse
+    square = tl.where(square < float("inf"), square, 0.0)  # what is broken is stored as such below
+    root = tl.sqrt_rn(square).to(tl.int32)
+    dice = ((random & 0xFFFF).to(tl.int32).to(tl.float32) + 0.5) * (1.0 / 65536)
+    rest = square - (root * root).to(tl.float32)
+    root = tl.minimum(root + (rest > dice * (2 * root + 1).to(tl.float32)).to(tl.int32), LEVELS)
+    level = tl.where(broken, 1, tl.where(momentum < 0, -root, root))
+    return level.to(tl.int8), tl.where(broken, float("nan"), tl.where(tiny, 0.0, scale))
+
+
+@triton.jit
+def store_momentum(
+    tensor, start, local, stored, value, random, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """Stores momentum where `stored` says so, bf16 rounded to nearest even as torch casts."""
+    if DTYPE == tl.int8:
+        level, scale = quantize(value.to(tl.float32), random)
+        target = array_at(tensor, EXP_AVG_ARRAY, start, tl.int8, ALIGNED)
+        tl.store(target + local, level, mask=stored)
+        scales = array_at(tensor, SCALE_ARRAY, start // BLOCK, tl.float32, False)
+        row = tl.arange(0, ROWS)[:, None]
+        tl.store(scales + row, scale, mask=tl.sum(stored.to(tl.int32), 1, keep_dims=True) > 0)
+    elif DTYPE == tl.bfloat16:
+        words = value.to(tl.float32).to(tl.int32, bitcast=True)
+        rounded = words + 0x7FFF + ((words >> 16) & 1)
+        rounded = tl.where((words & 0x7FFFFFFF) > INFINITY_PATTERN, NAN_PATTERN, rounded)
+        target = array_at(tensor, EXP_AVG_ARRAY, start, tl.int16, ALIGNED)
+        tl.store(target + local, (rounded >> 16).to(tl.int16), mask=stored)
+    else:
+        target = array_at(tensor, EXP_AVG_ARRAY, start, DTYPE, ALIGNED)
+        tl.store(target + local, value.to(DTYPE), mask=stored)
