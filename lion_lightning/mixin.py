@@ -3,9 +3,10 @@
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, cast
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -34,7 +35,7 @@ class LionMixin:
     optimizer_factory: OptimizerFactory = Lion
     schedule: Schedule = staticmethod(cosine)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over named groups, and its schedule, stepped once an optimizer step."""
         module = cast(LightningModule, self)
         factory = self.optimizer_factory

@@ -87,7 +87,7 @@ class LionGuard(Callback):
         self._check_loss(trainer)
         self._last_loss = _loss_of(outputs)
         self._warn_of_small_batch(trainer)
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log(pl_module)
 
     @override
@@ -129,7 +129,7 @@ class LionGuard(Callback):
         _warn(f"LionGuard: {message}")
 
     def _log(self, pl_module: LightningModule) -> None:
-        self.log_dict(
+        pl_module.log_dict(
             {
                 **learning_rates(self._hooks),
                 "guard/warmup_factor": min(1.0, self.warmup.step / max(1, self.warmup.warmup_steps)),
@@ -159,7 +159,9 @@ def default_warmup_steps(optimizers: list[Optimizer], total_steps: float) -> int
 
     An optimizer that is not Lion gets what Lion would get at its default beta2: a control run is treated alike.
     """
-    beta2 = max((group["betas"][1] for o in optimizers if isinstance(o, Lion) for group in o.param_groups), default=None)
+    beta2 = max(
+        (group["betas"][1] for o in optimizers if isinstance(o, Lion) for group in o.param_groups), default=None
+    )
     fill = 2.0 / max(1e-6, 1.0 - (LION_BETA2 if beta2 is None else beta2))
     if not math.isfinite(total_steps):
         return round(fill)
@@ -167,7 +169,7 @@ def default_warmup_steps(optimizers: list[Optimizer], total_steps: float) -> int
 
 
 def learning_rates(hooks: list[WarmupHook]) -> dict[str, float | Tensor]:
-    """The rates the last step applied, as `lr-<optimizer>/<group>`; a second optimizer is `lr-<optimizer>-1/<group>`."""
+    """The rates the last step applied: `lr-<optimizer>/<group>`, with `-1` after the name of a second optimizer."""
     rates: dict[str, float | Tensor] = {}
     for number, hook in enumerate(hooks):
         label = f"lr-{type(hook.optimizer).__name__}" + (f"-{number}" if number else "")

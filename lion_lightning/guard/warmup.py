@@ -82,6 +82,6 @@ def _copy(rate: float | Tensor) -> float | Tensor:
 
 def _assign(group: dict[str, Any], rate: float | Tensor) -> None:
     if isinstance(group["lr"], Tensor):
-        group["lr"].copy_(rate)  # in place: a compiled or captured step holds on to the tensor itself
+        group["lr"].fill_(rate)  # in place: a compiled or captured step holds on to the tensor itself
     else:
         group["lr"] = rate

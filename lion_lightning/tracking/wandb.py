@@ -4,7 +4,7 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import wandb
 from lightning.pytorch.loggers import WandbLogger

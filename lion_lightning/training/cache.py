@@ -19,8 +19,8 @@ def default_cache() -> Path:
 def cached_folder(cache: Path, key: str, write: Callable[[Path], None]) -> tuple[Path, bool]:
     """The folder of `cache` that belongs to `key`, filled by `write` if it is not there yet.
 
-    It is written under another name and renamed at the end: a run that is killed leaves no half of it, and two runs that
-    start together do not meet.
+    It is written under another name and renamed at the end: a run that is killed leaves no half of it, and two runs
+    that start together do not meet.
 
     Args:
         cache: made if missing.

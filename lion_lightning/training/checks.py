@@ -42,7 +42,7 @@ def _check_devices(cfg: DictConfig) -> None:
         raise ConfigError(f"trainer.accelerator={cfg.trainer.accelerator}: this machine has none; try auto or cpu")
     wanted = cfg.trainer.devices
     if isinstance(wanted, int) and not 1 <= wanted <= available:
-        raise ConfigError(f"trainer.devices={wanted}: this machine has 1 to {available} to give (accelerator={cfg.trainer.accelerator})")
+        raise ConfigError(f"trainer.devices={wanted}: accelerator={cfg.trainer.accelerator} has 1 to {available} here")
 
 
 def _devices(accelerator: str) -> int:

@@ -72,7 +72,8 @@ class StreamDataModule(pl.LightningDataModule):
         trainer = self._trainer()
         size = len(self.val_set)  # type: ignore[arg-type]
         return self._loader(
-            self.val_set, FixedBatches(size, VAL_BATCH_FACTOR * self.batch_size, trainer.global_rank, trainer.world_size)
+            self.val_set,
+            FixedBatches(size, VAL_BATCH_FACTOR * self.batch_size, trainer.global_rank, trainer.world_size),
         )
 
     def _loader(self, dataset: Dataset, batches: Sampler[list[tuple[int, int]]]) -> DataLoader:
@@ -92,7 +93,7 @@ class StreamDataModule(pl.LightningDataModule):
 
 
 class FixedBatches(Sampler[list[tuple[int, int]]]):
-    """Every item once, in order, each rank its share; an item's position is its index, so it is treated alike each time."""
+    """Every item once, in order, each rank its share; an item's position is its index, so each pass treats it alike."""
 
     def __init__(self, size: int, batch_size: int, rank: int, world_size: int) -> None:
         self.indices = range(rank, size, world_size)

@@ -175,7 +175,9 @@ def _closing(logger: Logger | None) -> Iterator[None]:
 def _about(cfg: DictConfig, data: Any, module: Any, trainer: pl.Trainer) -> dict[str, str]:
     where = f"{cfg.data.name} from {cfg.data.path}" if cfg.data.get("path") else cfg.data.name
     settings = ", ".join(f"{key} {value}" for key, value in cfg.optim.items() if key in ("lr", "betas", "weight_decay"))
-    micro = f"{cfg.data.batch_size} x {cfg.trainer.accumulate_grad_batches} micro-batches x {trainer.world_size} devices"
+    micro = (
+        f"{cfg.data.batch_size} x {cfg.trainer.accumulate_grad_batches} micro-batches x {trainer.world_size} devices"
+    )
     return {
         "data": where,
         **data.describe(),

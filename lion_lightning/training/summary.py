@@ -20,4 +20,5 @@ def show(console: Console, title: str, lines: Mapping[str, str]) -> None:
 def model_card(title: str, lines: Mapping[str, str], library: str = "transformers") -> str:
     """A Hugging Face model card that says how the weights came about."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in lines.items())
-    return f"---\nlibrary_name: {library}\n---\n\n# {title}\n\nTrained with lion_lightning.\n\n| | |\n| --- | --- |\n{rows}\n"
+    head = f"---\nlibrary_name: {library}\n---\n\n# {title}\n\nTrained with lion_lightning.\n\n"
+    return f"{head}| | |\n| --- | --- |\n{rows}\n"

@@ -18,9 +18,9 @@ BYTES_PER_GIB = 2**30
 class Throughput(Callback):
     """Logs `perf/*` and how much data the run has seen.
 
-    Under `perf/`: `step_ms` (one optimizer step), `samples_per_second`, `tokens_per_second` (over all ranks), `data_wait`
-    (share of the time spent waiting for a batch), `peak_memory_gib` (device, or the process on a CPU), `seconds` (since
-    training began). Under `data/`: `samples_seen`, `tokens_seen`.
+    Under `perf/`: `step_ms` (one optimizer step), `samples_per_second`, `tokens_per_second` (over all ranks),
+    `data_wait` (share of the time spent waiting for a batch), `peak_memory_gib` (device, or the process on a CPU),
+    `seconds` (since training began). Under `data/`: `samples_seen`, `tokens_seen`.
 
     Args:
         tokens_per_sample: None where a sample is not made of tokens.
@@ -59,8 +59,8 @@ class Throughput(Callback):
             self._waits.append(self._wait)
             self._samples.append(samples)
         self._mark = now
-        if self._durations and trainer.global_step % trainer.log_every_n_steps == 0:
-            self.log_dict({**self.measured(trainer), **self._seen(), "perf/seconds": now - self._began})
+        if self._durations and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.log_dict({**self.measured(trainer), **self._seen(), "perf/seconds": now - self._began})
 
     def measured(self, trainer: Trainer) -> dict[str, float]:
         """The `perf/*` figures so far; empty before the first measured batch."""
@@ -91,7 +91,6 @@ class Throughput(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.samples_seen = state_dict["samples_seen"]
-
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

@@ -19,6 +19,7 @@ from lion_lightning.training.errors import ConfigError
 
 log = logging.getLogger(__name__)
 PASSAGE_CHARACTERS = 20_000
+TOPIC_PASSAGE_CHARACTERS = 2_000  # a few topics are very long; whole, they would decide the validation set alone
 _PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
 
 
@@ -44,11 +45,12 @@ class PythonDocs:
     MIN_CHARACTERS = 80
 
     def fingerprint(self) -> str:
-        return f"python_docs {sys.version}"
+        return f"python_docs {TOPIC_PASSAGE_CHARACTERS} {sys.version}"
 
     def documents(self) -> Iterator[str]:
         topics = importlib.import_module("pydoc_data.topics").topics
-        yield from (topics[name] for name in sorted(topics))
+        for name in sorted(topics):
+            yield from passages(topics[name], TOPIC_PASSAGE_CHARACTERS)
         root = Path(sysconfig.get_path("stdlib"))
         for path in sorted(root.rglob("*.py")):
             if not self.SKIPPED_PACKAGES.intersection(path.relative_to(root).parts):
@@ -127,6 +129,6 @@ def passages(text: str, size: int = PASSAGE_CHARACTERS) -> Iterator[str]:
 
 
 def is_held_out(document: str, fraction: float) -> bool:
-    """Whether `document` belongs to the validation set: decided by its content alone, whatever the order or the seed."""
+    """Whether `document` is for validation: decided by its content alone, whatever the order or the seed."""
     digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64

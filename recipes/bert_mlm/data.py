@@ -75,7 +75,7 @@ class TextBlocks(StreamDataModule):
         self.blocks: Blocks | None = None
 
     def prepare_data(self) -> None:
-        prepare_blocks(self.corpus, self.settings, self.cache)
+        self.setup("fit")
 
     def setup(self, stage: str) -> None:
         if self.blocks is None:
@@ -108,3 +108,9 @@ class TextBlocks(StreamDataModule):
         counts[: len(SPECIAL_TOKENS)] = 0
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
+
+    def log_unigram_shares(self) -> Tensor:
+        """Logarithm of each token's share of the training text, one occurrence added to each: float32 (vocabulary,)."""
+        counts = np.bincount(self.ready.train.ravel(), minlength=len(self.ready.tokenizer)).astype(np.float64)
+        counts[: len(SPECIAL_TOKENS)] = 0
+        return torch.from_numpy(np.log((counts + 1) / (counts + 1).sum())).float()

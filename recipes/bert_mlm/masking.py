@@ -55,7 +55,14 @@ class MaskedBatch:
 
 
 def mask_tokens(
-    input_ids: Tensor, sample: Tensor, *, masking: Masking, seed: int, mask_id: int, first_normal_id: int, vocab_size: int
+    input_ids: Tensor,
+    sample: Tensor,
+    *,
+    masking: Masking,
+    seed: int,
+    mask_id: int,
+    first_normal_id: int,
+    vocab_size: int,
 ) -> MaskedBatch:
     """Hide the same tokens of the same sample every time.
 

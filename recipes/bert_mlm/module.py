@@ -24,7 +24,7 @@ VALIDATION_SEED = 20_181_011
 class BertMLM(LionMixin, LightningModule):
     """A `transformers` masked language model trained on packed blocks.
 
-    The encoder runs on whole blocks; the vocabulary head, the larger part of a small BERT's work, on hidden tokens only.
+    The encoder runs on whole blocks; the vocabulary head, most of a small BERT's work, on hidden tokens only.
 
     Args:
         config: a `transformers` configuration with a masked-LM head; its vocabulary is set to the tokenizer's.
@@ -122,7 +122,7 @@ class BertMLM(LionMixin, LightningModule):
             hidden[place] = tokenizer.mask_token_id
             batch = MaskedBatch(hidden[None].to(self.device), torch.tensor([[place]], device=self.device), tokens[None])
             best = self.hidden_logits(batch)[0].topk(3).indices.tolist()
-            text = tokenizer.decode(hidden[1:].tolist()).replace("[SEP]", "/")
+            text = str(tokenizer.decode(hidden[1:].tolist())).replace("[SEP]", "/")
             lines.append(f"{text} -> {', '.join(tokenizer.convert_ids_to_tokens(best))} (it was: {answer})")
         return lines
 
@@ -136,13 +136,22 @@ def build_model(config: PretrainedConfig, data: TextBlocks) -> Any:
     if not isinstance(data, TextBlocks):
         raise ConfigError(f"recipe=bert_mlm trains on text, not on {type(data).__name__}; try data=python_docs")
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
-        raise ConfigError(f"recipe=bert_mlm needs a model with a masked-LM head, not {config.model_type}; try model=bert_mini")
+        raise ConfigError(
+            f"recipe=bert_mlm needs a model with a masked-LM head, not {config.model_type}; try model=bert_mini"
+        )
     length = data.settings.sequence_length
     if length > config.max_position_embeddings:
-        raise ConfigError(f"data.sequence_length={length} is longer than the model's {config.max_position_embeddings} positions")
+        raise ConfigError(
+            f"data.sequence_length={length} is longer than the model's {config.max_position_embeddings} positions"
+        )
     tokenizer = data.ready.tokenizer
     config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
-    return AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa")
+    model = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa")
+    with torch.no_grad():
+        # Start from the corpus' word frequencies instead of learning them: a sign optimizer moves a bias by lr a step,
+        # and log frequencies span a dozen nats, so a short run would spend itself on this alone.
+        model.get_output_embeddings().bias.copy_(data.log_unigram_shares())
+    return model
 
 
 def _whole_word(tokens: Tensor, tokenizer: Any) -> int:

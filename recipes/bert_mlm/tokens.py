@@ -1,7 +1,7 @@
 """Documents -> WordPiece tokenizer -> packed blocks of tokens on disk, made once and memory-mapped from then on.
 
-A block is `[CLS]` and `sequence_length - 1` tokens of the running text, in which `[SEP]` ends each document: no padding,
-so every position is worth computing.
+A block is `[CLS]` and `sequence_length - 1` tokens of the running text, in which `[SEP]` ends each document: no
+padding, so every position is worth computing.
 """
 
 import json
@@ -94,9 +94,8 @@ def train_tokenizer(documents: Iterator[str], vocab_size: int, lowercase: bool) 
         vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False, min_frequency=2
     )
     tokenizer.train_from_iterator(documents, trainer)
-    tokenizer.post_processor = processors.BertProcessing(
-        ("[SEP]", tokenizer.token_to_id("[SEP]")), ("[CLS]", tokenizer.token_to_id("[CLS]"))
-    )
+    separator, start = SPECIAL_TOKENS.index("[SEP]"), SPECIAL_TOKENS.index("[CLS]")  # the trainer puts them first
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", separator), ("[CLS]", start))
     return tokenizer
 
 

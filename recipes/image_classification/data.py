@@ -62,17 +62,15 @@ class ImageArrays(StreamDataModule):
         self.splits: ImageSplits | None = None
 
     def prepare_data(self) -> None:
-        self._folder()
+        self.setup("fit")
 
     def setup(self, stage: str) -> None:
         if self.splits is None:
-            folder, self._reused = self._folder()
+            key = f"{FORMAT_VERSION} {self.source.fingerprint()}"
+            folder, self._reused = cached_folder(self.cache, key, self._write)
             classes = tuple(json.loads((folder / "classes.json").read_text(encoding="utf-8")))
             self.splits = ImageSplits(_read(folder, "train"), _read(folder, "val"), classes)
             self.train_set, self.val_set = ImageDataset(self.splits.train), ImageDataset(self.splits.val)
-
-    def _folder(self) -> tuple[Path, bool]:
-        return cached_folder(self.cache, f"{FORMAT_VERSION} {self.source.fingerprint()}", self._write)
 
     def _write(self, folder: Path) -> None:
         splits = self.source.load()
@@ -101,7 +99,7 @@ class ImageArrays(StreamDataModule):
 
     def pixel_statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel of the training images, in units of 0 to 1."""
-        sample = self.ready.train.pixels[: 10_000].astype(np.float32) / 255
+        sample = self.ready.train.pixels[:10_000].astype(np.float32) / 255
         return sample.mean((0, 2, 3)).tolist(), sample.std((0, 2, 3)).clip(min=1e-3).tolist()
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from kornia.augmentation import AugmentationSequential, RandomCrop, RandomHorizontalFlip
@@ -13,7 +14,7 @@ from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoModelForImageClassification,
     PretrainedConfig,
-    ViTImageProcessor,
+    ViTImageProcessorPil,
 )
 
 from lion_lightning.mixin import LionMixin, OptimizerFactory
@@ -35,6 +36,9 @@ class ImageClassifier(LionMixin, LightningModule):
         flip: whether half of the images are mirrored.
         seed: keys the augmentation.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -104,10 +108,10 @@ class ImageClassifier(LionMixin, LightningModule):
         return None
 
     def export(self, folder: Path, card: str) -> None:
-        """Write a Hugging Face model folder that `pipeline("image-classification")` opens, with `card` as its README."""
+        """Write a Hugging Face folder that `pipeline("image-classification")` opens, with `card` as its README."""
         self.model.save_pretrained(folder)
         height, width = self.data.ready.train.pixels.shape[-2:]
-        ViTImageProcessor(
+        ViTImageProcessorPil(
             size={"height": height, "width": width},
             image_mean=self.mean.flatten().tolist(),
             image_std=self.std.flatten().tolist(),
@@ -118,9 +122,9 @@ class ImageClassifier(LionMixin, LightningModule):
     def showcase(self) -> list[str]:
         """The most confident mistakes on up to 1,000 validation images."""
         images, classes = self.data.ready.val, self.data.ready.classes
-        pixels = torch.from_numpy(images.pixels[:1000]).to(self.device)
+        pixels = torch.tensor(images.pixels[:1000]).to(self.device)
         shares, guesses = self(pixels).softmax(-1).max(-1)
-        labels = torch.from_numpy(images.labels[:1000]).to(self.device)
+        labels = torch.tensor(images.labels[:1000]).to(self.device)
         wrong = (guesses != labels).nonzero().flatten()
         worst = wrong[shares[wrong].argsort(descending=True)][:3].tolist()
         if not worst:
@@ -131,14 +135,16 @@ class ImageClassifier(LionMixin, LightningModule):
         ]
 
 
-def build_model(config: PretrainedConfig, data: ImageArrays) -> nn.Module:
+def build_model(config: PretrainedConfig, data: ImageArrays) -> Any:
     """The classifier of `config`, sized for the data.
 
     Raises:
         ConfigError: the configuration has no image-classification head, or its patches do not fit the images.
     """
     if not isinstance(data, ImageArrays):
-        raise ConfigError(f"recipe=image_classification trains on images, not on {type(data).__name__}; try data=digits")
+        raise ConfigError(
+            f"recipe=image_classification trains on images, not on {type(data).__name__}; try data=digits"
+        )
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise ConfigError(
             f"recipe=image_classification needs a model with an image-classification head, not {config.model_type}; "
@@ -156,7 +162,7 @@ def build_model(config: PretrainedConfig, data: ImageArrays) -> nn.Module:
 
 def build_augmentation(size: Sequence[int], crop_padding: int, flip: bool) -> nn.Module | None:
     """Kornia's random crop and mirror on batches in [0, 1]; None if neither is wanted."""
-    steps: list[nn.Module] = []
+    steps: list[Any] = []
     if crop_padding:
         steps.append(RandomCrop((size[0], size[1]), padding=crop_padding))
     if flip:

@@ -100,7 +100,9 @@ class ImageFiles:
         self, path: str | None, image_size: int = 32, val_fraction: float = 0.1, max_broken: int = 100
     ) -> None:
         if not path:
-            raise ConfigError("data=image_files needs data.path=: an image folder, or parquet files in the hub's schema")
+            raise ConfigError(
+                "data=image_files needs data.path=: an image folder, or parquet files in the hub's schema"
+            )
         self.path = Path(path).expanduser()
         if not self.path.exists():
             raise ConfigError(f"data.path={path}: there is no such file or folder")
@@ -128,7 +130,9 @@ class ImageFiles:
         else:
             val = self._decode(splits[val_name], image, label, classes)
         if not len(train) or not len(val):
-            raise ConfigError(f"data.path={self.path}: {len(train)} training and {len(val)} validation images; need both")
+            raise ConfigError(
+                f"data.path={self.path}: {len(train)} training and {len(val)} validation images; need both"
+            )
         return ImageSplits(train, val, classes)
 
     def _open(self) -> DatasetDict:
@@ -140,22 +144,28 @@ class ImageFiles:
         return load_dataset("parquet", data_files=files)
 
     def _decode(self, dataset: Dataset, image: str, label: str, classes: Sequence[str]) -> Images:
-        pixels, labels, broken = [], [], []  # type: ignore[var-annotated]
+        pixels: list[np.ndarray] = []
+        labels: list[int] = []
+        broken: list[str] = []
         for number, row in enumerate(dataset.cast_column(image, Image(decode=False))):
             try:
-                pixels.append(_square(row[image], self.image_size))
+                decoded = _square(row[image], self.image_size)
             except (OSError, ValueError, Picture.DecompressionBombError) as error:
                 broken.append(f"{row[image].get('path') or f'image {number}'}: {error}")
-                if len(broken) > self.max_broken:
-                    raise ConfigError(
-                        f"data.path={self.path}: more than {self.max_broken} images cannot be read, the last one {broken[-1]}"
-                    ) from error
-                continue
-            labels.append(_class_index(row[label], classes, number, label))
+                self._check_broken(broken)
+            else:
+                pixels.append(decoded)
+                labels.append(_class_index(row[label], classes, number, label))
         if broken:
-            log.warning("%d of %d images cannot be read and are left out: %s", len(broken), len(dataset), "; ".join(broken[:3]))
+            log.warning("%d of %d images are left out: %s", len(broken), len(dataset), "; ".join(broken[:3]))
         shape = (0, 3, self.image_size, self.image_size)
         return Images(np.stack(pixels) if pixels else np.empty(shape, np.uint8), np.array(labels, np.int64))
+
+    def _check_broken(self, broken: Sequence[str]) -> None:
+        if len(broken) > self.max_broken:
+            raise ConfigError(
+                f"data.path={self.path}: over {self.max_broken} images cannot be read, the last of them {broken[-1]}"
+            )
 
 
 def hold_out(images: Images, fraction: float) -> tuple[Images, Images]:
@@ -203,21 +213,23 @@ def _class_names(dataset: Dataset, label: str) -> tuple[str, ...]:
 def _class_index(value: Any, classes: Sequence[str], number: int, column: str) -> int:
     index = value if isinstance(value, int) else classes.index(value) if value in classes else -1
     if not 0 <= index < len(classes):
-        raise ConfigError(f"image {number} has {column}={value!r}, which is none of the {len(classes)} training classes")
+        raise ConfigError(
+            f"image {number} has {column}={value!r}, which is none of the {len(classes)} training classes"
+        )
     return index
 
 
 def _square(stored: Mapping[str, Any], size: int) -> np.ndarray:
     """Decode to uint8 (3, size, size): shorter side resized, middle square."""
     source = io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]
-    with Picture.open(source) as picture:
-        if picture.width * picture.height > MAX_PIXELS:
-            raise ValueError(f"{picture.width}x{picture.height} is over {MAX_PIXELS:,} pixels")
-        picture = picture.convert("RGB")
-        if picture.size != (size, size):
-            scale = size / min(picture.size)
-            width, height = (max(size, round(side * scale)) for side in picture.size)
-            left, top = (width - size) // 2, (height - size) // 2
-            resized = picture.resize((width, height), Picture.Resampling.BICUBIC)
-            picture = resized.crop((left, top, left + size, top + size))
-        return np.asarray(picture).transpose(2, 0, 1).copy()
+    with Picture.open(source) as opened:
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(f"{opened.width}x{opened.height} is over {MAX_PIXELS:,} pixels")
+        picture = opened.convert("RGB")
+    if picture.size != (size, size):
+        scale = size / min(picture.size)
+        width, height = (max(size, round(side * scale)) for side in picture.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        resized = picture.resize((width, height), Picture.Resampling.BICUBIC)
+        picture = resized.crop((left, top, left + size, top + size))
+    return np.asarray(picture).transpose(2, 0, 1).copy()

@@ -1,0 +1,35 @@
+# `make train` and `make test` set everything up by themselves; ARGS go on to train.py, TESTS to pytest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint lock clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+train: $(READY) ## train; ARGS="recipe=image_classification optim=adamw" go on to train.py
+	$(BIN)/python train.py $(ARGS)
+
+test: $(READY) ## run the tests; TESTS=tests/optim picks some
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(READY) ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lock: ## write requirements.lock from what is installed in .venv
+	$(BIN)/python -m pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+).*/\1/' > requirements.lock
+
+clean: ## remove the environment and what the tools left
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+# One environment, rebuilt only when the lock or the packaging changes.
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@

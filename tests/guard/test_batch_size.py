@@ -1,0 +1,31 @@
+from lion_lightning.guard.batch_size import EffectiveBatch
+
+
+def test_micro_batches_add_up_and_a_short_tail_counts_as_it_is():
+    batch = EffectiveBatch(min_batch_size=64)
+    assert not batch.is_small  # nothing seen yet
+    for samples, expected in (((32, 32), 64), ((32, 7), 39)):
+        for micro in samples:
+            batch.add(micro)
+        batch.close()
+        assert batch.last == expected
+    assert batch.is_small
+
+
+def test_the_advice_names_what_was_seen_and_what_to_do():
+    batch = EffectiveBatch(min_batch_size=64)
+    batch.add(24)
+    batch.close()
+    assert "24 samples, below 64" in batch.advice()
+    assert "accumulate 3 times" in batch.advice()
+
+
+def test_state_goes_round():
+    batch = EffectiveBatch()
+    batch.add(5)
+    batch.close()
+    batch.add(3)
+    again = EffectiveBatch()
+    again.load_state_dict(batch.state_dict())
+    again.close()
+    assert (batch.last, again.last) == (5, 3)

@@ -1,0 +1,142 @@
+"""LionGuard inside a Lightning run of a module that is not ours."""
+
+import logging
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lion_lightning import Lion, LionGuard, LionMixin
+from lion_lightning.guard.callback import TrainingStopped, default_warmup_steps
+
+
+class Regression(LionMixin, LightningModule):
+    def __init__(self, poisoned_step: int | None = None) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 1)
+        self.poisoned_step = poisoned_step
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        return loss * float("nan") if batch_idx == self.poisoned_step else loss
+
+
+class AdamRegression(Regression):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+
+class Recorder(Callback):
+    """What was logged, in one dictionary a step."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def fit(module, guard, tmp_path, samples=512, batch_size=64, **options):
+    recorder = Recorder()
+    torch.manual_seed(1)
+    inputs = torch.randn(samples, 4)
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        callbacks=[guard, recorder],
+        **{"max_epochs": 1, **options},
+    )
+    trainer.fit(module, DataLoader(TensorDataset(inputs, inputs.sum(1, keepdim=True)), batch_size=batch_size))
+    return trainer, recorder.rows
+
+
+@pytest.mark.parametrize("module", [Regression, AdamRegression])
+def test_the_first_steps_are_warmed_up_and_what_is_logged_is_what_was_applied(tmp_path, module):
+    trainer, rows = fit(module(), LionGuard(warmup_steps=4), tmp_path)
+    (name,) = {key for key in rows[0] if key.startswith("lr-") and not key.endswith("no_decay")}
+    peak = trainer.optimizers[0].param_groups[0].get("initial_lr", 0.1)
+    assert rows[0][name] == pytest.approx(peak / 4)
+    _, bare = fit(module(), LionGuard(warmup_steps=0), tmp_path)
+    assert [row[name] for row in rows] == pytest.approx(
+        [row[name] * min(1, (step + 1) / 4) for step, row in enumerate(bare)]
+    )
+    assert rows[0]["guard/warmup_factor"] == 0.25
+    assert rows[-1]["guard/warmup_factor"] == 1.0
+
+
+def test_hooks_are_gone_after_the_run(tmp_path):
+    guard = LionGuard(warmup_steps=4)
+    trainer, _ = fit(Regression(), guard, tmp_path)
+    optimizer = trainer.optimizers[0]
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    assert guard.warmup.step == trainer.global_step == 8
+
+
+def test_a_small_batch_is_warned_about_once_with_what_to_do(tmp_path, caplog):
+    guard = LionGuard()
+    with caplog.at_level(logging.WARNING, "lion_lightning"):
+        _, rows = fit(Regression(), guard, tmp_path, samples=96, batch_size=16)
+    warnings = [record.message for record in caplog.records if "effective batch" in record.message]
+    assert len(warnings) == 1
+    assert "16 samples, below 64" in warnings[0]
+    assert "accumulate 4 times" in warnings[0]
+    assert rows[-1]["guard/effective_batch_size"] == 16
+    assert [event["kind"] for event in guard.events] == ["small_batch"]
+
+
+def test_accumulation_is_counted_and_the_tail_is_what_it_is(tmp_path, caplog):
+    guard = LionGuard(min_batch_size=1)
+    _, rows = fit(Regression(), guard, tmp_path, samples=16 * 4 + 16 + 5, batch_size=16, accumulate_grad_batches=4)
+    sizes = [row["guard/effective_batch_size"] for row in rows if "guard/effective_batch_size" in row]
+    assert 64 in sizes
+    assert guard.batch.last == 21
+    assert not [record for record in caplog.records if record.name.startswith("lion_lightning")]
+
+
+@pytest.mark.parametrize("step", [0, 3, 7])
+def test_a_loss_that_is_not_a_number_stops_the_run_and_says_why(tmp_path, step):
+    guard = LionGuard(warmup_steps=0)
+    with pytest.raises(TrainingStopped, match=r"training loss is nan.*lower the learning rate") as stopped:
+        fit(Regression(poisoned_step=step), guard, tmp_path)
+    assert stopped.value.exit_code == 42
+    assert guard.events[-1]["kind"] == "nonfinite_loss"
+
+
+def test_without_the_guard_the_same_run_goes_on_in_silence(tmp_path):
+    trainer, _ = fit(Regression(poisoned_step=3), Recorder(), tmp_path)
+    assert trainer.global_step == 8
+
+
+def test_state_survives_and_the_warm_up_is_not_started_again(tmp_path):
+    guard = LionGuard(warmup_steps=20)
+    fit(Regression(), guard, tmp_path)
+    again = LionGuard(warmup_steps=20)
+    again.load_state_dict(guard.state_dict())
+    _, rows = fit(Regression(), again, tmp_path)
+    assert rows[0]["guard/warmup_factor"] == pytest.approx(9 / 20)
+
+
+def test_default_warm_up_fills_the_momentum_but_takes_at_most_a_tenth_of_the_run():
+    parameter = nn.Parameter(torch.zeros(1))
+    lion = Lion([parameter], betas=(0.95, 0.98))
+    adamw = torch.optim.AdamW([parameter])
+    assert default_warmup_steps([lion], 10_000) == 100
+    assert default_warmup_steps([adamw], 10_000) == 200
+    assert default_warmup_steps([lion], 50_000) == 500
+    assert default_warmup_steps([lion], 300) == 30
+    assert default_warmup_steps([lion], float("inf")) == 100
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -3"):
+        LionGuard(warmup_steps=-3)
+    with pytest.raises(ValueError, match="min_batch_size must be at least 0, got -1"):
+        LionGuard(min_batch_size=-1)

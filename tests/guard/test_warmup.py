@@ -1,0 +1,100 @@
+"""The rate that is applied is always warm-up x schedule, whatever the scheduler, and no scheduler ever sees it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    LambdaLR,
+    LinearLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
+
+from lion_lightning.guard.warmup import LinearWarmup, WarmupHook
+
+STEPS, WARMUP = 12, 5
+SCHEDULERS = {
+    "none": lambda optimizer: None,
+    "lambda": lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+    "cosine": lambda optimizer: CosineAnnealingLR(optimizer, STEPS),
+    "one_cycle": lambda optimizer: OneCycleLR(optimizer, max_lr=0.5, total_steps=STEPS + 1),
+    "plateau": lambda optimizer: ReduceLROnPlateau(optimizer, patience=1),
+    "sequential": lambda optimizer: SequentialLR(
+        optimizer, [ConstantLR(optimizer, 0.5, 3), LinearLR(optimizer, 1.0, 0.1, 6)], [4]
+    ),
+}
+
+
+def rates_of(make_scheduler, warmup_steps, steps=STEPS, tensor_rate=False):
+    """(rates seen inside each step, rates in the groups after each step)"""
+    parameter = nn.Parameter(torch.ones(1))
+    rate = torch.tensor(0.1) if tensor_rate else 0.1
+    optimizer = AdamW([parameter], lr=rate) if tensor_rate else SGD([parameter], lr=rate)
+    if warmup_steps is not None:
+        WarmupHook(optimizer, LinearWarmup(warmup_steps))
+    inside: list[float] = []
+    optimizer.register_step_pre_hook(lambda opt, *_: inside.append(float(opt.param_groups[0]["lr"])))
+    scheduler = make_scheduler(optimizer)
+    after = []
+    for _ in range(steps):
+        parameter.grad = torch.ones(1)
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step(*([1.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
+        after.append(float(optimizer.param_groups[0]["lr"]))
+    return inside, after
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_applied_rate_is_the_product(name):
+    bare_inside, bare_after = rates_of(SCHEDULERS[name], None)
+    inside, after = rates_of(SCHEDULERS[name], WARMUP)
+    factors = [min(1.0, (step + 1) / WARMUP) for step in range(STEPS)]
+    assert inside == pytest.approx([rate * factor for rate, factor in zip(bare_inside, factors, strict=True)])
+    assert after == pytest.approx(bare_after)
+
+
+def test_a_tensor_rate_is_scaled_in_place_and_put_back():
+    bare_inside, bare_after = rates_of(SCHEDULERS["none"], None, tensor_rate=True)
+    inside, after = rates_of(SCHEDULERS["none"], WARMUP, tensor_rate=True)
+    assert inside[:2] == pytest.approx([0.1 / WARMUP, 0.2 / WARMUP])
+    assert inside[-1] == pytest.approx(bare_inside[-1])
+    assert after == pytest.approx(bare_after)
+
+
+def test_an_exception_inside_the_step_does_not_stick():
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = SGD([parameter], lr=0.1)
+    hook = WarmupHook(optimizer, LinearWarmup(4))
+
+    def broken():
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(broken)
+    parameter.grad = torch.ones(1)
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+    assert hook.applied == pytest.approx([0.025])  # the failed step did not count
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(broken)
+    hook.remove()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+def test_a_resumed_warm_up_goes_on_where_it_was():
+    warmup = LinearWarmup(10)
+    warmup.step = 3
+    resumed = LinearWarmup(0)
+    resumed.load_state_dict(warmup.state_dict())
+    assert resumed.factor == warmup.factor == pytest.approx(0.4)
+
+
+def test_no_warm_up_and_a_negative_one():
+    assert LinearWarmup(0).factor == 1.0
+    with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -1"):
+        LinearWarmup(-1)

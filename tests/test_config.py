@@ -1,0 +1,187 @@
+"""conf/: every combination composes, every `_target_` is allowed and takes its arguments, every key is explained."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+import pytest
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    from conftest import Compose
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+RECIPES, OPTIMIZERS, SCHEDULES, MODELS, LOGGERS, DATA = (
+    sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    for group in ("recipe", "optim", "schedule", "model", "logger", "data")
+)
+FILES = sorted(CONF.rglob("*.yaml"))
+# Labels for people and for Hydra; whatever else a file sets is explained beside it or in the line above.
+NEEDS_NO_COMMENT = {"name", "_target_", "_partial_", "defaults"}
+# Sizes of a model are named by the line at the top, which cites the paper.
+MODEL_SIZES = {
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "embedding_size", "hidden_sizes",
+    "depths", "layer_type", "hidden_dropout_prob", "attention_probs_dropout_prob",
+}  # fmt: skip
+
+
+def targets(node: Any) -> Iterator[dict[str, Any]]:
+    """Every node with a `_target_` in a plain config."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield node
+        for value in node.values():
+            yield from targets(value)
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+def test_the_groups_are_filled() -> None:
+    assert {"bert_mlm", "image_classification"} <= set(RECIPES)
+    assert {"lion", "adamw", "signum", "adafactor", "sgd"} <= set(OPTIMIZERS)
+    assert {"cosine", "linear", "constant", "amos"} <= set(SCHEDULES)
+    assert {"wandb", "csv", "tensorboard", "none"} <= set(LOGGERS)
+    assert {"python_docs", "text_files", "digits", "image_files"} <= set(DATA)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_every_recipe_composes_with_every_optimizer_and_schedule(recipe: str, optim: str) -> None:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        for schedule in SCHEDULES:
+            overrides = [f"recipe={recipe}", f"optim={optim}", f"schedule={schedule}", "run_dir=out"]
+            cfg = hydra.compose("train", overrides)
+            composed = plain(cfg)
+            assert (cfg.recipe.name, cfg.optim.name, cfg.schedule.name) == (recipe, optim, schedule)
+            assert composed["run_name"] == f"{recipe}-{optim}-s1"
+            assert optim not in composed["group"], "a group is what optimizers are compared in"
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_the_group_is_the_same_for_every_optimizer_and_seed(compose: Compose, optim: str) -> None:
+    assert compose(f"optim={optim}", "seed=7", "run_dir=out").group == compose("run_dir=out").group
+
+
+def test_the_group_changes_with_what_is_compared(compose: Compose) -> None:
+    changes = ["model=bert_mini", "data=text_files", "trainer.max_steps=7", "data.batch_size=7"]
+    groups = [compose("run_dir=out", *change).group for change in ([], *([change] for change in changes))]
+    assert len(set(groups)) == len(groups)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_never_touches_the_optimizer(recipe: str) -> None:
+    written = yaml.safe_load((CONF / "recipe" / f"{recipe}.yaml").read_text())
+    assert "optim" not in written
+    assert not [entry for entry in written["defaults"] if "optim" in str(entry)]
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_an_optimizer_is_what_its_file_says_in_both_recipes(compose: Compose, optim: str) -> None:
+    written = OmegaConf.to_container(OmegaConf.load(CONF / "optim" / f"{optim}.yaml"))
+    for recipe in RECIPES:
+        assert plain(compose(f"recipe={recipe}", f"optim={optim}", "tuned=null", "run_dir=out"))["optim"] == written
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        f"{group}={name}"
+        for group, names in (("recipe", RECIPES), ("optim", OPTIMIZERS), ("schedule", SCHEDULES), ("model", MODELS))
+        for name in names
+    ]
+    + [f"{group}={name}" for group, names in (("data", DATA), ("logger", LOGGERS)) for name in names],
+)
+def test_every_target_is_allowed_and_takes_its_arguments(compose: Compose, choice: str) -> None:
+    from lion_lightning.training.instantiate import LABEL, resolve
+
+    found = list(targets(plain(compose(choice, "run_dir=out"))))
+    assert len(found) >= 8
+    for node in found:
+        signature = inspect.signature(resolve(node["_target_"]))
+        arguments = node.keys() - {"_target_", "_partial_", LABEL}
+        signature.bind_partial(**dict.fromkeys(arguments))  # TypeError: a key that is no argument
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_key_is_an_attribute_of_its_configuration(compose: Compose, model: str) -> None:
+    """`transformers` configurations take any keyword, so a misspelt size would pass unseen."""
+    from lion_lightning.training.instantiate import resolve
+
+    node = plain(compose(f"model={model}", "run_dir=out"))["model"]["config"]
+    default = resolve(node["_target_"])()
+    assert not [key for key in node if key != "_target_" and not hasattr(default, key)]
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_optimizer_and_schedule_is_built_as_configured(compose: Compose, optim: str, schedule: str) -> None:
+    import torch
+
+    from lion_lightning.training.instantiate import instantiate
+
+    cfg = compose(f"optim={optim}", f"schedule={schedule}", "run_dir=out")
+    optimizer = instantiate(cfg.optim)([torch.nn.Parameter(torch.ones(3))])
+    assert optimizer.param_groups[0]["lr"] == cfg.optim.lr
+    factor = instantiate(cfg.schedule)(100)
+    assert factor(0) == pytest.approx(1.0)
+    assert factor(100) == pytest.approx(cfg.schedule.get("final", 1.0), abs=1e-6)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONF)))
+def test_every_key_carries_a_comment(file: Path) -> None:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if not line.startswith("# @package")][0].startswith("#"), "no line says what it is"
+    assert not unexplained(lines), f"{file.name}: no comment on {unexplained(lines)}"
+
+
+def test_an_unexplained_key_is_found() -> None:
+    assert unexplained(["# What it is.", "name: x", "lr: 0.1", "eps: 1  # why"]) == ["lr"]
+    assert unexplained(["# What it is.", "# For the next line.", "lr: 0.1"]) == []
+    assert unexplained(["outer:", "  inner: 1"]) == ["inner"]
+
+
+def unexplained(lines: list[str]) -> list[str]:
+    """Leaf keys with a comment neither on their line nor on the line above."""
+    found, inside_defaults = [], False
+    for above, line in zip([""] * 2 + lines, ["", *lines], strict=False):
+        key = re.match(r"^( *)([\w./]+):(.*)$", line)
+        if not key:
+            continue
+        inside_defaults = key[2] == "defaults" or (inside_defaults and key[1] != "")
+        is_leaf = key[3].split("#")[0].strip() != ""
+        explained = " #" in line or (above.lstrip().startswith("#") and above != lines[0])
+        if is_leaf and not explained and not inside_defaults and key[2] not in NEEDS_NO_COMMENT | MODEL_SIZES:
+            found.append(key[2])
+    return found
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"], ["--hydra-help"]], ids=" ".join)
+def test_the_manual_loads_no_heavy_library(root: Path, flags: list[str]) -> None:
+    script = (
+        "import runpy, sys; sys.argv = ['train.py', *sys.argv[1:]]\n"
+        "try: runpy.run_path('train.py', run_name='__main__')\n"
+        "finally: print('HEAVY', sorted({'torch', 'lightning', 'transformers', 'wandb', 'datasets', 'numpy'} & set(sys.modules)))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", script, *flags], cwd=root, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "HEAVY []" in answer.stdout
+
+
+def test_help_reads_like_a_manual(root: Path) -> None:
+    page = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=root, capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    for name in (*RECIPES, *OPTIMIZERS, *SCHEDULES, *MODELS, *DATA, "python train.py optim=adamw", "--cfg job"):
+        assert name in page

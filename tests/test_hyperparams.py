@@ -1,0 +1,88 @@
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClassification
+
+from lion_lightning import Lion, from_adamw
+from lion_lightning.hyperparams import PRESETS, parameter_groups, preset
+
+
+def names(group):
+    return {name for name, _ in group["params"]}
+
+
+def test_from_adamw_keeps_the_product_of_rate_and_decay():
+    lion = from_adamw(lr=1e-3, weight_decay=0.1)
+    assert lion == pytest.approx({"lr": 1e-4, "weight_decay": 1.0})
+    for factor in (3, 5, 10):
+        lion = from_adamw(lr=4e-4, weight_decay=0.05, factor=factor)
+        assert lion["lr"] * lion["weight_decay"] == pytest.approx(4e-4 * 0.05)
+        assert lion["lr"] == pytest.approx(4e-4 / factor)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": 0.0}, "lr must be a positive number, got 0.0"),
+        ({"lr": float("nan")}, "lr must be a positive number, got nan"),
+        ({"lr": 1e-3, "weight_decay": -1}, "weight_decay must be a number of at least 0, got -1"),
+        ({"lr": 1e-3, "factor": 0.5}, "factor must be a number of at least 1"),
+    ],
+)
+def test_from_adamw_refuses_what_is_not_a_setting(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        from_adamw(**arguments)
+
+
+def test_every_preset_makes_an_optimizer_and_names_its_source():
+    for name, published in PRESETS.items():
+        group = Lion([nn.Parameter(torch.zeros(2))], **preset(name)).param_groups[0]
+        assert group["lr"] == published.lr
+        assert group["weight_decay"] == published.weight_decay
+        assert len(published.source) > 20
+    with pytest.raises(ValueError, match=r"name must be one of base, .* got 'gpt5'"):
+        preset("gpt5")
+
+
+def test_bert_decays_matrices_and_nothing_else():
+    model = BertForMaskedLM(
+        BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    )
+    decay, no_decay = parameter_groups(model, weight_decay=0.1)
+    assert (decay["name"], decay["weight_decay"]) == ("decay", 0.1)
+    assert (no_decay["name"], no_decay["weight_decay"]) == ("no_decay", 0.0)
+    assert "bert.embeddings.word_embeddings.weight" in names(decay)
+    assert "bert.encoder.layer.0.attention.self.query.weight" in names(decay)
+    assert "bert.embeddings.position_embeddings.weight" in names(no_decay)
+    assert all(name.endswith("weight") for name in names(decay))
+    assert not any("LayerNorm" in name or name.endswith("bias") for name in names(decay))
+
+
+def test_tied_weights_come_once():
+    model = BertForMaskedLM(
+        BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    )
+    grouped = [parameter for group in parameter_groups(model, 0.1) for _, parameter in group["params"]]
+    assert len({id(parameter) for parameter in grouped}) == len(grouped) == len(list(model.parameters()))
+
+
+def test_vit_positions_and_norms_do_not_decay():
+    model = ViTForImageClassification(
+        ViTConfig(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=8, patch_size=4
+        )
+    )
+    _, no_decay = parameter_groups(model, 0.1)
+    assert "vit.embeddings.position_embeddings" in names(no_decay)
+    assert "vit.embeddings.cls_token" in names(no_decay)
+    assert "vit.layernorm.weight" in names(no_decay)
+
+
+def test_frozen_parameters_and_empty_groups_are_left_out():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2))
+    model[1].requires_grad_(False)
+    (only,) = parameter_groups(model, 0.1)
+    assert names(only) == {"0.weight"}
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="Sequential has no parameter with requires_grad=True"):
+        parameter_groups(model, 0.1)

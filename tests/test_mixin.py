@@ -1,0 +1,93 @@
+"""LionMixin in modules that are not ours."""
+
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lion_lightning import Lion, LionMixin, from_adamw
+from lion_lightning.schedules import linear
+
+
+class Regression(LightningModule):
+    """Somebody's module: a linear map to be found again."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(8, 1)
+
+    def training_step(self, batch, batch_idx):
+        inputs, targets = batch
+        return nn.functional.mse_loss(self.net(inputs), targets)
+
+
+class WithDefaults(LionMixin, Regression):
+    pass
+
+
+class WithAdamSettings(LionMixin, Regression):
+    optimizer_factory = partial(Lion, **from_adamw(lr=1e-2, weight_decay=0.1))
+    schedule = staticmethod(partial(linear, final=0.5))
+
+
+class WithALargeRate(LionMixin, Regression):
+    optimizer_factory = partial(Lion, lr=3e-2)
+
+
+class WithTorchOptimizer(LionMixin, Regression):
+    optimizer_factory = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.3)
+
+
+def loader(samples=64, batch_size=8):
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(samples, 8, generator=generator)
+    return DataLoader(TensorDataset(inputs, inputs.sum(1, keepdim=True)), batch_size=batch_size)
+
+
+def fit(module, tmp_path, **options):
+    torch.manual_seed(1)
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"max_epochs": 5, **options},
+    )
+    trainer.fit(module, loader())
+    return trainer
+
+
+def test_a_foreign_module_gets_lion_with_named_groups(tmp_path):
+    (optimizer,) = fit(WithDefaults(), tmp_path).optimizers
+    assert type(optimizer) is Lion
+    assert [group["name"] for group in optimizer.param_groups] == ["decay", "no_decay"]
+
+
+def test_a_foreign_module_learns(tmp_path):
+    module = WithALargeRate()
+    inputs, targets = loader().dataset.tensors
+    before = nn.functional.mse_loss(module.net(inputs), targets).item()
+    fit(module, tmp_path, max_epochs=30)
+    assert nn.functional.mse_loss(module.net(inputs), targets).item() < 0.05 * before
+
+
+def test_decay_of_the_factory_goes_to_the_decay_group_alone(tmp_path):
+    (lion,) = fit(WithAdamSettings(), tmp_path).optimizers
+    assert [group["weight_decay"] for group in lion.param_groups] == [1.0, 0.0]
+    (adamw,) = fit(WithTorchOptimizer(), tmp_path).optimizers
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.3, 0.0]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_schedule_spans_the_optimizer_steps_of_the_run(tmp_path, accumulate):
+    trainer = fit(WithAdamSettings(), tmp_path, accumulate_grad_batches=accumulate)
+    assert trainer.global_step == 40 // accumulate
+    rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+    assert rates == pytest.approx([0.5e-3, 0.5e-3])
+    halfway = fit(WithAdamSettings(), tmp_path, accumulate_grad_batches=accumulate, limit_train_batches=4)
+    assert halfway.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.5e-3)
