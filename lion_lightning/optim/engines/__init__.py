@@ -42,7 +42,7 @@ class Engine(Protocol):
         """Runs the updates in place and adds to the count of non-finite gradient elements."""
 
 
-ENGINES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
+ENGINES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton",)}
 """Device type -> modules of this package, best first, each with an `engine` object."""
 
 

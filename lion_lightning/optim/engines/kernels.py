@@ -98,11 +98,17 @@ def sample_signs(tensor, lane, start, local, inside, update):
     ahead = start - begin + stride  # begin < stride: not negative
     phase = (ahead % stride).to(tl.int32) + local
     address = tl.load(tensor + SIGNS)
-    sampled = inside & (phase % stride.to(tl.int32) == 0) & (start + local >= begin) & (address != 0)
+    sampled = inside & (phase % stride.to(tl.int32) == 0) & (start + local >= begin) & everywhere(address != 0)
     signs = address.to(tl.pointer_type(tl.int8)) + (ahead // stride - 1 + phase // stride.to(tl.int32))
     sign = (update > 0).to(tl.int32) - (update < 0).to(tl.int32)
     count_in(lane, FLIPPED, sampled & (sign * tl.load(signs, mask=sampled, other=0).to(tl.int32) < 0))
     tl.store(signs, sign.to(tl.int8), mask=sampled)
+
+
+@triton.jit
+def everywhere(condition):
+    """A condition for each element of a tile; goes through int32, as the interpreter mixes up scalar booleans."""
+    return tl.broadcast_to(condition.to(tl.int32), (ROWS, BLOCK)) != 0
 
 
 @triton.jit
@@ -139,19 +145,20 @@ def update_tile(
     new_weight = weight - change
     new_momentum = momentum * setting(group, BETA2, COMPUTE) + grad * setting(group, REST2, COMPUTE)
 
-    frozen = (broken & (tl.load(group + SKIP) != 0)) | (found_inf != 0)
+    live = everywhere(found_inf == 0)
+    frozen = (broken & everywhere(tl.load(group + SKIP) != 0)) | ~live
     new_weight = tl.where(frozen, weight, new_weight)
     new_momentum = tl.where(frozen, momentum, new_momentum)
 
     random = local
     if RANDOM:
         random = random_words(tensor, group, start, local)
-    written = inside & (found_inf == 0)
+    written = inside & live
     stored = store_weight(tensor, start, local, written, new_weight, random, PARAM, WEIGHT_BITS, ALIGNED)
     store_momentum(tensor, start, local, written, new_momentum, random, MOMENTUM, ALIGNED)
     if STATISTICS:
         update = tl.where(frozen, 0.0, update)
-        stored = tl.where(found_inf == 0, stored, weight)
+        stored = tl.where(live, stored, weight)
         observe(lane, group, inside, weight, grad, momentum, stored, new_momentum, update, lr, COMPUTE)
         sample_signs(tensor, lane, start, local, inside, update)
         tl.atomic_add(lane + NONFINITE, broken_count.to(tl.float64), sem="relaxed")
