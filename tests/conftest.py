@@ -1,0 +1,68 @@
+"""What the tests share: a cache folder of their own, no account anywhere, and configurations composed in this process."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+import pytest
+from omegaconf import DictConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+Compose = Callable[..., DictConfig]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Point every cache to one temporary folder before a library looks; xdist's workers inherit it."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    folder = tempfile.mkdtemp(prefix="lion_lightning-tests-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "HYDRA_"))]:
+        del os.environ[name]
+    os.environ.update(
+        XDG_CACHE_HOME=folder,
+        HF_HOME=f"{folder}/huggingface",
+        HF_HUB_OFFLINE="1",
+        WANDB_CACHE_DIR=f"{folder}/wandb",
+        WANDB_CONFIG_DIR=f"{folder}/wandb",
+        WANDB_DATA_DIR=f"{folder}/wandb",
+        COLUMNS="200",
+    )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def single_thread() -> None:
+    """One thread each: OpenMP threads of parallel test workers wait for one another by spinning."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def compose() -> Compose:
+    """`compose("recipe=bert_mlm", ...)`: the configuration that the command line with these overrides has."""
+
+    def composed(*overrides: str) -> DictConfig:
+        with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return hydra.compose("train", overrides=list(overrides))
+
+    return composed
+
+
+@pytest.fixture(scope="session")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half a megabyte of real English in one file: CPython's documentation topics."""
+    from pydoc_data.topics import topics
+
+    path = tmp_path_factory.mktemp("prose") / "topics.txt"
+    path.write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
+    return path
