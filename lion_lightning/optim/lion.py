@@ -7,6 +7,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -167,6 +168,7 @@ class Lion(Optimizer):
         self._update()
         return loss
 
+    @_disable_dynamo  # engines work on addresses: a compiled training step calls them as they are
     def _update(self) -> None:
         updates: list[tuple[Engine, TensorUpdate]] = []
         copies: list[tuple[Tensor, Tensor]] = []
@@ -181,7 +183,7 @@ class Lion(Optimizer):
                 if param.device not in settings:
                     settings[param.device] = self._settings(group, param.device)
                 now, state = settings[param.device], self.state[param]
-                prepare(state, param, group["weight_bits"], group["momentum_dtype"])
+                prepare(state, param, group["weight_bits"], options.momentum_dtype(group["momentum_dtype"]))
                 if now is not None:
                     update = views.tensor_update(param, state, index, now, copies)
                     updates.append((choose(update, group["fused"]), update))

@@ -1,0 +1,75 @@
+"""The checks that a Lion must pass, as functions of an optimizer factory, so that broken ones can be put to them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tests.reference.lion import Lion64
+from tests.reference.storage import kept_weight
+
+Factory = Callable[[nn.Parameter, float, float], Optimizer]
+"""(parameter, lr, weight decay) -> optimizer."""
+
+STEPS = 1000
+LR = 4e-5
+ELEMENTS = 8192
+
+
+def weights(dtype: torch.dtype) -> Tensor:
+    """Like those of a linear layer: magnitudes from 0.02 to 0.08, both signs."""
+    generator = torch.Generator().manual_seed(0)
+    magnitude = torch.rand(ELEMENTS, generator=generator) * 0.06 + 0.02
+    return (magnitude * torch.randint(0, 2, (ELEMENTS,), generator=generator).mul(2).sub(1)).to(dtype)
+
+
+def drift(factory: Factory, dtype: torch.dtype, weight_decay: float, toward: float) -> tuple[float, float]:
+    """Realised over exact drift after 1,000 steps, and its standard error.
+
+    Args:
+        factory: of the optimizer under test.
+        dtype: of the parameter.
+        weight_decay: decoupled.
+        toward: 0 for no gradient (decay alone), +1 or -1 for gradients of the weight's sign or the opposite.
+    """
+    start = weights(dtype)
+    param = nn.Parameter(start.clone())
+    optimizer = factory(param, LR, weight_decay)
+    oracle = Lion64(start, LR, 0.9, 0.99, weight_decay)
+    grad = start.sign() * toward
+    for _ in range(STEPS):
+        param.grad = grad.clone()
+        optimizer.step()
+        oracle.step(grad)
+    inward = start.double().sign()
+    state = optimizer.state[param]
+    moved = (kept_weight(param, state.get("weight_remainder")) - start.double()) * inward
+    exact = (oracle.weight - start.double()) * inward
+    error = (moved - exact).std() / ELEMENTS**0.5 / exact.mean().abs()
+    return float(moved.mean() / exact.mean()), float(error)
+
+
+def check_drift(factory: Factory, dtype: torch.dtype, weight_decay: float) -> None:
+    """Decay alone, and the step with and against the decay, within 1 % of exact beyond four standard errors."""
+    for toward in (0.0, 1.0, -1.0):
+        if toward == 0.0 and weight_decay == 0.0:
+            continue
+        realised, error = drift(factory, dtype, weight_decay, toward)
+        assert abs(realised - 1.0) <= 0.01 + 4 * error, f"drift {realised:.4f} ± {error:.4f} of exact at {toward=}"
+        assert error < 0.02, f"{error:.4f} is too uncertain to tell"
+
+
+def check_directions(factory: Factory, dtype: torch.dtype) -> None:
+    """Twelve steps with changing gradients end at the oracle's weight, to less than half a step on average."""
+    start = weights(dtype)
+    param = nn.Parameter(start.clone())
+    optimizer = factory(param, 1e-3, 0.1)
+    oracle = Lion64(start, 1e-3, 0.9, 0.99, 0.1)
+    for step in range(12):
+        grad = torch.randn(ELEMENTS, generator=torch.Generator().manual_seed(step)).to(dtype)
+        param.grad = grad.clone()
+        optimizer.step()
+        oracle.step(grad)
+    error = (kept_weight(param, optimizer.state[param].get("weight_remainder")) - oracle.weight).abs().mean()
+    assert error < 4e-4, f"mean distance {error:.2e} after 12 steps of 1e-3"

@@ -1,0 +1,363 @@
+"""Lion does what a torch.optim optimizer does: the conventions of torch's own optimizer tests, one by one."""
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+
+from lion_lightning.optim import Lion, Signum
+
+MODES: list[tuple[torch.dtype, dict[str, Any]]] = [
+    (torch.float32, {}),
+    (torch.float32, {"momentum_dtype": "bfloat16"}),
+    (torch.float32, {"momentum_dtype": "int8"}),
+    (torch.float64, {}),
+    (torch.bfloat16, {}),
+    (torch.bfloat16, {"weight_bits": 24, "momentum_dtype": "int8"}),
+    (torch.bfloat16, {"weight_bits": 16, "momentum_dtype": "float32"}),
+    (torch.bfloat16, {"weight_bits": 16, "momentum_dtype": "int8", "seed": 7}),
+]
+each_mode = pytest.mark.parametrize(("dtype", "options"), MODES)
+
+
+def random_param(dtype: torch.dtype = torch.float32, *shape: int) -> nn.Parameter:
+    generator = torch.Generator().manual_seed(0)
+    return nn.Parameter((torch.randn(shape or (70, 80), generator=generator) * 0.03).to(dtype))
+
+
+def advance(optimizer: Lion, first: int, steps: int) -> None:
+    for step in range(first, first + steps):
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                generator = torch.Generator().manual_seed(step)
+                param.grad = (torch.randn(param.shape, generator=generator) * 1e-3).to(param.dtype)
+        optimizer.step()
+
+
+def assert_same_future(optimizer: Lion, other: Lion) -> None:
+    """Both take two more steps and stay equal in every bit."""
+    for lion in (optimizer, other):
+        advance(lion, 10, 2)
+    left, right = (lion.param_groups[0]["params"][0] for lion in (optimizer, other))
+    assert torch.equal(left, right)
+    for key, value in optimizer.state[left].items():
+        assert other.state[right][key].dtype == value.dtype
+        assert torch.equal(other.state[right][key], value)
+
+
+@each_mode
+def test_a_checkpoint_on_disk_is_bit_exact(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    optimizer = Lion([random_param(dtype)], lr=1e-4, weight_decay=0.1, **options)
+    advance(optimizer, 0, 3)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    twin = nn.Parameter(optimizer.param_groups[0]["params"][0].detach().clone())
+    resumed = Lion([twin])
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert_same_future(optimizer, resumed)
+
+
+@each_mode
+def test_deepcopy_and_pickle_keep_everything(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    optimizer = Lion([random_param(dtype)], lr=1e-4, weight_decay=0.1, **options)
+    advance(optimizer, 0, 3)
+    copied = copy.deepcopy(optimizer)
+    pickled = pickle.loads(pickle.dumps(optimizer))
+    advance_twin = copy.deepcopy(optimizer)
+    assert_same_future(optimizer, copied)
+    assert_same_future(advance_twin, pickled)
+
+
+@each_mode
+def test_a_step_at_lr_zero_without_gradient_changes_nothing(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """What torch.distributed.checkpoint does to make an optimizer's state exist."""
+    param = random_param(dtype)
+    before = param.detach().clone()
+    optimizer = Lion([param], lr=0.0, weight_decay=0.1, **options)
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert torch.equal(param, before)
+    assert optimizer.param_groups[0]["step"] == 0
+    assert not any(value.any() for value in optimizer.state[param].values())
+
+
+def test_the_checkpoint_names_no_backend() -> None:
+    saved = Lion([random_param()], fused=False).state_dict()
+    assert "fused" not in saved["param_groups"][0]
+    current = Lion([random_param()], fused=False)
+    current.load_state_dict(saved)
+    assert current.param_groups[0]["fused"] is False
+
+
+def test_a_state_of_another_lion_with_exp_avg_alone_loads() -> None:
+    """lion-pytorch and timm keep one tensor named exp_avg and no step counter."""
+    param = random_param(torch.bfloat16)
+    optimizer = Lion([param], lr=1e-4, weight_decay=0.1)
+    saved = {
+        "state": {0: {"exp_avg": torch.ones_like(param)}},
+        "param_groups": [{"params": [0], "lr": 3e-4, "betas": (0.95, 0.98), "weight_decay": 0.2}],
+    }
+    optimizer.load_state_dict(saved)
+    advance(optimizer, 0, 1)
+    assert optimizer.param_groups[0]["betas"] == (0.95, 0.98)
+    assert optimizer.param_groups[0]["step"] == 1
+    assert optimizer.state[param]["exp_avg"].mean() > 0.9
+
+
+def test_loading_a_state_of_other_groups_is_refused() -> None:
+    saved = Lion([random_param(), random_param()]).state_dict()
+    with pytest.raises(ValueError, match=r"sizes \[2\]; allowed here are \[1\]"):
+        Lion([random_param()]).load_state_dict(saved)
+
+
+def test_state_dict_hooks_run() -> None:
+    optimizer, seen = Lion([random_param()]), []
+    optimizer.register_state_dict_pre_hook(lambda _: seen.append("save"))
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: seen.append("before"))
+    optimizer.register_load_state_dict_post_hook(lambda _: seen.append("after"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == ["save", "before", "after"]
+
+
+def test_step_hooks_and_closures_run() -> None:
+    param, seen = random_param(), []
+    optimizer = Lion([param])
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = param.square().sum()
+        loss.backward()
+        return loss
+
+    before = param.square().sum().item()
+    assert optimizer.step(closure).item() == pytest.approx(before)
+    assert seen == ["before", "after"]
+    assert param.square().sum() < before
+
+
+def test_options_differ_per_group() -> None:
+    still, descends, ascends = (random_param() for _ in range(3))
+    groups = [
+        {"params": [still], "lr": 0.0},
+        {"params": [descends], "weight_decay": 1.0, "betas": (0.5, 0.5)},
+        {"params": [ascends], "maximize": True, "lr": 1e-2, "momentum_dtype": "bfloat16"},
+    ]
+    optimizer = Lion(groups, lr=1e-3)
+    start = still.detach().clone()
+    for param in (still, descends, ascends):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert torch.equal(still, start)
+    torch.testing.assert_close(descends.detach(), start - 1e-3 * (1 + start))
+    torch.testing.assert_close(ascends.detach(), start + 1e-2)
+    assert optimizer.state[ascends]["exp_avg"].dtype == torch.bfloat16
+
+
+def test_a_group_added_later_takes_part() -> None:
+    first, second = random_param(), random_param()
+    optimizer = Lion([first], lr=1e-3)
+    advance(optimizer, 0, 1)
+    optimizer.add_param_group({"params": second, "lr": 1e-2})
+    second.grad = torch.ones_like(second)
+    start = second.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(second.detach(), start - 1e-2)
+
+
+@pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2), torch.tensor([1e-2])])
+def test_lr_may_be_a_number_or_a_tensor_and_may_change(lr: float | Tensor) -> None:
+    param = random_param()
+    optimizer = Lion([param], lr=lr)
+    start = param.detach().clone()
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    if isinstance(lr, Tensor):
+        lr.mul_(2)
+    else:
+        optimizer.param_groups[0]["lr"] = 2e-2
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), start - 3e-2)
+
+
+def test_schedulers_of_torch_drive_it() -> None:
+    param = random_param()
+    optimizer = Lion([param], lr=1e-2)
+    makers = [
+        lambda: lr_scheduler.LambdaLR(optimizer, lambda step: 0.5),
+        lambda: lr_scheduler.CosineAnnealingLR(optimizer, 10),
+        lambda: lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10),
+        lambda: lr_scheduler.CyclicLR(optimizer, 1e-3, 1e-2, cycle_momentum=False),
+        lambda: lr_scheduler.ReduceLROnPlateau(optimizer),
+        lambda: lr_scheduler.SequentialLR(
+            optimizer,
+            [lr_scheduler.LinearLR(optimizer), lr_scheduler.ExponentialLR(optimizer, 0.9)],
+            milestones=[2],
+        ),
+    ]
+    for make in makers:
+        scheduler = make()
+        for step in range(4):
+            advance(optimizer, step, 1)
+            scheduler.step(*([1.0] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else []))
+    assert param.isfinite().all()
+
+
+def test_tied_weights_step_once() -> None:
+    param, other = random_param(), random_param()
+    start = param.detach().clone()
+    optimizer = Lion([param, other, param], lr=1e-2)
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(param), id(other)]
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), start - 1e-2)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        Lion([{"params": [param]}, {"params": [param]}])
+
+
+def test_parameters_without_gradient_are_left_alone() -> None:
+    frozen, unused, used = random_param().requires_grad_(False), random_param(), random_param()
+    optimizer = Lion([frozen, unused, used], lr=1e-2)
+    before = frozen.detach().clone()
+    used.grad = torch.ones_like(used)
+    optimizer.step()
+    assert torch.equal(frozen, before)
+    assert torch.equal(unused, before)
+    assert set(optimizer.state) == {used}
+
+
+@each_mode
+def test_gradients_are_never_written(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    param = random_param(dtype)
+    optimizer = Lion([param], maximize=True, cautious=True, **options)
+    optimizer.grad_scale = torch.tensor(8.0)
+    param.grad = torch.full_like(param, 0.5)
+    version = param.grad._version
+    optimizer.step()
+    assert param.grad._version == version
+    assert (param.grad == 0.5).all()
+
+
+def test_expanded_gradients_and_gaps_in_memory_work() -> None:
+    gaps = nn.Parameter(torch.ones(6, 10)[:, ::2])
+    gaps.sum().backward()
+    assert gaps.grad is not None
+    gaps.grad = torch.ones(()).expand(6, 5)
+    optimizer = Lion([gaps], lr=1e-2)
+    optimizer.step()
+    torch.testing.assert_close(gaps.detach(), torch.full((6, 5), 0.99))
+    with pytest.raises(ValueError, match="expanded tensor"):
+        Lion([torch.ones(1).expand(5).requires_grad_()])
+
+
+def test_a_state_in_another_layout_is_brought_into_line() -> None:
+    values = torch.randn(8, 8, 9, 9, generator=torch.Generator().manual_seed(0)).bfloat16()
+    contiguous = nn.Parameter(values.clone())
+    last = nn.Parameter(values.clone(memory_format=torch.channels_last))
+    options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "momentum_dtype": "float32"}
+    optimizer, other = Lion([contiguous], **options), Lion([last], **options)
+    advance(optimizer, 0, 2)
+    with torch.no_grad():
+        last.copy_(contiguous)
+    other.load_state_dict(optimizer.state_dict())
+    advance(optimizer, 5, 2)
+    advance(other, 5, 2)
+    assert torch.equal(contiguous, last)
+
+
+def test_storage_may_change_mid_run() -> None:
+    param = random_param(torch.bfloat16)
+    optimizer = Lion([param], lr=1e-4)
+    for step, change in enumerate(
+        [
+            {"weight_bits": 24},
+            {"weight_bits": 32},
+            {"momentum_dtype": "int8"},
+            {"weight_bits": 16},
+            {"momentum_dtype": None},
+        ]
+    ):
+        advance(optimizer, step, 1)
+        before = param.detach().float().clone()
+        optimizer.param_groups[0].update(change)
+        advance(optimizer, step, 1)
+        assert (param.float() - before).abs().max() < 2e-3
+    assert "weight_remainder" not in optimizer.state[param]
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_grad_scale_and_found_inf_act_inside_the_step(fused: bool | None) -> None:
+    param, twin = random_param(), random_param()
+    optimizer, other = Lion([param], fused=fused), Lion([twin], fused=fused)
+    param.grad, twin.grad = torch.full_like(param, 64.0), torch.full_like(twin, 0.5)
+    optimizer.grad_scale = torch.tensor(128.0)
+    optimizer.step()
+    other.step()
+    assert torch.equal(optimizer.state[param]["exp_avg"], other.state[twin]["exp_avg"])
+    before = param.detach().clone()
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert torch.equal(param, before)
+    assert optimizer.param_groups[0]["step"] == 1
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    assert not torch.equal(param, before)
+    assert not hasattr(optimizer, "_step_supports_amp_scaling")
+
+
+def test_grad_scaler_skips_and_unscales() -> None:
+    param = random_param()
+    optimizer, scaler = Lion([param], lr=1e-2), torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(param.sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    before = param.detach().clone()
+    torch.testing.assert_close(optimizer.state[param]["exp_avg"], torch.full_like(param, 0.01))
+    param.grad = torch.full_like(param, float("inf"))
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_cautious_never_moves_a_weight_beyond_its_bound(fused: bool | None) -> None:
+    param = nn.Parameter(torch.zeros(5000))
+    optimizer = Lion([param], lr=1e-3, cautious=True, fused=fused)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        before = param.detach().clone()
+        param.grad = torch.zeros(5000)
+        param.grad[:300] = torch.randn(300, generator=generator)  # most elements get no gradient, as in an embedding
+        optimizer.step()
+        moved = (param - before).abs()
+        assert moved.max() <= 2e-3 * (1 + 1e-6)
+        assert (moved[300:] == 0).all()
+        assert ((param - before) * param.grad <= 0).all()
+    assert moved.max() > 1e-3
+
+
+def test_compiled_step_equals_the_plain_one() -> None:
+    param, twin = random_param(), random_param()
+    optimizer, other = Lion([param]), Lion([twin])
+    compiled = torch.compile(other.step, backend="eager")
+    for _ in range(2):
+        param.grad, twin.grad = torch.ones_like(param), torch.ones_like(twin)
+        optimizer.step()
+        compiled()
+    assert torch.equal(param, twin)
+
+
+def test_signum_keeps_its_form_through_a_checkpoint() -> None:
+    optimizer = Signum([random_param()], lr=1e-3, momentum=0.8)
+    advance(optimizer, 0, 1)
+    resumed = Signum([nn.Parameter(optimizer.param_groups[0]["params"][0].detach().clone())])
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.param_groups[0]["betas"] == (0.8, 0.8)
+    assert_same_future(optimizer, resumed)

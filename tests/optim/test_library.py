@@ -1,0 +1,87 @@
+"""How cpu.c gets compiled: into the cache, by many processes at once, or not at all and said once."""
+
+import logging
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lion_lightning.optim import Lion
+from lion_lightning.optim.engines import library
+
+STEP = """
+import torch
+from lion_lightning.optim import Lion
+param = torch.nn.Parameter(torch.ones(1000))
+param.grad = torch.ones(1000)
+Lion([param], fused={fused}).step()
+"""
+
+
+def run(code: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {"XDG_CACHE_HOME": str(cache), "PATH": "/usr/bin:/bin", **environment}
+    command = [sys.executable, "-c", code]
+    root = Path(__file__).parents[2]
+    return subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_processes_may_compile_at_the_same_time(tmp_path: Path) -> None:
+    code = "from lion_lightning.optim.engines import library; print(library.cached())"
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: run(code, tmp_path), range(2)))
+    assert [result.returncode for result in results] == [0, 0], results[0].stderr
+    assert [path.name for path in (tmp_path / "lion_lightning").iterdir()] == [Path(results[0].stdout.strip()).name]
+
+
+def test_without_a_compiler_the_eager_engine_serves_and_says_so_once(tmp_path: Path) -> None:
+    code = STEP.format(fused=None) + "Lion([param]).step()"
+    prelude = "from lion_lightning.optim.engines import library\nlibrary.installed = library.cached\n"
+    result = run(prelude + code, tmp_path, PATH="/nowhere", CC="no-such-compiler")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("the slower eager engine serves instead") == 1
+    insisting = run(prelude + STEP.format(fused=True), tmp_path, PATH="/nowhere", CC="no-such-compiler")
+    assert "fused=True needs a fused engine (cpu: cpu.c could not be compiled)" in insisting.stderr
+
+
+def test_a_failing_compiler_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(library, "installed", library.cached)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(library, "FLAGS", ("-no-such-flag",))
+    with caplog.at_level(logging.WARNING):
+        assert library.load.__wrapped__() is None
+    assert "eager engine serves" in caplog.text
+    assert list((tmp_path / "lion_lightning").iterdir()) == []
+
+
+def test_the_struct_matches_the_source() -> None:
+    from lion_lightning.optim.engines import cpu
+
+    loaded = library.load()
+    assert loaded is not None
+    assert loaded.lion_task_bytes() == cpu._TASK.size
+
+
+def test_threads_survive_a_fork_and_share_the_work() -> None:
+    torch.set_num_threads(2)
+    try:
+        param = nn.Parameter(torch.zeros(300_000))
+        optimizer = Lion([param], lr=1e-2)
+        for _ in range(3):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        torch.testing.assert_close(param.detach(), torch.full((300_000,), -3e-2))
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_lion_needs_torch_alone() -> None:
+    code = "import sys, torch; before = set(sys.modules); from lion_lightning import Lion; "
+    code += "print(sorted({name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
+    result = run(code, Path("/nonexistent"))
+    assert result.stdout.strip() == "['lion_lightning']", result.stdout + result.stderr
