@@ -37,18 +37,13 @@ def encode(update: TensorUpdate, weight: Tensor, momentum: Tensor) -> None:
         levels, scale = bits.quantize(momentum.float(), random)
         update.exp_avg.copy_(levels)
         update.exp_avg_scale[: scale.numel()].copy_(scale)
-    else:
+    elif momentum is not update.exp_avg:
         update.exp_avg.copy_(momentum)
 
 
-def kept(update: TensorUpdate, grad: Tensor, nonfinite: Tensor) -> Tensor | None:
-    """Mask of the elements that may change, None for all; adds to the counts of non-finite gradients.
-
-    On a CPU the sum of the gradient is looked at first: if it is finite, so is every element.
-    """
+def kept(update: TensorUpdate, grad: Tensor, nonfinite: Tensor) -> Tensor:
+    """Mask of the elements that may change; adds to the counts of non-finite gradients."""
     found_inf = update.settings.found_inf
-    if grad.device.type == "cpu" and found_inf is None and bool(grad.sum().isfinite()):
-        return None
     finite = grad.isfinite()
     count = finite.logical_not().sum()
     nonfinite += count
@@ -59,26 +54,38 @@ def kept(update: TensorUpdate, grad: Tensor, nonfinite: Tensor) -> Tensor | None
     return finite if found_inf is None else finite & (found_inf == 0)
 
 
+def is_ordinary(update: TensorUpdate, mixed: Tensor) -> bool:
+    """Whether nothing in the chunk needs care. On a CPU it is told by a sum: if c's is finite, all it is made of is."""
+    settings = update.settings
+    plain = mixed.device.type == "cpu" and update.statistics is None and not settings.cautious
+    return plain and settings.found_inf is None and bool(mixed.sum().isfinite())
+
+
 def step_chunk(update: TensorUpdate, nonfinite: Tensor) -> None:
-    """One chunk: decode, rule, encode."""
+    """One chunk: decode, rule, encode; the rule in place where nothing needs care."""
     weight, momentum = decode(update)
     grad = update.grad.to(weight.dtype)
     factor = rule.gradient_factor(update.settings, weight.dtype)
     if isinstance(factor, Tensor) or factor != 1.0:
         grad = grad * factor
+    mixed = rule.mixture(grad, momentum, update.settings)
+    if is_ordinary(update, mixed):
+        new_weight = rule.moved(weight, mixed.sign_(), update.settings)
+        encode(update, new_weight, momentum.mul_(update.settings.beta2).add_(grad * (1 - update.settings.beta2)))
+    else:
+        step_carefully(update, weight.clone(), grad, momentum.clone(), nonfinite)
+
+
+def step_carefully(update: TensorUpdate, weight: Tensor, grad: Tensor, momentum: Tensor, nonfinite: Tensor) -> None:
+    """One chunk with a mask of what may change, and with telemetry; weight and momentum are copies."""
     mask = kept(update, grad, nonfinite)
     new_weight, new_momentum, direction = rule.ruled(weight, grad, momentum, update.settings)
-    if mask is not None:
-        new_weight = torch.where(mask, new_weight, weight)
-        new_momentum = torch.where(mask, new_momentum, momentum)
-        direction = torch.where(mask, direction, 0.0)
-    if update.statistics is None:
-        encode(update, new_weight, new_momentum)
-        return
-    weight = weight.clone()  # may be the parameter itself
-    momentum = momentum.clone()
+    new_weight = torch.where(mask, new_weight, weight)
+    new_momentum = torch.where(mask, new_momentum, momentum)
     encode(update, new_weight, new_momentum)
-    telemetry.observe(update, weight, grad, momentum, decode(update)[0], new_momentum, direction)
+    if update.statistics is not None:
+        direction = torch.where(mask, direction, 0.0)
+        telemetry.observe(update, weight, grad, momentum, decode(update)[0], new_momentum, direction)
 
 
 class EagerEngine:
