@@ -1,0 +1,337 @@
+"""Image sources: digits, folders and parquet files in the hub's schema, and pictures that cannot be read."""
+
+import io
+import logging
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from lion_lightning.training.errors import ConfigError
+from recipes.image_classification.data import ImageArrays
+from recipes.image_classification.sources import Digits, ImageFiles, Images, ImageSplits, hold_out
+
+CLASSES = ("cat", "dog", "owl")
+COLORS = {"cat": (200, 10, 10), "dog": (10, 200, 10), "owl": (10, 10, 200)}
+
+
+def picture(name: str, size: tuple[int, int] = (10, 10), mode: str = "RGB") -> Image.Image:
+    return Image.new("RGB", size, COLORS[name]).convert(mode)
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return stream.getvalue()
+
+
+def giant() -> bytes:
+    """A valid PNG of 100 million pixels in a hundred kilobytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 10_000, 10_000, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(10_000 * (1 + 1250)), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def colors_agree(images: Images, classes: Sequence[str]) -> bool:
+    """Whether each picture has the color of the class that its label names."""
+    expected = np.array([COLORS[classes[label]] for label in images.labels])
+    return bool(np.abs(images.pixels.mean((2, 3)) - expected).max() < 3)
+
+
+def write_folder(root: Path, counts: dict[str, int], size: tuple[int, int] = (10, 10), kind: str = "png") -> Path:
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            picture(name, size).save(root / name / f"{number}.{kind}")
+    return root
+
+
+def hub_dataset(names: Sequence[str], column: str = "label") -> datasets.Dataset:
+    """What `push_to_hub` uploads for an image classification set: an Image and a ClassLabel column."""
+    features = datasets.Features({"image": datasets.Image(), column: datasets.ClassLabel(names=list(CLASSES))})
+    rows = {"image": [picture(name) for name in names], column: [CLASSES.index(name) for name in names]}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def write_parquet(file: Path, blobs: Sequence[bytes | None], labels: Any, column: str = "label") -> Path:
+    """A parquet file without the hub's notes on its columns, as pandas or Spark would leave it."""
+    image = pa.array([{"bytes": blob, "path": None} for blob in blobs], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    pq.write_table(pa.table({"image": image, column: labels}), file)
+    return file
+
+
+def load(path: Path, **settings: Any) -> ImageSplits:
+    return ImageFiles(str(path), **{"image_size": 8, "val_fraction": 0.25, **settings}).load()
+
+
+def test_digits_are_the_embedded_1797() -> None:
+    splits = Digits(0.2).load()
+    assert (len(splits.train), len(splits.val)) == (1438, 359)
+    assert splits.train.pixels.shape[1:] == (1, 8, 8)
+    assert splits.train.pixels.dtype == np.uint8
+    assert splits.train.pixels.max() > 200, "pixels use the range of a byte"
+    assert splits.classes == tuple("0123456789")
+    counts = np.bincount(np.concatenate([splits.train.labels, splits.val.labels]))
+    assert counts.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # as published
+
+
+def test_held_out_images_are_the_same_each_time_and_no_others() -> None:
+    everything = Images(np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1), np.arange(100))
+    kept, held = hold_out(everything, 0.3)
+    again_kept, again_held = hold_out(everything, 0.3)
+    assert sorted([*kept.labels, *held.labels]) == list(range(100))
+    assert len(held) == 30
+    assert np.array_equal(held.labels, again_held.labels)
+    assert np.array_equal(kept.pixels.ravel(), kept.labels)
+    assert np.array_equal(again_kept.labels, kept.labels)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2.0])
+def test_a_bad_share_is_named(fraction: float) -> None:
+    with pytest.raises(ConfigError, match=f"data.val_fraction must be between 0 and 1, got {fraction}"):
+        Digits(fraction).load()
+
+
+def test_a_folder_of_class_folders(tmp_path: Path) -> None:
+    splits = load(write_folder(tmp_path, {"dog": 8, "cat": 6, "owl": 6}))
+    assert splits.classes == CLASSES
+    assert (len(splits.train), len(splits.val)) == (15, 5)
+    assert splits.train.pixels.shape == (15, 3, 8, 8)
+    assert colors_agree(splits.train, CLASSES)
+    assert colors_agree(splits.val, CLASSES)
+
+
+@pytest.mark.parametrize("held", ["test", "val", "validation"])
+def test_a_folder_with_a_validation_folder(tmp_path: Path, held: str) -> None:
+    write_folder(tmp_path / "train", {"cat": 4, "dog": 4})
+    write_folder(tmp_path / held, {"cat": 1, "dog": 2}, kind="jpg")
+    splits = load(tmp_path)
+    assert (len(splits.train), len(splits.val)) == (8, 3)
+    assert sorted(splits.val.labels) == [0, 1, 1]
+    assert colors_agree(splits.val, splits.classes)
+
+
+def test_parquet_files_as_the_hub_writes_them(tmp_path: Path) -> None:
+    hub_dataset(["cat", "dog", "owl"] * 3).to_parquet(tmp_path / "train-00000-of-00002.parquet")
+    hub_dataset(["owl", "owl"]).to_parquet(tmp_path / "train-00001-of-00002.parquet")
+    hub_dataset(["dog", "cat"]).to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    splits = load(tmp_path)
+    assert splits.classes == CLASSES, "the names of the classes are lost"
+    assert splits.train.labels.tolist() == [0, 1, 2] * 3 + [2, 2]
+    assert splits.val.labels.tolist() == [1, 0]
+    assert colors_agree(splits.train, CLASSES)
+
+
+def test_parquet_files_in_a_folder_per_split(tmp_path: Path) -> None:
+    """The layout of the hub's own conversion to parquet: default/train/0000.parquet, default/test/0000.parquet."""
+    for split, names in (("train", ["cat", "dog"] * 4), ("test", ["dog", "cat", "dog"])):
+        (tmp_path / "default" / split).mkdir(parents=True)
+        hub_dataset(names).to_parquet(tmp_path / "default" / split / "0000.parquet")
+    splits = load(tmp_path)
+    assert (len(splits.train), len(splits.val)) == (8, 3)
+    assert splits.val.labels.tolist() == [1, 0, 1]
+
+
+def test_a_file_is_no_validation_set_for_the_first_letters_of_its_name(tmp_path: Path) -> None:
+    hub_dataset(["cat", "dog"] * 4).to_parquet(tmp_path / "values.parquet")
+    hub_dataset(["cat", "dog"] * 4).to_parquet(tmp_path / "train.parquet")
+    splits = load(tmp_path)
+    assert (len(splits.train), len(splits.val)) == (12, 4)
+
+
+def test_one_parquet_file(tmp_path: Path) -> None:
+    hub_dataset(["cat", "dog", "owl", "cat"] * 5).to_parquet(tmp_path / "birds.parquet")
+    splits = load(tmp_path / "birds.parquet")
+    assert (len(splits.train), len(splits.val)) == (15, 5)
+    assert colors_agree(splits.train, CLASSES)
+    assert colors_agree(splits.val, CLASSES)
+
+
+def test_the_label_column_of_cifar100_is_found(tmp_path: Path) -> None:
+    hub_dataset(["cat", "dog"] * 4, column="fine_label").to_parquet(tmp_path / "train.parquet")
+    assert load(tmp_path).classes == CLASSES
+
+
+def test_parquet_with_names_for_labels(tmp_path: Path) -> None:
+    names = ["owl", "dog", "owl", "cat"] * 2
+    write_parquet(tmp_path / "train.parquet", [encoded(picture(name)) for name in names], pa.array(names))
+    splits = load(tmp_path)
+    assert splits.classes == CLASSES
+    assert colors_agree(splits.train, CLASSES)
+    assert colors_agree(splits.val, CLASSES)
+
+
+@pytest.mark.parametrize("dtype", [pa.int64(), pa.int8(), pa.uint8(), pa.uint16()])
+def test_parquet_with_bare_numbers_for_labels(tmp_path: Path, dtype: pa.DataType) -> None:
+    numbers = list(range(12)) * 2
+    write_parquet(tmp_path / "train.parquet", [encoded(picture("cat"))] * 24, pa.array(numbers, dtype))
+    splits = load(tmp_path)
+    assert splits.classes == tuple(str(number) for number in range(12)), "class 2 has to be called 2, not 10"
+    assert sorted([*splits.train.labels, *splits.val.labels]) == sorted(numbers)
+
+
+def test_a_class_that_only_validation_has_is_an_error(tmp_path: Path) -> None:
+    blobs = [encoded(picture("cat"))] * 4
+    write_parquet(tmp_path / "train.parquet", blobs, pa.array(["cat", "dog"] * 2))
+    write_parquet(tmp_path / "test.parquet", blobs, pa.array(["cat", "dog", "owl", "cat"]))
+    with pytest.raises(ConfigError, match="image 2 has label='owl', which is none of the 2 training classes"):
+        load(tmp_path)
+
+
+def test_a_class_folder_that_only_validation_has_keeps_its_name_or_is_an_error(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"cat": 4, "owl": 4})
+    write_folder(tmp_path / "test", {"cat": 1, "dog": 1, "owl": 1})
+    try:
+        splits = load(tmp_path)
+    except ConfigError as error:
+        assert "dog" in str(error)
+    else:
+        assert colors_agree(splits.val, splits.classes)
+        assert colors_agree(splits.train, splits.classes)
+
+
+def test_a_missing_label_column_is_an_error_that_lists_the_columns(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [encoded(picture("cat"))] * 4, pa.array([1.0] * 4), column="weight")
+    with pytest.raises(ConfigError, match="needs an image column and a label column, found image, weight"):
+        load(tmp_path)
+
+
+def test_a_parquet_file_without_images_is_an_error(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"], "label": [0]}), tmp_path / "train.parquet")
+    with pytest.raises(ConfigError, match="needs an image column and a label column, found text, label"):
+        load(tmp_path)
+
+
+def test_an_unlabelled_image_is_an_error(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [encoded(picture("cat"))] * 4, pa.array([0, 1, None, 0]))
+    with pytest.raises(ConfigError, match="image 2 has label=None"):
+        load(tmp_path)
+
+
+BROKEN = {
+    "no picture": b"this is no picture",
+    "cut off": encoded(Image.effect_noise((64, 64), 80))[:900],
+    "only a header": encoded(picture("cat"))[:20],
+    "a wrong checksum": encoded(picture("cat"))[:-20] + bytes(20),
+    "empty": b"",
+    "null": None,
+    "100 million pixels": giant(),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")
+def test_a_broken_picture_is_skipped_and_counted(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    names = ["cat", "dog", "owl", "dog"] * 3
+    blobs: list[bytes | None] = [encoded(picture(name)) for name in names]
+    blobs[5] = BROKEN[kind]
+    write_parquet(tmp_path / "train.parquet", blobs, pa.array(names))
+    with caplog.at_level(logging.WARNING):
+        splits = load(tmp_path)
+    assert len(splits.train) + len(splits.val) == 11
+    assert colors_agree(splits.train, CLASSES), "labels slipped by one"
+    assert colors_agree(splits.val, CLASSES)
+    assert "1 of 12 images" in caplog.text
+
+
+def test_broken_files_in_a_folder_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_folder(tmp_path, {"cat": 6, "dog": 6})
+    (tmp_path / "dog" / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    with caplog.at_level(logging.WARNING):
+        splits = load(tmp_path)
+    assert "3.png" in caplog.text
+    assert colors_agree(splits.train, splits.classes)
+
+
+def test_too_many_broken_pictures_are_an_error(tmp_path: Path) -> None:
+    blobs = [b"broken"] * 3 + [encoded(picture("cat"))] * 9
+    write_parquet(tmp_path / "train.parquet", blobs, pa.array(["cat"] * 12))
+    assert len(load(tmp_path, max_broken=3).train) > 0
+    with pytest.raises(ConfigError, match=r"2 images cannot be read, the last .*image 2"):
+        load(tmp_path, max_broken=2)
+
+
+@pytest.mark.parametrize("size", [(40, 10), (10, 40), (3, 3), (8, 8), (9, 8), (1000, 3)])
+def test_the_middle_square_of_a_picture_is_taken(tmp_path: Path, size: tuple[int, int]) -> None:
+    """White in the middle square, black beside it."""
+    width, height = size
+    side = min(size)
+    canvas = Image.new("RGB", size, "black")
+    canvas.paste((255, 255, 255), ((width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2))
+    write_parquet(tmp_path / "train.parquet", [encoded(canvas)] * 4, pa.array(["cat", "dog"] * 2))
+    pixels = load(tmp_path).train.pixels
+    assert pixels.shape[1:] == (3, 8, 8)
+    assert pixels[:, :, 1:-1, 1:-1].min() > 200
+    assert pixels.mean() > 220
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "LA", "I;16"])
+def test_pictures_of_any_mode_become_rgb(tmp_path: Path, mode: str) -> None:
+    image = Image.new("L", (8, 8), 255)
+    image = image.convert("I").point(lambda value: value * 257).convert("I;16") if mode == "I;16" else image.convert(mode)
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    write_parquet(tmp_path / "train.parquet", [encoded(image, kind)] * 4, pa.array(["cat", "dog"] * 2))
+    pixels = load(tmp_path).train.pixels
+    assert pixels.shape == (3, 3, 8, 8)
+    assert pixels.min() == 255
+
+
+@pytest.mark.parametrize("path", [None, "", "/nowhere"])
+def test_a_missing_path_is_named(path: str | None) -> None:
+    with pytest.raises(ConfigError, match=r"data\.path="):
+        ImageFiles(path)
+
+
+def test_an_empty_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(ConfigError, match="no parquet file and no image in it"):
+        ImageFiles(str(tmp_path))
+
+
+def test_decoded_images_are_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "pictures", {"cat": 8, "dog": 8})
+
+    def prepared() -> ImageArrays:
+        data = ImageArrays(
+            ImageFiles(str(tmp_path / "pictures"), image_size=8), batch_size=4, cache_dir=str(tmp_path / "cache")
+        )
+        data.prepare_data()
+        data.setup("fit")
+        return data
+
+    first = prepared()
+    picture("cat").save(tmp_path / "pictures" / "cat" / "new.png")
+    changed = prepared()
+    assert len(changed.ready.train) + len(changed.ready.val) == 17
+    monkeypatch.setattr(ImageFiles, "load", None)
+    second = prepared()
+    assert np.array_equal(second.ready.train.pixels, changed.ready.train.pixels)
+    assert second.ready.classes == first.ready.classes == ("cat", "dog")
+    assert isinstance(second.ready.train.pixels, np.memmap)
+    assert "decoded just now" in first.describe()["images"]
+    assert "from the cache" in second.describe()["images"]
+    batch = second.train_set.__getitems__([(100, 3), (101, 0)])
+    assert batch["sample"].tolist() == [100, 101]
+    assert batch["labels"].tolist() == second.ready.train.labels[[3, 0]].tolist()
+    assert batch["pixels"].numpy().tolist() == second.ready.train.pixels[[3, 0]].tolist()
+
+
+def test_pixel_statistics_are_those_of_the_training_images() -> None:
+    data = ImageArrays(Digits(), batch_size=4)
+    data.setup("fit")
+    mean, std = data.pixel_statistics()
+    pixels = Digits().load().train.pixels.astype(np.float64) / 255
+    assert mean == pytest.approx([pixels.mean()], rel=1e-4)
+    assert std == pytest.approx([pixels.std()], rel=1e-4)

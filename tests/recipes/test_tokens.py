@@ -1,0 +1,265 @@
+"""Documents -> tokens -> packed blocks: nothing lost, made once, and a validation set of its own."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import recipes.bert_mlm.tokens as tokens_module
+from lion_lightning.training.errors import ConfigError
+from recipes.bert_mlm.corpus import TextFiles, is_held_out
+from recipes.bert_mlm.data import TextBlocks
+from recipes.bert_mlm.tokens import SPECIAL_TOKENS, BlockSettings, pack, prepare_blocks, train_tokenizer
+
+SETTINGS = BlockSettings(sequence_length=16, vocab_size=400, val_fraction=0.2, lowercase=True)
+PAD, UNK, CLS, SEP, MASK = range(5)
+
+
+class Listed:
+    """A corpus of given documents, which counts how often it is read."""
+
+    def __init__(self, documents: list[str], label: str = "listed") -> None:
+        self.texts, self.label, self.reads = documents, label, 0
+
+    def fingerprint(self) -> str:
+        return self.label
+
+    def documents(self) -> Iterator[str]:
+        self.reads += 1
+        yield from self.texts
+
+
+@pytest.fixture(scope="module")
+def documents(prose: Path) -> list[str]:
+    """Two hundred short documents of real English."""
+    paragraphs = [paragraph.strip() for paragraph in prose.read_text(encoding="utf-8").split("\n\n")]
+    long = list(dict.fromkeys(paragraph for paragraph in paragraphs if len(paragraph) > 200))
+    return long[:200]
+
+
+def test_packing_keeps_every_token_in_order_with_separators_between_documents(documents: list[str]) -> None:
+    tokenizer = train_tokenizer(iter(documents), 400, lowercase=True)
+    blocks = pack(tokenizer, iter(documents), 16)
+    assert blocks.dtype == np.uint16
+    assert blocks.shape[1] == 16
+    assert (blocks[:, 0] == CLS).all()
+    expected = list(chain.from_iterable([*tokenizer.encode(text, add_special_tokens=False).ids, SEP] for text in documents))
+    packed = blocks[:, 1:].ravel().tolist()
+    assert packed == expected[: len(packed)]
+    assert len(expected) - len(packed) < 15, "more than the last, unfilled block is missing"
+    assert not np.isin(blocks[:, 1:], [PAD, CLS, MASK]).any()
+
+
+def test_packing_more_documents_than_a_batch_loses_none(monkeypatch: pytest.MonkeyPatch, documents: list[str]) -> None:
+    tokenizer = train_tokenizer(iter(documents), 400, lowercase=True)
+    whole = pack(tokenizer, iter(documents), 16)
+    monkeypatch.setattr(tokens_module, "DOCUMENTS_PER_BATCH", 7)
+    assert np.array_equal(pack(tokenizer, iter(documents), 16), whole)
+
+
+def test_packing_nothing_is_no_block(documents: list[str]) -> None:
+    tokenizer = train_tokenizer(iter(documents), 400, lowercase=True)
+    assert pack(tokenizer, iter([]), 16).shape == (0, 16)
+    assert pack(tokenizer, iter(["short"]), 16).shape == (0, 16)
+
+
+def test_a_large_vocabulary_gets_wider_integers() -> None:
+    class Wide:
+        def get_vocab_size(self) -> int:
+            return 2**16 + 1
+
+        def token_to_id(self, token: str) -> int:
+            return 2**16
+
+        def encode_batch(self, batch: list[str], add_special_tokens: bool) -> list["Wide"]:
+            return [self for _ in batch]
+
+        ids = (70_000,) * 9
+
+    blocks = pack(Wide(), iter(["text"]), 5)  # type: ignore[arg-type]
+    assert blocks[:, 1:].tolist() == [[70_000] * 4, [70_000] * 4]
+
+
+def test_the_special_tokens_come_first(documents: list[str], tmp_path: Path) -> None:
+    tokenizer = prepare_blocks(Listed(documents), SETTINGS, tmp_path).tokenizer
+    assert tokenizer.convert_ids_to_tokens(list(range(5))) == list(SPECIAL_TOKENS)
+    assert (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.cls_token_id) == (PAD, UNK, CLS)
+    assert (tokenizer.sep_token_id, tokenizer.mask_token_id) == (SEP, MASK)
+    assert len(tokenizer) <= SETTINGS.vocab_size
+
+
+def test_a_tokenizer_is_the_same_however_often_it_is_trained(documents: list[str]) -> None:
+    """Else two machines, or one after its cache was cleared, train on different numbers for the same text."""
+    first, second = (train_tokenizer(iter(documents), 400, lowercase=True).get_vocab() for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_the_kept_tokenizer_is_the_trained_one(
+    documents: list[str], tmp_path: Path, lowercase: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = train_tokenizer((text for text in documents if not is_held_out(text, 0.2)), 400, lowercase)
+    monkeypatch.setattr(tokens_module, "train_tokenizer", lambda *_: trained)
+    kept = prepare_blocks(Listed(documents), BlockSettings(16, 400, 0.2, lowercase), tmp_path).tokenizer
+    for text in [*documents[:50], "Naïve CAFÉ in München, 東京!", "unbelievably\tLONG\n\nspaces"]:
+        assert kept(text).input_ids == trained.encode(text).ids
+    assert ("the" in kept.get_vocab()) and (("The" in kept.get_vocab()) is not lowercase)
+
+
+def test_the_second_preparation_reads_the_cache_and_tokenises_nothing(
+    documents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = Listed(documents)
+    first = prepare_blocks(corpus, SETTINGS, tmp_path)
+
+    def must_not_run(*_: object) -> None:
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(tokens_module, "train_tokenizer", must_not_run)
+    monkeypatch.setattr(tokens_module, "pack", must_not_run)
+    second = prepare_blocks(corpus, SETTINGS, tmp_path)
+    assert (first.reused, second.reused, corpus.reads) == (False, True, 1)
+    assert np.array_equal(first.train, second.train)
+    assert np.array_equal(first.val, second.val)
+    assert first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
+    assert isinstance(second.train, np.memmap)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        BlockSettings(32, 400, 0.2, True),
+        BlockSettings(16, 300, 0.2, True),
+        BlockSettings(16, 400, 0.3, True),
+        BlockSettings(16, 400, 0.2, False),
+    ],
+)
+def test_every_setting_is_part_of_the_key(documents: list[str], tmp_path: Path, other: BlockSettings) -> None:
+    first = prepare_blocks(Listed(documents), SETTINGS, tmp_path)
+    second = prepare_blocks(Listed(documents), other, tmp_path)
+    assert not second.reused
+    assert second.folder != first.folder
+    assert not prepare_blocks(Listed(documents, "another corpus"), SETTINGS, tmp_path).reused
+
+
+def test_changing_a_file_prepares_again(documents: list[str], tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for number, document in enumerate(documents):
+        (tmp_path / "text" / f"{number}.txt").write_text(document, encoding="utf-8")
+
+    def prepared():  # type: ignore[no-untyped-def]
+        return prepare_blocks(TextFiles(str(tmp_path / "text")), SETTINGS, tmp_path / "cache")
+
+    assert [prepared().reused, prepared().reused] == [False, True]
+    (tmp_path / "text" / "0.txt").write_text(documents[0] + " And one more sentence.", encoding="utf-8")
+    assert [prepared().reused, prepared().reused] == [False, True]
+
+
+def test_training_and_validation_share_no_document_whatever_the_order(documents: list[str], tmp_path: Path) -> None:
+    forwards = prepare_blocks(Listed(documents, "forwards"), SETTINGS, tmp_path)
+    backwards = prepare_blocks(Listed(documents[::-1], "backwards"), SETTINGS, tmp_path)
+
+    def texts(blocks: np.ndarray, tokenizer) -> list[str]:  # type: ignore[no-untyped-def]
+        stream = tokenizer.decode(blocks[:, 1:].ravel().tolist())
+        return [text.strip() for text in stream.split("[SEP]")][:-1]  # the last one is cut off
+
+    held = {forwards.tokenizer.decode(forwards.tokenizer(t).input_ids[1:-1]) for t in documents if is_held_out(t, 0.2)}
+    assert 15 < len(held) < 65
+    train, val = (set(texts(blocks, forwards.tokenizer)) for blocks in (forwards.train, forwards.val))
+    assert val <= held
+    assert len(held - val) <= 1
+    assert not train & held
+    val_backwards = set(texts(backwards.val, backwards.tokenizer))
+    assert len(val ^ val_backwards) <= 2, "only the cut last document may differ"
+
+
+def test_a_document_that_comes_twice_counts_once(
+    documents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = train_tokenizer(iter(documents), 400, lowercase=True)
+    monkeypatch.setattr(tokens_module, "train_tokenizer", lambda *_: tokenizer)
+    once = prepare_blocks(Listed(documents, "once"), SETTINGS, tmp_path)
+    twice = prepare_blocks(Listed([*documents, *documents, "", "  \n"], "twice"), SETTINGS, tmp_path)
+    assert np.array_equal(once.train, twice.train)
+    assert np.array_equal(once.val, twice.val)
+
+
+def test_too_little_text_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"split has .* fills no block of 16 tokens") as error:
+        prepare_blocks(Listed(["three short words"]), SETTINGS, tmp_path)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir()), "a failed preparation stays in the cache"
+
+
+@pytest.fixture(scope="module")
+def blocks(documents: list[str], tmp_path_factory: pytest.TempPathFactory) -> TextBlocks:
+    data = TextBlocks(
+        Listed(documents),  # type: ignore[arg-type]
+        batch_size=4,
+        sequence_length=16,
+        vocab_size=400,
+        val_fraction=0.2,
+        cache_dir=str(tmp_path_factory.mktemp("cache")),
+    )
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def test_unigram_entropy_is_that_of_the_validation_tokens(blocks: TextBlocks) -> None:
+    counts = Counter(token for token in blocks.ready.val.ravel().tolist() if token >= len(SPECIAL_TOKENS))
+    total = sum(counts.values())
+    direct = -sum(count / total * math.log(count / total) for count in counts.values())
+    assert blocks.unigram_entropy() == pytest.approx(direct, rel=1e-12)
+    assert 3 < direct < math.log(400)
+
+
+def test_log_unigram_shares_are_add_one_frequencies_of_the_training_tokens(blocks: TextBlocks) -> None:
+    shares = blocks.log_unigram_shares()
+    counts = Counter(blocks.ready.train.ravel().tolist())
+    size = len(blocks.ready.tokenizer)
+    assert shares.shape == (size,)
+    assert float(shares.double().exp().sum()) == pytest.approx(1, abs=1e-5)
+    total = sum(count for token, count in counts.items() if token >= 5) + size
+    for token in (5, 50, size - 1):
+        assert float(shares[token]) == pytest.approx(math.log((counts[token] + 1) / total), abs=1e-5)
+    assert (shares[:5] == shares[0]).all()
+
+
+def test_a_batch_carries_tokens_and_the_number_of_each_sample(blocks: TextBlocks) -> None:
+    batch = blocks.train_set.__getitems__([(100, 3), (101, 0)])
+    assert batch["sample"].tolist() == [100, 101]
+    assert batch["input_ids"].dtype == batch["sample"].dtype
+    assert batch["input_ids"].tolist() == blocks.ready.train[[3, 0]].tolist()
+
+
+def test_the_summary_says_tokens_blocks_vocabulary_and_a_sample(blocks: TextBlocks) -> None:
+    lines = blocks.describe()
+    assert f"{blocks.ready.train.size:,} for training" in lines["tokens"]
+    assert f"{len(blocks.ready.val):,} of 16 tokens" in lines["blocks"]
+    assert str(len(blocks.ready.tokenizer)) in lines["vocabulary"]
+    assert f"{blocks.unigram_entropy():.3f}" in lines["unigram entropy"]
+    assert len(lines["a sample"].split()) > 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"sequence_length": 7}, "data.sequence_length must be at least 8, got 7"),
+        ({"vocab_size": 255}, "data.vocab_size must be at least 256, got 255"),
+        ({"val_fraction": 0.0}, r"data\.val_fraction must be between 0 and 1, got 0\.0"),
+        ({"val_fraction": 1.0}, r"data\.val_fraction must be between 0 and 1, got 1\.0"),
+    ],
+)
+def test_bad_settings_are_named(wrong: dict[str, float], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        TextBlocks(Listed([]), batch_size=4, **wrong)  # type: ignore[arg-type]
+
+
+def test_asking_before_setup_says_what_to_call() -> None:
+    with pytest.raises(RuntimeError, match="setup"):
+        TextBlocks(Listed([]), batch_size=4).describe()  # type: ignore[arg-type]
