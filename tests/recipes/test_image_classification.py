@@ -1,0 +1,182 @@
+"""The image classifier: what it sees, how it augments, and the folder it leaves."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import BertConfig, PretrainedConfig, ResNetConfig, ViTConfig, pipeline
+
+from lion_lightning.optim import Lion
+from lion_lightning.schedules import cosine
+from lion_lightning.training.errors import ConfigError
+from recipes.bert_mlm.corpus import PythonDocs
+from recipes.bert_mlm.data import TextBlocks
+from recipes.image_classification.data import ImageArrays
+from recipes.image_classification.module import ImageClassifier
+from recipes.image_classification.sources import Digits, Images, ImageSplits
+
+
+class Noise:
+    """Colored noise of one size: a source like any other."""
+
+    def __init__(self, size: int = 16) -> None:
+        self.size = size
+
+    def fingerprint(self) -> str:
+        return f"noise {self.size}"
+
+    def load(self) -> ImageSplits:
+        draw = np.random.default_rng(0)
+        pixels = draw.integers(0, 256, (40, 3, self.size, self.size), dtype=np.uint8)
+        labels = np.arange(40) % 4
+        train, val = Images(pixels[:32], labels[:32]), Images(pixels[32:], labels[32:])
+        return ImageSplits(train, val, ("north", "east", "south", "west"))
+
+
+def prepared(source: object) -> ImageArrays:
+    data = ImageArrays(source, batch_size=8)  # type: ignore[arg-type]
+    data.setup("fit")
+    return data
+
+
+@pytest.fixture(scope="module")
+def noise() -> ImageArrays:
+    return prepared(Noise())
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageArrays:
+    return prepared(Digits())
+
+
+def vit(patch_size: int = 4) -> ViTConfig:
+    return ViTConfig(
+        num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64, patch_size=patch_size
+    )
+
+
+def resnet() -> ResNetConfig:
+    return ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic")
+
+
+def build(config: PretrainedConfig, data: ImageArrays, **settings: object) -> ImageClassifier:
+    torch.manual_seed(0)
+    return ImageClassifier(config, data, partial(Lion, lr=1e-3), cosine, **settings).eval()  # type: ignore[arg-type]
+
+
+def batch_of(data: ImageArrays, count: int = 8, position: int = 0) -> dict[str, torch.Tensor]:
+    return data.train_set.__getitems__([(position + index, index) for index in range(count)])
+
+
+def test_the_model_is_sized_for_the_data(noise: ImageArrays, digits: ImageArrays) -> None:
+    assert build(vit(), noise)(batch_of(noise)["pixels"]).shape == (8, 4)
+    assert build(vit(2), digits)(batch_of(digits)["pixels"]).shape == (8, 10)
+    assert build(resnet(), digits)(batch_of(digits)["pixels"]).shape == (8, 10)
+    config = build(vit(), noise).model.config
+    assert config.id2label == {0: "north", 1: "east", 2: "south", 3: "west"}
+    assert config.label2id["west"] == 3
+
+
+def test_the_input_has_zero_mean_and_unit_deviation(digits: ImageArrays) -> None:
+    module = build(vit(2), digits)
+    pixels = torch.from_numpy(np.array(digits.ready.train.pixels)).float() / 255
+    normal = module.normalize(pixels)
+    assert float(normal.mean()) == pytest.approx(0, abs=1e-3)
+    assert float(normal.std()) == pytest.approx(1, abs=1e-2)
+
+
+def test_augmentation_is_a_function_of_seed_and_position(noise: ImageArrays) -> None:
+    module = build(vit(), noise, crop_padding=2, flip=True, seed=1)
+    before = torch.random.get_rng_state()
+    first = module.augment(batch_of(noise))
+    torch.manual_seed(5)
+    assert torch.equal(module.augment(batch_of(noise)), first)
+    assert not torch.equal(module.augment(batch_of(noise, position=8)), first)
+    assert not torch.equal(build(vit(), noise, crop_padding=2, flip=True, seed=2).augment(batch_of(noise)), first)
+    torch.random.set_rng_state(before)
+    module.augment(batch_of(noise))
+    assert torch.equal(torch.random.get_rng_state(), before), "augmentation draws from the global generator"
+
+
+def test_augmentation_moves_and_mirrors_pictures_within_their_range(noise: ImageArrays) -> None:
+    batch = batch_of(noise, 32)
+    plain = batch["pixels"].float() / 255
+    mirrored = build(vit(), noise, flip=True).augment(batch)
+    flips = [torch.allclose(seen, kept.flip(-1)) for seen, kept in zip(mirrored, plain, strict=True)]
+    stays = [torch.allclose(seen, kept) for seen, kept in zip(mirrored, plain, strict=True)]
+    assert all(flip != stay for flip, stay in zip(flips, stays, strict=True))
+    assert 5 < sum(flips) < 27
+    cropped = build(vit(), noise, crop_padding=2).augment(batch)
+    assert cropped.shape == plain.shape
+    assert not torch.allclose(cropped, plain)
+    assert 0 <= cropped.min()
+    assert cropped.max() <= 1
+    assert torch.equal(build(vit(), noise).augment(batch), plain)
+
+
+def test_the_loss_is_smoothed_cross_entropy(noise: ImageArrays) -> None:
+    module = build(vit(), noise, label_smoothing=0.2)
+    batch = batch_of(noise)
+    logs = module(batch["pixels"]).log_softmax(-1)
+    direct = -(0.8 * logs.gather(1, batch["labels"][:, None]).squeeze(1) + 0.2 * logs.mean(1)).mean()
+    torch.testing.assert_close(module.training_step(batch, 0), direct, rtol=1e-4, atol=1e-5)
+
+
+def test_validation_counts_right_answers_over_uneven_batches(noise: ImageArrays) -> None:
+    module = build(vit(), noise)
+    images = noise.ready.train
+    with torch.no_grad():
+        guesses = module(torch.from_numpy(np.array(images.pixels))).argmax(-1)
+        for start in (0, 5, 10, 15, 20, 25, 30):
+            pairs = [(index, index) for index in range(start, min(start + 5, 32))]
+            module.validation_step(noise.train_set.__getitems__(pairs), 0)
+    assert float(module.val_top1.compute()) == pytest.approx((guesses.numpy() == images.labels).mean())
+
+
+@pytest.mark.parametrize("config", [vit(2), resnet()], ids=["vit", "resnet"])
+@pytest.mark.parametrize("kind", ["noise", "digits"])
+def test_the_export_opens_with_image_classification_and_agrees(
+    config: PretrainedConfig, kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    data: ImageArrays = request.getfixturevalue(kind)
+    module = build(type(config)(**config.to_dict()), data)
+    module.export(tmp_path, "# card")
+    classify = pipeline("image-classification", model=str(tmp_path), device="cpu")
+    assert (tmp_path / "README.md").read_text() == "# card"
+    stored = np.array(data.ready.val.pixels[:3])
+    with torch.no_grad():
+        shares = module(torch.from_numpy(stored)).softmax(-1)
+    for pixels, expected in zip(stored, shares, strict=True):
+        picture = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+        answers = {answer["label"]: answer["score"] for answer in classify(picture, top_k=20)}
+        assert answers == pytest.approx(dict(zip(data.ready.classes, expected.tolist(), strict=True)), abs=1e-4)
+
+
+def test_the_worst_mistakes_are_shown(digits: ImageArrays) -> None:
+    lines = build(vit(2), digits).showcase()
+    assert len(lines) == 3
+    assert all("taken for" in line for line in lines)
+
+
+def test_text_is_refused() -> None:
+    with pytest.raises(ConfigError, match="trains on images, not on TextBlocks; try data=digits"):
+        build(vit(), TextBlocks(PythonDocs(), batch_size=4))  # type: ignore[arg-type]
+
+
+def test_a_model_without_the_head_is_refused(digits: ImageArrays) -> None:
+    with pytest.raises(ConfigError, match="image-classification head, not bert"):
+        build(BertConfig(), digits)
+
+
+def test_patches_that_do_not_fit_are_refused(digits: ImageArrays) -> None:
+    with pytest.raises(ConfigError, match="patch_size=3 does not divide the images of 8 x 8 pixels"):
+        build(vit(3), digits)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0])
+def test_bad_smoothing_is_refused(digits: ImageArrays, smoothing: float) -> None:
+    with pytest.raises(ConfigError, match="label_smoothing must be in"):
+        build(vit(2), digits, label_smoothing=smoothing)
