@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -66,13 +66,13 @@ class RunLogger(WandbLogger):
         """The folder of this run, which `wandb sync` and `wandb leet inspect` take."""
         return Path(self.experiment.dir).parent
 
-    def describe(self) -> str:
+    def describe(self, show_path: Callable[[Path], str] = str) -> str:
         """One line: where the run is, and how it gets online if it is not."""
         if self.mode == "online":
             return f"W&B run at {self.experiment.url}"
         if self.mode == "disabled":
             return "W&B is disabled"
-        return f"W&B is offline (no WANDB_API_KEY); upload with: wandb sync {self.run_folder}"
+        return f"W&B is offline (no WANDB_API_KEY); upload with: wandb sync {show_path(self.run_folder)}"
 
     def finish(self, exit_code: int) -> None:
         """Close the run. Without this the next job of a sweep would log into it, and a crash would look finished."""

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import shlex
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import transformers
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
@@ -185,7 +187,7 @@ def _about(cfg: DictConfig, data: Any, module: Any, trainer: pl.Trainer) -> dict
         "effective batch": f"{_effective_batch_size(cfg)} samples ({micro})",
         "optimizer": f"{cfg.optim.name}: {settings}; {cfg.schedule.name} schedule over {trainer.max_steps} steps",
         "precision": f"{cfg.trainer.precision} on {trainer.strategy.root_device.type}",
-        "kept in": str(cfg.run_dir),
+        "kept in": _near(cfg.run_dir),
     }
 
 
@@ -214,16 +216,16 @@ def _conclude(
     module.eval()
     for number, line in enumerate(module.showcase(), 1):
         outcome[f"example {number}"] = line
-    outcome["checkpoint"] = checkpoint.best_model_path
+    outcome["checkpoint"] = _near(checkpoint.best_model_path)
     if cfg.export:
         folder = Path(cfg.run_dir) / "export"
         module.export(folder, model_card(cfg.run_name, {**about, **outcome}))
-        outcome["export"] = f"{folder} (a Hugging Face folder)"
-    for logger in trainer.loggers:
-        if isinstance(logger, RunLogger):
-            outcome["log"] = logger.describe()
-    outcome["next"] = _next_command(cfg)
+        outcome["export"] = f"{_near(folder)} (a Hugging Face folder)"
     show(console, f"{cfg.run_name} is done", outcome)
+    # Commands stand outside the panel, on one line each, so that they can be copied.
+    commands = [logger.describe(_near) for logger in trainer.loggers if isinstance(logger, RunLogger)]
+    for line in (*commands, _next_command(cfg)):
+        console.print(line, soft_wrap=True, highlight=False)
     return best
 
 
@@ -232,14 +234,22 @@ def _speed(speed: dict[str, float]) -> str:
     return f", {speed[f'perf/{unit}_per_second']:,.0f} {unit}/s, {speed['perf/step_ms']:.0f} ms a step" if speed else ""
 
 
+def _near(path: str | Path) -> str:
+    """`path` as short as it can be written from here."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
 def _next_command(cfg: DictConfig) -> str:
-    """The control run: the same command line with the other optimizer."""
+    """One line: the control run, which is the same command line with the other optimizer."""
     other = "adamw" if cfg.optim.name != "adamw" else "lion"
     kept = [argument for argument in sys.argv[1:] if not argument.startswith(("optim", "-"))]
-    return f"compare it: python train.py {shlex.join([*kept, f'optim={other}'])}"
+    return f"Next, the control: python train.py {shlex.join([*kept, f'optim={other}'])}"
 
 
 def _quiet_libraries() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning 2.6 on a newer torch
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")

@@ -1,5 +1,6 @@
 """BERT pre-training by masked language modelling, as a LightningModule."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForMaskedLM, PretrainedConfig
+from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from lion_lightning.mixin import LionMixin, OptimizerFactory
 from lion_lightning.schedules import Schedule
@@ -19,6 +20,12 @@ from recipes.bert_mlm.tokens import SPECIAL_TOKENS
 
 VALIDATION = Masking(rate=0.15)  # always, so that runs compare
 VALIDATION_SEED = 20_181_011
+
+# From the states of an encoder to scores over the vocabulary, by `transformers` model type.
+VOCABULARY_HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "bert": lambda model, states: model.cls(states),
+    "modernbert": lambda model, states: model.decoder(model.head(states)),
+}
 
 
 class BertMLM(LionMixin, LightningModule):
@@ -53,7 +60,7 @@ class BertMLM(LionMixin, LightningModule):
         """Scores of the hidden tokens: float (batch * hidden, vocabulary)."""
         states = self.model.base_model(batch.input_ids).last_hidden_state
         rows = batch.positions.unsqueeze(-1).expand(-1, -1, states.shape[-1])
-        return self.model.cls(states.gather(1, rows).flatten(0, 1))
+        return VOCABULARY_HEADS[self.model.config.model_type](self.model, states.gather(1, rows).flatten(0, 1))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         masked = self._mask(batch, self.masking, self.seed)
@@ -135,23 +142,29 @@ def build_model(config: PretrainedConfig, data: TextBlocks) -> Any:
     """
     if not isinstance(data, TextBlocks):
         raise ConfigError(f"recipe=bert_mlm trains on text, not on {type(data).__name__}; try data=python_docs")
-    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+    if config.model_type not in VOCABULARY_HEADS:
         raise ConfigError(
-            f"recipe=bert_mlm needs a model with a masked-LM head, not {config.model_type}; try model=bert_mini"
+            f"recipe=bert_mlm needs a model of type {' or '.join(VOCABULARY_HEADS)}, not {config.model_type}; "
+            "try model=bert_mini"
         )
     length = data.settings.sequence_length
     if length > config.max_position_embeddings:
         raise ConfigError(
             f"data.sequence_length={length} is longer than the model's {config.max_position_embeddings} positions"
         )
-    tokenizer = data.ready.tokenizer
-    config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+    _match_vocabulary(config, data.ready.tokenizer)
     model = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa")
     with torch.no_grad():
         # Start from the corpus' word frequencies instead of learning them: a sign optimizer moves a bias by lr a step,
         # and log frequencies span a dozen nats, so a short run would spend itself on this alone.
         model.get_output_embeddings().bias.copy_(data.log_unigram_shares())
     return model
+
+
+def _match_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+    config.bos_token_id = config.cls_token_id = tokenizer.cls_token_id
+    config.eos_token_id = config.sep_token_id = tokenizer.sep_token_id
 
 
 def _whole_word(tokens: Tensor, tokenizer: Any) -> int:

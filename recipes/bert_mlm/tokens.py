@@ -19,7 +19,7 @@ from lion_lightning.training.errors import ConfigError
 from recipes.bert_mlm.corpus import Corpus, is_held_out
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-FORMAT_VERSION = 1  # raise it when what is written to the cache changes
+FORMAT_VERSION = 2  # raise it when what is written to the cache changes
 DOCUMENTS_PER_BATCH = 512
 
 
@@ -115,5 +115,8 @@ def pack(tokenizer: Tokenizer, documents: Iterator[str], sequence_length: int) -
 
 def _as_transformers(tokenizer: Tokenizer, settings: BlockSettings) -> PreTrainedTokenizerBase:
     return BertTokenizer(
-        tokenizer_object=tokenizer, do_lower_case=settings.lowercase, model_max_length=settings.sequence_length
+        tokenizer_object=tokenizer,
+        do_lower_case=settings.lowercase,
+        model_max_length=settings.sequence_length,
+        model_input_names=["input_ids", "attention_mask"],  # no token types: ModernBERT takes none, BERT needs none
     )
