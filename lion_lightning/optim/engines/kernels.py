@@ -5,6 +5,7 @@ compiler fuse multiplication and addition, and division and square root are the 
 and the other engines agree bit for bit.
 """
 
+# mypy: disallow-untyped-defs=False
 # ruff: noqa: SIM300 - upper-case names here are parameters
 import triton
 import triton.language as tl
@@ -40,9 +41,7 @@ STATISTICS_COUNT = tl.constexpr(telemetry.STATISTICS)
 CAUTIOUS_LIMIT = tl.constexpr(rule.CAUTIOUS_LIMIT)
 
 # Columns of the tables.
-SUMS, SIGNS, SIGN_STRIDE, SIGN_START = (
-    tl.constexpr(tables.TENSOR.index(name)) for name in ("statistics", "signs", "sign_stride", "sign_start")
-)
+SUMS, SIGNS, SIGN_STRIDE = (tl.constexpr(tables.TENSOR.index(name)) for name in ("statistics", "signs", "sign_stride"))
 COUNT, GROUP, FIRST_TILE = (tl.constexpr(tables.TENSOR.index(name)) for name in ("count", "group", "first_tile"))
 LR, BETA1, REST1, BETA2, REST2, DECAY, FACTOR, BOUND = (tl.constexpr(c) for c in range(len(tables.NUMBERS)))
 LR_ADDRESS, GRAD_SCALE_ADDRESS, FOUND_INF_ADDRESS, SKIP = (
@@ -94,12 +93,10 @@ def observe(lane, group, inside, weight, grad, momentum, stored, new_momentum, u
 @triton.jit
 def sample_signs(tensor, lane, start, local, inside, update):
     """Compares the sampled signs of u with those of the last sample and keeps the new ones."""
-    stride, begin = tl.load(tensor + SIGN_STRIDE), tl.load(tensor + SIGN_START)
-    ahead = start - begin + stride  # begin < stride: not negative
-    phase = (ahead % stride).to(tl.int32) + local
-    address = tl.load(tensor + SIGNS)
-    sampled = inside & (phase % stride.to(tl.int32) == 0) & (start + local >= begin) & everywhere(address != 0)
-    signs = address.to(tl.pointer_type(tl.int8)) + (ahead // stride - 1 + phase // stride.to(tl.int32))
+    stride, address = tl.load(tensor + SIGN_STRIDE), tl.load(tensor + SIGNS)
+    phase = (start % stride).to(tl.int32) + local
+    sampled = inside & (phase % stride.to(tl.int32) == 0) & everywhere(address != 0)
+    signs = address.to(tl.pointer_type(tl.int8)) + (start // stride + phase // stride.to(tl.int32))
     sign = (update > 0).to(tl.int32) - (update < 0).to(tl.int32)
     count_in(lane, FLIPPED, sampled & (sign * tl.load(signs, mask=sampled, other=0).to(tl.int32) < 0))
     tl.store(signs, sign.to(tl.int8), mask=sampled)

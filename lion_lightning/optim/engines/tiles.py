@@ -4,6 +4,7 @@ Everything is followed operation for operation, with bf16 taken apart as integer
 agree bit for bit. A tile is TILE_ROWS rows of 256 elements, the blocks that share an int8 scale.
 """
 
+# mypy: disallow-untyped-defs=False
 # ruff: noqa: SIM300 - upper-case names here are parameters
 import triton
 import triton.language as tl
