@@ -1,0 +1,120 @@
+"""The door: mistakes on the command line are one readable line on stderr, and exit status 2."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ENTRIES = {"train.py": ["train.py"], "the package": ["-m", "lion_lightning"]}
+
+
+def call(root: Path, folder: Path, arguments: Sequence[str], entry: str = "train.py") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *ENTRIES[entry], *arguments, f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
+    environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def assert_one_line(answer: subprocess.CompletedProcess[str], *named: str) -> None:
+    lines = answer.stderr.strip().splitlines()
+    assert len(lines) == 1, answer.stderr
+    assert lines[0].startswith("error: ")
+    for name in named:
+        assert name in lines[0], lines[0]
+    assert answer.returncode == 2
+    assert "Traceback" not in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("mistake", "named"),
+    [
+        ("recipe=nope", ("recipe", "nope", "bert_mlm", "image_classification")),
+        ("optim=lino", ("optim", "lino", "adamw")),
+        ("optim.lrr=1", ("lrr",)),
+        ("trainer.gpus=1", ("gpus",)),
+        ("recipee=bert_mlm", ("recipee",)),
+        ("seed=", ("seed",)),
+        ("optim.lr==1", ("optim.lr",)),
+    ],
+)
+def test_a_misspelt_override_is_named(root: Path, tmp_path: Path, mistake: str, named: tuple[str, ...]) -> None:
+    answer = call(root, tmp_path, [mistake] if mistake != "seed=" else ["seed=", "trainer.max_steps=1"])
+    assert_one_line(answer, *named)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["trainer.devices=99"], ("trainer.devices=99",)),
+        (["data=text_files", "data.path=/nowhere"], ("data.path=/nowhere", "no such file")),
+    ],
+    ids=["devices", "path"],
+)
+def test_a_setting_that_cannot_work_is_named_at_every_entry(
+    root: Path, tmp_path: Path, entry: str, arguments: list[str], named: tuple[str, ...]
+) -> None:
+    if entry == "the package" and "trainer.devices=99" in arguments:
+        pytest.skip("one mistake is enough for the second entry")
+    assert_one_line(call(root, tmp_path, arguments, entry), *named)
+
+
+# Everything else that the library finds wrong, through the door in one process: each is what `main` does with a line.
+IN_ONE_PROCESS = """
+import os, sys
+sys.argv = ["train.py"]
+from lion_lightning.__main__ import main
+for line in sys.stdin.read().splitlines():
+    sys.argv[1:] = line.split()
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    except Exception as error:
+        code = f"{type(error).__name__}: {error}"
+    print(f"CODE {code}", file=sys.stderr, flush=True)
+"""
+MISTAKES = {
+    "recipe=bert_mlm model=resnet18": ("resnet", "masked-LM"),
+    "recipe=bert_mlm data=digits": ("ImageArrays", "python_docs"),
+    "recipe=image_classification model=bert_tiny": ("bert", "image-classification"),
+    "recipe=image_classification data.batch_size=2000": ("2000", "1438"),
+    "recipe=image_classification trainer.precision=8-bit": ("trainer.precision", "8-bit", "bf16-mixed"),
+    "recipe=image_classification seed=-1": ("seed", "-1"),
+    "recipe=image_classification seed=one": ("seed", "one"),
+    "recipe=image_classification +optim.lrr=1": ("lrr", "lr"),
+    "recipe=image_classification optim.lr=-1": ("lr", "-1"),
+    "recipe=image_classification optim._target_=torch.load": ("torch.load", "not allowed"),
+    "recipe=image_classification resume=/nowhere.ckpt": ("/nowhere.ckpt",),
+    "recipe=image_classification trainer.strategy=teleport": ("teleport",),
+    "data=text_files": ("data.path",),
+}
+
+
+@pytest.mark.slow
+def test_every_mistake_is_one_line_and_status_2(root: Path, tmp_path: Path) -> None:
+    common = f"hydra.run.dir={tmp_path} logger=none export=false trainer.max_steps=1"
+    lines = "\n".join(f"{mistake} {common}" for mistake in MISTAKES)
+    answer = subprocess.run(
+        [sys.executable, "-c", IN_ONE_PROCESS], cwd=root, input=lines, capture_output=True, text=True, timeout=400, check=False
+    )
+    wrong = []
+    told = answer.stderr.split("CODE ")
+    said = [told[0], *(part.split("\n", 1)[1] for part in told[1:-1])]
+    codes = [part.split("\n", 1)[0] for part in told[1:]]
+    assert len(codes) == len(MISTAKES), answer.stderr
+    for (mistake, named), stderr, code in zip(MISTAKES.items(), said, codes, strict=True):
+        shown = stderr.strip().splitlines()
+        if code != "2" or len(shown) != 1 or not all(name in shown[0] for name in named):
+            wrong.append(f"{mistake} -> {code}: {stderr.strip()[-300:]}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_sweep_over_several_devices_is_refused(root: Path, tmp_path: Path) -> None:
+    answer = call(root, tmp_path, ["-m", "seed=1,2", "trainer.accelerator=cpu", "trainer.devices=2"])
+    assert answer.returncode == 2
+    assert "-m with trainer.devices=2" in answer.stderr
+    assert "Traceback" not in answer.stderr

@@ -1,0 +1,309 @@
+"""Whole runs through `training.run.run`: they learn, return what they monitored, go on, and leave what they promise."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from omegaconf import OmegaConf
+
+import recipes.bert_mlm.module as bert_module
+from lion_lightning.training.errors import ConfigError
+from lion_lightning.training.run import run
+
+RUN_FILES = ("config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "export/model.safetensors", "export/README.md")
+Go = Callable[..., float]
+
+
+@pytest.fixture(scope="module")
+def text(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prose as a folder of sixty files, a share of which is held out."""
+    folder = tmp_path_factory.mktemp("text")
+    paragraphs = prose.read_text(encoding="utf-8").split("\n\n")
+    size = -(-len(paragraphs) // 60)
+    for number in range(60):
+        passage = "\n\n".join(paragraphs[number * size : (number + 1) * size])
+        (folder / f"{number:02}.txt").write_text(passage, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def bert(compose: Any, text: Path, tmp_path: Path) -> Go:
+    """Train a BERT of 0.13 M parameters on the text; further overrides as on the command line."""
+
+    def go(*overrides: str) -> float:
+        folder = tmp_path / "bert"
+        folder.mkdir(exist_ok=True)
+        return run(
+            compose(
+                "recipe=bert_mlm", "data=text_files", f"data.path={text}", "data.sequence_length=32", "data.vocab_size=512",
+                "data.val_fraction=0.1", "model.config.hidden_size=64", "model.config.intermediate_size=256",
+                "logger=none", f"run_dir={folder}", *overrides,
+            )
+        )  # fmt: skip
+
+    return go
+
+
+@pytest.fixture
+def digits(compose: Any, tmp_path: Path) -> Go:
+    """Train the small ViT on the digits; further overrides as on the command line."""
+
+    def go(*overrides: str) -> float:
+        folder = tmp_path / "digits"
+        folder.mkdir(exist_ok=True)
+        return run(compose("recipe=image_classification", "logger=none", f"run_dir={folder}", *overrides))
+
+    return go
+
+
+class Losses(Callback):
+    """Keeps the training loss of every step, the position of every sample, and the trainer."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.positions: list[int] = []
+        self.trainer: Trainer | None = None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(float(outputs["loss"]))
+        self.positions += batch["sample"].tolist()
+        self.trainer = trainer
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Losses]:
+    """A fresh observer of the next run."""
+    import lion_lightning.training.run as run_module
+
+    build = run_module.progress
+
+    def attach() -> Losses:
+        losses = Losses()
+        monkeypatch.setattr(run_module, "progress", lambda *arguments: [losses, *build(*arguments)])
+        return losses
+
+    return attach
+
+
+@pytest.mark.slow
+def test_bert_gets_under_the_unigram_entropy_with_lion(bert: Go, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    best = bert("optim.lr=1e-3", "data.batch_size=64", "trainer.max_steps=400", "trainer.val_check_interval=100")
+    said = capsys.readouterr().out
+    entropy = float(said.split("unigram entropy")[1].split()[0])
+    assert best < entropy - 0.25, "a model that looks at no context gets to the entropy, no lower"
+    for name in RUN_FILES:
+        assert (tmp_path / "bert" / name).is_file(), name
+    assert f"best val/loss  {best:.4f}" in said
+    assert said.count("[MASK]") == 3
+
+
+@pytest.mark.slow
+def test_a_vit_reads_digits_with_lion(digits: Go, tmp_path: Path) -> None:
+    assert digits("trainer.max_steps=300", "trainer.val_check_interval=100") > 0.9
+    for name in RUN_FILES:
+        assert (tmp_path / "digits" / name).is_file(), name
+
+
+@pytest.mark.parametrize("optim", ["lion", "adamw", "signum", "adafactor", "sgd"])
+def test_every_optimizer_lowers_the_loss_of_bert(bert: Go, watch: Callable[[], Losses], optim: str) -> None:
+    seen = watch()
+    bert(f"optim={optim}", "data.limit_train_samples=64", "trainer.max_steps=40", "trainer.val_check_interval=40", "export=false")
+    assert len(seen.losses) == 40
+    assert sum(seen.losses[-5:]) / 5 < sum(seen.losses[:5]) / 5 - 0.02
+
+
+@pytest.mark.parametrize("optim", ["lion", "adamw", "signum", "adafactor", "sgd"])
+def test_every_optimizer_lowers_the_loss_on_digits(digits: Go, watch: Callable[[], Losses], optim: str) -> None:
+    seen = watch()
+    digits(f"optim={optim}", "trainer.max_steps=50", "trainer.val_check_interval=50", "export=false")
+    assert sum(seen.losses[-5:]) / 5 < sum(seen.losses[:5]) / 5 - 0.1
+
+
+QUICK = ("data.batch_size=16", "trainer.val_check_interval=4", "export=false")
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "amos"])
+def test_the_best_value_of_the_monitored_metric_is_returned(
+    bert: Go, tmp_path: Path, schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values: list[float] = []
+    compute = bert_module.BertMLM.on_validation_epoch_end
+
+    def noted(module: Any) -> None:
+        values.append(float(module.val_loss.compute()))
+        compute(module)
+
+    monkeypatch.setattr(bert_module.BertMLM, "on_validation_epoch_end", noted)
+    best = bert("trainer.max_steps=10", f"schedule={schedule}", *QUICK)
+    assert len(values) == 3, "every four steps, and at the end"
+    assert best == pytest.approx(min(values), rel=1e-6)
+    stored = torch.load(tmp_path / "bert/checkpoints/best.ckpt", weights_only=True)
+    assert stored["global_step"] == (4, 8, 10)[values.index(min(values))]
+
+
+def test_a_run_is_the_same_twice_and_differs_by_seed(bert: Go, watch: Callable[[], Losses]) -> None:
+    losses = []
+    for seed in (1, 1, 2):
+        seen = watch()
+        bert("trainer.max_steps=6", f"seed={seed}", *QUICK)
+        losses.append(seen.losses)
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+def test_a_resume_goes_on_as_if_nothing_had_happened(bert: Go, watch: Callable[[], Losses], tmp_path: Path) -> None:
+    """Same steps, same samples, same losses as the run that was never stopped."""
+    whole = watch()
+    bert("trainer.max_steps=12", "schedule=constant", "guard.warmup_steps=2", *QUICK)
+    first = watch()
+    bert("trainer.max_steps=8", "schedule=constant", "guard.warmup_steps=2", *QUICK)
+    assert first.losses == whole.losses[:8]
+    checkpoint = tmp_path / "kept.ckpt"
+    (tmp_path / "bert/checkpoints/last.ckpt").rename(checkpoint)
+    second = watch()
+    bert("trainer.max_steps=12", "schedule=constant", "guard.warmup_steps=2", f"resume={checkpoint}", *QUICK)
+    assert second.trainer is not None
+    assert second.trainer.global_step == 12
+    assert len(second.losses) == 4, "steps that were done are not done again"
+    assert second.positions == whole.positions[8 * 16 :], "the data starts over"
+    assert second.losses == pytest.approx(whole.losses[8:], rel=1e-5)
+
+
+def test_micro_batches_make_one_optimizer_step(bert: Go, watch: Callable[[], Losses]) -> None:
+    whole, parts = watch(), None
+    bert("data.batch_size=16", "trainer.max_steps=4", "trainer.val_check_interval=2", "export=false")
+    parts = watch()
+    bert(
+        "data.batch_size=4", "trainer.accumulate_grad_batches=4", "trainer.max_steps=4", "trainer.val_check_interval=2",
+        "export=false",
+    )  # fmt: skip
+    assert parts.trainer is not None
+    assert parts.trainer.global_step == 4
+    assert parts.positions == whole.positions
+    means = [sum(parts.losses[start : start + 4]) / 4 for start in range(0, 16, 4)]
+    assert means == pytest.approx(whole.losses, rel=2e-3)
+
+
+def test_epochs_become_steps(digits: Go, watch: Callable[[], Losses]) -> None:
+    seen = watch()
+    digits("trainer.max_epochs=2", "data.limit_train_samples=100", "data.batch_size=32", "export=false")
+    assert seen.trainer is not None
+    assert seen.trainer.global_step == 7  # 200 samples in batches of 32
+    assert len(seen.positions) == 7 * 32
+
+
+def test_overfitting_sees_the_same_samples_again_and_again(bert: Go, watch: Callable[[], Losses]) -> None:
+    seen = watch()
+    bert("debug=overfit", "data.batch_size=8", "trainer.max_steps=5", "trainer.val_check_interval=5", "export=false")
+    assert seen.trainer is not None
+    assert seen.trainer.datamodule.num_train_samples == 8
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("recipe", ["bert", "digits"])
+def test_every_precision_trains(recipe: str, precision: str, request: pytest.FixtureRequest) -> None:
+    go: Go = request.getfixturevalue(recipe)
+    best = go(f"trainer.precision={precision}", "trainer.max_steps=2", "trainer.val_check_interval=2", "data.batch_size=16")
+    assert best == best, "not a number"
+
+
+@pytest.mark.parametrize("logger", ["csv", "tensorboard"])
+def test_file_loggers_write_into_the_run_folder(bert: Go, tmp_path: Path, logger: str) -> None:
+    bert(f"logger={logger}", "trainer.max_steps=4", "trainer.log_every_n_steps=2", *QUICK)
+    folder = tmp_path / "bert"
+    if logger == "csv":
+        header = next(folder.rglob("metrics.csv")).read_text().splitlines()[0].split(",")
+        assert {"train/loss", "val/loss", "val/perplexity", "val/accuracy", "data/unigram_entropy"} <= set(header)
+    else:
+        assert list(folder.rglob("events.out.tfevents.*"))
+    assert not list(folder.rglob("wandb"))
+
+
+def test_no_logger_writes_no_log(bert: Go, tmp_path: Path) -> None:
+    bert("trainer.max_steps=2", *QUICK)
+    assert sorted(entry.name for entry in (tmp_path / "bert").iterdir()) == ["checkpoints", "config.yaml"]
+    kept = OmegaConf.load(tmp_path / "bert/config.yaml")
+    assert kept.trainer.max_steps == 2
+    assert "${" not in (tmp_path / "bert/config.yaml").read_text(), "the configuration is kept resolved"
+
+
+def test_a_run_folder_is_made_where_it_is_missing(compose: Any, tmp_path: Path) -> None:
+    """`run_dir=` on the command line is not Hydra's folder, so nobody has made it."""
+    folder = tmp_path / "not" / "there"
+    run(
+        compose(
+            "recipe=image_classification", "logger=none", f"run_dir={folder}", "trainer.max_steps=1", "export=false",
+        )
+    )  # fmt: skip
+    assert (folder / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["trainer.devices=99"], r"trainer\.devices=99: .* 1 to \d+"),
+        (["trainer.devices=0"], r"trainer\.devices=0"),
+        (["trainer.accelerator=abacus"], "trainer.accelerator must be one of .* got 'abacus'"),
+        (["trainer.precision=8-bit"], "trainer.precision must be one of .* got '8-bit'"),
+        (["trainer.max_steps=0"], "trainer.max_steps .* got 0"),
+        (["trainer.max_steps=2.5"], r"trainer\.max_steps .* got 2\.5"),
+        (["trainer.max_epochs=0"], "trainer.max_epochs .* got 0"),
+        (["trainer.max_epochs=many"], "trainer.max_epochs .*many"),
+        (["trainer.val_check_interval=0"], "trainer.val_check_interval .* got 0"),
+        (["trainer.accumulate_grad_batches=-1"], "trainer.accumulate_grad_batches .* got -1"),
+        (["trainer.strategy=teleport"], "teleport"),
+        (["trainer.gradient_clip_val=hard"], "gradient_clip_val.*hard"),
+        (["seed=-1"], "seed .* got -1"),
+        (["seed=one"], "seed .* got 'one'"),
+        (["seed=4294967296"], "seed .* got 4294967296"),
+        (["resume=/nowhere/last.ckpt"], "resume=/nowhere/last.ckpt"),
+        (["data.batch_size=2000"], "2000 samples is larger than the training set of 1438"),
+        (["data.batch_size=500", "trainer.accumulate_grad_batches=3"], "1500 samples is larger"),
+        (["data.batch_size=0"], "data.batch_size must be at least 1, got 0"),
+        (["data.batch_size=big"], "data.batch_size .*big"),
+        (["data.source.val_fraction=2"], "val_fraction must be between 0 and 1, got 2"),
+        (["model=bert_tiny"], "image-classification head, not bert"),
+        (["model.config.patch_size=3"], "patch_size=3 does not divide"),
+        (["recipe.module.label_smoothing=2"], "label_smoothing must be in"),
+        (["recipe.module.crop_padding=-1"], "crop_padding .*-1"),
+        (["optim.lr=-1"], "lr .*-1"),
+        (["optim.lr=fast"], "lr .*fast"),
+        (["optim.betas=[0.9,2.0]"], "beta.*2.0"),
+        (["+optim.lrr=1"], "lrr.*takes.*lr"),
+        (["schedule.final=2"], "final .*2"),
+        (["guard.warmup_steps=-1"], "warmup_steps .*-1"),
+        (["guard.min_batch_size=-1"], "min_batch_size .*-1"),
+        (["data=image_files"], "data=image_files needs data.path="),
+        (["data=image_files", "data.path=/nowhere"], "data.path=/nowhere: there is no such file or folder"),
+        (["logger=wandb", "logger.mode=sometimes"], "mode must be one of .* got 'sometimes'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_setting_that_cannot_work_is_one_line_that_names_it(digits: Go, overrides: list[str], named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as error:
+        digits("trainer.max_steps=1", "export=false", *overrides)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["model=resnet18"], "model .*masked-LM head, not resnet"),
+        (["data=digits"], "bert_mlm trains on text, not on ImageArrays"),
+        (["data=text_files", "data.path=/nowhere"], "data.path=/nowhere: there is no such file or folder"),
+        (["data=text_files"], "needs data.path="),
+        (["recipe.module.masking.rate=2"], "rate must be between 0 and 1, got 2"),
+        (["recipe.module.masking.mask_share=2"], "mask_share"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_combination_that_cannot_work_is_one_line_that_names_it(
+    compose: Any, text: Path, tmp_path: Path, overrides: list[str], named: str
+) -> None:
+    small = [] if any(entry.startswith("data=") for entry in overrides) else ["data=text_files", f"data.path={text}"]
+    with pytest.raises(ConfigError, match=named) as error:
+        run(compose("recipe=bert_mlm", "logger=none", f"run_dir={tmp_path}", *small, *overrides))
+    assert "\n" not in str(error.value)
