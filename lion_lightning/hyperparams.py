@@ -5,7 +5,8 @@ step takes off a weight is `lr * weight_decay * weight`, and the conversion keep
 """
 
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lion_lightning.optim import Lion
+
+AMOS_ALPHA_0 = 1.11e-3
+BERT_BASE_SIGMA = (1 / 768) ** 0.5
 # Normalisation layers of torch and of transformers alike end in one of these (LayerNorm, BatchNorm2d, LlamaRMSNorm).
 _NORM_SUFFIXES = ("norm", "norm1d", "norm2d", "norm3d")
 _POSITION_TABLES = ("position_embeddings", "pos_embed", "position_embedding", "wpe", "cls_token")
@@ -109,6 +114,51 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     if not filled:
         raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True")
     return filled
+
+
+def lion_amos(groups: Iterable[dict[str, Any]], alpha_0: float = AMOS_ALPHA_0, q: float = 1.0, **options: Any) -> Lion:
+    """Lion with each parameter's learning rate and weight decay read off its scale at the start, by the Amos rule.
+
+    With sigma the root mean square of a parameter, lr = alpha_0 * sigma and weight_decay = alpha_0 / (2 q sigma); the
+    schedule that belongs to it is `schedules.amos`. Su, 2023, kexue.fm/archives/9473, after Tian and Parikh, 2022,
+    arXiv:2210.11693. A parameter that starts at zero has no scale; it takes the median of the matrices' (our choice).
+
+    Args:
+        groups: as `parameter_groups` makes them; only the one named `decay` decays.
+        alpha_0: relative change of a parameter in one step, about 1e-3.
+        q: above 0; larger is less decay.
+        **options: other options of `Lion`, such as `betas`.
+
+    Returns:
+        Lion with a parameter group for each scale (to two digits), named `<group>/sigma=<scale>`.
+
+    Raises:
+        ValueError: alpha_0 or q is not above 0.
+    """
+    for name, value in (("alpha_0", alpha_0), ("q", q)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a positive number, got {value}")
+    groups = list(groups)
+    fallback = _median_scale(groups)
+    split: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        for name, parameter in group["params"]:
+            sigma = float(f"{scale(parameter) or fallback:.2g}")
+            decay = alpha_0 / (2 * q * sigma) if group["name"] == "decay" else 0.0
+            label = f"{group['name']}/sigma={sigma:g}"
+            fresh = {"name": label, "params": [], "lr": alpha_0 * sigma, "weight_decay": decay}
+            split.setdefault(label, fresh)["params"].append((name, parameter))
+    return Lion(split.values(), **options)
+
+
+def scale(parameter: torch.Tensor) -> float:
+    """The root mean square of a parameter: of a matrix as it is initialised, its standard deviation."""
+    return float(parameter.detach().float().pow(2).mean().sqrt()) if parameter.numel() else 0.0
+
+
+def _median_scale(groups: Iterable[dict[str, Any]]) -> float:
+    matrices = [scale(parameter) for group in groups for _, parameter in group["params"] if parameter.ndim >= 2]
+    return statistics.median([sigma for sigma in matrices if sigma] or [BERT_BASE_SIGMA])
 
 
 def _trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:

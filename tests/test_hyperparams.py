@@ -1,10 +1,13 @@
+from pathlib import Path
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClassification
 
 from lion_lightning import Lion, from_adamw
-from lion_lightning.hyperparams import PRESETS, parameter_groups, preset
+from lion_lightning.hyperparams import PRESETS, lion_amos, parameter_groups, preset
 
 
 def names(group):
@@ -86,3 +89,45 @@ def test_frozen_parameters_and_empty_groups_are_left_out():
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="Sequential has no parameter with requires_grad=True"):
         parameter_groups(model, 0.1)
+
+
+def test_amos_reads_the_published_bert_setting_off_a_matrix_of_that_scale():
+    model = nn.Linear(768, 768)
+    nn.init.normal_(model.weight, std=(1 / 768) ** 0.5)
+    optimizer = lion_amos(parameter_groups(model, 0.0))
+    decay, no_decay = optimizer.param_groups
+    assert decay["lr"] == pytest.approx(4e-5, rel=0.03)
+    assert decay["weight_decay"] == pytest.approx(0.0155, rel=0.03)
+    assert decay["name"] == "decay/sigma=0.036"
+    assert no_decay["weight_decay"] == 0.0
+
+
+def test_amos_steps_each_parameter_by_its_own_scale_and_a_zero_one_by_the_median():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    with torch.no_grad():
+        model[0].weight.fill_(0.5)
+        model[0].bias.zero_()
+    optimizer = lion_amos(parameter_groups(model, 0.0), alpha_0=1e-2, q=2.0, betas=(0.95, 0.98))
+    by_name = {name: group for group in optimizer.param_groups for name in group["param_names"]}
+    assert by_name["0.weight"]["lr"] == pytest.approx(5e-3)
+    assert by_name["0.weight"]["weight_decay"] == pytest.approx(1e-2 / (2 * 2 * 0.5))
+    assert by_name["1.weight"]["lr"] == pytest.approx(1e-2)  # gains start at 1
+    assert by_name["0.bias"]["lr"] == pytest.approx(5e-3)
+    assert by_name["0.bias"]["betas"] == (0.95, 0.98)
+    with pytest.raises(ValueError, match=r"alpha_0 must be a positive number, got 0"):
+        lion_amos(parameter_groups(model, 0.0), alpha_0=0)
+
+
+def test_shipped_files_of_published_settings_say_what_the_presets_say():
+    folder = Path(__file__).parents[1] / "conf" / "tuned"
+    files = {
+        "base": "paper_base",
+        "base_language": "paper_base_language",
+        "billion_language": "paper_billion_language",
+        "bert_base_amos": "amos_bert_base",
+        "vit_b16_imagenet": "paper_vit_b16_imagenet",
+    }
+    assert files.keys() == PRESETS.keys()
+    for name, file in files.items():
+        shipped = OmegaConf.to_container(OmegaConf.load(folder / f"{file}.yaml"))["optim"]
+        assert {**shipped, "betas": tuple(shipped["betas"])} == preset(name)
