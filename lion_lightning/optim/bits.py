@@ -92,9 +92,11 @@ def join_weight(param: Tensor, remainder: Tensor | None) -> Tensor:
     low = remainder.to(torch.int32)
     if remainder.dtype == torch.int8:
         low.bitwise_left_shift_(8)
-    zero = param == 0
-    if param.device.type != "cpu" or bool(zero.any()):
-        low = torch.where(zero, low.clamp(min=0), low)
+    if param.device.type == "cpu":
+        joined = words.add(low).view(torch.float32)
+        if bool(joined.sum().isfinite()):  # so none is NaN
+            return joined
+    low = torch.where(param == 0, low.clamp(min=0), low)
     return words.add_(low).view(torch.float32)
 
 
@@ -135,7 +137,8 @@ def _ordinary(value: Tensor) -> Tensor:
 
 def is_below(value: Tensor, limit: float) -> bool:
     """Whether every magnitude is below `limit`; False where there is a NaN. Reads the answer on the host."""
-    return float(torch.linalg.vector_norm(value, torch.inf)) < limit
+    smallest, largest = torch.aminmax(value)
+    return bool((largest < limit) & (smallest > -limit))
 
 
 def quantize(momentum: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor]:

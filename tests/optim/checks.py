@@ -60,8 +60,8 @@ def check_drift(factory: Factory, dtype: torch.dtype, weight_decay: float) -> No
         assert error < 0.02, f"{error:.4f} is too uncertain to tell"
 
 
-def check_directions(factory: Factory, dtype: torch.dtype) -> None:
-    """Twelve steps with changing gradients end at the oracle's weight, to less than half a step on average."""
+def check_directions(factory: Factory, dtype: torch.dtype, allowed: float = 1e-4) -> None:
+    """Twelve steps with changing gradients end at the oracle's weight, to `allowed` on average (a step is 1e-3)."""
     start = weights(dtype)
     param = nn.Parameter(start.clone())
     optimizer = factory(param, 1e-3, 0.1)
@@ -72,4 +72,4 @@ def check_directions(factory: Factory, dtype: torch.dtype) -> None:
         optimizer.step()
         oracle.step(grad)
     error = (kept_weight(param, optimizer.state[param].get("weight_remainder")) - oracle.weight).abs().mean()
-    assert error < 4e-4, f"mean distance {error:.2e} after 12 steps of 1e-3"
+    assert error < allowed, f"mean distance {error:.2e} after 12 steps of 1e-3"

@@ -43,7 +43,8 @@ def test_the_eager_engine_drifts_as_little(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("fused", [False, None])
 @pytest.mark.parametrize(("dtype", "options"), MODES)
 def test_directions_follow_the_oracle(dtype: torch.dtype, options: dict[str, Any], fused: bool | None) -> None:
-    check_directions(lion(fused=fused, **options), dtype)
+    rounding = 4e-4 if options.get("weight_bits") == 16 else 1e-4  # the spacing of bf16 is 1.2e-4 to 4.9e-4 here
+    check_directions(lion(fused=fused, **options), dtype, rounding)
 
 
 class Broken(Optimizer):

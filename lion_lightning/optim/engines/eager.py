@@ -1,6 +1,8 @@
 """The eager engine: torch operations over chunks that stay in cache. Any device, no compiler."""
 
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,8 +10,8 @@ from torch import Tensor
 from lion_lightning.optim import bits, rule, telemetry
 from lion_lightning.optim.rule import TensorUpdate
 
-CHUNK_ELEMENTS = 262_144
-"""About twice the speed of whole-tensor operations on a CPU with 2 MB of cache a core."""
+CHUNK_ELEMENTS = 65_536
+"""A dozen tensors of this length stay in the 2 MB of cache of a core; shorter ones cost more in calls."""
 
 
 def decode(update: TensorUpdate) -> tuple[Tensor, Tensor]:
@@ -31,7 +33,7 @@ def encode(update: TensorUpdate, weight: Tensor, momentum: Tensor) -> None:
         update.param.copy_(high)
         if update.weight_remainder is not None and remainder is not None:
             update.weight_remainder.copy_(remainder)
-    else:
+    elif weight is not update.param:
         update.param.copy_(weight)
     if update.exp_avg_scale is not None:
         levels, scale = bits.quantize(momentum.float(), random)
@@ -54,26 +56,28 @@ def kept(update: TensorUpdate, grad: Tensor, nonfinite: Tensor) -> Tensor:
     return finite if found_inf is None else finite & (found_inf == 0)
 
 
-def is_ordinary(update: TensorUpdate, mixed: Tensor) -> bool:
-    """Whether nothing in the chunk needs care. On a CPU it is told by a sum: if c's is finite, all it is made of is."""
+def step_chunk(update: TensorUpdate, nonfinite: Tensor, scratch: Tensor) -> None:
+    """One chunk: decode, rule, encode. Where nothing needs care the rule is run in place, without new tensors."""
     settings = update.settings
-    plain = mixed.device.type == "cpu" and update.statistics is None and not settings.cautious
-    return plain and settings.found_inf is None and bool(mixed.sum().isfinite())
-
-
-def step_chunk(update: TensorUpdate, nonfinite: Tensor) -> None:
-    """One chunk: decode, rule, encode; the rule in place where nothing needs care."""
     weight, momentum = decode(update)
     grad = update.grad.to(weight.dtype)
-    factor = rule.gradient_factor(update.settings, weight.dtype)
+    factor = rule.gradient_factor(settings, weight.dtype)
     if isinstance(factor, Tensor) or factor != 1.0:
         grad = grad * factor
-    mixed = rule.mixture(grad, momentum, update.settings)
-    if is_ordinary(update, mixed):
-        new_weight = rule.moved(weight, mixed.sign_(), update.settings)
-        encode(update, new_weight, momentum.mul_(update.settings.beta2).add_(grad * (1 - update.settings.beta2)))
-    else:
-        step_carefully(update, weight.clone(), grad, momentum.clone(), nonfinite)
+    first, second = scratch.view(weight.dtype)[:, : weight.numel()]
+    mixed = torch.mul(momentum, settings.beta1, out=first)
+    mixed += torch.mul(grad, 1 - settings.beta1, out=second)
+    plain = update.statistics is None and not settings.cautious and settings.found_inf is None
+    # On a CPU a sum tells: if c's is finite, so is every gradient and momentum it is made of.
+    if not (plain and mixed.device.type == "cpu" and bool(mixed.sum().isfinite())):
+        return step_carefully(update, weight.clone(), grad, momentum.clone(), nonfinite)
+    change = torch.mul(weight, settings.weight_decay, out=second)
+    change += mixed.sign_()
+    change *= settings.lr
+    weight -= change
+    momentum *= settings.beta2
+    momentum += torch.mul(grad, 1 - settings.beta2, out=second)
+    encode(update, weight, momentum)
 
 
 def step_carefully(update: TensorUpdate, weight: Tensor, grad: Tensor, momentum: Tensor, nonfinite: Tensor) -> None:
@@ -96,11 +100,23 @@ class EagerEngine:
     def objection(self, update: TensorUpdate) -> str | None:
         return None
 
+    def __init__(self) -> None:
+        self._kept = threading.local()  # as many threads as like may step optimizers of their own
+
+    def _scratch(self, device: torch.device) -> Tensor:
+        """Two chunks of memory that stay in cache from one chunk to the next; wide enough for float64."""
+        kept: dict[Any, Tensor] = self._kept.__dict__
+        if device not in kept:
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            kept[device] = torch.empty(2, CHUNK_ELEMENTS, dtype=dtype, device=device)
+        return kept[device]
+
     def step(self, updates: Sequence[TensorUpdate], nonfinite: Tensor) -> None:
         for update in updates:
+            scratch = self._scratch(update.param.device)
             for start in range(0, update.param.numel(), CHUNK_ELEMENTS):
                 stop = min(start + CHUNK_ELEMENTS, update.param.numel())
-                step_chunk(update.part(start, stop), nonfinite)
+                step_chunk(update.part(start, stop), nonfinite, scratch)
 
 
 engine = EagerEngine()
