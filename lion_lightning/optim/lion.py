@@ -172,6 +172,7 @@ class Lion(Optimizer):
     def _update(self) -> None:
         updates: list[tuple[Engine, TensorUpdate]] = []
         copies: list[tuple[Tensor, Tensor]] = []
+        counts: list[tuple[dict[str, Any], list[Settings]]] = []
         index = -1
         for group in self.param_groups:
             settings: dict[torch.device, Settings | None] = {}
@@ -187,8 +188,10 @@ class Lion(Optimizer):
                 if now is not None:
                     update = views.tensor_update(param, state, index, now, copies)
                     updates.append((choose(update, group["fused"]), update))
-            self._count_step(group, [now for now in settings.values() if now is not None])
+            counts.append((group, [now for now in settings.values() if now is not None]))
         self._run([pair for pair in updates if pair[1].param.numel()])
+        for group, used in counts:
+            self._count_step(group, used)
         for target, source in copies:
             target.copy_(source)
 
@@ -215,6 +218,10 @@ class Lion(Optimizer):
         grad_scale = _known(self.grad_scale, device)
         lr = _known(group["lr"], device)
         assert lr is not None
+        is_random = group["weight_bits"] != 32 or options.momentum_dtype(group["momentum_dtype"]) == torch.int8
+        if is_random and device.type != "cpu" and not isinstance(group["step"], Tensor):
+            # Where the kernels may be replayed from a graph, the counter has to advance on the device.
+            group["step"] = torch.full((), group["step"], dtype=torch.int64, device=device)
         return Settings(
             lr=lr,
             beta1=float(group["betas"][0]),
@@ -230,13 +237,18 @@ class Lion(Optimizer):
             found_inf=found_inf,
         )
 
-    def _count_step(self, group: dict[str, Any], settings: list[Settings]) -> None:
-        """Advances the step counter of a group by the steps that could move its weights: at lr 0 none does."""
-        if not settings:
+    def _count_step(self, group: dict[str, Any], used: list[Settings]) -> None:
+        """Advances a group's counter by a step that could move weights: at lr 0, or with `found_inf`, none does."""
+        if not used:
             return
-        lr = settings[0].lr
-        if isinstance(lr, Tensor) or lr != 0:
-            group["step"] = group["step"] + 1
+        lr, found_inf, counter = used[0].lr, used[0].found_inf, group["step"]
+        if not isinstance(counter, Tensor):
+            group["step"] = counter + (1 if isinstance(lr, Tensor) or lr != 0 else 0)
+        elif isinstance(lr, Tensor) or found_inf is not None:
+            moves = (lr != 0).to(counter.dtype) if isinstance(lr, Tensor) else torch.ones_like(counter)
+            counter += moves if found_inf is None else moves * (found_inf == 0)
+        elif lr != 0:
+            counter += 1
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -361,3 +361,19 @@ def test_signum_keeps_its_form_through_a_checkpoint() -> None:
     resumed.load_state_dict(optimizer.state_dict())
     assert resumed.param_groups[0]["betas"] == (0.8, 0.8)
     assert_same_future(optimizer, resumed)
+
+
+def test_a_step_counter_on_a_device_counts_and_is_saved_as_a_number() -> None:
+    """As on an accelerator, where the counter is a tensor so that a captured graph can advance it."""
+    params = [random_param(torch.bfloat16) for _ in range(2)]
+    optimizer, other = (Lion([param], lr=1e-5, weight_bits=16, momentum_dtype="int8") for param in params)
+    counter = optimizer.param_groups[0]["step"] = torch.tensor(0)
+    for lion in (optimizer, other):
+        advance(lion, 0, 2)
+        lion.param_groups[0]["lr"] = 0.0
+        advance(lion, 2, 1)
+        lion.param_groups[0]["lr"] = 1e-5
+        advance(lion, 3, 1)
+    assert torch.equal(*params)
+    assert counter.item() == 3
+    assert type(optimizer.state_dict()["param_groups"][0]["step"]) is int
