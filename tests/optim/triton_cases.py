@@ -57,7 +57,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     class Counted:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             grids.append(grid[0])
-            return kernel[grid]
+
+            def launch(*arguments: Any, **options: Any) -> None:
+                assert options["enable_fp_fusion"] is False
+                kernel[grid](*arguments, **options)
+
+            return launch
 
     kernel = kernels.lion_kernel
     monkeypatch.setattr(kernels, "lion_kernel", Counted())
@@ -261,6 +266,8 @@ def test_lr_grad_scale_and_found_inf_are_read_on_the_device(dtype: torch.dtype, 
 def test_found_inf_changes_nothing(weight: tuple[torch.dtype, int], momentum_dtype: torch.dtype | None) -> None:
     before = update_of(1300, weight, momentum_dtype, skip_nonfinite=False)
     before.grad[7] = float("inf")
+    if before.exp_avg_scale is not None:
+        before.exp_avg.clamp_(-90, 90)  # stored anew, the largest level of a block would be 127
     after = copied(before, DEVICE)
     after.settings = replace(after.settings, found_inf=torch.ones((), device=DEVICE))
     count = torch.zeros((), dtype=torch.int64, device=DEVICE)
@@ -289,6 +296,17 @@ def test_telemetry_is_that_of_the_eager_engine(
         assert tested.signs is not None
         assert reference.signs is not None
         assert same(tested.signs, reference.signs)
+
+
+@pytest.mark.parametrize("agreeing", [0, 3, 200])
+def test_cautious_steps_stop_at_their_limit(agreeing: int) -> None:
+    update = update_of(300, (torch.float32, 32), torch.float32, cautious=True)
+    update.exp_avg.copy_(update.grad * -100)
+    update.exp_avg[:agreeing] *= -1
+    tested = assert_like_eager(update)
+    moved = (tested.param.cpu() - update.param).abs().max()
+    assert moved < 2.01 * 1e-3
+    assert (moved > 1.9e-3) == (agreeing == 3)
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.float16, torch.float32, torch.float64])
