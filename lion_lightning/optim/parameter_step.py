@@ -60,7 +60,7 @@ class LionStep:
         assert param.grad is not None
         group, state = self._optimizer.param_groups[place[0]], self._optimizer.state[param]
         options.check_grad(param.grad)
-        prepare(state, param, group["weight_bits"], group["momentum_dtype"])
+        prepare(state, param, group["weight_bits"], options.momentum_dtype(group["momentum_dtype"]))
         settings = self._settings_of(param, place)
         if settings is None:
             return
