@@ -1,4 +1,4 @@
-"""What the tests share: a cache folder of their own, no account anywhere, and configurations composed in this process."""
+"""What the tests share: a cache folder of their own, no account anywhere, configurations composed in this process."""
 
 import os
 import shutil

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 import pytest
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
     from conftest import Compose
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-RECIPES, OPTIMIZERS, SCHEDULES, MODELS, LOGGERS, DATA = (
+RECIPES, OPTIMIZERS, SCHEDULES, MODELS, LOGGERS, DATA, TUNED = (
     sorted(file.stem for file in (CONF / group).glob("*.yaml"))
-    for group in ("recipe", "optim", "schedule", "model", "logger", "data")
+    for group in ("recipe", "optim", "schedule", "model", "logger", "data", "tuned")
 )
 # hydra/help is a page of text, not settings.
 FILES = sorted(file for file in CONF.rglob("*.yaml") if "hydra" not in file.relative_to(CONF).parts)
@@ -30,7 +29,8 @@ NEEDS_NO_COMMENT = {"name", "_target_", "_partial_", "defaults"}
 # Sizes of a model are named by the line at the top, which cites the paper.
 MODEL_SIZES = {
     "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "embedding_size", "hidden_sizes",
-    "depths", "layer_type", "hidden_dropout_prob", "attention_probs_dropout_prob",
+    "depths", "layer_type", "hidden_dropout_prob", "attention_probs_dropout_prob", "embedding_dropout",
+    "attention_dropout", "mlp_dropout",
 }  # fmt: skip
 
 
@@ -41,6 +41,10 @@ def targets(node: Any) -> Iterator[dict[str, Any]]:
             yield node
         for value in node.values():
             yield from targets(value)
+
+
+def yaml_of(file: Path) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.load(file))
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -74,21 +78,25 @@ def test_the_group_is_the_same_for_every_optimizer_and_seed(compose: Compose, op
 
 
 def test_the_group_changes_with_what_is_compared(compose: Compose) -> None:
-    changes = ["model=bert_mini", "data=text_files", "trainer.max_steps=7", "data.batch_size=7"]
+    changes = [
+        "model=bert_mini", "data=text_files", "trainer.max_steps=7", "data.batch_size=7", "trainer.max_epochs=3",
+        "trainer.accumulate_grad_batches=2",
+    ]  # fmt: skip
     groups = [compose("run_dir=out", *change).group for change in ([], *([change] for change in changes))]
     assert len(set(groups)) == len(groups)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_never_touches_the_optimizer(recipe: str) -> None:
-    written = yaml.safe_load((CONF / "recipe" / f"{recipe}.yaml").read_text())
+    written = yaml_of(CONF / "recipe" / f"{recipe}.yaml")
     assert "optim" not in written
     assert not [entry for entry in written["defaults"] if "optim" in str(entry)]
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_an_optimizer_is_what_its_file_says_in_both_recipes(compose: Compose, optim: str) -> None:
-    written = OmegaConf.to_container(OmegaConf.load(CONF / "optim" / f"{optim}.yaml"))
+    written = yaml_of(CONF / "optim" / f"{optim}.yaml")
+    written.pop("defaults", None)
     for recipe in RECIPES:
         composed = plain(compose(f"recipe={recipe}", f"optim={optim}", "~tuned", "run_dir=out"))
         assert composed["optim"] == written
@@ -129,20 +137,41 @@ def test_every_model_key_is_an_attribute_of_its_configuration(compose: Compose, 
 def test_every_optimizer_and_schedule_is_built_as_configured(compose: Compose, optim: str, schedule: str) -> None:
     import torch
 
+    from lion_lightning.hyperparams import parameter_groups
     from lion_lightning.training.instantiate import instantiate
 
     cfg = compose(f"optim={optim}", f"schedule={schedule}", "run_dir=out")
-    optimizer = instantiate(cfg.optim)([torch.nn.Parameter(torch.ones(3))])
-    assert optimizer.param_groups[0]["lr"] == cfg.optim.lr
+    optimizer = instantiate(cfg.optim)(parameter_groups(torch.nn.Linear(4, 3), weight_decay=0.1))
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert optimizer.param_groups[0]["lr"] == cfg.optim.get("lr", optimizer.param_groups[0]["lr"])
     factor = instantiate(cfg.schedule)(100)
     assert factor(0) == pytest.approx(1.0)
     assert factor(100) == pytest.approx(cfg.schedule.get("final", 1.0), abs=1e-6)
 
 
+@pytest.mark.parametrize("tuned", TUNED)
+def test_tuned_settings_touch_only_the_optimizer_and_say_where_they_come_from(tuned: str) -> None:
+    file = CONF / "tuned" / f"{tuned}.yaml"
+    assert set(yaml_of(file)) <= {"optim", "schedule", "guard"}
+    about = " ".join(line for line in file.read_text().splitlines() if line.startswith("#"))
+    assert re.search(r"published|measured|found|best of|arXiv", about, re.IGNORECASE)
+
+
+def test_tuned_settings_of_a_pair_are_taken_without_asking_and_the_command_line_wins(compose: Compose) -> None:
+    pairs = [(recipe, optim) for recipe in RECIPES for optim in OPTIMIZERS if f"{recipe}_{optim}" in TUNED]
+    assert pairs
+    for recipe, optim in pairs:
+        wanted = yaml_of(CONF / "tuned" / f"{recipe}_{optim}.yaml")["optim"]
+        composed = plain(compose(f"recipe={recipe}", f"optim={optim}", "run_dir=out"))["optim"]
+        assert {key: composed[key] for key in wanted} == wanted
+        assert compose(f"recipe={recipe}", f"optim={optim}", "run_dir=out", "optim.lr=7").optim.lr == 7
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONF)))
 def test_every_key_carries_a_comment(file: Path) -> None:
     lines = file.read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if not line.startswith("# @package")][0].startswith("#"), "no line says what it is"
+    first = next(line for line in lines if not line.startswith("# @package"))
+    assert first.startswith("#"), "no line says what it is"
     assert not unexplained(lines), f"{file.name}: no comment on {unexplained(lines)}"
 
 
@@ -165,8 +194,9 @@ def unexplained(lines: list[str]) -> list[str]:
         outer = key[2] if key[1] == "" else outer
         value = key[3].split(" #")[0].strip()
         exempt = outer in ("defaults", "hydra") or key[2] in NEEDS_NO_COMMENT | MODEL_SIZES
-        commented_above = number > 1 and lines[number - 1].lstrip().startswith("#")
-        if value and not exempt and not re.fullmatch(r"\$\{[\w.]+\}", value) and " #" not in line and not commented_above:
+        repeats = re.fullmatch(r"\$\{[\w.]+\}", value)
+        commented = " #" in line or (number > 1 and lines[number - 1].lstrip().startswith("#"))
+        if value and not (exempt or repeats or commented):
             found.append(key[2])
     return found
 
@@ -176,7 +206,9 @@ def test_the_manual_loads_no_heavy_library(root: Path, flags: list[str]) -> None
     script = (
         "import runpy, sys; sys.argv = ['train.py', *sys.argv[1:]]\n"
         "try: runpy.run_path('train.py', run_name='__main__')\n"
-        "finally: print('HEAVY', sorted({'torch', 'lightning', 'transformers', 'wandb', 'datasets', 'numpy'} & set(sys.modules)))"
+        "finally:\n"
+        "    heavy = {'torch', 'lightning', 'transformers', 'wandb', 'datasets', 'numpy'}\n"
+        "    print('HEAVY', sorted(heavy & set(sys.modules)))"
     )
     answer = subprocess.run(
         [sys.executable, "-c", script, *flags], cwd=root, capture_output=True, text=True, timeout=120, check=False

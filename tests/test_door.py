@@ -11,7 +11,9 @@ import pytest
 ENTRIES = {"train.py": ["train.py"], "the package": ["-m", "lion_lightning"]}
 
 
-def call(root: Path, folder: Path, arguments: Sequence[str], entry: str = "train.py") -> subprocess.CompletedProcess[str]:
+def call(
+    root: Path, folder: Path, arguments: Sequence[str], entry: str = "train.py"
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *ENTRIES[entry], *arguments, f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
     environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -78,7 +80,7 @@ for line in sys.stdin.read().splitlines():
     print(f"CODE {code}", file=sys.stderr, flush=True)
 """
 MISTAKES = {
-    "recipe=bert_mlm model=resnet18": ("resnet", "masked-LM"),
+    "model=resnet18 data=text_files data.path=PROSE data.vocab_size=256 data.val_fraction=0.5": ("resnet", "masked-LM"),
     "recipe=bert_mlm data=digits": ("ImageArrays", "python_docs"),
     "recipe=image_classification model=bert_tiny": ("bert", "image-classification"),
     "recipe=image_classification data.batch_size=2000": ("2000", "1438"),
@@ -95,11 +97,17 @@ MISTAKES = {
 
 
 @pytest.mark.slow
-def test_every_mistake_is_one_line_and_status_2(root: Path, tmp_path: Path) -> None:
+def test_every_mistake_is_one_line_and_status_2(root: Path, tmp_path: Path, prose: Path) -> None:
     common = f"hydra.run.dir={tmp_path} logger=none export=false trainer.max_steps=1"
-    lines = "\n".join(f"{mistake} {common}" for mistake in MISTAKES)
+    lines = "\n".join(f"{mistake} {common}" for mistake in MISTAKES).replace("PROSE", str(prose))
     answer = subprocess.run(
-        [sys.executable, "-c", IN_ONE_PROCESS], cwd=root, input=lines, capture_output=True, text=True, timeout=400, check=False
+        [sys.executable, "-c", IN_ONE_PROCESS],
+        cwd=root,
+        input=lines,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
     )
     wrong = []
     told = answer.stderr.split("CODE ")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, ResNetConfig, pipeline
+from transformers import BertConfig, ModernBertConfig, PretrainedConfig, ResNetConfig, pipeline
 
 from lion_lightning.optim import Lion
 from lion_lightning.schedules import cosine
@@ -32,15 +32,17 @@ def data(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> TextBlocks:
     return blocks
 
 
-def build(data: TextBlocks, seed: int = 1, rate: float = 0.15, **sizes: int) -> BertMLM:
+def build(
+    data: TextBlocks, seed: int = 1, rate: float = 0.15, kind: type[PretrainedConfig] = BertConfig, **sizes: int
+) -> BertMLM:
     torch.manual_seed(0)
-    config = BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64, **sizes)
+    config = kind(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64, **sizes)
     return BertMLM(config, data, partial(Lion, lr=1e-3), cosine, Masking(rate=rate), seed=seed).eval()
 
 
-@pytest.fixture(scope="module")
-def module(data: TextBlocks) -> BertMLM:
-    return build(data)
+@pytest.fixture(scope="module", params=[BertConfig, ModernBertConfig])
+def module(data: TextBlocks, request: pytest.FixtureRequest) -> BertMLM:
+    return build(data, kind=request.param)
 
 
 def batch_of(data: TextBlocks, count: int = 4) -> dict[str, torch.Tensor]:

@@ -140,7 +140,7 @@ def test_which_and_how_are_independent() -> None:
 def test_uniform_has_the_moments_of_a_uniform_distribution() -> None:
     numbers = uniform(1, 1, torch.arange(2000), 128).double().flatten()
     count = numbers.numel()
-    assert 0 <= numbers.min()
+    assert numbers.min() >= 0
     assert numbers.max() < 1
     assert abs(float(numbers.mean()) - 1 / 2) < SIGMAS * math.sqrt(1 / 12 / count)
     assert abs(float(numbers.var()) - 1 / 12) < SIGMAS * math.sqrt(1 / 180 / count)

@@ -47,7 +47,9 @@ def test_packing_keeps_every_token_in_order_with_separators_between_documents(do
     assert blocks.dtype == np.uint16
     assert blocks.shape[1] == 16
     assert (blocks[:, 0] == CLS).all()
-    expected = list(chain.from_iterable([*tokenizer.encode(text, add_special_tokens=False).ids, SEP] for text in documents))
+    expected = list(
+        chain.from_iterable([*tokenizer.encode(text, add_special_tokens=False).ids, SEP] for text in documents)
+    )
     packed = blocks[:, 1:].ravel().tolist()
     assert packed == expected[: len(packed)]
     assert len(expected) - len(packed) < 15, "more than the last, unfilled block is missing"
@@ -107,7 +109,8 @@ def test_the_kept_tokenizer_is_the_trained_one(
     kept = prepare_blocks(Listed(documents), BlockSettings(16, 400, 0.2, lowercase), tmp_path).tokenizer
     for text in [*documents[:50], "Naïve CAFÉ in München, 東京!", "unbelievably\tLONG\n\nspaces"]:
         assert kept(text).input_ids == trained.encode(text).ids
-    assert ("the" in kept.get_vocab()) and (("The" in kept.get_vocab()) is not lowercase)
+    assert "the" in kept.get_vocab()
+    assert ("The" in kept.get_vocab()) is not lowercase
 
 
 def test_the_second_preparation_reads_the_cache_and_tokenises_nothing(

@@ -76,7 +76,7 @@ def test_the_configuration_is_nested_and_resolved(finished: tuple[Path, float]) 
 def test_summaries_are_the_best_or_the_last_by_exact_name(finished: tuple[Path, float]) -> None:
     logged, best = finished
     kept = summary(logged)["summary"]
-    history = [{item["key"]: item["value"] for item in row["items"]} if "items" in row else row for row in records(logged, "history")]
+    history = [row["item"] for row in records(logged, "history")]
     values = {name: [row[name] for row in history if name in row] for name in ("val/top1", "val/loss", "train/loss")}
     assert len(values["val/top1"]) == 6
     assert kept["val/top1"] == {"max": pytest.approx(max(values["val/top1"]))}
@@ -88,7 +88,13 @@ def test_summaries_are_the_best_or_the_last_by_exact_name(finished: tuple[Path, 
 
 def test_speed_and_data_are_logged_under_their_names(finished: tuple[Path, float]) -> None:
     kept = summary(finished[0])["summary"]
-    for name in ("perf/samples_per_second", "perf/step_ms", "perf/data_wait", "perf/peak_memory_gib", "trainer/global_step"):
+    for name in (
+        "perf/samples_per_second",
+        "perf/step_ms",
+        "perf/data_wait",
+        "perf/peak_memory_gib",
+        "trainer/global_step",
+    ):
         assert name in kept, name
     assert kept["data/samples_seen"] == 12 * 64
     assert {"lr-AdamW/decay", "lr-AdamW/no_decay", "guard/warmup_factor"} <= set(kept)

@@ -111,7 +111,9 @@ def test_a_node_becomes_the_object() -> None:
 
 
 def test_nested_nodes_are_built_first_and_interpolations_resolved() -> None:
-    cfg = OmegaConf.create({"share": 0.2, "node": {"_target_": MASKING, "_partial_": True, "rate": {"_target_": MASKING}}})
+    cfg = OmegaConf.create(
+        {"share": 0.2, "node": {"_target_": MASKING, "_partial_": True, "rate": {"_target_": MASKING}}}
+    )
     cfg.node.mask_share = "${share}"
     made = instantiate(cfg.node)
     assert made.keywords == {"rate": Masking(), "mask_share": 0.2}
@@ -128,7 +130,9 @@ def test_partial_keeps_the_arguments_for_later() -> None:
     assert factory([torch.nn.Parameter(torch.ones(1))]).param_groups[0]["lr"] == 0.5
 
 
-@pytest.mark.parametrize("alias", ["transformers.BertConfig", "torch.optim.AdamW", "lightning.pytorch.loggers.CSVLogger"])
+@pytest.mark.parametrize(
+    "alias", ["transformers.BertConfig", "torch.optim.AdamW", "lightning.pytorch.loggers.CSVLogger"]
+)
 def test_a_public_name_of_an_allowed_class_is_fine(alias: str) -> None:
     """The class is defined elsewhere than the name says; what counts is where it is defined."""
     assert instantiate({"_target_": alias, "_partial_": True}).func.__name__ == alias.rsplit(".", 1)[1]

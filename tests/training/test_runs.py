@@ -13,7 +13,13 @@ import recipes.bert_mlm.module as bert_module
 from lion_lightning.training.errors import ConfigError
 from lion_lightning.training.run import run
 
-RUN_FILES = ("config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "export/model.safetensors", "export/README.md")
+RUN_FILES = (
+    "config.yaml",
+    "checkpoints/best.ckpt",
+    "checkpoints/last.ckpt",
+    "export/model.safetensors",
+    "export/README.md",
+)
 Go = Callable[..., float]
 
 
@@ -31,7 +37,7 @@ def text(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bert(compose: Any, text: Path, tmp_path: Path) -> Go:
-    """Train a BERT of 0.13 M parameters on the text; further overrides as on the command line."""
+    """Train the default model at half its width on the text; further overrides as on the command line."""
 
     def go(*overrides: str) -> float:
         folder = tmp_path / "bert"
@@ -39,7 +45,7 @@ def bert(compose: Any, text: Path, tmp_path: Path) -> Go:
         return run(
             compose(
                 "recipe=bert_mlm", "data=text_files", f"data.path={text}", "data.sequence_length=32", "data.vocab_size=512",
-                "data.val_fraction=0.1", "model.config.hidden_size=64", "model.config.intermediate_size=256",
+                "data.val_fraction=0.1", "model.config.hidden_size=64", "model.config.intermediate_size=128",
                 "logger=none", f"run_dir={folder}", *overrides,
             )
         )  # fmt: skip
@@ -90,7 +96,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Losses]:
 
 @pytest.mark.slow
 def test_bert_gets_under_the_unigram_entropy_with_lion(bert: Go, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    best = bert("optim.lr=1e-3", "data.batch_size=64", "trainer.max_steps=400", "trainer.val_check_interval=100")
+    best = bert("optim.lr=1e-3", "data.batch_size=64", "trainer.max_steps=200", "trainer.val_check_interval=100")
     said = capsys.readouterr().out
     entropy = float(said.split("unigram entropy")[1].split()[0])
     assert best < entropy - 0.25, "a model that looks at no context gets to the entropy, no lower"
@@ -101,8 +107,9 @@ def test_bert_gets_under_the_unigram_entropy_with_lion(bert: Go, tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_a_vit_reads_digits_with_lion(digits: Go, tmp_path: Path) -> None:
-    assert digits("trainer.max_steps=300", "trainer.val_check_interval=100") > 0.9
+def test_a_resnet_reads_digits_with_lion(digits: Go, tmp_path: Path) -> None:
+    small = ["model.config.embedding_size=16", "model.config.hidden_sizes=[16,32]", "model.config.depths=[1,1]"]
+    assert digits("model=resnet18", *small, "trainer.max_steps=150", "trainer.val_check_interval=50") > 0.9
     for name in RUN_FILES:
         assert (tmp_path / "digits" / name).is_file(), name
 
@@ -110,7 +117,13 @@ def test_a_vit_reads_digits_with_lion(digits: Go, tmp_path: Path) -> None:
 @pytest.mark.parametrize("optim", ["lion", "adamw", "signum", "adafactor", "sgd"])
 def test_every_optimizer_lowers_the_loss_of_bert(bert: Go, watch: Callable[[], Losses], optim: str) -> None:
     seen = watch()
-    bert(f"optim={optim}", "data.limit_train_samples=64", "trainer.max_steps=40", "trainer.val_check_interval=40", "export=false")
+    bert(
+        f"optim={optim}",
+        "data.limit_train_samples=64",
+        "trainer.max_steps=40",
+        "trainer.val_check_interval=40",
+        "export=false",
+    )
     assert len(seen.losses) == 40
     assert sum(seen.losses[-5:]) / 5 < sum(seen.losses[:5]) / 5 - 0.02
 
@@ -125,7 +138,7 @@ def test_every_optimizer_lowers_the_loss_on_digits(digits: Go, watch: Callable[[
 QUICK = ("data.batch_size=16", "trainer.val_check_interval=4", "export=false")
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "amos"])
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_the_best_value_of_the_monitored_metric_is_returned(
     bert: Go, tmp_path: Path, schedule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,8 +196,9 @@ def test_micro_batches_make_one_optimizer_step(bert: Go, watch: Callable[[], Los
     assert parts.trainer is not None
     assert parts.trainer.global_step == 4
     assert parts.positions == whole.positions
-    means = [sum(parts.losses[start : start + 4]) / 4 for start in range(0, 16, 4)]
-    assert means == pytest.approx(whole.losses, rel=2e-3)
+    # Lightning has divided each by the number of micro-batches.
+    sums = [sum(parts.losses[start : start + 4]) for start in range(0, 16, 4)]
+    assert sums == pytest.approx(whole.losses, rel=2e-3)
 
 
 def test_epochs_become_steps(digits: Go, watch: Callable[[], Losses]) -> None:
@@ -206,7 +220,9 @@ def test_overfitting_sees_the_same_samples_again_and_again(bert: Go, watch: Call
 @pytest.mark.parametrize("recipe", ["bert", "digits"])
 def test_every_precision_trains(recipe: str, precision: str, request: pytest.FixtureRequest) -> None:
     go: Go = request.getfixturevalue(recipe)
-    best = go(f"trainer.precision={precision}", "trainer.max_steps=2", "trainer.val_check_interval=2", "data.batch_size=16")
+    best = go(
+        f"trainer.precision={precision}", "trainer.max_steps=2", "trainer.val_check_interval=2", "data.batch_size=16"
+    )
     assert best == best, "not a number"
 
 
@@ -291,7 +307,7 @@ def test_a_setting_that_cannot_work_is_one_line_that_names_it(digits: Go, overri
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["model=resnet18"], "model .*masked-LM head, not resnet"),
+        (["model=resnet18"], "masked-LM head, not resnet"),
         (["data=digits"], "bert_mlm trains on text, not on ImageArrays"),
         (["data=text_files", "data.path=/nowhere"], "data.path=/nowhere: there is no such file or folder"),
         (["data=text_files"], "needs data.path="),
@@ -303,7 +319,14 @@ def test_a_setting_that_cannot_work_is_one_line_that_names_it(digits: Go, overri
 def test_a_combination_that_cannot_work_is_one_line_that_names_it(
     compose: Any, text: Path, tmp_path: Path, overrides: list[str], named: str
 ) -> None:
-    small = [] if any(entry.startswith("data=") for entry in overrides) else ["data=text_files", f"data.path={text}"]
+    small = [
+        "data=text_files",
+        f"data.path={text}",
+        "data.sequence_length=32",
+        "data.vocab_size=512",
+        "data.val_fraction=0.1",
+    ]
+    small = [] if any(entry.startswith("data=") for entry in overrides) else small
     with pytest.raises(ConfigError, match=named) as error:
         run(compose("recipe=bert_mlm", "logger=none", f"run_dir={tmp_path}", *small, *overrides))
     assert "\n" not in str(error.value)
