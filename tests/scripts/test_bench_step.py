@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,6 @@ def test_step_and_decay_survive_in_ours_and_not_in_fused_adamw(report: tuple[Pat
     assert entry(report[1], "AdamW fused fp32")["decay_kept"] == pytest.approx(1, abs=0.01)
 
 
-@pytest.mark.skipif("lion_pytorch" in sys.modules, reason="lion-pytorch is installed")
 def test_a_missing_peer_is_named_and_skipped(report: tuple[Path, dict[str, Any]]) -> None:
     skipped = {item["name"]: item for item in report[1]["skipped"]}
     if entries := [item for item in report[1]["results"] if item["package"] == "lion_pytorch"]:
