@@ -37,29 +37,24 @@ def assert_one_line(answer: subprocess.CompletedProcess[str], *named: str) -> No
         ("optim.lrr=1", ("lrr",)),
         ("trainer.gpus=1", ("gpus",)),
         ("recipee=bert_mlm", ("recipee",)),
-        ("seed=", ("seed",)),
         ("optim.lr==1", ("optim.lr",)),
     ],
 )
 def test_a_misspelt_override_is_named(root: Path, tmp_path: Path, mistake: str, named: tuple[str, ...]) -> None:
-    answer = call(root, tmp_path, [mistake] if mistake != "seed=" else ["seed=", "trainer.max_steps=1"])
+    answer = call(root, tmp_path, [mistake])
     assert_one_line(answer, *named)
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("entry", "arguments", "named"),
     [
-        (["trainer.devices=99"], ("trainer.devices=99",)),
-        (["data=text_files", "data.path=/nowhere"], ("data.path=/nowhere", "no such file")),
+        ("train.py", ["trainer.devices=99"], ("trainer.devices=99",)),
+        ("the package", ["data=text_files", "data.path=/nowhere"], ("data.path=/nowhere", "no such file")),
     ],
-    ids=["devices", "path"],
 )
-def test_a_setting_that_cannot_work_is_named_at_every_entry(
+def test_a_setting_that_cannot_work_is_named_at_either_entry(
     root: Path, tmp_path: Path, entry: str, arguments: list[str], named: tuple[str, ...]
 ) -> None:
-    if entry == "the package" and "trainer.devices=99" in arguments:
-        pytest.skip("one mistake is enough for the second entry")
     assert_one_line(call(root, tmp_path, arguments, entry), *named)
 
 
@@ -80,7 +75,7 @@ for line in sys.stdin.read().splitlines():
     print(f"CODE {code}", file=sys.stderr, flush=True)
 """
 MISTAKES = {
-    "model=resnet18 data=text_files data.path=PROSE data.vocab_size=256 data.val_fraction=0.5": ("resnet", "masked-LM"),
+    "model=resnet18 data=text_files data.path=PROSE data.vocab_size=256 data.val_fraction=0.5": ("resnet", "bert"),
     "recipe=bert_mlm data=digits": ("ImageArrays", "python_docs"),
     "recipe=image_classification model=bert_tiny": ("bert", "image-classification"),
     "recipe=image_classification data.batch_size=2000": ("2000", "1438"),
@@ -93,6 +88,8 @@ MISTAKES = {
     "recipe=image_classification resume=/nowhere.ckpt": ("/nowhere.ckpt",),
     "recipe=image_classification trainer.strategy=teleport": ("teleport",),
     "data=text_files": ("data.path",),
+    "data=text_files data.path=/nowhere": ("data.path=/nowhere", "no such file or folder"),
+    "recipe=image_classification trainer.devices=99": ("trainer.devices=99",),
 }
 
 

@@ -150,7 +150,7 @@ def test_images_are_refused() -> None:
 
 
 def test_a_model_without_the_head_is_refused(data: TextBlocks) -> None:
-    with pytest.raises(ConfigError, match="masked-LM head, not resnet"):
+    with pytest.raises(ConfigError, match="not resnet"):
         BertMLM(ResNetConfig(), data, Lion, cosine, Masking())
 
 
