@@ -1,26 +1,29 @@
 """Lion for PyTorch, right in bf16, with a Lightning guard and the recipes to compare it.
 
 `from lion_lightning import Lion, LionMixin, LionGuard, from_adamw` is the front door. Importing the package needs torch
-alone: Lightning is loaded when `LionGuard` or `LionMixin` is first touched, and never by `Lion`.
+alone: Lightning is loaded when `LionGuard`, `LionMixin` or `GradientRelease` is first touched, and never by `Lion`.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Lion", "LionGuard", "LionMixin", "from_adamw"]
+__all__ = ["GradientRelease", "Lion", "LionGuard", "LionMixin", "from_adamw", "release_gradients"]
 
 if TYPE_CHECKING:
+    from lion_lightning.gradient_release import GradientRelease
     from lion_lightning.guard.callback import LionGuard
     from lion_lightning.hyperparams import from_adamw
     from lion_lightning.mixin import LionMixin
-    from lion_lightning.optim import Lion
+    from lion_lightning.optim import Lion, release_gradients
 
 _HOMES = {
+    "GradientRelease": "lion_lightning.gradient_release",
     "Lion": "lion_lightning.optim",
     "LionGuard": "lion_lightning.guard.callback",
     "LionMixin": "lion_lightning.mixin",
     "from_adamw": "lion_lightning.hyperparams",
+    "release_gradients": "lion_lightning.optim",
 }
 
 

@@ -65,7 +65,7 @@ def converted_remainder(remainder: Tensor, dtype: torch.dtype) -> Tensor:
 def zero_scale(param: Tensor) -> Tensor:
     """Scales of a momentum of zeros: fp32 of shape (ceil(n / 256),), or as many for each shard of a DTensor."""
     if not views.is_sharded(param):
-        return torch.zeros(-(-param.numel() // bits.BLOCK_ELEMENTS), device=param.device)
+        return torch.zeros(-(-param.numel() // bits.BLOCK_ELEMENTS), dtype=torch.float32, device=param.device)
     from torch.distributed.tensor import DTensor, Shard
 
     placements: tuple[Any, ...] = param.placements  # type: ignore[attr-defined]
@@ -75,7 +75,7 @@ def zero_scale(param: Tensor) -> Tensor:
             largest[placement.dim] = -(-largest[placement.dim] // ways)
             shards *= ways
     blocks = -(-torch.Size(largest).numel() // bits.BLOCK_ELEMENTS)
-    here = torch.zeros(blocks, device=views.local(param).device)
+    here = torch.zeros(blocks, dtype=torch.float32, device=views.local(param).device)
     across = [Shard(0) if placement.is_shard() else placement for placement in placements]
     shape, mesh = torch.Size((blocks * shards,)), param.device_mesh  # type: ignore[attr-defined]
     return DTensor.from_local(here, mesh, across, run_check=False, shape=shape, stride=(1,))

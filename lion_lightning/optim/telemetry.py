@@ -4,12 +4,13 @@ An engine adds to a row of sums per tensor (`observe` says what); `Telemetry` de
 sample and turns them into named figures.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lion_lightning.optim.rule import TensorUpdate
+from lion_lightning.optim.rule import Settings, TensorUpdate
 
 UNMOVED, ZERO, AGREE, MOMENTUM_SQUARED, WEIGHT_SQUARED, NEAR_BOUND, DECAY, NONFINITE, FLIPPED = range(9)
 STATISTICS = 9
@@ -61,6 +62,17 @@ def observe(
         update.signs.copy_(signs)
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """What the figures need of one update; not the update itself, which would keep its gradient alive."""
+
+    sums: Tensor
+    elements: int
+    signs: int
+    kind: str
+    settings: Settings
+
+
 class Telemetry:
     """Samples every `every`-th step of one optimizer; 0 never.
 
@@ -72,7 +84,7 @@ class Telemetry:
         self._steps = 0
         self._samples = 0
         self._signs: dict[int, Tensor] = {}
-        self._rows: list[tuple[TensorUpdate, Tensor]] = []
+        self._rows: list[_Sample] = []
 
     def attach(self, updates: list[TensorUpdate]) -> None:
         """Gives the updates of a step that is to be sampled a row of sums and their sampled signs."""
@@ -97,7 +109,7 @@ class Telemetry:
         if signs is None or signs.numel() != length or signs.device != update.param.device:
             signs = self._signs[update.index] = torch.zeros(length, dtype=torch.int8, device=update.param.device)
         update.statistics, update.signs, update.sign_stride = row, signs, stride
-        self._rows.append((update, row))
+        self._rows.append(_Sample(row, update.param.numel(), length, update.kind, update.settings))
 
     def summary(self) -> dict[str, Tensor]:
         """Figures of the last sample as 0-d tensors under `lion/`; empty before the first.
@@ -106,10 +118,10 @@ class Telemetry:
         """
         if not self._rows:
             return {}
-        device = self._rows[0][1].device
-        sums = torch.stack([row.to(device, non_blocking=True) for _, row in self._rows])
+        device = self._rows[0].sums.device
+        sums = torch.stack([sample.sums.to(device, non_blocking=True) for sample in self._rows])
         total = sums.sum(0)
-        elements = sum(update.param.numel() for update, _ in self._rows)
+        elements = sum(sample.elements for sample in self._rows)
         figures = {
             "lion/unmoved": total[UNMOVED] / elements,
             "lion/zero_update": total[ZERO] / elements,
@@ -118,31 +130,30 @@ class Telemetry:
             "lion/nonfinite": total[NONFINITE],
         }
         if self._samples > 1:
-            signs = sum(update.signs.numel() for update, _ in self._rows if update.signs is not None)
-            figures["lion/flip_rate"] = total[FLIPPED] / signs
+            figures["lion/flip_rate"] = total[FLIPPED] / sum(sample.signs for sample in self._rows)
         return figures | self._ratios(sums) | self._decay(sums)
 
     def _ratios(self, sums: Tensor) -> dict[str, Tensor]:
         """lr / RMS(p) for each kind of parameter: the alpha_0 of Amos (arXiv:2210.11693), healthy at about 1e-3."""
         ratios = {}
         for kind in KINDS:
-            rows = [index for index, (update, _) in enumerate(self._rows) if update.kind == kind]
+            rows = [index for index, sample in enumerate(self._rows) if sample.kind == kind]
             if not rows:
                 continue
-            elements = sum(self._rows[row][0].param.numel() for row in rows)
-            lr = sum(self._rows[row][0].settings.lr * self._rows[row][0].param.numel() for row in rows) / elements
+            elements = sum(self._rows[row].elements for row in rows)
+            lr = sum(self._rows[row].settings.lr * self._rows[row].elements for row in rows) / elements
             ratios[f"lion/step_ratio_{kind}"] = lr / (sums[rows][:, WEIGHT_SQUARED].sum() / elements).sqrt()
         return ratios
 
     def _decay(self, sums: Tensor) -> dict[str, Tensor]:
         """Of parameters with decay: the share near the bound, and the decay that happened over the one asked for."""
-        rows = [index for index, (update, _) in enumerate(self._rows) if update.settings.weight_decay > 0]
+        rows = [index for index, sample in enumerate(self._rows) if sample.settings.weight_decay > 0]
         if not rows:
             return {}
-        elements = sum(self._rows[row][0].param.numel() for row in rows)
+        elements = sum(self._rows[row].elements for row in rows)
         asked: Any = 0.0
         for row in rows:
-            settings = self._rows[row][0].settings
+            settings = self._rows[row].settings
             asked = asked + sums[row, WEIGHT_SQUARED] * settings.lr * settings.weight_decay
         return {
             "lion/near_bound": sums[rows][:, NEAR_BOUND].sum() / elements,

@@ -50,3 +50,22 @@ def test_loading_shares_no_memory_with_the_saved_state() -> None:
     advance(twin, resumed, 1)
     for key, value in kept["state"][0].items():
         assert torch.equal(saved["state"][0][key], value)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_int8_scales_are_fp32_whatever_the_default_dtype(fused: bool | None) -> None:
+    def trained(default: torch.dtype) -> torch.Tensor:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(default)
+        try:
+            param = torch.nn.Parameter(torch.linspace(-1, 1, 8192, dtype=torch.bfloat16))
+            optimizer = Lion([param], lr=1e-3, momentum_dtype="int8", fused=fused)
+            for _ in range(3):
+                param.grad = torch.linspace(-1, 2, 8192, dtype=torch.bfloat16)
+                optimizer.step()
+            assert optimizer.state[param]["exp_avg_scale"].dtype == torch.float32
+            return param.detach().clone()
+        finally:
+            torch.set_default_dtype(before)
+
+    assert torch.equal(trained(torch.bfloat16), trained(torch.float32))

@@ -1,5 +1,7 @@
 """Telemetry: the figures against float64, alike in every engine, and only when asked for."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -91,3 +93,15 @@ def test_sampling_changes_no_weight_and_keeps_to_its_period() -> None:
     assert all(torch.equal(left, right) for left, right in zip(plain, watched, strict=True))
     with pytest.raises(ValueError, match="telemetry_every=-1"):
         other.telemetry_every = -1
+
+
+def test_a_sample_keeps_no_gradient_alive() -> None:
+    tensors = params(torch.float32)
+    optimizer = Lion(tensors)
+    optimizer.telemetry_every = 1
+    set_gradients(tensors, 1)
+    gradients = [weakref.ref(param.grad) for param in tensors]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    assert optimizer.telemetry()
+    assert [gradient() for gradient in gradients] == [None, None, None]
