@@ -5,7 +5,8 @@ padding, so every position is worth computing.
 """
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,8 +20,9 @@ from lion_lightning.training.errors import ConfigError
 from recipes.bert_mlm.corpus import Corpus, is_held_out
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-FORMAT_VERSION = 2  # raise it when what is written to the cache changes
+FORMAT_VERSION = 3  # raise it when what is written to the cache changes
 DOCUMENTS_PER_BATCH = 512
+MAX_CHARACTERS = 500  # rarer ones become [UNK]; each takes two places of the vocabulary
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def _write(corpus: Corpus, settings: BlockSettings, folder: Path) -> None:
     split = {"train": [], "val": []}  # type: dict[str, list[str]]
     for document in documents:
         split["val" if is_held_out(document, settings.val_fraction) else "train"].append(document)
-    tokenizer = train_tokenizer(iter(split["train"]), settings.vocab_size, settings.lowercase)
+    tokenizer = train_tokenizer(split["train"], settings.vocab_size, settings.lowercase)
     for name, texts in split.items():
         blocks = pack(tokenizer, iter(texts), settings.sequence_length)
         if not len(blocks):
@@ -84,19 +86,39 @@ def _write(corpus: Corpus, settings: BlockSettings, folder: Path) -> None:
     _as_transformers(tokenizer, settings).save_pretrained(folder)
 
 
-def train_tokenizer(documents: Iterator[str], vocab_size: int, lowercase: bool) -> Tokenizer:
-    """A WordPiece tokenizer in BERT's conventions, trained on `documents`."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
+def train_tokenizer(documents: Sequence[str], vocab_size: int, lowercase: bool) -> Tokenizer:
+    """A WordPiece tokenizer in BERT's conventions, trained on `documents`; the same one each time."""
+    learner = _tokenizer(models.WordPiece(unk_token="[UNK]"), lowercase)
+    # The trainer breaks ties by the ids of the pieces, and gives the single characters theirs in the order of a hash
+    # map that differs from run to run. Naming them first, as if they were special, makes it repeat itself.
+    characters = _characters(learner, documents)
+    first = [*SPECIAL_TOKENS, *characters, *(f"##{character}" for character in characters)]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False, min_frequency=2
+        vocab_size=max(vocab_size, len(first)), special_tokens=first, show_progress=False, min_frequency=2
     )
-    tokenizer.train_from_iterator(documents, trainer)
-    separator, start = SPECIAL_TOKENS.index("[SEP]"), SPECIAL_TOKENS.index("[CLS]")  # the trainer puts them first
+    learner.train_from_iterator(documents, trainer)
+    tokenizer = _tokenizer(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"), lowercase)
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.decoder = decoders.WordPiece()
+    separator, start = SPECIAL_TOKENS.index("[SEP]"), SPECIAL_TOKENS.index("[CLS]")
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", separator), ("[CLS]", start))
     return tokenizer
+
+
+def _tokenizer(model: models.WordPiece, lowercase: bool) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+def _characters(tokenizer: Tokenizer, documents: Sequence[str]) -> list[str]:
+    """The most frequent characters of the normalised text, in alphabetical order."""
+    counts: Counter[str] = Counter()
+    for document in documents:
+        counts.update(tokenizer.normalizer.normalize_str(document))
+    frequent = sorted((character for character in counts if not character.isspace()), key=lambda c: (-counts[c], c))
+    return sorted(frequent[:MAX_CHARACTERS])
 
 
 def pack(tokenizer: Tokenizer, documents: Iterator[str], sequence_length: int) -> np.ndarray:

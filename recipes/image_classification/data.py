@@ -12,7 +12,7 @@ from lion_lightning.training.cache import cached_folder, default_cache
 from lion_lightning.training.data import StreamDataModule
 from recipes.image_classification.sources import Images, ImageSource, ImageSplits
 
-FORMAT_VERSION = 1  # raise it when what is written to the cache changes
+FORMAT_VERSION = 2  # raise it when what is written to the cache changes
 
 
 class ImageDataset(Dataset):

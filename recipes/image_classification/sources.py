@@ -75,7 +75,8 @@ class Digits:
 
     def load(self) -> ImageSplits:
         with np.load(HERE / "digits.npz") as stored:
-            everything = Images(stored["pixels"][:, None], stored["labels"].astype(np.int64))
+            # As RGB, since that is what the models' image processors make of any picture.
+            everything = Images(np.repeat(stored["pixels"][:, None], 3, axis=1), stored["labels"].astype(np.int64))
         train, val = hold_out(everything, self.val_fraction)
         return ImageSplits(train, val, tuple(str(digit) for digit in range(10)))
 
