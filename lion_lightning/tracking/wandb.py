@@ -53,7 +53,7 @@ class RunLogger(WandbLogger):
             mode=self.mode,
             settings=wandb.Settings(silent=True),
         )
-        self._wandb_init.pop("anonymous")  # Lightning passes it on; W&B is removing it
+        self._wandb_init.pop("anonymous", None)  # Lightning passes it on; W&B is removing it
         Path(save_dir).mkdir(parents=True, exist_ok=True)  # W&B falls back to a temporary folder without a word
 
     def define_summaries(self, summaries: Mapping[str, Literal["min", "max", "last"]]) -> None:

@@ -28,8 +28,9 @@ def _check_numbers(cfg: DictConfig) -> None:
         value = cfg.trainer[name]
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"trainer.{name} must be a whole number of at least 1, got {value!r}")
-    if cfg.trainer.max_epochs is not None and cfg.trainer.max_epochs <= 0:
-        raise ConfigError(f"trainer.max_epochs must be above 0 or null, got {cfg.trainer.max_epochs}")
+    epochs = cfg.trainer.max_epochs
+    if epochs is not None and not (isinstance(epochs, int | float) and epochs > 0):
+        raise ConfigError(f"trainer.max_epochs must be a number above 0 or null, got {epochs!r}")
     if cfg.trainer.precision not in PRECISIONS:
         raise ConfigError(f"trainer.precision must be one of {', '.join(PRECISIONS)}, got {cfg.trainer.precision!r}")
     if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:

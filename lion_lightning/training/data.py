@@ -33,12 +33,10 @@ class StreamDataModule(pl.LightningDataModule):
         self, batch_size: int, num_workers: int = 0, seed: int = 1, limit_train_samples: int | None = None
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ConfigError(f"data.batch_size must be at least 1, got {batch_size}")
-        if num_workers < 0:
-            raise ConfigError(f"data.num_workers must be at least 0, got {num_workers}")
-        if limit_train_samples is not None and limit_train_samples < 1:
-            raise ConfigError(f"data.limit_train_samples must be at least 1, got {limit_train_samples}")
+        _check_whole("batch_size", batch_size, 1)
+        _check_whole("num_workers", num_workers, 0)
+        if limit_train_samples is not None:
+            _check_whole("limit_train_samples", limit_train_samples, 1)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.limit_train_samples = limit_train_samples
 
@@ -58,38 +56,59 @@ class StreamDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         trainer = self._trainer()
+        num_batches = trainer.max_steps * trainer.accumulate_grad_batches
+        done = trainer.global_step * trainer.accumulate_grad_batches  # above 0 when a run is resumed
         sampler = StreamBatchSampler(
             dataset_size=self.num_train_samples,
             batch_size=self.batch_size,
-            num_batches=trainer.max_steps * trainer.accumulate_grad_batches,
+            num_batches=num_batches,
             seed=self.seed,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
+            start=done * self.batch_size * trainer.world_size,
         )
-        return self._loader(self.train_set, sampler)
+        return StreamLoader(self.train_set, batch_sampler=sampler, num_batches=num_batches, **self._options())
 
     def val_dataloader(self) -> DataLoader:
         trainer = self._trainer()
         size = len(self.val_set)  # type: ignore[arg-type]
-        return self._loader(
-            self.val_set,
-            FixedBatches(size, VAL_BATCH_FACTOR * self.batch_size, trainer.global_rank, trainer.world_size),
-        )
+        batches = FixedBatches(size, VAL_BATCH_FACTOR * self.batch_size, trainer.global_rank, trainer.world_size)
+        return DataLoader(self.val_set, batch_sampler=batches, **self._options())
 
-    def _loader(self, dataset: Dataset, batches: Sampler[list[tuple[int, int]]]) -> DataLoader:
-        return DataLoader(
-            dataset,
-            batch_sampler=batches,
-            num_workers=self.num_workers,
-            collate_fn=_as_it_is,
-            pin_memory=self._trainer().strategy.root_device.type == "cuda",
-            persistent_workers=self.num_workers > 0,
-        )
+    def _options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "collate_fn": _as_it_is,
+            "pin_memory": self._trainer().strategy.root_device.type == "cuda",
+            "persistent_workers": self.num_workers > 0,
+        }
 
     def _trainer(self) -> pl.Trainer:
         if self.trainer is None:
             raise RuntimeError("the data module belongs to no Trainer yet; pass it to Trainer.fit(..., datamodule=...)")
         return self.trainer
+
+
+class StreamLoader(DataLoader):
+    """A loader whose length is that of the whole run, also where it starts in the middle.
+
+    Lightning counts the batches of a resumed run from its beginning. It restores a loader that has a state, and warns
+    of one that has none; the state of this one is the Trainer's step count, so there is nothing to keep.
+    """
+
+    def __init__(self, *arguments: Any, num_batches: int, **options: Any) -> None:
+        self.num_batches = num_batches
+        super().__init__(*arguments, **options)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict:
+            raise ValueError(f"the checkpoint's loader is not a StreamLoader: its state has {', '.join(state_dict)}")
 
 
 class FixedBatches(Sampler[list[tuple[int, int]]]):
@@ -109,3 +128,8 @@ class FixedBatches(Sampler[list[tuple[int, int]]]):
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ConfigError(f"data.{name} must be a whole number of at least {least}, got {value!r}")

@@ -57,15 +57,21 @@ def _build(value: Any, overrides: Mapping[str, Any] | None = None) -> Any:
 
 def resolve(path: str) -> Callable[..., Any]:
     """The class or function that `path` names, if it is on the allowlist; ConfigError if not."""
+    if path.split(".")[0] not in {module.split(".")[0] for module in ALLOWED_MODULES}:
+        raise _refusal(path)  # before it is imported: an import runs code
     try:
         target = hydra.utils.get_object(path)
     except Exception as error:
         raise ConfigError(f"_target_={path!r} cannot be imported: {error}".splitlines()[0]) from error
     home = f"{getattr(target, '__module__', None)}."
     if not (inspect.isclass(target) or inspect.isfunction(target)) or not home.startswith(ALLOWED_MODULES):
-        allowed = ", ".join(module.rstrip(".") for module in ALLOWED_MODULES)
-        raise ConfigError(f"_target_={path!r} is not allowed: it must be a class or function defined in {allowed}")
+        raise _refusal(path)
     return target
+
+
+def _refusal(path: str) -> ConfigError:
+    allowed = ", ".join(module.rstrip(".") for module in ALLOWED_MODULES)
+    return ConfigError(f"_target_={path!r} is not allowed: it must be a class or function defined in {allowed}")
 
 
 def _check_arguments(target: Callable[..., Any], arguments: Mapping[str, Any], path: str, partial: bool) -> None:

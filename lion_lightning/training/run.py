@@ -10,26 +10,32 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 import transformers
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from torch import nn
 
-from lion_lightning.tracking.wandb import RunLogger
+from lion_lightning.mixin import OptimizerFactory
+from lion_lightning.schedules import Schedule
 from lion_lightning.training.checks import check
 from lion_lightning.training.data import StreamDataModule
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.training.errors import ConfigError, configuring
 from lion_lightning.training.instantiate import instantiate
 from lion_lightning.training.progress import progress
 from lion_lightning.training.summary import model_card, show
 from lion_lightning.training.throughput import Throughput
 
-TRAINER_KEYS_OF_OURS = ("max_steps", "max_epochs", "val_check_interval")
+if TYPE_CHECKING:
+    from lion_lightning.tracking.wandb import RunLogger
+
+TRAINER_KEYS_OF_OURS = ("name", "max_steps", "max_epochs", "val_check_interval")
 
 
 def run(cfg: DictConfig) -> float:
@@ -40,11 +46,12 @@ def run(cfg: DictConfig) -> float:
         TrainingStopped: the guard ended the run.
     """
     check(cfg)
+    Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
     _quiet_libraries()
     console = Console(soft_wrap=False)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data = _build_data(cfg)
-    max_steps = _max_steps(cfg, data)
+    cfg.trainer.max_steps = _max_steps(cfg, data)
     module = _build_module(cfg, data)
     logger = _build_logger(cfg)
     throughput = Throughput(module.tokens_per_sample())
@@ -58,19 +65,7 @@ def run(cfg: DictConfig) -> float:
     )
     metrics = ["train/loss", cfg.recipe.monitor]
     callbacks = [*_build_guard(cfg), throughput, ValidateAtEnd(), checkpoint, *progress(console, metrics)]
-    trainer = pl.Trainer(
-        **{key: value for key, value in cfg.trainer.items() if key not in TRAINER_KEYS_OF_OURS and key != "name"},
-        max_steps=max_steps,
-        val_check_interval=min(cfg.trainer.val_check_interval, max_steps) * cfg.trainer.accumulate_grad_batches,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        enable_progress_bar=console.is_terminal,
-        default_root_dir=cfg.run_dir,
-        logger=logger or False,
-        callbacks=callbacks,
-    )
+    trainer = _build_trainer(cfg, console, logger, callbacks)
     about = _about(cfg, data, module, trainer)
     with _closing(logger):
         if trainer.is_global_zero:
@@ -91,7 +86,8 @@ class ValidateAtEnd(Callback):
 
 
 def _build_data(cfg: DictConfig) -> StreamDataModule:
-    data = instantiate(cfg.data)
+    with configuring("data"):
+        data = instantiate(cfg.data)
     if not isinstance(data, StreamDataModule):
         raise ConfigError(f"data={cfg.data.name}: {type(data).__name__} is not a StreamDataModule")
     data.prepare_data()
@@ -112,18 +108,53 @@ def _max_steps(cfg: DictConfig, data: StreamDataModule) -> int:
 
 
 def _build_module(cfg: DictConfig, data: StreamDataModule) -> Any:
-    return instantiate(
-        cfg.recipe.module,
-        config=instantiate(cfg.model.config),
-        data=data,
-        optimizer_factory=instantiate(cfg.optim),
-        schedule=instantiate(cfg.schedule),
-        seed=cfg.seed,
-    )
+    factory, schedule = _build_optimizer_factory(cfg), _build_schedule(cfg)
+    with configuring("model.config"):
+        config = instantiate(cfg.model.config)
+    with configuring("recipe.module"):
+        return instantiate(
+            cfg.recipe.module, config=config, data=data, optimizer_factory=factory, schedule=schedule, seed=cfg.seed
+        )
+
+
+def _build_trainer(cfg: DictConfig, console: Console, logger: Logger | None, callbacks: list[Callback]) -> pl.Trainer:
+    max_steps = cfg.trainer.max_steps
+    try:
+        return pl.Trainer(
+            **{key: value for key, value in cfg.trainer.items() if key not in TRAINER_KEYS_OF_OURS},
+            max_steps=max_steps,
+            val_check_interval=min(cfg.trainer.val_check_interval, max_steps) * cfg.trainer.accumulate_grad_batches,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            enable_progress_bar=console.is_terminal,
+            default_root_dir=cfg.run_dir,
+            logger=logger or False,
+            callbacks=callbacks,
+        )
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise ConfigError(f"trainer: {error}") from error
+
+
+def _build_optimizer_factory(cfg: DictConfig) -> OptimizerFactory:
+    """The factory, tried on one weight: a bad option is told now, not when training is about to start."""
+    with configuring("optim"):
+        factory = instantiate(cfg.optim)
+        factory([{"name": "decay", "params": [("weight", nn.Parameter(torch.ones(2, 2)))]}])
+    return factory
+
+
+def _build_schedule(cfg: DictConfig) -> Schedule:
+    with configuring("schedule"):
+        schedule = instantiate(cfg.schedule)
+        schedule(cfg.trainer.max_steps)
+    return schedule
 
 
 def _build_guard(cfg: DictConfig) -> list[Callback]:
-    return [instantiate(cfg.guard)] if "_target_" in cfg.guard else []
+    with configuring("guard"):
+        return [instantiate(cfg.guard)] if "_target_" in cfg.guard else []
 
 
 def _build_logger(cfg: DictConfig) -> Logger | None:
@@ -142,8 +173,8 @@ def _log_config(logger: Logger | None, cfg: DictConfig) -> None:
     if logger is None:
         return
     logger.log_hyperparams(plain)  # type: ignore[arg-type]
-    if isinstance(logger, RunLogger):
-        logger.define_summaries({**SUMMARIES, cfg.recipe.monitor: cfg.recipe.mode})
+    if wandb_logger := _wandb_logger(logger):
+        wandb_logger.define_summaries({**SUMMARIES, cfg.recipe.monitor: cfg.recipe.mode})
 
 
 # What stands for the run in W&B's table, by exact name.
@@ -170,8 +201,17 @@ def _closing(logger: Logger | None) -> Iterator[None]:
         code = getattr(error, "exit_code", 1)
         raise
     finally:
-        if isinstance(logger, RunLogger):
-            logger.finish(code)
+        if wandb_logger := _wandb_logger(logger):
+            wandb_logger.finish(code)
+
+
+def _wandb_logger(logger: Logger | None) -> "RunLogger | None":
+    """`logger` if it is a W&B run; without importing wandb where it is not used, since it need not be installed."""
+    if logger is None or "wandb" not in sys.modules:
+        return None
+    from lion_lightning.tracking.wandb import RunLogger
+
+    return logger if isinstance(logger, RunLogger) else None
 
 
 def _about(cfg: DictConfig, data: Any, module: Any, trainer: pl.Trainer) -> dict[str, str]:
@@ -223,8 +263,8 @@ def _conclude(
         outcome["export"] = f"{_near(folder)} (a Hugging Face folder)"
     show(console, f"{cfg.run_name} is done", outcome)
     # Commands stand outside the panel, on one line each, so that they can be copied.
-    commands = [logger.describe(_near) for logger in trainer.loggers if isinstance(logger, RunLogger)]
-    for line in (*commands, _next_command(cfg)):
+    wandb_logger = _wandb_logger(trainer.logger)
+    for line in ([wandb_logger.describe(_near)] if wandb_logger else []) + [_next_command(cfg)]:
         console.print(line, soft_wrap=True, highlight=False)
     return best
 

@@ -90,6 +90,8 @@ class TextFiles:
         place = Path(path).expanduser()
         if place.is_dir():
             files = [file for file in place.rglob("*") if file.suffix in self.SUFFIXES and file.is_file()]
+        elif place.is_file():  # before globbing: a name may have brackets in it
+            files = [place]
         else:
             files = [Path(file) for file in glob.glob(str(place), recursive=True) if Path(file).is_file()]
         if not files:

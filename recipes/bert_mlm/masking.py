@@ -32,7 +32,7 @@ class Masking:
     def __post_init__(self) -> None:
         if not 0 < self.rate < 1:
             raise ValueError(f"rate must be between 0 and 1, got {self.rate}")
-        if min(self.mask_share, self.random_share) < 0 or self.mask_share + self.random_share > 1:
+        if not (self.mask_share >= 0 and self.random_share >= 0 and self.mask_share + self.random_share <= 1):
             raise ValueError(
                 f"mask_share and random_share must be at least 0 and add up to at most 1, "
                 f"got {self.mask_share} and {self.random_share}"

@@ -54,6 +54,8 @@ class ImageClassifier(LionMixin, LightningModule):
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"recipe.module.label_smoothing must be in [0, 1), got {label_smoothing}")
+        if not isinstance(crop_padding, int) or crop_padding < 0:
+            raise ConfigError(f"recipe.module.crop_padding must be a whole number of at least 0, got {crop_padding!r}")
         self.optimizer_factory, self.schedule = optimizer_factory, schedule
         self.label_smoothing, self.seed, self.data = label_smoothing, seed, data
         self.model = build_model(config, data)

@@ -5,6 +5,7 @@ Adding a source is a class with `fingerprint()` and `load()`, and a file in conf
 
 import io
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,7 @@ class ImageFiles:
             try:
                 decoded = _square(row[image], self.image_size)
             except (OSError, ValueError, Picture.DecompressionBombError) as error:
-                broken.append(f"{row[image].get('path') or f'image {number}'}: {error}")
+                broken.append(f"{(row[image] or {}).get('path') or f'image {number}'}: {error}")
                 self._check_broken(broken)
             else:
                 pixels.append(decoded)
@@ -179,8 +180,8 @@ def hold_out(images: Images, fraction: float) -> tuple[Images, Images]:
 
 
 def _split_of(file: Path) -> str:
-    name = file.name.lower()
-    return next((split for split in ("test", "validation", "val") if name.startswith(split)), "train")
+    found = re.match(r"(test|validation|val)(?![a-z])", file.name.lower())
+    return found[1] if found else "train"
 
 
 def _validation_name(splits: Mapping[str, Any]) -> str | None:
@@ -206,7 +207,7 @@ def _class_names(dataset: Dataset, label: str) -> tuple[str, ...]:
     if isinstance(feature, ClassLabel):
         return tuple(feature.names)
     values = {value for value in dataset[label] if value is not None}
-    if isinstance(feature, Value) and feature.dtype.startswith("int"):
+    if isinstance(feature, Value) and feature.dtype.startswith(("int", "uint")):
         return tuple(str(value) for value in range(max(values) + 1))
     return tuple(sorted(str(value) for value in values))
 
@@ -220,8 +221,10 @@ def _class_index(value: Any, classes: Sequence[str], number: int, column: str) -
     return index
 
 
-def _square(stored: Mapping[str, Any], size: int) -> np.ndarray:
+def _square(stored: Mapping[str, Any] | None, size: int) -> np.ndarray:
     """Decode to uint8 (3, size, size): shorter side resized, middle square."""
+    if not stored or not (stored["bytes"] or stored["path"]):
+        raise ValueError("there is no picture")
     source = io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]
     with Picture.open(source) as opened:
         if opened.width * opened.height > MAX_PIXELS:
