@@ -283,7 +283,7 @@ def _near(path: str | Path) -> str:
 def _next_command(cfg: DictConfig) -> str:
     """One line: the control run, which is the same command line with the other optimizer."""
     other = "adamw" if cfg.optim.name != "adamw" else "lion"
-    kept = [argument for argument in sys.argv[1:] if not argument.startswith(("optim", "-"))]
+    kept = [argument for argument in sys.argv[1:] if not argument.startswith("optim")]
     return f"Next, the control: python train.py {shlex.join([*kept, f'optim={other}'])}"
 
 

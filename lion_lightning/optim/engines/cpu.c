@@ -1,10 +1,12 @@
 /* The Lion rule over flat arrays on a CPU: plain loops that the compiler vectorises, block by block.
  *
- * A block of 256 elements is decoded to float, updated and encoded in first-level cache while the next block is fetched.
- * (One loop that loads, updates and stores was tried: mixed element widths made it half as fast.) Compile with
- * -ffp-contract=off, as a fused multiply-add would differ from the other engines in the last bit, and -fopenmp-simd,
- * which lets sums of telemetry be added up in any order. What is computed is written down in rule.py, how it is stored in
- * bits.py.
+ * A block of 256 elements is decoded to float, updated and encoded in first-level cache while a next one is fetched.
+ * Two 16-bit numbers are taken from a 32-bit word at once and put back so, by shifts and masks: widening and narrowing
+ * them one by one took twice as long. So where anything is stored in less than 32 bits, a decoded block holds its even
+ * elements first, then its odd ones. A block with a number that is not finite, or nearly not, is done again with care.
+ *
+ * Compile with -ffp-contract=off, as a fused multiply-add would differ from the other engines in the last bit. What is
+ * computed is written down in rule.py, how it is stored in bits.py.
  */
 #include <math.h>
 #include <stdint.h>
@@ -15,15 +17,21 @@
 #else
 #define CLONES
 #endif
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "words are taken apart as a little-endian machine stores them"
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { BLOCK = 256, CHUNK = 65536, CACHE_LINE_BYTES = 64 };
+enum { BLOCK = 256, HALF = BLOCK / 2, CHUNK = 65536, AHEAD = 2, CACHE_LINE_BYTES = 64 };
 enum { FLOAT32, FLOAT64, BFLOAT16, INT8 };
 enum { CAUTIOUS = 1, SKIP_NONFINITE = 2 };
 enum { UNMOVED, ZERO, AGREE, MOMENTUM_SQUARED, WEIGHT_SQUARED, NEAR_BOUND, DECAY, NONFINITE, FLIPPED, STATISTICS };
 
 #define BFLOAT16_MAX_PATTERN 0x7F7F0000u
 #define INFINITY_PATTERN 0x7F800000u
+#define ONE_PATTERN 0x3F800000u
+#define SIGN_BIT 0x80000000u
+#define UPPER 0xFFFF0000u
 #define NAN_PATTERN 0x7FC00000u
 #define CAUTIOUS_LIMIT 2
 #define LEVELS 127
@@ -44,53 +52,27 @@ typedef struct {
     double lr, beta1, rest1, beta2, rest2, weight_decay, grad_scale;
 } Task;
 
-INLINE uint32_t pattern(float value) {
-    uint32_t word;
-    memcpy(&word, &value, 4);
-    return word;
-}
+#include "storage.c"
 
-INLINE float number(uint32_t word) {
-    float value;
-    memcpy(&value, &word, 4);
-    return value;
-}
-
-INLINE uint32_t random_word(uint32_t element, uint32_t key1, uint32_t key2) {
-    uint32_t word = element ^ key1;
-    word ^= word >> 16;
-    word *= 0x7FEB352Du;
-    word ^= word >> 15;
-    word = (word + key2) * 0x846CA68Bu;
-    return word ^ (word >> 16);
-}
-
-/* Nearest bf16, ties to even, as torch casts. */
-INLINE uint16_t nearest_bfloat16(float value) {
-    uint32_t word = pattern(value);
-    uint32_t rounded = (word + 0x7FFFu + ((word >> 16) & 1u)) >> 16;
-    return (uint16_t)(value == value ? rounded : NAN_PATTERN >> 16);
-}
-
-/* The rule of rule.py on one block; u stays a NaN where the gradient is one. */
+/* The rule of rule.py on one block of `count` elements, with zeros up to `length`; u stays a NaN where c is one. */
 #define DEFINE_RULE(real, name)                                                                                      \
-    INLINE void name(const Task *task, int count, const real *weight, const real *grad, const real *momentum,        \
-                     real *new_weight, real *new_momentum, real *update) {                                           \
+    INLINE void name(const Task *task, int count, int length, const real *weight, const real *grad,                  \
+                     const real *momentum, real *new_weight, real *new_momentum, real *update) {                     \
         const real lr = (real)task->lr, decay = (real)task->weight_decay;                                            \
         const real beta1 = (real)task->beta1, rest1 = (real)task->rest1;                                             \
         const real beta2 = (real)task->beta2, rest2 = (real)task->rest2;                                             \
-        for (int i = 0; i < count; i++) {                                                                            \
+        for (int i = 0; i < length; i++) {                                                                           \
             real mixed = beta1 * momentum[i] + rest1 * grad[i];                                                      \
             update[i] = mixed > 0 ? 1 : mixed < 0 ? -1 : mixed == 0 ? 0 : mixed;                                     \
         }                                                                                                            \
         if (task->flags & CAUTIOUS) {                                                                                \
             int shared = 0;                                                                                          \
-            for (int i = 0; i < count; i++) shared += update[i] * grad[i] > 0;                                       \
+            for (int i = 0; i < length; i++) shared += update[i] * grad[i] > 0;                                      \
             real factor = (real)count / (real)shared;                                                                \
             factor = factor > CAUTIOUS_LIMIT ? CAUTIOUS_LIMIT : factor;                                              \
-            for (int i = 0; i < count; i++) update[i] *= update[i] * grad[i] > 0 ? factor : 0;                       \
+            for (int i = 0; i < length; i++) update[i] *= update[i] * grad[i] > 0 ? factor : 0;                      \
         }                                                                                                            \
-        for (int i = 0; i < count; i++) {                                                                            \
+        for (int i = 0; i < length; i++) {                                                                           \
             new_weight[i] = weight[i] - lr * (decay * weight[i] + update[i]);                                        \
             new_momentum[i] = beta2 * momentum[i] + rest2 * grad[i];                                                 \
         }                                                                                                            \
@@ -99,211 +81,127 @@ INLINE uint16_t nearest_bfloat16(float value) {
 DEFINE_RULE(float, rule_float)
 DEFINE_RULE(double, rule_double)
 
-/* What telemetry.py counts; `stored` is the new weight after rounding to its storage. */
-#define DEFINE_OBSERVE(real, name)                                                                                   \
-    INLINE void name(const Task *task, int64_t start, int count, double *row, const real *weight, const real *grad,  \
+/* The rule where all numbers are finite and there is no caution. Returns the largest magnitude met, as a pattern. */
+INLINE uint32_t rule_plain(const Task *task, const float *weight, const float *grad, const float *momentum,
+                           float *new_weight, float *new_momentum, float *update) {
+    const float lr = (float)task->lr, decay = (float)task->weight_decay;
+    const float beta1 = (float)task->beta1, rest1 = (float)task->rest1;
+    const float beta2 = (float)task->beta2, rest2 = (float)task->rest2;
+    uint32_t largest = 0;
+    for (int i = 0; i < BLOCK; i++) {
+        float mixed = beta1 * momentum[i] + rest1 * grad[i];
+        update[i] = mixed == 0 ? 0 : number((pattern(mixed) & SIGN_BIT) | ONE_PATTERN);
+        new_weight[i] = weight[i] - lr * (decay * weight[i] + update[i]);
+        new_momentum[i] = beta2 * momentum[i] + rest2 * grad[i];
+        uint32_t magnitude = (pattern(mixed) | pattern(new_weight[i])) & ~SIGN_BIT; /* at least the larger one */
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest;
+}
+
+/* Sums of a chunk by place in the block; two counts share an integer. */
+#define DEFINE_OBSERVE(real, Lanes, name, add, magnitude)                                                            \
+    typedef struct {                                                                                                 \
+        uint32_t unmoved_zero[BLOCK], agree_near[BLOCK];                                                             \
+        real momentum_squared[BLOCK], weight_squared[BLOCK], decay[BLOCK];                                           \
+    } Lanes;                                                                                                         \
+    /* What telemetry.py counts; `stored` is the new weight after rounding to its storage. */                        \
+    INLINE void name(const Task *task, int count, Lanes *lanes, const real *weight, const real *grad,                \
                      const real *momentum, const real *stored, const real *new_momentum, const real *update) {       \
         const real lr = (real)task->lr, bound = (real)(BOUND_SHARE / task->weight_decay);                            \
-        int unmoved = 0, zero = 0, agree = 0, near_bound = 0;                                                        \
-        real momentum_squared = 0, weight_squared = 0, decay = 0;                                                    \
-        _Pragma("omp simd reduction(+ : unmoved, zero, agree, near_bound, momentum_squared, weight_squared, decay)") \
         for (int i = 0; i < count; i++) {                                                                            \
-            unmoved += stored[i] == weight[i];                                                                       \
-            zero += update[i] == 0;                                                                                  \
-            agree += momentum[i] * grad[i] > 0;                                                                      \
-            near_bound += (weight[i] < 0 ? -weight[i] : weight[i]) > bound;                                          \
-            momentum_squared += new_momentum[i] * new_momentum[i];                                                   \
-            weight_squared += weight[i] * weight[i];                                                                 \
-            decay += (weight[i] - stored[i] - lr * update[i]) * weight[i];                                           \
+            uint32_t unmoved_zero = lanes->unmoved_zero[i], agree_near = lanes->agree_near[i];                       \
+            unmoved_zero = stored[i] == weight[i] ? unmoved_zero + 1 : unmoved_zero;                                 \
+            lanes->unmoved_zero[i] = update[i] == 0 ? unmoved_zero + 0x10000u : unmoved_zero;                        \
+            agree_near = momentum[i] * grad[i] > 0 ? agree_near + 1 : agree_near;                                    \
+            lanes->agree_near[i] = magnitude(weight[i]) > bound ? agree_near + 0x10000u : agree_near;                \
+            lanes->momentum_squared[i] += new_momentum[i] * new_momentum[i];                                         \
+            lanes->weight_squared[i] += weight[i] * weight[i];                                                       \
+            lanes->decay[i] += (weight[i] - stored[i] - lr * update[i]) * weight[i];                                 \
+        }                                                                                                            \
+    }                                                                                                                \
+    INLINE void add(const Lanes *lanes, double *row) {                                                               \
+        uint32_t unmoved = 0, zero = 0, agree = 0, near_bound = 0;                                                   \
+        double momentum_squared = 0, weight_squared = 0, decay = 0;                                                  \
+        _Pragma("omp simd reduction(+ : unmoved, zero, agree, near_bound, momentum_squared, weight_squared, decay)") \
+        for (int i = 0; i < BLOCK; i++) {                                                                            \
+            unmoved += lanes->unmoved_zero[i] & 0xFFFF, zero += lanes->unmoved_zero[i] >> 16;                        \
+            agree += lanes->agree_near[i] & 0xFFFF, near_bound += lanes->agree_near[i] >> 16;                        \
+            momentum_squared += lanes->momentum_squared[i], weight_squared += lanes->weight_squared[i];              \
+            decay += lanes->decay[i];                                                                                \
         }                                                                                                            \
         row[UNMOVED] += unmoved, row[ZERO] += zero, row[AGREE] += agree, row[NEAR_BOUND] += near_bound;              \
         row[MOMENTUM_SQUARED] += momentum_squared, row[WEIGHT_SQUARED] += weight_squared, row[DECAY] += decay;       \
+    }                                                                                                                \
+    INLINE void flips_##real(const Task *task, int64_t start, int count, int paired, double *row,                    \
+                             const real *update) {                                                                   \
         int64_t sample = (start + task->sign_stride - 1) / task->sign_stride;                                        \
         for (int64_t i = sample * task->sign_stride - start; i < count; i += task->sign_stride, sample++) {          \
-            int8_t sign = (int8_t)((update[i] > 0) - (update[i] < 0));                                               \
+            real value = update[paired ? i / 2 + i % 2 * HALF : i];                                                  \
+            int8_t sign = (int8_t)((value > 0) - (value < 0));                                                       \
             row[FLIPPED] += sign * task->signs[sample] < 0;                                                          \
             task->signs[sample] = sign;                                                                              \
         }                                                                                                            \
     }
 
-DEFINE_OBSERVE(float, observe_float)
-DEFINE_OBSERVE(double, observe_double)
+DEFINE_OBSERVE(float, FloatLanes, observe_float, add_float, fabsf)
+DEFINE_OBSERVE(double, DoubleLanes, observe_double, add_double, fabs)
 
-INLINE void decode_weight(const Task *task, int64_t start, int count, float *weight) {
-    if (task->param_type == FLOAT32) {
-        memcpy(weight, task->param + 4 * start, 4 * (size_t)count);
-        return;
+/* Does the rule over again where something is not finite, or with caution. Returns the number of such gradients. */
+INLINE int step_carefully(const Task *task, int count, float *weight, const float *grad, const float *momentum,
+                          float *new_weight, float *new_momentum, float *update) {
+    const int joined = task->param_type == BFLOAT16 && task->weight_bits != 16;
+    int nonfinite = 0;
+    for (int i = 0; i < BLOCK; i++) {
+        if (joined) weight[i] = number(mended(pattern(weight[i])));
+        nonfinite += (pattern(grad[i]) & INFINITY_PATTERN) == INFINITY_PATTERN;
     }
-    const uint16_t *high = (const uint16_t *)task->param + start;
-    if (task->weight_bits == 32) {
-        const int16_t *low = (const int16_t *)task->remainder + start;
-        for (int i = 0; i < count; i++) {
-            int32_t rest = low[i];
-            rest = (high[i] & 0x7FFF) == 0 && rest < 0 ? 0 : rest; /* a weight zeroed from outside is zero */
-            weight[i] = number(((uint32_t)high[i] << 16) + (uint32_t)rest);
-        }
-    } else if (task->weight_bits == 24) {
-        const int8_t *low = (const int8_t *)task->remainder + start;
-        for (int i = 0; i < count; i++) {
-            int32_t rest = low[i] * 256;
-            rest = (high[i] & 0x7FFF) == 0 && rest < 0 ? 0 : rest;
-            weight[i] = number(((uint32_t)high[i] << 16) + (uint32_t)rest);
-        }
-    } else {
-        for (int i = 0; i < count; i++) weight[i] = number((uint32_t)high[i] << 16);
-    }
-}
-
-/* Saturates finite numbers at the largest bf16 number, keeps infinities, makes every NaN the same. */
-INLINE uint32_t ordinary(uint32_t word) {
-    uint32_t magnitude = word & 0x7FFFFFFFu, sign = word & 0x80000000u;
-    if (magnitude > INFINITY_PATTERN) return NAN_PATTERN;
-    if (magnitude == INFINITY_PATTERN) return word;
-    return sign | (magnitude > BFLOAT16_MAX_PATTERN ? BFLOAT16_MAX_PATTERN : magnitude);
-}
-
-/* Stores new weights; leaves in them what was stored. */
-INLINE void encode_weight(const Task *task, int64_t start, int count, float *weight, const uint32_t *random) {
-    if (task->param_type == FLOAT32) {
-        memcpy(task->param + 4 * start, weight, 4 * (size_t)count);
-        return;
-    }
-    uint16_t *high = (uint16_t *)task->param + start;
-    uint32_t words[BLOCK];
-    int extreme = 0;
-    for (int i = 0; i < count; i++) {
-        words[i] = pattern(weight[i]);
-        extreme |= (words[i] & 0x7FFFFFFFu) > BFLOAT16_MAX_PATTERN;
-    }
-    if (extreme)
-        for (int i = 0; i < count; i++) words[i] = ordinary(words[i]);
-    if (task->weight_bits == 32) {
-        int16_t *low = (int16_t *)task->remainder + start;
-        for (int i = 0; i < count; i++) {
-            high[i] = (uint16_t)((words[i] + 0x8000u) >> 16);
-            low[i] = (int16_t)words[i];
-        }
-    } else if (task->weight_bits == 24) {
-        int8_t *low = (int8_t *)task->remainder + start;
-        for (int i = 0; i < count; i++) {
-            words[i] = (words[i] + (random[i] >> 24)) & ~0xFFu;
-            high[i] = (uint16_t)((words[i] + 0x8000u) >> 16);
-            low[i] = (int8_t)(words[i] >> 8);
-        }
-    } else {
-        for (int i = 0; i < count; i++) {
-            words[i] = (words[i] + (random[i] >> 16)) & ~0xFFFFu;
-            high[i] = (uint16_t)(words[i] >> 16);
-        }
-    }
-    if (task->statistics)
-        for (int i = 0; i < count; i++) weight[i] = number(words[i]);
-}
-
-INLINE void decode_bfloat16(const char *source, int64_t start, int count, float *value) {
-    const uint16_t *stored = (const uint16_t *)source + start;
-    for (int i = 0; i < count; i++) value[i] = number((uint32_t)stored[i] << 16);
-}
-
-INLINE void decode_momentum(const Task *task, int64_t start, int count, float *momentum) {
-    if (task->exp_avg_type == FLOAT32) {
-        memcpy(momentum, task->exp_avg + 4 * start, 4 * (size_t)count);
-    } else if (task->exp_avg_type == BFLOAT16) {
-        decode_bfloat16(task->exp_avg, start, count, momentum);
-    } else {
-        const int8_t *level = (const int8_t *)task->exp_avg + start;
-        const float scale = task->scale[start / BLOCK];
-        for (int i = 0; i < count; i++) {
-            int32_t wide = level[i];
-            momentum[i] = (float)(wide * (wide < 0 ? -wide : wide)) * scale;
-        }
-    }
-}
-
-/* int8: sign * level^2 * scale, rounded stochastically between neighbouring squares; see bits.py. */
-INLINE void quantize(const Task *task, int64_t start, int count, const float *momentum, const uint32_t *random) {
-    int8_t *level = (int8_t *)task->exp_avg + start;
-    uint32_t largest = 0;
-    for (int i = 0; i < count; i++) {
-        uint32_t magnitude = pattern(momentum[i]) & 0x7FFFFFFFu;
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    float scale = number(largest) / (LEVELS * LEVELS);
-    if (!(scale < INFINITY)) {
-        task->scale[start / BLOCK] = NAN;
-        memset(level, 1, (size_t)count);
-        return;
-    }
-    float inverse = scale < 1.17549435e-38f ? 0.0f : 1.0f / scale;
-    task->scale[start / BLOCK] = inverse == 0.0f ? 0.0f : scale;
-    for (int i = 0; i < count; i++) {
-        float square = number(pattern(momentum[i]) & 0x7FFFFFFFu) * inverse;
-        int32_t root = (int32_t)sqrtf(square);
-        float rest = square - (float)(root * root);
-        float threshold = ((float)(int32_t)(random[i] & 0xFFFFu) + 0.5f) * (1.0f / 65536) * (float)(2 * root + 1);
-        root += rest > threshold;
-        root = root > LEVELS ? LEVELS : root;
-        level[i] = (int8_t)(momentum[i] < 0 ? -root : root);
-    }
-}
-
-INLINE void encode_momentum(const Task *task, int64_t start, int count, const float *momentum, const uint32_t *random) {
-    if (task->exp_avg_type == FLOAT32) {
-        memcpy(task->exp_avg + 4 * start, momentum, 4 * (size_t)count);
-    } else if (task->exp_avg_type == BFLOAT16) {
-        uint16_t *stored = (uint16_t *)task->exp_avg + start;
-        for (int i = 0; i < count; i++) stored[i] = nearest_bfloat16(momentum[i]);
-    } else {
-        quantize(task, start, count, momentum, random);
-    }
-}
-
-INLINE void prefetch(const char *address, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += CACHE_LINE_BYTES) __builtin_prefetch(address + i);
-}
-
-static const int BYTES[] = {4, 8, 2, 1};
-
-INLINE void prefetch_block(const Task *task, int64_t start) {
-    prefetch(task->param + BYTES[task->param_type] * start, BYTES[task->param_type] * BLOCK);
-    prefetch(task->grad + BYTES[task->grad_type] * start, BYTES[task->grad_type] * BLOCK);
-    prefetch(task->exp_avg + BYTES[task->exp_avg_type] * start, BYTES[task->exp_avg_type] * BLOCK);
-    if (task->remainder) {
-        int64_t bytes = (task->weight_bits - 16) / 8;
-        prefetch(task->remainder + bytes * start, bytes * BLOCK);
-    }
+    rule_float(task, count, BLOCK, weight, grad, momentum, new_weight, new_momentum, update);
+    if (nonfinite && task->flags & SKIP_NONFINITE)
+        for (int i = 0; i < BLOCK; i++)
+            if ((pattern(grad[i]) & INFINITY_PATTERN) == INFINITY_PATTERN)
+                new_weight[i] = weight[i], new_momentum[i] = momentum[i], update[i] = 0;
+    if (task->param_type == BFLOAT16)
+        for (int i = 0; i < BLOCK; i++) new_weight[i] = number(ordinary(pattern(new_weight[i])));
+    return nonfinite;
 }
 
 /* Returns the number of elements whose gradient is not finite. */
-INLINE int block_float(const Task *task, int64_t start, int count, double *row) {
+INLINE int block_float(const Task *task, const Block *block, int64_t start, int count, FloatLanes *lanes, double *row) {
+    const int paired = task->param_type != FLOAT32 || task->grad_type != FLOAT32 || task->exp_avg_type != FLOAT32;
     float weight[BLOCK], grad[BLOCK], momentum[BLOCK], new_weight[BLOCK], new_momentum[BLOCK], update[BLOCK];
     uint32_t random[BLOCK];
-    decode_weight(task, start, count, weight);
-    decode_momentum(task, start, count, momentum);
+    decode_weight(task, block, paired, weight);
+    decode_momentum(task, block, paired, momentum);
     if (task->grad_type == FLOAT32)
-        memcpy(grad, task->grad + 4 * start, 4 * (size_t)count);
+        decode_float32(block->grad, paired, grad);
     else
-        decode_bfloat16(task->grad, start, count, grad);
+        decode_bfloat16(block->grad, grad);
     if (task->grad_scale != 1)
-        for (int i = 0; i < count; i++) grad[i] *= (float)task->grad_scale;
+        for (int i = 0; i < BLOCK; i++) grad[i] *= (float)task->grad_scale;
     int nonfinite = 0;
-    for (int i = 0; i < count; i++) nonfinite += (pattern(grad[i]) & INFINITY_PATTERN) == INFINITY_PATTERN;
-    rule_float(task, count, weight, grad, momentum, new_weight, new_momentum, update);
-    if (nonfinite && task->flags & SKIP_NONFINITE)
-        for (int i = 0; i < count; i++)
-            if ((pattern(grad[i]) & INFINITY_PATTERN) == INFINITY_PATTERN)
-                new_weight[i] = weight[i], new_momentum[i] = momentum[i], update[i] = 0;
+    uint32_t largest = rule_plain(task, weight, grad, momentum, new_weight, new_momentum, update);
+    int careful = largest > BFLOAT16_MAX_PATTERN || task->flags & CAUTIOUS;
+    if (careful) nonfinite = step_carefully(task, count, weight, grad, momentum, new_weight, new_momentum, update);
     if ((task->param_type == BFLOAT16 && task->weight_bits != 32) || task->exp_avg_type == INT8)
-        for (int i = 0; i < count; i++)
-            random[i] = random_word((uint32_t)(task->offset + start + i), (uint32_t)task->key1, (uint32_t)task->key2);
-    encode_weight(task, start, count, new_weight, random);
-    encode_momentum(task, start, count, new_momentum, random);
-    if (row) observe_float(task, start, count, row, weight, grad, momentum, new_weight, new_momentum, update);
+        draw(task, start, random);
+    encode_weight(task, block, paired, new_weight, random);
+    if (task->exp_avg_type == FLOAT32)
+        encode_float32(block->exp_avg, paired, new_momentum);
+    else if (task->exp_avg_type == BFLOAT16)
+        encode_bfloat16(block->exp_avg, new_momentum, careful);
+    else
+        quantize(block, count, new_momentum, random);
+    if (row) {
+        observe_float(task, BLOCK, lanes, weight, grad, momentum, new_weight, new_momentum, update);
+        flips_float(task, start, count, paired, row, update);
+        row[UNMOVED] -= BLOCK - count, row[ZERO] -= BLOCK - count;
+    }
     return nonfinite;
 }
 
 /* float64 parameters, whose gradient and momentum are float64 too. */
-INLINE int block_double(const Task *task, int64_t start, int count, double *row) {
+INLINE int block_double(const Task *task, int64_t start, int count, DoubleLanes *lanes, double *row) {
     double *weight = (double *)task->param + start, *momentum = (double *)task->exp_avg + start;
     double grad[BLOCK], new_weight[BLOCK], new_momentum[BLOCK], update[BLOCK];
     int nonfinite = 0;
@@ -311,29 +209,47 @@ INLINE int block_double(const Task *task, int64_t start, int count, double *row)
         grad[i] = ((const double *)task->grad)[start + i] * task->grad_scale;
         nonfinite += !isfinite(grad[i]);
     }
-    rule_double(task, count, weight, grad, momentum, new_weight, new_momentum, update);
+    rule_double(task, count, count, weight, grad, momentum, new_weight, new_momentum, update);
     if (nonfinite && task->flags & SKIP_NONFINITE)
         for (int i = 0; i < count; i++)
             if (!isfinite(grad[i])) new_weight[i] = weight[i], new_momentum[i] = momentum[i], update[i] = 0;
-    if (row) observe_double(task, start, count, row, weight, grad, momentum, new_weight, new_momentum, update);
+    if (row) {
+        observe_double(task, count, lanes, weight, grad, momentum, new_weight, new_momentum, update);
+        flips_double(task, start, count, 0, row, update);
+    }
     memcpy(weight, new_weight, 8 * (size_t)count);
     memcpy(momentum, new_momentum, 8 * (size_t)count);
     return nonfinite;
 }
 
-CLONES static int64_t run_chunk(const Task *task, int64_t start, int64_t stop, double *row) {
+CLONES static int64_t run_float(const Task *task, int64_t start, int64_t stop, double *row) {
     int64_t nonfinite = 0;
+    FloatLanes lanes;
+    if (row) memset(&lanes, 0, sizeof lanes);
+    char copies[4][4 * BLOCK];
     for (; start < stop; start += BLOCK) {
         int count = (int)(stop - start < BLOCK ? stop - start : BLOCK);
-        if (start + 2 * BLOCK < task->count) prefetch_block(task, start + BLOCK);
-        if (task->param_type == FLOAT64)
-            nonfinite += block_double(task, start, count, row);
-        else if (count == BLOCK) /* a constant that the compiler can unroll */
-            nonfinite += block_float(task, start, BLOCK, row);
-        else
-            nonfinite += block_float(task, start, count, row);
+        Block block = block_at(task, start), place = block;
+        if (start + (AHEAD + 1) * BLOCK < task->count) prefetch_block(task, start + AHEAD * BLOCK);
+        if (count < BLOCK) { /* a copy filled up with zeros, which stay zeros */
+            memset(copies, 0, sizeof copies);
+            block = (Block){copies[0], copies[1], copies[2], copies[3], place.scale};
+            copy_block(task, count, &block, &place, 1);
+        }
+        nonfinite += block_float(task, &block, start, count, &lanes, row);
+        if (count < BLOCK) copy_block(task, count, &place, &block, 0);
     }
-    if (row) row[NONFINITE] = (double)nonfinite;
+    if (row) add_float(&lanes, row);
+    return nonfinite;
+}
+
+CLONES static int64_t run_double(const Task *task, int64_t start, int64_t stop, double *row) {
+    int64_t nonfinite = 0;
+    DoubleLanes lanes;
+    if (row) memset(&lanes, 0, sizeof lanes);
+    for (; start < stop; start += BLOCK)
+        nonfinite += block_double(task, start, (int)(stop - start < BLOCK ? stop - start : BLOCK), &lanes, row);
+    if (row) add_double(&lanes, row);
     return nonfinite;
 }
 
@@ -346,7 +262,8 @@ void lion_step(const Task *tasks, int64_t task_count, int64_t chunk_count, int64
         int64_t start = (chunk - current->first_chunk) * CHUNK;
         int64_t stop = start + CHUNK < current->count ? start + CHUNK : current->count;
         double *row = current->statistics ? current->statistics + STATISTICS * (chunk - current->first_chunk) : 0;
-        int64_t found = run_chunk(current, start, stop, row);
+        int64_t found = (current->param_type == FLOAT64 ? run_double : run_float)(current, start, stop, row);
+        if (row) row[NONFINITE] = (double)found;
         if (found) __atomic_fetch_add(nonfinite, found, __ATOMIC_RELAXED);
     }
 }

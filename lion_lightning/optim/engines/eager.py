@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,11 +104,12 @@ class EagerEngine:
 
     def _scratch(self, device: torch.device) -> Tensor:
         """Two chunks of memory that stay in cache from one chunk to the next; wide enough for float64."""
-        kept: dict[Any, Tensor] = self._kept.__dict__
-        if device not in kept:
+        kept: dict[str, Tensor] = self._kept.__dict__
+        name = str(device)
+        if name not in kept:
             dtype = torch.float32 if device.type == "mps" else torch.float64
-            kept[device] = torch.empty(2, CHUNK_ELEMENTS, dtype=dtype, device=device)
-        return kept[device]
+            kept[name] = torch.empty(2, CHUNK_ELEMENTS, dtype=dtype, device=device)
+        return kept[name]
 
     def step(self, updates: Sequence[TensorUpdate], nonfinite: Tensor) -> None:
         for update in updates:

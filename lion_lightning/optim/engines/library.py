@@ -19,6 +19,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu.c")
+INCLUDED = SOURCE.with_name("storage.c")
 FLAGS = ("-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd")
 COMPILE_TIMEOUT_SECONDS = 120
 STALE_SECONDS = 60
@@ -52,7 +53,8 @@ def installed() -> Path:
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = SOURCE.with_name("_cpu" + suffix)
         # An editable installation keeps its extension when the source is edited. A wheel writes both within seconds.
-        if path.exists() and path.stat().st_mtime > SOURCE.stat().st_mtime - STALE_SECONDS:
+        newest = max(source.stat().st_mtime for source in (SOURCE, INCLUDED))
+        if path.exists() and path.stat().st_mtime > newest - STALE_SECONDS:
             return path
     raise FileNotFoundError("not built with the package")
 
@@ -63,7 +65,8 @@ def cached() -> Path:
     if compiler is None:
         raise FileNotFoundError("no C compiler (cc, gcc, clang or $CC)")
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=COMPILE_TIMEOUT_SECONDS, check=True)
-    parts = (SOURCE.read_bytes(), version.stdout, " ".join(FLAGS).encode(), platform.machine().encode())
+    sources = SOURCE.read_bytes(), INCLUDED.read_bytes()
+    parts = (*sources, version.stdout, " ".join(FLAGS).encode(), platform.machine().encode())
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     path = folder() / f"cpu-{digest}.so"
     if not path.exists():

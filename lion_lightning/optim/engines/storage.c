@@ -1,0 +1,216 @@
+/* Included by cpu.c: how a block is decoded to float and encoded again; the formats are those of bits.py. */
+
+/* Where a block lies, or a copy of the last, shorter one, filled up with zeros. */
+typedef struct {
+    char *param, *grad, *exp_avg, *remainder;
+    float *scale;
+} Block;
+
+/* Words and floats at any address. */
+typedef uint32_t __attribute__((aligned(1), may_alias)) Word;
+typedef float __attribute__((aligned(1), may_alias)) Float;
+
+INLINE uint32_t pattern(float value) {
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    return word;
+}
+
+INLINE float number(uint32_t word) {
+    float value;
+    memcpy(&value, &word, 4);
+    return value;
+}
+
+INLINE uint32_t random_word(uint32_t element, uint32_t key1, uint32_t key2) {
+    uint32_t word = element ^ key1;
+    word ^= word >> 16;
+    word *= 0x7FEB352Du;
+    word ^= word >> 15;
+    word = (word + key2) * 0x846CA68Bu;
+    return word ^ (word >> 16);
+}
+
+INLINE void decode_float32(const char *source, int paired, float *value) {
+    const Float *stored = (const Float *)source;
+    if (paired)
+        for (int i = 0; i < HALF; i++) value[i] = stored[2 * i], value[HALF + i] = stored[2 * i + 1];
+    else
+        for (int i = 0; i < BLOCK; i++) value[i] = stored[i];
+}
+
+INLINE void encode_float32(char *target, int paired, const float *value) {
+    Float *stored = (Float *)target;
+    if (paired)
+        for (int i = 0; i < HALF; i++) stored[2 * i] = value[i], stored[2 * i + 1] = value[HALF + i];
+    else
+        for (int i = 0; i < BLOCK; i++) stored[i] = value[i];
+}
+
+INLINE void decode_bfloat16(const char *source, float *value) {
+    const Word *stored = (const Word *)source;
+    for (int i = 0; i < HALF; i++) {
+        value[i] = number(stored[i] << 16);
+        value[HALF + i] = number(stored[i] & UPPER);
+    }
+}
+
+/* Nearest bf16, ties to even, as torch casts. */
+INLINE uint32_t nearest_bfloat16(float value) {
+    uint32_t word = pattern(value);
+    return word + 0x7FFFu + ((word >> 16) & 1u);
+}
+
+INLINE void encode_bfloat16(char *target, const float *value, int careful) {
+    Word *stored = (Word *)target;
+    for (int i = 0; i < HALF; i++)
+        stored[i] = (nearest_bfloat16(value[i]) >> 16) | (nearest_bfloat16(value[HALF + i]) & UPPER);
+    if (careful)
+        for (int i = 0; i < BLOCK; i++)
+            if (value[i] != value[i]) ((uint16_t *)target)[i < HALF ? 2 * i : 2 * (i - HALF) + 1] = NAN_PATTERN >> 16;
+}
+
+INLINE void decode_weight(const Task *task, const Block *block, int paired, float *weight) {
+    if (task->param_type == FLOAT32) {
+        decode_float32(block->param, paired, weight);
+        return;
+    }
+    if (task->weight_bits == 16) {
+        decode_bfloat16(block->param, weight);
+        return;
+    }
+    const Word *high = (const Word *)block->param, *low = (const Word *)block->remainder;
+    uint16_t wide[BLOCK];
+    if (task->weight_bits == 24) {
+        for (int i = 0; i < BLOCK; i++) wide[i] = (uint16_t)(((const uint8_t *)block->remainder)[i] << 8);
+        low = (const Word *)wide;
+    }
+    for (int i = 0; i < HALF; i++) {
+        weight[i] = number((high[i] << 16) + (uint32_t)((int32_t)(low[i] << 16) >> 16));
+        weight[HALF + i] = number((high[i] & UPPER) + (uint32_t)((int32_t)low[i] >> 16));
+    }
+}
+
+/* A weight zeroed from outside is zero: a remainder below zero beside it would make it one of these NaNs. */
+INLINE uint32_t mended(uint32_t word) { return (word & 0x7FFF8000u) == 0x7FFF8000u ? ~word & SIGN_BIT : word; }
+
+/* Saturates finite numbers at the largest bf16 number, keeps infinities, makes every NaN the same. */
+INLINE uint32_t ordinary(uint32_t word) {
+    uint32_t magnitude = word & ~SIGN_BIT, sign = word & SIGN_BIT;
+    if (magnitude > INFINITY_PATTERN) return NAN_PATTERN;
+    if (magnitude == INFINITY_PATTERN) return word;
+    return sign | (magnitude > BFLOAT16_MAX_PATTERN ? BFLOAT16_MAX_PATTERN : magnitude);
+}
+
+/* Stores new weights; leaves in them what was stored. */
+INLINE void encode_weight(const Task *task, const Block *block, int paired, float *weight, const uint32_t *random) {
+    if (task->param_type == FLOAT32) {
+        encode_float32(block->param, paired, weight);
+        return;
+    }
+    if (task->weight_bits == 24)
+        for (int i = 0; i < BLOCK; i++) weight[i] = number((pattern(weight[i]) + (random[i] >> 24)) & ~0xFFu);
+    if (task->weight_bits == 16)
+        for (int i = 0; i < BLOCK; i++) weight[i] = number((pattern(weight[i]) + (random[i] >> 16)) & UPPER);
+    uint16_t wide[BLOCK];
+    Word *high = (Word *)block->param, *low = (Word *)(task->weight_bits == 32 ? block->remainder : (char *)wide);
+    for (int i = 0; i < HALF; i++) {
+        uint32_t even = pattern(weight[i]), odd = pattern(weight[HALF + i]);
+        high[i] = ((even + 0x8000u) >> 16) | ((odd + 0x8000u) & UPPER);
+        low[i] = (even & ~UPPER) | (odd << 16);
+    }
+    if (task->weight_bits == 24)
+        for (int i = 0; i < BLOCK; i++) ((uint8_t *)block->remainder)[i] = (uint8_t)(wide[i] >> 8);
+}
+
+INLINE void decode_momentum(const Task *task, const Block *block, int paired, float *momentum) {
+    if (task->exp_avg_type == FLOAT32) {
+        decode_float32(block->exp_avg, paired, momentum);
+    } else if (task->exp_avg_type == BFLOAT16) {
+        decode_bfloat16(block->exp_avg, momentum);
+    } else {
+        int16_t square[BLOCK];
+        for (int i = 0; i < BLOCK; i++) {
+            int16_t level = ((const int8_t *)block->exp_avg)[i];
+            square[i] = (int16_t)(level * (int16_t)(level < 0 ? -level : level));
+        }
+        const Word *pair = (const Word *)square;
+        const float scale = *block->scale;
+        for (int i = 0; i < HALF; i++) {
+            momentum[i] = (float)((int32_t)(pair[i] << 16) >> 16) * scale;
+            momentum[HALF + i] = (float)((int32_t)pair[i] >> 16) * scale;
+        }
+    }
+}
+
+/* int8: sign * level^2 * scale, rounded stochastically between neighbouring squares; see bits.py. */
+INLINE void quantize(const Block *block, int count, const float *momentum, const uint32_t *random) {
+    int8_t *level = (int8_t *)block->exp_avg;
+    uint32_t largest = 0;
+    for (int i = 0; i < BLOCK; i++) {
+        uint32_t magnitude = pattern(momentum[i]) & ~SIGN_BIT;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    float scale = number(largest) / (LEVELS * LEVELS);
+    if (!(scale < INFINITY)) {
+        *block->scale = NAN;
+        memset(level, 1, (size_t)count);
+        return;
+    }
+    float inverse = scale < 1.17549435e-38f ? 0.0f : 1.0f / scale;
+    *block->scale = inverse == 0.0f ? 0.0f : scale;
+    uint32_t signs[BLOCK];
+    for (int i = 0; i < BLOCK; i++) {
+        float square = number(pattern(momentum[i]) & ~SIGN_BIT) * inverse;
+        int32_t root = (int32_t)sqrtf(square);
+        float whole = (float)root, rest = square - whole * whole;
+        float threshold = ((float)(int32_t)(random[i] & 0xFFFFu) + 0.5f) * (1.0f / 65536) * (whole + whole + 1);
+        root += rest > threshold;
+        root = root > LEVELS ? LEVELS : root;
+        signs[i] = (uint32_t)(momentum[i] < 0 ? -root : root);
+    }
+    int16_t wide[BLOCK];
+    for (int i = 0; i < HALF; i++) ((Word *)wide)[i] = (signs[i] & ~UPPER) | (signs[HALF + i] << 16);
+    for (int i = 0; i < BLOCK; i++) level[i] = (int8_t)wide[i];
+}
+
+INLINE void prefetch(const char *address, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += CACHE_LINE_BYTES) __builtin_prefetch(address + i);
+}
+
+static const int BYTES[] = {4, 8, 2, 1};
+
+INLINE Block block_at(const Task *task, int64_t start) {
+    Block block;
+    block.param = task->param + BYTES[task->param_type] * start;
+    block.grad = (char *)task->grad + BYTES[task->grad_type] * start;
+    block.exp_avg = task->exp_avg + BYTES[task->exp_avg_type] * start;
+    block.remainder = task->remainder ? task->remainder + (task->weight_bits - 16) / 8 * start : 0;
+    block.scale = task->scale ? task->scale + start / BLOCK : 0;
+    return block;
+}
+
+INLINE void prefetch_block(const Task *task, int64_t start) {
+    Block block = block_at(task, start);
+    prefetch(block.param, BYTES[task->param_type] * BLOCK);
+    prefetch(block.grad, BYTES[task->grad_type] * BLOCK);
+    prefetch(block.exp_avg, BYTES[task->exp_avg_type] * BLOCK);
+    if (block.remainder) prefetch(block.remainder, (task->weight_bits - 16) / 8 * BLOCK);
+}
+
+INLINE void draw(const Task *task, int64_t start, uint32_t *random) {
+    uint32_t first = (uint32_t)(task->offset + start), key1 = (uint32_t)task->key1, key2 = (uint32_t)task->key2;
+    for (int i = 0; i < HALF; i++) {
+        random[i] = random_word(first + 2 * (uint32_t)i, key1, key2);
+        random[HALF + i] = random_word(first + 2 * (uint32_t)i + 1, key1, key2);
+    }
+}
+
+
+/* Copies between a block and another of the same tensor. */
+INLINE void copy_block(const Task *task, int count, Block *target, const Block *source, int with_grad) {
+    memcpy(target->param, source->param, (size_t)(BYTES[task->param_type] * count));
+    if (with_grad) memcpy(target->grad, source->grad, (size_t)(BYTES[task->grad_type] * count));
+    memcpy(target->exp_avg, source->exp_avg, (size_t)(BYTES[task->exp_avg_type] * count));
+    if (task->remainder) memcpy(target->remainder, source->remainder, (size_t)((task->weight_bits - 16) / 8 * count));
+}
