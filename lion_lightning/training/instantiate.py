@@ -57,6 +57,8 @@ def _build(value: Any, overrides: Mapping[str, Any] | None = None) -> Any:
 
 def resolve(path: str) -> Callable[..., Any]:
     """The class or function that `path` names, if it is on the allowlist; ConfigError if not."""
+    if not isinstance(path, str):
+        raise ConfigError(f"_target_={path!r} cannot be imported: it must be the dotted name of a class or function")
     if path.split(".")[0] not in {module.split(".")[0] for module in ALLOWED_MODULES}:
         raise _refusal(path)  # before it is imported: an import runs code
     try:

@@ -81,7 +81,8 @@ def load(path: Path, **settings: Any) -> ImageSplits:
 def test_digits_are_the_embedded_1797() -> None:
     splits = Digits(0.2).load()
     assert (len(splits.train), len(splits.val)) == (1438, 359)
-    assert splits.train.pixels.shape[1:] == (1, 8, 8)
+    assert splits.train.pixels.shape[1:] == (3, 8, 8)
+    assert (splits.train.pixels == splits.train.pixels[:, :1]).all(), "grey, as RGB"
     assert splits.train.pixels.dtype == np.uint8
     assert splits.train.pixels.max() > 200, "pixels use the range of a byte"
     assert splits.classes == tuple("0123456789")
@@ -336,5 +337,5 @@ def test_pixel_statistics_are_those_of_the_training_images() -> None:
     data.setup("fit")
     mean, std = data.pixel_statistics()
     pixels = Digits().load().train.pixels.astype(np.float64) / 255
-    assert mean == pytest.approx([pixels.mean()], rel=1e-4)
-    assert std == pytest.approx([pixels.std()], rel=1e-4)
+    assert mean == pytest.approx([pixels.mean()] * 3, rel=1e-4)
+    assert std == pytest.approx([pixels.std()] * 3, rel=1e-4)

@@ -42,7 +42,7 @@ def documents(prose: Path) -> list[str]:
 
 
 def test_packing_keeps_every_token_in_order_with_separators_between_documents(documents: list[str]) -> None:
-    tokenizer = train_tokenizer(iter(documents), 400, lowercase=True)
+    tokenizer = train_tokenizer(documents, 400, lowercase=True)
     blocks = pack(tokenizer, iter(documents), 16)
     assert blocks.dtype == np.uint16
     assert blocks.shape[1] == 16
@@ -57,14 +57,14 @@ def test_packing_keeps_every_token_in_order_with_separators_between_documents(do
 
 
 def test_packing_more_documents_than_a_batch_loses_none(monkeypatch: pytest.MonkeyPatch, documents: list[str]) -> None:
-    tokenizer = train_tokenizer(iter(documents), 400, lowercase=True)
+    tokenizer = train_tokenizer(documents, 400, lowercase=True)
     whole = pack(tokenizer, iter(documents), 16)
     monkeypatch.setattr(tokens_module, "DOCUMENTS_PER_BATCH", 7)
     assert np.array_equal(pack(tokenizer, iter(documents), 16), whole)
 
 
 def test_packing_nothing_is_no_block(documents: list[str]) -> None:
-    tokenizer = train_tokenizer(iter(documents), 400, lowercase=True)
+    tokenizer = train_tokenizer(documents, 400, lowercase=True)
     assert pack(tokenizer, iter([]), 16).shape == (0, 16)
     assert pack(tokenizer, iter(["short"]), 16).shape == (0, 16)
 
@@ -96,7 +96,7 @@ def test_the_special_tokens_come_first(documents: list[str], tmp_path: Path) -> 
 
 def test_a_tokenizer_is_the_same_however_often_it_is_trained(documents: list[str]) -> None:
     """Else two machines, or one after its cache was cleared, train on different numbers for the same text."""
-    first, second = (train_tokenizer(iter(documents), 400, lowercase=True).get_vocab() for _ in range(2))
+    first, second = (train_tokenizer(documents, 400, lowercase=True).get_vocab() for _ in range(2))
     assert first == second
 
 
@@ -104,7 +104,7 @@ def test_a_tokenizer_is_the_same_however_often_it_is_trained(documents: list[str
 def test_the_kept_tokenizer_is_the_trained_one(
     documents: list[str], tmp_path: Path, lowercase: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained = train_tokenizer((text for text in documents if not is_held_out(text, 0.2)), 400, lowercase)
+    trained = train_tokenizer([text for text in documents if not is_held_out(text, 0.2)], 400, lowercase)
     monkeypatch.setattr(tokens_module, "train_tokenizer", lambda *_: trained)
     kept = prepare_blocks(Listed(documents), BlockSettings(16, 400, 0.2, lowercase), tmp_path).tokenizer
     for text in [*documents[:50], "Naïve CAFÉ in München, 東京!", "unbelievably\tLONG\n\nspaces"]:
@@ -183,7 +183,7 @@ def test_training_and_validation_share_no_document_whatever_the_order(documents:
 def test_a_document_that_comes_twice_counts_once(
     documents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = train_tokenizer(iter(documents), 400, lowercase=True)
+    tokenizer = train_tokenizer(documents, 400, lowercase=True)
     monkeypatch.setattr(tokens_module, "train_tokenizer", lambda *_: tokenizer)
     once = prepare_blocks(Listed(documents, "once"), SETTINGS, tmp_path)
     twice = prepare_blocks(Listed([*documents, *documents, "", "  \n"], "twice"), SETTINGS, tmp_path)

@@ -108,9 +108,9 @@ def test_validation_sees_every_item_once_over_all_ranks(world_size: int) -> None
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"batch_size": 0}, "data.batch_size must be at least 1, got 0"),
-        ({"num_workers": -1}, "data.num_workers must be at least 0, got -1"),
-        ({"limit_train_samples": 0}, "data.limit_train_samples must be at least 1, got 0"),
+        ({"batch_size": 0}, "data.batch_size must be a whole number of at least 1, got 0"),
+        ({"num_workers": -1}, "data.num_workers must be a whole number of at least 0, got -1"),
+        ({"limit_train_samples": 0}, "data.limit_train_samples must be a whole number of at least 1, got 0"),
     ],
 )
 def test_a_data_module_names_bad_settings(wrong: dict[str, int], named: str) -> None:
