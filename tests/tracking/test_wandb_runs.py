@@ -54,7 +54,7 @@ def test_a_run_says_who_it_is(finished: tuple[Path, float]) -> None:
     assert seen["project"] == "lion_lightning"
     assert set(seen["tags"]) == {"image_classification", "adamw", "digits", "vit_micro"}
     (about,) = records(finished[0], "run")
-    assert about["run_group"] == "image_classification-digits-vit_micro-12x64"
+    assert about["run_group"] == "image_classification-digits-vit_micro-12x64x1"
     assert about["job_type"] == "train"
 
 
