@@ -11,6 +11,14 @@ from typing_extensions import override
 METRICS_FORMAT = ".3f"
 
 
+class StepBar(RichProgressBar):
+    """Lightning's bar without the count of epochs: a run here is one stream of steps."""
+
+    @override
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training".ljust(len(self.validation_description))  # as wide, so that the bars do not jump
+
+
 class ValidationLines(Callback):
     """Prints `step 200/1000  train/loss 5.912  val/loss 5.870` after each validation, for logs and pipes.
 
@@ -37,4 +45,4 @@ def progress(console: Console, metrics: Sequence[str]) -> list[Callback]:
     if not console.is_terminal:
         return [lines]
     theme = RichProgressBarTheme(metrics_format=METRICS_FORMAT)
-    return [RichProgressBar(theme=theme, leave=False), lines]
+    return [StepBar(theme=theme, leave=False), lines]
