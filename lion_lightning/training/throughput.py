@@ -1,9 +1,10 @@
-"""How fast a run really goes: the median over its steps, without the first ones and without validation."""
+"""How fast a run really goes: the median over its latest batches, without the first ones and without validation."""
 
 import resource
 import statistics
 import sys
 import time
+from collections import deque
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
 from typing_extensions import override
 
+WINDOW_BATCHES = 1000  # bounds what a median costs, however long the run
 WARMUP_BATCHES = 5  # allocation, compilation and caches: not what the run will be like
 BYTES_PER_GIB = 2**30
 
@@ -29,9 +31,9 @@ class Throughput(Callback):
     def __init__(self, tokens_per_sample: int | None = None) -> None:
         self.tokens_per_sample = tokens_per_sample
         self.samples_seen = 0
-        self._samples: list[float] = []
-        self._waits: list[float] = []
-        self._durations: list[float] = []
+        self._samples: deque[float] = deque(maxlen=WINDOW_BATCHES)
+        self._waits: deque[float] = deque(maxlen=WINDOW_BATCHES)
+        self._durations: deque[float] = deque(maxlen=WINDOW_BATCHES)
         self._batches = 0
 
     @override
