@@ -1,7 +1,6 @@
 """Questions to a configuration before anything is built: each mistake is one line that says what is allowed."""
 
 import os
-from pathlib import Path
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -19,8 +18,6 @@ def check(cfg: DictConfig) -> None:
     _check_numbers(cfg)
     _check_devices(cfg)
     _check_multirun(cfg)
-    if cfg.resume is not None and not Path(cfg.resume).is_file():
-        raise ConfigError(f"resume={cfg.resume}: there is no such checkpoint file")
 
 
 def _check_numbers(cfg: DictConfig) -> None:

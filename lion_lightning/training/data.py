@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lion_lightning.training.errors import ConfigError
 from lion_lightning.training.sampler import StreamBatchSampler
+from lion_lightning.training.signals import outlive_stop_signals
 
 VAL_BATCH_FACTOR = 2  # validation keeps no gradients, so twice the batch fits
 
@@ -81,6 +82,7 @@ class StreamDataModule(pl.LightningDataModule):
             "collate_fn": _as_it_is,
             "pin_memory": self._trainer().strategy.root_device.type == "cuda",
             "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": outlive_stop_signals,
         }
 
     def _trainer(self) -> pl.Trainer:

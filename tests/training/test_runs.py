@@ -1,5 +1,6 @@
 """Whole runs through `training.run.run`: they learn, return what they monitored, go on, and leave what they promise."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lion_lightning.training.run import run
 RUN_FILES = (
     "config.yaml",
     "checkpoints/best.ckpt",
+    "checkpoints/best.safetensors",
     "checkpoints/last.ckpt",
     "export/model.safetensors",
     "export/README.md",
@@ -40,7 +42,7 @@ def bert(compose: Any, text: Path, tmp_path: Path) -> Go:
 
     def go(*overrides: str) -> float:
         folder = tmp_path / "bert"
-        folder.mkdir(exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # a run does not start where another one was
         small = ["data.sequence_length=32", "data.vocab_size=512", "data.val_fraction=0.1"]
         small += ["model.config.hidden_size=64", "model.config.intermediate_size=128"]
         where = [f"data.path={text}", f"run_dir={folder}", "logger=none"]
@@ -55,7 +57,7 @@ def digits(compose: Any, tmp_path: Path) -> Go:
 
     def go(*overrides: str) -> float:
         folder = tmp_path / "digits"
-        folder.mkdir(exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
         return run(compose("recipe=image_classification", "logger=none", f"run_dir={folder}", *overrides))
 
     return go

@@ -1,0 +1,65 @@
+"""What a run leaves about itself: its configuration, its logger's summaries, and an end to the W&B run."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from lion_lightning.training.redaction import redacted
+
+if TYPE_CHECKING:
+    from lion_lightning.tracking.wandb import RunLogger
+
+
+@rank_zero_only
+def log_config(logger: Logger | None, cfg: DictConfig) -> None:
+    """Keep the resolved configuration beside the checkpoints and in the logger, without its secrets."""
+    plain = redacted(OmegaConf.to_container(cfg, resolve=True))
+    OmegaConf.save(OmegaConf.create(plain), Path(cfg.run_dir) / "config.yaml")
+    if logger is None:
+        return
+    logger.log_hyperparams(plain)
+    if wandb_logger := wandb_logger_of(logger):
+        wandb_logger.define_summaries({**SUMMARIES, cfg.recipe.monitor: cfg.recipe.mode})
+
+
+# What stands for the run in W&B's table, by exact name.
+SUMMARIES: dict[str, Any] = {
+    "train/loss": "last",
+    "val/loss": "min",
+    "val/perplexity": "min",
+    "val/accuracy": "max",
+    "val/top1": "max",
+    "perf/samples_per_second": "last",
+    "perf/tokens_per_second": "last",
+    "perf/step_ms": "last",
+    "perf/peak_memory_gib": "max",
+}
+
+
+@contextmanager
+def closing(logger: Logger | None) -> Iterator[None]:
+    """Finish a W&B run whatever happens, with the exit code that this process will have."""
+    code = 0
+    try:
+        yield
+    except BaseException as error:
+        code = getattr(error, "exit_code", 1)
+        raise
+    finally:
+        if wandb_logger := wandb_logger_of(logger):
+            wandb_logger.finish(code)
+
+
+def wandb_logger_of(logger: Logger | None) -> "RunLogger | None":
+    """`logger` if it is a W&B run; without importing wandb where it is not used, since it need not be installed."""
+    if logger is None or "wandb" not in sys.modules:
+        return None
+    from lion_lightning.tracking.wandb import RunLogger
+
+    return logger if isinstance(logger, RunLogger) else None
