@@ -82,7 +82,7 @@ def test_int8_levels_have_no_bias_and_a_momentum_decays() -> None:
     levels, scale = bits.quantize(block, draw(count=block.numel()))
     decoded = bits.dequantize(levels, scale).double().view(4000, 256)
     error = decoded.mean(0) - block[:256].double()
-    widest = (127**2 - 126**2) / 127**2  # a level is off by at most half of it, standard deviation
+    widest = 2**7 / 16 / 247  # a level is off by at most half of it, standard deviation
     assert (error.abs() <= 5 * widest / 2 / 4000**0.5).all()
     assert (error * block[:256].sign()).mean().abs() <= 5 * widest / 2 / block.numel() ** 0.5
     momentum = torch.rand(4096, generator=torch.Generator().manual_seed(0)) * 0.3
@@ -97,7 +97,7 @@ def test_int8_levels_have_no_bias_and_a_momentum_decays() -> None:
 def test_int8_scales_hold_small_and_large_momenta(magnitude: float) -> None:
     momentum = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * magnitude
     decoded = bits.dequantize(*bits.quantize(momentum, None))
-    assert (decoded - momentum).abs().max() / momentum.abs().max() < 0.01
+    assert (decoded - momentum).abs().max() / momentum.abs().max() < 0.017  # half the widest step
 
 
 def test_small_tensors_keep_fp32_momentum() -> None:

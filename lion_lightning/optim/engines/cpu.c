@@ -35,6 +35,7 @@ enum { UNMOVED, ZERO, AGREE, MOMENTUM_SQUARED, WEIGHT_SQUARED, NEAR_BOUND, DECAY
 #define NAN_PATTERN 0x7FC00000u
 #define CAUTIOUS_LIMIT 2
 #define LEVELS 127
+#define LARGEST_LEVEL 247
 #define BOUND_SHARE 0.9
 
 /* One tensor: must match _TASK in cpu.py field for field. */

@@ -1,5 +1,8 @@
 /* Included by cpu.c: how a block is decoded to float and encoded again; the formats are those of bits.py. */
 
+/* The upper half of the pattern of 1, and the place of an int8 level in the upper half of such a pattern. */
+enum { ONE_HALF = ONE_PATTERN >> 16, LEVEL_SHIFT = 3 };
+
 /* Where a block lies, or a copy of the last, shorter one, filled up with zeros. */
 typedef struct {
     char *param, *grad, *exp_avg, *remainder;
@@ -123,27 +126,31 @@ INLINE void encode_weight(const Task *task, const Block *block, int paired, floa
         for (int i = 0; i < BLOCK; i++) ((uint8_t *)block->remainder)[i] = (uint8_t)(wide[i] >> 8);
 }
 
+/* |x| - 1 with the sign of x. */
+INLINE float less_one(uint32_t word) { return number(word) - number((word & SIGN_BIT) | ONE_PATTERN); }
+
 INLINE void decode_momentum(const Task *task, const Block *block, int paired, float *momentum) {
     if (task->exp_avg_type == FLOAT32) {
         decode_float32(block->exp_avg, paired, momentum);
     } else if (task->exp_avg_type == BFLOAT16) {
         decode_bfloat16(block->exp_avg, momentum);
     } else {
-        int16_t square[BLOCK];
+        uint16_t bfloat[BLOCK]; /* 1 + |m| / scale with the sign of m */
         for (int i = 0; i < BLOCK; i++) {
             int16_t level = ((const int8_t *)block->exp_avg)[i];
-            square[i] = (int16_t)(level * (int16_t)(level < 0 ? -level : level));
+            int16_t magnitude = (int16_t)(level < 0 ? -level : level);
+            bfloat[i] = (uint16_t)(((magnitude << LEVEL_SHIFT) + ONE_HALF) | (level & 0x8000));
         }
-        const Word *pair = (const Word *)square;
+        const Word *pair = (const Word *)bfloat;
         const float scale = *block->scale;
         for (int i = 0; i < HALF; i++) {
-            momentum[i] = (float)((int32_t)(pair[i] << 16) >> 16) * scale;
-            momentum[HALF + i] = (float)((int32_t)pair[i] >> 16) * scale;
+            momentum[i] = less_one(pair[i] << 16) * scale;
+            momentum[HALF + i] = less_one(pair[i] & UPPER) * scale;
         }
     }
 }
 
-/* int8: sign * level^2 * scale, rounded stochastically between neighbouring squares; see bits.py. */
+/* int8: rounded stochastically to the top of the pattern of 1 + |m| / scale; see bits.py. */
 INLINE void quantize(const Block *block, int count, const float *momentum, const uint32_t *random) {
     int8_t *level = (int8_t *)block->exp_avg;
     uint32_t largest = 0;
@@ -151,27 +158,26 @@ INLINE void quantize(const Block *block, int count, const float *momentum, const
         uint32_t magnitude = pattern(momentum[i]) & ~SIGN_BIT;
         largest = magnitude > largest ? magnitude : largest;
     }
-    float scale = number(largest) / (LEVELS * LEVELS);
+    float scale = number(largest) / LARGEST_LEVEL;
     if (!(scale < INFINITY)) {
         *block->scale = NAN;
-        memset(level, 1, (size_t)count);
+        memset(level, 0, (size_t)count);
         return;
     }
     float inverse = scale < 1.17549435e-38f ? 0.0f : 1.0f / scale;
     *block->scale = inverse == 0.0f ? 0.0f : scale;
-    uint32_t signs[BLOCK];
+    uint32_t words[BLOCK];
     for (int i = 0; i < BLOCK; i++) {
-        float square = number(pattern(momentum[i]) & ~SIGN_BIT) * inverse;
-        int32_t root = (int32_t)sqrtf(square);
-        float whole = (float)root, rest = square - whole * whole;
-        float threshold = ((float)(int32_t)(random[i] & 0xFFFFu) + 0.5f) * (1.0f / 65536) * (whole + whole + 1);
-        root += rest > threshold;
-        root = root > LEVELS ? LEVELS : root;
-        signs[i] = (uint32_t)(momentum[i] < 0 ? -root : root);
+        float ratio = number(pattern(momentum[i]) & ~SIGN_BIT) * inverse + 1.0f;
+        words[i] = (pattern(ratio) + ((random[i] & 0xFFFFu) << 3 | 4)) | (pattern(momentum[i]) & SIGN_BIT);
     }
-    int16_t wide[BLOCK];
-    for (int i = 0; i < HALF; i++) ((Word *)wide)[i] = (signs[i] & ~UPPER) | (signs[HALF + i] << 16);
-    for (int i = 0; i < BLOCK; i++) level[i] = (int8_t)wide[i];
+    uint16_t bfloat[BLOCK];
+    for (int i = 0; i < HALF; i++) ((Word *)bfloat)[i] = (words[i] >> 16) | (words[HALF + i] & UPPER);
+    for (int i = 0; i < BLOCK; i++) {
+        int16_t magnitude = (int16_t)((int16_t)((bfloat[i] & 0x7FFF) - ONE_HALF) >> LEVEL_SHIFT);
+        magnitude = magnitude > LEVELS ? LEVELS : magnitude;
+        level[i] = (int8_t)(bfloat[i] & 0x8000 ? -magnitude : magnitude);
+    }
 }
 
 INLINE void prefetch(const char *address, int64_t bytes) {

@@ -20,6 +20,9 @@ ROWS = tl.constexpr(TILE_ROWS)
 BLOCK = tl.constexpr(bits.BLOCK_ELEMENTS)
 TILE = tl.constexpr(TILE_ELEMENTS)
 LEVELS = tl.constexpr(bits.LEVELS)
+LARGEST_LEVEL = tl.constexpr(bits.LARGEST_LEVEL)
+LEVEL_BITS_DROPPED = tl.constexpr(bits.LEVEL_BITS_DROPPED)
+ONE_PATTERN = tl.constexpr(bits.ONE_PATTERN)
 GOLDEN = tl.constexpr(bits.GOLDEN)
 MULTIPLIER_1 = tl.constexpr(bits.MULTIPLIER_1)
 MULTIPLIER_2 = tl.constexpr(bits.MULTIPLIER_2)
@@ -141,7 +144,9 @@ def load_momentum(
         scale = array_at(tensor, SCALE_ARRAY, start // BLOCK, tl.float32, False)
         row = tl.arange(0, ROWS)[:, None]
         scales = tl.load(scale + row, mask=tl.sum(inside.to(tl.int32), 1, keep_dims=True) > 0, other=0.0)
-        return ((level * tl.abs(level)).to(tl.float32) * scales).to(COMPUTE)
+        words = (tl.abs(level) << LEVEL_BITS_DROPPED) + ONE_PATTERN
+        value = (words.to(tl.float32, bitcast=True) - 1.0) * scales
+        return tl.where(level < 0, -value, value).to(COMPUTE)
     else:
         return load_numbers(tensor, EXP_AVG_ARRAY, start, local, inside, DTYPE, COMPUTE, ALIGNED)
 
@@ -180,18 +185,16 @@ def quantize(momentum, random):
     """`bits.quantize` of float32 rows: levels, and a column of scales."""
     magnitude = momentum.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     largest = tl.max(magnitude, 1, keep_dims=True).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(largest, tl.full(largest.shape, LEVELS * LEVELS, tl.float32))
+    scale = tl.div_rn(largest, tl.full(largest.shape, LARGEST_LEVEL, tl.float32))
     broken = ~(scale < float("inf"))
     tiny = scale < SMALLEST_NORMAL
     usable = ~(tiny | broken)
     inverse = tl.where(usable, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(usable, scale, 1.0)), 0.0)
-    square = magnitude.to(tl.float32, bitcast=True) * inverse
-    square = tl.where(square < float("inf"), square, 0.0)  # what is broken is stored as such below
-    root = tl.sqrt_rn(square).to(tl.int32)
-    dice = ((random & 0xFFFF).to(tl.int32).to(tl.float32) + 0.5) * (1.0 / 65536)
-    rest = square - (root * root).to(tl.float32)
-    root = tl.minimum(root + (rest > dice * (2 * root + 1).to(tl.float32)).to(tl.int32), LEVELS)
-    level = tl.where(broken, 1, tl.where(momentum < 0, -root, root))
+    # What is broken is stored as such by its scale.
+    ratio = tl.where(usable, magnitude.to(tl.float32, bitcast=True) * inverse, 0.0)
+    words = (ratio + 1.0).to(tl.int32, bitcast=True) - ONE_PATTERN + (random & 0xFFFF).to(tl.int32) * 8 + 4
+    level = tl.minimum(words >> LEVEL_BITS_DROPPED, LEVELS)
+    level = tl.where(momentum < 0, -level, level)
     return level.to(tl.int8), tl.where(broken, float("nan"), tl.where(tiny, 0.0, scale))
 
 
