@@ -1,9 +1,22 @@
 """The batch an optimizer step really used: counted, not computed from settings."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 # Lion's advantage over AdamW was measured at batches of 64 and more (Chen et al., 2023, arXiv:2302.06675, section 5).
 MIN_BATCH_SIZE = 64
+
+OnSmallBatch = Literal["warn", "accumulate", "error"]
+ON_SMALL_BATCH: tuple[OnSmallBatch, ...] = ("warn", "accumulate", "error")
+
+
+def accumulation(batch_size: int, accumulate: int, min_batch_size: int) -> int:
+    """Micro-batches per step, at least `accumulate`, that make `min_batch_size` of `batch_size` samples each.
+
+    Args:
+        batch_size: samples of one micro-batch over all ranks.
+    """
+    return max(accumulate, -(-min_batch_size // batch_size))
 
 
 @dataclass
@@ -13,19 +26,20 @@ class EffectiveBatch:
     Attributes:
         min_batch_size: below it `is_small` is true.
         last: samples of the last finished optimizer step; 0 before the first.
+        pending: samples of the step that is under way.
     """
 
     min_batch_size: int = MIN_BATCH_SIZE
     last: int = 0
-    _pending: int = 0
+    pending: int = 0
 
     def add(self, samples: int) -> None:
         """A micro-batch of `samples`, over all ranks, has started."""
-        self._pending += samples
+        self.pending += samples
 
     def close(self) -> None:
         """The optimizer has stepped on what was added since the last time."""
-        self.last, self._pending = self._pending, 0
+        self.last, self.pending = self.pending, 0
 
     @property
     def is_small(self) -> bool:
@@ -41,7 +55,7 @@ class EffectiveBatch:
         )
 
     def state_dict(self) -> dict[str, int]:
-        return {"last": self.last, "pending": self._pending}
+        return {"last": self.last, "pending": self.pending}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.last, self._pending = state["last"], state["pending"]
+        self.last, self.pending = state["last"], state["pending"]

@@ -1,24 +1,39 @@
-"""LionGuard: the Lightning callback. It gathers what the policies of this folder need, and acts on what they say."""
+"""LionGuard: the Lightning callback. It feeds the policies of this folder and does what they say."""
 
-import logging
 import math
+from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lion_lightning.guard.batch_size import MIN_BATCH_SIZE, EffectiveBatch
-from lion_lightning.guard.warmup import LinearWarmup, WarmupHook
+from lion_lightning.guard import preflight
+from lion_lightning.guard.batch_size import MIN_BATCH_SIZE, ON_SMALL_BATCH, EffectiveBatch, OnSmallBatch
+from lion_lightning.guard.events import Diary, Event
+from lion_lightning.guard.figures import TelemetryReader, guard_figures, learning_rates
+from lion_lightning.guard.monitors import Symptom
+from lion_lightning.guard.noise_scale import NoiseScale
+from lion_lightning.guard.readings import Reading
+from lion_lightning.guard.recovery import ON_DIVERGENCE, OnDivergence, Remedy
+from lion_lightning.guard.thresholds import Thresholds
+from lion_lightning.guard.trace import Trace
+from lion_lightning.guard.trainer import clip_norm, default_warmup_steps, loss_of, run_settings, settle_batch
+from lion_lightning.guard.treatment import Treatment
+from lion_lightning.guard.warmup import LinearWarmup
+from lion_lightning.guard.watch import Losses, OptimizerWatch, Reduce
 from lion_lightning.optim import Lion
 
-log = logging.getLogger(__name__)
-WARMUP_SHARE, MAX_WARMUP_SHARE = 0.01, 0.1  # of the run's optimizer steps
-LION_BETA2 = 0.99
+WHAT_TO_DO = (
+    "Lower the learning rate, warm up for longer (guard.warmup_steps), or look for bad samples near this step; no "
+    "checkpoint was written since the run looked sick"
+)
+NO_GRADIENTS = (
+    "no gradients are there when the optimizer steps (are they released in backward?): the guard sees the loss alone, "
+    "and cannot gate steps"
+)
 
 
 class TrainingStopped(RuntimeError):
@@ -31,158 +46,302 @@ class TrainingStopped(RuntimeError):
 
 
 class LionGuard(Callback):
-    """Warm up, count the real batch, stop on a loss that is not a number, and log all of it.
+    """Check the settings, warm up, count the real batch, gate bad steps, notice sickness, and recover from it.
 
-    Works with any torch optimizer, so that a control run gets the same treatment::
+    Works with any torch optimizer, so that a control run gets the same treatment; what is special to Lion's update is
+    left out for others::
 
         Trainer(callbacks=[LionGuard()])
+
+    Readings reach the host one step late, so nothing waits for the device; every rank decides from the same sums.
 
     Args:
         warmup_steps: optimizer steps of linear warm-up. None: long enough for the momentum to fill, `2 / (1 - beta2)`
             of Lion, or 1 % of the run if that is more, but never more than 10 % of the run. The same for every
             optimizer.
-        min_batch_size: an optimizer step on fewer samples is warned about, once.
+        min_batch_size: samples that an optimizer step should have.
+        on_small_batch: below it, "warn" once, "accumulate" more micro-batches, or "error".
+        on_divergence: "recover" (rewind, rewind at half the rate, stop), "stop" or "warn".
+        gate: whether outliers are clipped and non-finite steps skipped.
+        dry_run: note what would be done and do nothing; warm-up stays on.
+        thresholds: of all rules.
+        telemetry_every: optimizer steps between `lion/*` samples; 0 for none.
+        checkpoint_snapshots: whether checkpoints hold the snapshots too (a model and its optimizer state each), so
+            that a rewind right after a resume goes back as far as it would have without.
+        trace: a CSV file for every step's readings, which `scripts/replay_guard.py` takes; None for none.
 
     Raises:
-        ValueError: a negative number.
-        TrainingStopped: during training, when the loss is NaN or infinite.
+        ValueError: an argument is not allowed.
+        TrainingStopped: during training, when the ladder ends.
     """
 
-    def __init__(self, warmup_steps: int | None = None, min_batch_size: int = MIN_BATCH_SIZE) -> None:
-        if min_batch_size < 0:
-            raise ValueError(f"min_batch_size must be at least 0, got {min_batch_size}")
-        self.warmup_steps = warmup_steps
-        self.warmup = LinearWarmup(warmup_steps or 0)
-        self.batch = EffectiveBatch(min_batch_size)
-        self.events: list[dict[str, Any]] = []
-        self._hooks: list[WarmupHook] = []
-        self._restored = False
-        self._last_loss: Tensor | None = None
+    def __init__(
+        self,
+        warmup_steps: int | None = None,
+        min_batch_size: int = MIN_BATCH_SIZE,
+        on_small_batch: OnSmallBatch = "warn",
+        on_divergence: OnDivergence = "recover",
+        gate: bool = True,
+        dry_run: bool = False,
+        thresholds: Thresholds | None = None,
+        telemetry_every: int = 100,
+        checkpoint_snapshots: bool = False,
+        trace: str | Path | None = None,
+    ) -> None:
+        _check_count("min_batch_size", min_batch_size)
+        _check_count("telemetry_every", telemetry_every)
+        _check_choice("on_small_batch", on_small_batch, ON_SMALL_BATCH)
+        _check_choice("on_divergence", on_divergence, ON_DIVERGENCE)
+        self.warmup_steps, self.on_small_batch, self.acts = warmup_steps, on_small_batch, not dry_run
+        self.gates, self.telemetry_every, self.checkpoint_snapshots = gate, telemetry_every, checkpoint_snapshots
+        self.thresholds = thresholds or Thresholds()
+        self.min_batch_size, self.on_divergence = min_batch_size, on_divergence
+        self.trace = None if trace is None else Trace(trace)
+        self.watches: list[OptimizerWatch] = []
+        self._restored: dict[str, Any] | None = None
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        self.warmup = LinearWarmup(self.warmup_steps or 0)  # of the first optimizer
+        self.batch, self.noise, self.losses = EffectiveBatch(self.min_batch_size), NoiseScale(), Losses()
+        self.treatment = Treatment(self.thresholds, self.on_divergence, acts=self.acts, gates=self.gates)
+        self.diary, self.steps = Diary(), 0
+        self._telemetry: TelemetryReader | None = None
+        self._lion_figures: dict[str, float] = {}
+        self._latest = Reading()
+        self._samples = self._micro_samples = 0
+        self._stepped = False
+
+    @property
+    def events(self) -> list[Event]:
+        """What was seen and done, in order."""
+        return self.diary.events
+
+    def is_healthy(self) -> bool:
+        """Whether the run may be saved as one to go on from."""
+        return self.treatment.is_healthy()
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Settles the accumulation before optimizers, schedules and loaders are made from it."""
+        if stage != "fit":
+            return
+        self._start_afresh()
+        if self.on_small_batch != "warn":
+            message = settle_batch(trainer, self.on_small_batch, self.batch.min_batch_size)
+            if message is not None:
+                self._tell_once(trainer, "accumulate", message)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._detach()
-        if not self._restored and self.warmup_steps is None:
+        restored, self._restored = self._restored, None
+        if restored is None and self.warmup_steps is None:
             self.warmup = LinearWarmup(default_warmup_steps(trainer.optimizers, trainer.estimated_stepping_batches))
-        # Several optimizers share one warm-up, driven by the first: it is the clock.
-        followers = [LinearWarmup(self.warmup.warmup_steps) for _ in trainer.optimizers[1:]]
-        for follower in followers:
-            follower.step = self.warmup.step
-        self._hooks = [
-            WarmupHook(optimizer, warmup)
-            for optimizer, warmup in zip(trainer.optimizers, [self.warmup, *followers], strict=True)
+        warmups = [self.warmup, *(LinearWarmup(self.warmup.warmup_steps) for _ in trainer.optimizers[1:])]
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        self.watches = [
+            OptimizerWatch(
+                optimizer,
+                self.thresholds,
+                warmup,
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+                acts=self.acts and self.gates,
+                scaled=scaled,
+            )
+            for optimizer, warmup in zip(trainer.optimizers, warmups, strict=True)
         ]
-        if trainer.optimizers:
-            self._clock = trainer.optimizers[0].register_step_post_hook(lambda *_: self.batch.close())
+        lion = next((optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Lion)), None)
+        self._telemetry = TelemetryReader(lion, self.telemetry_every) if lion and self.telemetry_every else None
+        self.treatment.watches, self.treatment.module = self.watches, pl_module
+        if restored is not None:
+            self._restore(restored)
+        else:
+            self._preflight(trainer)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run has its optimizer state by now."""
+        self.treatment.keep(self.steps, trusted=True)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.batch.add(extract_batch_size(batch) * trainer.world_size)
+        self._samples = extract_batch_size(batch)
+        if not self.batch.pending:
+            self._micro_samples = self._samples
+        self.batch.add(self._samples * trainer.world_size)
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self.losses.check(loss)
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The first micro-batch of several: its gradient beside the whole one gives the noise scale."""
+        many = trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization
+        if many and self._samples * trainer.world_size == self.batch.pending and self.watches[0].measures_noise:
+            self.losses.micro_square = self.watches[0].squared_norm() * trainer.accumulate_grad_batches**2
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        number = next(index for index, watch in enumerate(self.watches) if watch.optimizer is optimizer)
+        if number == 0:
+            self.batch.close()
+            self.steps += 1
+            self._stepped = True
+        facts = (self.steps, self.batch.last, self._micro_samples)
+        if not self.watches[number].before_step(self.losses, self._sum(trainer), clip_norm(trainer), facts):
+            self._tell_once(trainer, "no_gradients", NO_GRADIENTS)
+        if number == len(self.watches) - 1 or pl_module.automatic_optimization:
+            self.losses = Losses()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # The loss of the step before: it has long been computed, so reading it does not make the device wait.
-        self._check_loss(trainer)
-        self._last_loss = _loss_of(outputs)
-        self._warn_of_small_batch(trainer)
+        loss = loss_of(outputs)
+        if loss is not None:
+            self.losses.add(loss, self._samples)
+        if not self._stepped:
+            return
+        self._stepped = False
+        self._react(trainer, flush=False)
+        self._read_telemetry(trainer)
+        if self.batch.is_small:
+            self._tell_once(trainer, "batch_size", self.batch.advice())
+        self.treatment.keep(self.steps)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log(pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check_loss(trainer)
+        self._react(trainer, flush=True)
+        if self.trace is not None:
+            self.trace.flush()
+        streak = max(watch.monitors.skipped_in_a_row for watch in self.watches)
+        if streak >= self.thresholds.nonfinite_steps:
+            raise TrainingStopped(f"the last {streak} steps had no finite gradient: nothing was learned. {WHAT_TO_DO}")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
 
-    def _detach(self) -> None:
-        if self._hooks:
-            self._clock.remove()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.trace is not None:
+            self.trace.flush()
 
-    def _check_loss(self, trainer: Trainer) -> None:
-        if self._last_loss is None:
-            return
-        finite = bool(torch.isfinite(self._last_loss).all())
-        if trainer.world_size > 1:  # no rank stops alone
-            finite = trainer.strategy.reduce_boolean_decision(finite, all=True)
-        if not finite:
-            message = (
-                f"the training loss is {float(self._last_loss):g} at step {trainer.global_step}; lower the learning "
-                "rate, warm up for longer (guard.warmup_steps), clip the gradients (trainer.gradient_clip_val), or "
-                "look for bad samples; the last checkpoint was written before it"
-            )
-            self._record(trainer, "nonfinite_loss", message)
-            raise TrainingStopped(message)
+    def _react(self, trainer: Trainer, flush: bool) -> None:
+        """Lets the rules look at the readings that have arrived, and does what the ladder says."""
+        for number, watch in enumerate(self.watches):
+            while (reading := watch.read(flush)) is not None:
+                self._observe(number, reading)
+                symptoms = watch.monitors.observe(reading)
+                if reading.skipped or reading.bad_ranks:
+                    symptoms += self.treatment.examine(watch, trainer.strategy.reduce_boolean_decision)
+                for symptom in symptoms:
+                    self._act(trainer, watch, symptom, reading.step)
 
-    def _warn_of_small_batch(self, trainer: Trainer) -> None:
-        if self.batch.is_small and not any(event["kind"] == "small_batch" for event in self.events):
-            self._record(trainer, "small_batch", self.batch.advice())
+    def _observe(self, number: int, reading: Reading) -> None:
+        if number == 0:
+            self._latest = reading
+            whole = reading.grad_norm
+            self.noise.observe(reading.micro_norm**2, reading.micro_batch_size, whole**2, reading.batch_size)
+        if self.trace is not None:
+            self.trace.add(number, reading)
 
-    def _record(self, trainer: Trainer, kind: str, message: str) -> None:
-        self.events.append({"step": trainer.global_step, "kind": kind, "message": message})
-        _warn(f"LionGuard: {message}")
+    def _act(self, trainer: Trainer, watch: OptimizerWatch, symptom: Symptom, step: int) -> None:
+        remedy, said = self.treatment.treat(symptom, step, watch)
+        self.diary.note(Event(step, symptom.kind, said, symptom.message), trainer.loggers)
+        if remedy is Remedy.STOP and self.acts:
+            raise TrainingStopped(f"{symptom.message}. {WHAT_TO_DO}")
 
     def _log(self, pl_module: LightningModule) -> None:
-        pl_module.log_dict(
-            {
-                **learning_rates(self._hooks),
-                "guard/warmup_factor": min(1.0, self.warmup.step / max(1, self.warmup.warmup_steps)),
-                "guard/effective_batch_size": float(self.batch.last),
-                "guard/events": float(len(self.events)),
-            }
-        )
+        figures: dict[str, float | Tensor] = {
+            **guard_figures(self.watches[0], self._latest),
+            **learning_rates([watch.warmup for watch in self.watches]),
+            **self._lion_figures,
+            "guard/effective_batch_size": float(self.batch.last),
+            "guard/events": float(len(self.events)),
+            "guard/rung": float(self.treatment.ladder.rung),
+        }
+        if math.isfinite(self.noise.value):
+            figures["guard/noise_scale"] = self.noise.value
+        pl_module.log_dict(figures)
+        self._lion_figures = {}
+
+    def _read_telemetry(self, trainer: Trainer) -> None:
+        """The first Lion's."""
+        figures = self._telemetry.read(self.steps) if self._telemetry is not None else {}
+        self._lion_figures |= figures
+        for name in ("unmoved", "near_bound"):
+            gauges = self.watches[0].monitors.gauges
+            if symptom := gauges.observe(name, figures.get(f"lion/{name}", math.nan)):
+                self._act(trainer, self.watches[0], symptom, self.steps)
+
+    def _preflight(self, trainer: Trainer) -> None:
+        settings = run_settings(trainer, self.warmup.warmup_steps, self.gates, self.batch.min_batch_size)
+        for watch in self.watches:
+            for finding in preflight.inspect(watch.optimizer, settings):
+                self._tell_once(trainer, finding.name, finding.message)
+
+    def _tell_once(self, trainer: Trainer, kind: str, message: str) -> None:
+        if all(event.kind != kind for event in self.events):
+            self.diary.note(Event(self.steps, kind, Remedy.NOTE.value, message), trainer.loggers)
+
+    def _sum(self, trainer: Trainer) -> Reduce:
+        if self.watches[0].world_size == 1:
+            return lambda vector: vector
+        return lambda vector: trainer.strategy.reduce(vector, reduce_op="sum")
+
+    def _detach(self) -> None:
+        """Leaves the optimizers alone, and remembers the state for whoever asks later."""
+        if self.watches:
+            self._restored = self.state_dict()
+        for watch in self.watches:
+            watch.remove()
+        self.watches = []
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        if self._restored is not None:  # training has not started since, or is over
+            return self._restored
+        ring = self.treatment.ring.state_dict() if self.checkpoint_snapshots else []
         return {
+            "steps": self.steps,
             "warmup": self.warmup.state_dict(),
+            "watches": [watch.state_dict() for watch in self.watches],
             "batch": self.batch.state_dict(),
-            "events": [dict(event) for event in self.events],
+            "losses": self.losses.state_dict(),
+            "noise": self.noise.state_dict(),
+            "ladder": self.treatment.ladder.state_dict(),
+            "events": self.diary.state_dict(),
+            "snapshots": ring,
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.warmup.load_state_dict(state_dict["warmup"])
-        self.batch.load_state_dict(state_dict["batch"])
-        self.events = [dict(event) for event in state_dict["events"]]
-        self._restored = True
+        """Takes effect when training starts: optimizers are not there yet."""
+        self._restored = state_dict
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        self.warmup.load_state_dict(state["warmup"])
+        for watch, saved in zip(self.watches, state["watches"], strict=True):
+            watch.load_state_dict(saved)
+        self.batch.load_state_dict(state["batch"])
+        self.losses.load_state_dict(state["losses"])
+        self.noise.load_state_dict(state["noise"])
+        self.treatment.ladder.load_state_dict(state["ladder"])
+        self.diary.load_state_dict(state["events"])
+        self.treatment.ring.load_state_dict(state["snapshots"])
 
 
-def default_warmup_steps(optimizers: list[Optimizer], total_steps: float) -> int:
-    """Steps for Lion's momentum to fill, or 1 % of the run if that is more; at most 10 % of the run.
-
-    An optimizer that is not Lion gets what Lion would get at its default beta2: a control run is treated alike.
-    """
-    beta2 = max(
-        (group["betas"][1] for o in optimizers if isinstance(o, Lion) for group in o.param_groups), default=None
-    )
-    fill = 2.0 / max(1e-6, 1.0 - (LION_BETA2 if beta2 is None else beta2))
-    if not math.isfinite(total_steps):
-        return round(fill)
-    return round(min(max(fill, WARMUP_SHARE * total_steps), MAX_WARMUP_SHARE * total_steps))
+def _check_count(name: str, value: int) -> None:
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
 
 
-def learning_rates(hooks: list[WarmupHook]) -> dict[str, float | Tensor]:
-    """The rates the last step applied: `lr-<optimizer>/<group>`, with `-1` after the name of a second optimizer."""
-    rates: dict[str, float | Tensor] = {}
-    for number, hook in enumerate(hooks):
-        label = f"lr-{type(hook.optimizer).__name__}" + (f"-{number}" if number else "")
-        for index, (group, rate) in enumerate(zip(hook.optimizer.param_groups, hook.applied, strict=False)):
-            rates[f"{label}/{group.get('name', index)}"] = rate
-    return rates
-
-
-def _loss_of(outputs: Any) -> Tensor | None:
-    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-    return loss.detach() if isinstance(loss, Tensor) else None
-
-
-@rank_zero_only
-def _warn(message: str) -> None:
-    log.warning(message)
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -9,12 +9,19 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+REWARM_START = 0.1
+LEAST_REWARM_STEPS = 10
+
 
 class LinearWarmup:
     """Multiplies every group's learning rate by `min(1, (step + 1) / warmup_steps)` while the optimizer steps.
 
     Args:
         warmup_steps: number of optimizer steps below the full rate; 0 for none.
+
+    Attributes:
+        step: optimizer steps so far.
+        scale: a factor for good; 1 until `rewarm` lowers it.
     """
 
     def __init__(self, warmup_steps: int) -> None:
@@ -22,17 +29,37 @@ class LinearWarmup:
             raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
         self.warmup_steps = warmup_steps
         self.step = 0
+        self.scale = 1.0
+        self._rewarmed_at: int | None = None
 
     @property
     def factor(self) -> float:
         """The factor of the coming step, in (0, 1]."""
-        return 1.0 if self.step >= self.warmup_steps else (self.step + 1) / self.warmup_steps
+        warm = 1.0 if self.step >= self.warmup_steps else (self.step + 1) / self.warmup_steps
+        return warm * self._rewarm_factor() * self.scale
 
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step, "warmup_steps": self.warmup_steps}
+    def rewarm(self, scale: float = 1.0) -> None:
+        """Starts again at a tenth of the rate, for a run that was put back; `scale` lowers the rate for good."""
+        self._rewarmed_at = self.step
+        self.scale *= scale
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def _rewarm_factor(self) -> float:
+        if self._rewarmed_at is None:
+            return 1.0
+        share = (self.step - self._rewarmed_at) / max(LEAST_REWARM_STEPS, self.warmup_steps)
+        return min(1.0, REWARM_START + (1 - REWARM_START) * share)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "warmup_steps": self.warmup_steps,
+            "scale": self.scale,
+            "rewarmed_at": self._rewarmed_at,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.warmup_steps = state["step"], state["warmup_steps"]
+        self.scale, self._rewarmed_at = state["scale"], state["rewarmed_at"]
 
 
 class WarmupHook:

@@ -1,6 +1,7 @@
 """LionGuard inside a Lightning run of a module that is not ours."""
 
 import logging
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,14 +14,14 @@ from lion_lightning.guard.callback import TrainingStopped, default_warmup_steps
 
 
 class Regression(LionMixin, LightningModule):
-    def __init__(self, poisoned_step: int | None = None) -> None:
+    def __init__(self, poisoned_steps: Sequence[int] = ()) -> None:
         super().__init__()
         self.net = nn.Linear(4, 1)
-        self.poisoned_step = poisoned_step
+        self.poisoned_steps = poisoned_steps
 
     def training_step(self, batch, batch_idx):
         loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
-        return loss * float("nan") if batch_idx == self.poisoned_step else loss
+        return loss * float("nan") if batch_idx in self.poisoned_steps else loss
 
 
 class AdamRegression(Regression):
@@ -84,12 +85,12 @@ def test_a_small_batch_is_warned_about_once_with_what_to_do(tmp_path, caplog):
     guard = LionGuard()
     with caplog.at_level(logging.WARNING, "lion_lightning"):
         _, rows = fit(Regression(), guard, tmp_path, samples=96, batch_size=16)
-    warnings = [record.message for record in caplog.records if "effective batch" in record.message]
+    warnings = [record.message for record in caplog.records if "batch_size" in record.message]
     assert len(warnings) == 1
-    assert "16 samples, below 64" in warnings[0]
-    assert "accumulate 4 times" in warnings[0]
+    assert "sees 16 samples" in warnings[0]
+    assert "4 times" in warnings[0]
     assert rows[-1]["guard/effective_batch_size"] == 16
-    assert [event["kind"] for event in guard.events] == ["small_batch"]
+    assert [event.kind for event in guard.events if event.kind == "batch_size"] == ["batch_size"]
 
 
 def test_accumulation_is_counted_and_the_tail_is_what_it_is(tmp_path, caplog):
@@ -98,20 +99,30 @@ def test_accumulation_is_counted_and_the_tail_is_what_it_is(tmp_path, caplog):
     sizes = [row["guard/effective_batch_size"] for row in rows if "guard/effective_batch_size" in row]
     assert 64 in sizes
     assert guard.batch.last == 21
-    assert not [record for record in caplog.records if record.name.startswith("lion_lightning")]
+    assert not [event for event in guard.events if event.kind == "batch_size"]
 
 
 @pytest.mark.parametrize("step", [0, 3, 7])
-def test_a_loss_that_is_not_a_number_stops_the_run_and_says_why(tmp_path, step):
+def test_one_loss_that_is_not_a_number_is_skipped_and_told(tmp_path, step):
     guard = LionGuard(warmup_steps=0)
-    with pytest.raises(TrainingStopped, match=r"training loss is nan.*lower the learning rate") as stopped:
-        fit(Regression(poisoned_step=step), guard, tmp_path)
+    trainer, _ = fit(Regression(poisoned_steps=[step]), guard, tmp_path)
+    (event,) = (event for event in guard.events if event.kind == "nonfinite")
+    assert event.step == step + 1
+    assert "rank 0" in event.message
+    assert "skipped" in event.remedy
+    assert trainer.model.net.weight.isfinite().all()
+
+
+def test_losses_that_stay_not_a_number_stop_the_run_and_say_why(tmp_path):
+    guard = LionGuard(warmup_steps=0)
+    with pytest.raises(TrainingStopped, match=r"the last 6 steps had no finite gradient.*learning rate") as stopped:
+        fit(Regression(poisoned_steps=range(2, 8)), guard, tmp_path)
     assert stopped.value.exit_code == 42
-    assert guard.events[-1]["kind"] == "nonfinite_loss"
+    assert not guard.is_healthy()
 
 
 def test_without_the_guard_the_same_run_goes_on_in_silence(tmp_path):
-    trainer, _ = fit(Regression(poisoned_step=3), Recorder(), tmp_path)
+    trainer, _ = fit(Regression(poisoned_steps=[3]), Recorder(), tmp_path)
     assert trainer.global_step == 8
 
 

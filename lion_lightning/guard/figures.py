@@ -1,0 +1,66 @@
+"""What the guard logs: `guard/*`, `lion/*` and the learning rates that were applied."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lion_lightning.guard.readings import Mailbox, Reading
+from lion_lightning.guard.warmup import WarmupHook
+from lion_lightning.guard.watch import OptimizerWatch
+from lion_lightning.optim import Lion
+
+
+def guard_figures(watch: OptimizerWatch, reading: Reading) -> dict[str, float]:
+    """`guard/*` of one optimizer after its latest reading; what is not known is left out."""
+    monitors, warmup = watch.monitors, watch.warmup.warmup
+    values = {
+        "warmup_factor": min(1.0, warmup.step / max(1, warmup.warmup_steps)),
+        "lr_factor": warmup.factor,
+        "loss": reading.loss,
+        "grad_norm": reading.grad_norm,
+        "outlier_z": reading.z,
+        "clipped": float(monitors.clipped),
+        "skipped": float(monitors.skipped),
+        "flip_rate": reading.flip_rate,
+        "cosine": monitors.gauges.value("cosine"),
+        "dead": monitors.gauges.value("dead"),
+        "loss_average": monitors.divergence.fast.value,
+        "loss_limit": monitors.divergence.limit,
+    }
+    return {f"guard/{name}": value for name, value in values.items() if math.isfinite(value)}
+
+
+def learning_rates(hooks: list[WarmupHook]) -> dict[str, float | Tensor]:
+    """The rates the last step applied: `lr-<optimizer>/<group>`, with `-1` after the name of a second optimizer."""
+    rates: dict[str, float | Tensor] = {}
+    for number, hook in enumerate(hooks):
+        label = f"lr-{type(hook.optimizer).__name__}" + (f"-{number}" if number else "")
+        for index, (group, rate) in enumerate(zip(hook.optimizer.param_groups, hook.applied, strict=False)):
+            rates[f"{label}/{group.get('name', index)}"] = rate
+    return rates
+
+
+class TelemetryReader:
+    """Fetches a Lion optimizer's `lion/*` figures without a wait.
+
+    Args:
+        optimizer: its telemetry is switched on if it is off.
+        every: optimizer steps between samples.
+    """
+
+    def __init__(self, optimizer: Lion, every: int) -> None:
+        optimizer.telemetry_every = optimizer.telemetry_every or every
+        self.optimizer, self.every = optimizer, every
+        self._mail, self._names = Mailbox(), list[str]()
+
+    def read(self, step: int) -> dict[str, float]:
+        """What was sent a step ago, if anything; sends what a sampled step has left. Call it after every step."""
+        values = self._mail.take(flush=True)
+        arrived: dict[str, Any] = {} if values is None else dict(zip(self._names, values, strict=True))
+        figures = self.optimizer.telemetry() if step % self.every == 1 or self.every == 1 else {}
+        if figures:
+            self._names = list(figures)
+            self._mail.post(torch.stack([figure.float() for figure in figures.values()]))
+        return arrived

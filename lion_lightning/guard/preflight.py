@@ -1,0 +1,189 @@
+"""What is likely wrong with a run's settings, told before the first step. No Lightning: settings in, findings out."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lion_lightning.guard.batch_size import MIN_BATCH_SIZE
+from lion_lightning.optim import Lion
+
+STEP_LIMIT = 1.0
+"""Largest lr * sqrt(fan_in) / RMS(p): how much of a layer's output one step of Lion may turn over (see `turnover`)."""
+FAR_TOO_HIGH = 5.0
+LEAST_DECAY = 0.005
+"""Share of itself that a weight should lose to decay over a run, if decay is asked for at all."""
+SHORT_RUN_STEPS = 1000
+"""Shorter runs are trials: their decay is judged as if they were this long."""
+BETA1_RANGE, BETA2_RANGE = (0.8, 0.99), (0.9, 0.9999)
+HALF_SPACING_BF16 = 2.0**-9
+"""Half the distance of neighbouring bf16 numbers, relative to their size (at its largest)."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is probably wrong.
+
+    Attributes:
+        name: lr, decay, warmup, bf16, betas, batch_size or clipping.
+        message: what was seen, and what to set instead.
+    """
+
+    name: str
+    message: str
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What preflight has to know beside the optimizer.
+
+    Attributes:
+        total_steps: optimizer steps of the whole run; infinite if nobody knows.
+        warmup_steps: of the guard.
+        batch_size: samples of an optimizer step; None if it shows only in training.
+        gradient_clip_val: the Trainer's.
+        gate: whether the guard clips outliers.
+    """
+
+    total_steps: float
+    warmup_steps: int
+    batch_size: int | None = None
+    gradient_clip_val: float | None = None
+    gate: bool = True
+    min_batch_size: int = MIN_BATCH_SIZE
+
+
+def inspect(optimizer: Optimizer, run: RunSettings) -> list[Finding]:
+    """Findings for one optimizer; what is special to Lion is left out for others."""
+    checks = [_bf16(optimizer), _batch_size(run)]
+    if isinstance(optimizer, Lion):
+        checks += [_lr(optimizer), _decay(optimizer, run), _warmup(optimizer, run), _betas(optimizer), _clipping(run)]
+    return [finding for finding in checks if finding is not None]
+
+
+@torch.no_grad()
+def turnover(optimizer: Optimizer) -> float:
+    """Mean of lr * sqrt(fan_in) / RMS(p) over the elements of all matrices; 0 if there are none.
+
+    A sign step along an input changes a layer's output by lr * fan_in * RMS(x), and the output itself is about
+    sqrt(fan_in) * RMS(p) * RMS(x): so this is the largest relative change that one step can make. It takes the width
+    into account, where lr / RMS(p) (the alpha_0 of Amos, arXiv:2210.11693) does not.
+    """
+    parts, elements = 0.0, 0
+    for lr, param in _matrices(optimizer):
+        scale = _rms(param)
+        if scale > 0:  # a layer that starts at zero has no scale yet
+            parts += param.numel() * lr * math.sqrt(param[0].numel()) / scale
+            elements += param.numel()
+    return parts / elements if elements else 0.0
+
+
+def _lr(optimizer: Optimizer) -> Finding | None:
+    value = turnover(optimizer)
+    if value <= STEP_LIMIT:
+        return None
+    lr = max(_peak(group) for group in optimizer.param_groups)
+    advice = (
+        "this looks like an AdamW rate: set a tenth to a third of it (hyperparams.from_adamw)"
+        if value <= FAR_TOO_HIGH
+        else f"far too high: the loss will be flat, not explode; try {lr * STEP_LIMIT / value / 2:.1g}"
+    )
+    return Finding(
+        "lr", f"lr={lr:g} moves the matrices {value:.1f} times their own effect in one step (limit 1); {advice}"
+    )
+
+
+def _decay(optimizer: Optimizer, run: RunSettings) -> Finding | None:
+    pairs = [(_peak(group), group["weight_decay"]) for group in optimizer.param_groups if group["weight_decay"] > 0]
+    if not pairs:
+        return None
+    lr, decay = max(pairs)
+    if lr * decay > 0.1:
+        return Finding("decay", f"lr * weight_decay = {lr * decay:.2g} takes over 10 % of a weight a step; lower it")
+    steps = max(run.total_steps, SHORT_RUN_STEPS) if math.isfinite(run.total_steps) else math.inf
+    lost = lr * decay * steps / 2  # a schedule's mean is about half its peak
+    if lost >= LEAST_DECAY:
+        return None
+    return Finding(
+        "decay",
+        f"weight_decay={decay:g} with lr={lr:g} takes {lost:.1e} of a weight over the whole run: as good as none; "
+        "with a rate 3 to 10 times lower than AdamW's, Lion needs a decay 3 to 10 times higher",
+    )
+
+
+def _warmup(optimizer: Optimizer, run: RunSettings) -> Finding | None:
+    starts_high = any(float(group["lr"]) > 0.5 * _peak(group) for group in optimizer.param_groups)
+    if run.warmup_steps > 0 or not starts_high:
+        return None
+    return Finding(
+        "warmup",
+        "there is no warm-up: Lion's first steps are full-size steps in a noisy direction; leave "
+        "warmup_steps=None or set some",
+    )
+
+
+def _bf16(optimizer: Optimizer) -> Finding | None:
+    """Our Lion does not round to nearest; whoever does loses steps below half the spacing of bf16."""
+    if isinstance(optimizer, Lion):
+        return None
+    pairs = [(lr, _rms(param)) for lr, param in _matrices(optimizer) if param.dtype == torch.bfloat16]
+    lost = [lr for lr, scale in pairs if 0 < lr < HALF_SPACING_BF16 * scale]
+    if len(lost) * 2 <= len(pairs):
+        return None
+    return Finding(
+        "bf16",
+        f"lr={max(lost):g} is below half the spacing of bf16 numbers of the weights' size: most steps of "
+        f"{type(optimizer).__name__} will be rounded away; train in fp32 or bf16-mixed, or use lion_lightning.Lion",
+    )
+
+
+def _betas(optimizer: Optimizer) -> Finding | None:
+    for group in optimizer.param_groups:
+        beta1, beta2 = group["betas"]
+        if not (BETA1_RANGE[0] <= beta1 <= BETA1_RANGE[1] and BETA2_RANGE[0] <= beta2 <= BETA2_RANGE[1]):
+            return Finding(
+                "betas", f"betas=({beta1:g}, {beta2:g}) are unusual; try (0.9, 0.99), or (0.95, 0.98) for text"
+            )
+    return None
+
+
+def _batch_size(run: RunSettings) -> Finding | None:
+    if run.batch_size is None or run.batch_size >= run.min_batch_size:
+        return None
+    return Finding(
+        "batch_size",
+        f"an optimizer step sees {run.batch_size} samples: Lion's published advantage over AdamW was measured at "
+        f"{run.min_batch_size} and more; raise the batch or the accumulation "
+        f"{-(-run.min_batch_size // max(1, run.batch_size))} times",
+    )
+
+
+def _clipping(run: RunSettings) -> Finding | None:
+    if not run.gradient_clip_val or not run.gate:
+        return None
+    return Finding(
+        "clipping",
+        f"gradient_clip_val={run.gradient_clip_val:g} and the guard's own clipping are both on: Lion does not feel a "
+        "fixed limit unless it changes from step to step; leave it to the guard",
+    )
+
+
+def _matrices(optimizer: Optimizer) -> Iterator[tuple[float, Tensor]]:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.ndim >= 2 and param.numel():
+                yield _peak(group), param
+
+
+def _peak(group: dict[str, Any]) -> float:
+    """The rate before any schedule."""
+    return float(group.get("initial_lr", group["lr"]))
+
+
+def _rms(param: Tensor) -> float:
+    local = param.to_local() if hasattr(param, "to_local") else param
+    return float(local.float().square().mean().sqrt()) if local.numel() else 0.0

@@ -1,0 +1,121 @@
+"""What the guard knows of one optimizer step, and how it gets from the device to the host without a wait."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SAMPLED = ("flips", "signs", "projection", "update_squares", "grad_squares", "dead")
+SUMS = ("loss", "samples", "squares", "micro_squares", *SAMPLED)
+"""What ranks add up; after these comes one count of non-finite losses for each rank."""
+VERDICT = ("norm", "factor", "skipped", "z")
+"""What the gate made of the sums, the same on every rank."""
+FACTS = ("step", "batch_size", "micro_batch_size")
+"""What the host knows from the start."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One optimizer step, over all ranks. NaN stands for what was not measured.
+
+    Attributes:
+        loss: mean over the samples of the micro-batches that have ended since the step before.
+        grad_norm: of the gradient as it was; not finite for a step that was skipped.
+        factor: the gradients were divided by it.
+        z: robust z of the log norm.
+        flip_rate: share of sampled coordinates whose update changed its sign since the step before.
+        cosine: between update and gradient, over the sampled coordinates.
+        dead: share of sampled coordinates that move though their gradient is exactly 0.
+        bad_ranks: those that had a loss that is not finite.
+        step: number of the step, from 1 on.
+        batch_size: samples that went into it.
+        micro_norm: norm of the gradient of its first micro-batch alone, of `micro_batch_size` samples.
+    """
+
+    loss: float = math.nan
+    grad_norm: float = math.nan
+    factor: float = 1.0
+    skipped: bool = False
+    z: float = math.nan
+    flip_rate: float = math.nan
+    cosine: float = math.nan
+    dead: float = math.nan
+    bad_ranks: tuple[int, ...] = ()
+    step: int = 0
+    batch_size: int = 0
+    micro_norm: float = math.nan
+    micro_batch_size: int = 0
+
+    @classmethod
+    def unpack(cls, values: Sequence[float], world_size: int) -> "Reading":
+        """From the numbers of `SUMS`, of each rank, of `VERDICT` and of `FACTS`, in that order."""
+        sums = dict(zip(SUMS, values, strict=False))
+        bad, rest = values[len(SUMS) :][:world_size], values[len(SUMS) + world_size :]
+        norm, factor, skipped, z, step, batch_size, micro_batch_size = rest
+        scale = math.sqrt(max(0.0, sums["update_squares"] * sums["grad_squares"]))
+        return cls(
+            loss=_share(sums["loss"], sums["samples"]),
+            grad_norm=norm,
+            factor=factor,
+            skipped=bool(skipped),
+            z=z,
+            flip_rate=_share(sums["flips"], sums["signs"]),
+            cosine=_share(sums["projection"], scale),
+            dead=_share(sums["dead"], sums["update_squares"]),
+            bad_ranks=tuple(rank for rank, count in enumerate(bad) if count > 0),
+            step=int(step),
+            batch_size=int(batch_size),
+            micro_norm=math.sqrt(sums["micro_squares"]) if sums["micro_squares"] >= 0 else math.nan,
+            micro_batch_size=int(micro_batch_size),
+        )
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else math.nan
+
+
+class Mailbox:
+    """Hands device vectors to the host one step late: by then they have long been computed, and nobody waits."""
+
+    def __init__(self) -> None:
+        self._posts: list[tuple[Tensor, torch.cuda.Event | None, list[float]]] = []
+
+    def post(self, vector: Tensor, facts: Sequence[float] = ()) -> None:
+        """Starts a vector on its way; `facts`, which the host knows, are appended to it on arrival."""
+        if vector.device.type != "cuda":
+            self._posts.append((vector, None, list(facts)))
+            return
+        host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+        host.copy_(vector, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._posts.append((host, event, list(facts)))
+
+    def take(self, flush: bool = False) -> list[float] | None:
+        """The oldest vector, if there is a newer one or if `flush`; else None."""
+        if len(self._posts) < (1 if flush else 2):
+            return None
+        return _arrived(*self._posts.pop(0))
+
+    def latest(self) -> list[float] | None:
+        """The newest vector, which stays; waits for it."""
+        return _arrived(*self._posts[-1]) if self._posts else None
+
+    def clear(self) -> None:
+        """Forgets what is on its way."""
+        self._posts.clear()
+
+    def state_dict(self) -> list[list[float]]:
+        """What is still on its way; waits for it."""
+        return [_arrived(*post) for post in self._posts]
+
+    def load_state_dict(self, state: list[list[float]]) -> None:
+        self._posts = [(torch.empty(0), None, list(values)) for values in state]
+
+
+def _arrived(vector: Tensor, event: "torch.cuda.Event | None", facts: list[float]) -> list[float]:
+    if event is not None:
+        event.synchronize()
+    return [*vector.tolist(), *facts]
