@@ -1,74 +1,124 @@
-"""Reading finished and unfinished W&B runs from disk, through W&B's own public reader (`wandb leet inspect`)."""
+"""A run as a comparison needs it: who it is, how it ended, and its curves against steps, data, time and energy."""
 
-import json
-import subprocess
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
 
-TIMEOUT_SECONDS = 120
+import numpy as np
 
-
-class UnreadableRun(ValueError):
-    """A folder or file that W&B's reader cannot read as a run."""
+State = Literal["finished", "failed", "crashed", "running"]
+# What a curve can be drawn against, by the metric that holds it; the optimizer step is in every row.
+AXES: Mapping[str, str | None] = {
+    "steps": None,
+    "samples": "data/samples_seen",
+    "tokens": "data/tokens_seen",
+    "seconds": "perf/seconds",
+    "energy": "perf/energy_kj",
+}
+STEP = "trainer/global_step"
+GUARD_EVENTS = "guard/events"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One W&B run as it stands on disk.
+    """One W&B run, from disk or from the server.
 
     Attributes:
-        name, state: what it was called, and `finished`, `failed`, `running`, ... in W&B's words.
+        source: the folder or the address that it was read from.
+        state: `finished`; `failed`, closed with another exit code than 0; `running`; or `crashed`, never closed.
         config: the nested configuration.
-        summary: what stands for the run, by metric; a metric with a `min`, `max` or `last` is a dictionary.
-        history: a dictionary per logged row, in order; `trainer/global_step` is the axis.
+        history: a dictionary per logged row, in order; `trainer/global_step` counts from 0.
+        created: when it started, ISO 8601; runs of one seed are told apart by it.
+        hardware: processor and accelerators in words, empty where unknown.
     """
 
-    folder: Path
+    source: str
+    id: str
     name: str
-    state: str
+    group: str
+    state: State
+    exit_code: int | None
     config: dict[str, Any]
-    summary: dict[str, Any]
-    history: list[dict[str, Any]]
+    history: list[dict[str, Any]] = field(repr=False)
+    created: str = ""
+    hardware: str = ""
 
-    def curve(self, metric: str) -> tuple[list[int], list[float]]:
-        """Optimizer steps and the values of `metric` at them."""
-        rows = [row for row in self.history if metric in row]
-        return [row["trainer/global_step"] + 1 for row in rows], [float(row[metric]) for row in rows]
+    def setting(self, key: str, default: Any = None) -> Any:
+        """The value of a dotted key of the configuration: `setting("optim.lr")`."""
+        node: Any = self.config
+        for part in key.split("."):
+            if not isinstance(node, Mapping) or part not in node:
+                return default
+            node = node[part]
+        return node
+
+    @property
+    def seed(self) -> Any:
+        """What keyed the run's randomness; None where the configuration has no `seed`."""
+        return self.setting("seed")
+
+    @cached_property
+    def metrics(self) -> frozenset[str]:
+        """Every name that was logged."""
+        return frozenset(name for row in self.history for name in row)
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps up to the last logged row."""
+        return max((_steps_of(row) for row in self.history), default=0)
+
+    def last(self, metric: str) -> float | None:
+        """The last finite value of `metric`, None where there is none."""
+        return next((value for _, value in reversed(self._points(metric)) if math.isfinite(value)), None)
+
+    def has_axis(self, axis: str) -> bool:
+        """Whether the run logged what `axis` needs."""
+        name = AXES[axis]
+        return name is None or name in self.metrics
+
+    def curve(self, metric: str, axis: str = "steps") -> tuple[np.ndarray, np.ndarray]:
+        """Places on `axis` and the values of `metric` there; of one step the last value counts.
+
+        The place of a row that lacks the axis (a validation) is interpolated between those that have it.
+        """
+        points = dict(self._points(metric))
+        steps = np.array(sorted(points), dtype=float)
+        return self.place(steps, axis), np.array([points[int(step)] for step in steps], dtype=float)
+
+    def place(self, steps: np.ndarray | Sequence[float], axis: str) -> np.ndarray:
+        """Where on `axis` the optimizer steps `steps` lie. Past the last known place the run's mean rate goes on."""
+        wanted = np.asarray(steps, dtype=float)
+        name = AXES[axis]
+        if name is None:
+            return wanted
+        known = dict(self._points(name))
+        if not known:
+            return np.full_like(wanted, math.nan)
+        at = np.array([0.0, *sorted(known)])
+        values = np.array([0.0, *(known[int(step)] for step in at[1:])])
+        rate = values[-1] / at[-1] if at[-1] else 0.0
+        return np.interp(wanted, at, values) + np.maximum(wanted - at[-1], 0) * rate
+
+    def guard_steps(self) -> list[int]:
+        """The optimizer steps at which the guard's count of events was seen to rise."""
+        seen, steps = 0.0, []
+        for step, events in self._points(GUARD_EVENTS):
+            if events > seen:
+                steps.append(step)
+            seen = events
+        return steps
+
+    def _points(self, metric: str) -> list[tuple[int, float]]:
+        return [(_steps_of(row), float(row[metric])) for row in self.history if _is_number(row.get(metric))]
 
 
-def find_runs(folder: Path) -> list[Path]:
-    """The run folders at or below `folder` (`.../wandb/offline-run-*` and `run-*`), oldest first."""
-    return sorted({file.parent for file in folder.rglob("run-*.wandb")}, key=lambda path: path.name)
+def _steps_of(row: Mapping[str, Any]) -> int:
+    """Optimizer steps done at a row: Lightning's count starts at 0; W&B's own stands in for a foreign run."""
+    return int(row.get(STEP, row.get("_step", 0))) + 1
 
 
-def read_run(folder: Path) -> Run:
-    """Read a run folder or a `.wandb` file.
-
-    Raises:
-        UnreadableRun: W&B's reader does not take it; the message is W&B's.
-    """
-    summary = json.loads(_inspect(folder, "--summary"))
-    history = [dict(record["history"]["item"]) for record in _records(folder) if record.get("type") == "history"]
-    return Run(
-        folder=folder,
-        name=summary["name"],
-        state=summary["state"],
-        config=summary["config"],
-        summary=summary["summary"],
-        history=history,
-    )
-
-
-def _records(folder: Path) -> Iterator[dict[str, Any]]:
-    return (json.loads(line) for line in _inspect(folder).splitlines() if line.startswith("{"))
-
-
-def _inspect(folder: Path, *flags: str) -> str:
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *flags, str(folder)]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
-    if answer.returncode:
-        raise UnreadableRun(f"{folder}: {(answer.stderr or answer.stdout).strip()}")
-    return answer.stdout
+def _is_number(value: Any) -> bool:
+    """Numbers, and NaN or an infinity, which W&B's reader spells out."""
+    return value in ("NaN", "Infinity", "-Infinity") or (isinstance(value, int | float) and not isinstance(value, bool))

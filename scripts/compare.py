@@ -1,0 +1,142 @@
+"""Which optimizer won, by how much, how surely, at what cost: `python scripts/compare.py outputs/multirun/...`.
+
+Reads offline W&B runs from folders, runs on the server (`--wandb entity/project --group NAME`), or both. Prints two
+tables and writes compare.md, runs.csv, curves.csv, a PNG per axis and compare.html. Runs that differ in more than
+optimizer and seed are refused, with the reason.
+"""
+
+import argparse
+import datetime
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lion_lightning.tracking.compare import Comparison, compare
+from lion_lightning.tracking.figures import write_pictures
+from lion_lightning.tracking.offline import UnreadableRun, find_runs, read_runs
+from lion_lightning.tracking.page import write_page
+from lion_lightning.tracking.report import markdown, relative, show, write_curves_csv, write_runs_csv
+from lion_lightning.tracking.runs import Run
+from lion_lightning.tracking.variants import Incomparable
+
+EXIT_USAGE = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, or 2 with one line that says what is wrong."""
+    options = _parser().parse_args(arguments)
+    console = Console()
+    try:
+        runs, unreadable = gather(options)
+        for one in split(runs, options):
+            folder = options.output / one[0].group if options.each_group else options.output
+            _compare(one, options, folder, unreadable, console)
+    except ModuleNotFoundError as error:
+        return _refuse(f"{error.name} is not installed; pip install 'lion-lightning[report]'")
+    except (Incomparable, UnreadableRun) as error:
+        return _refuse(str(error))
+    return 0
+
+
+def gather(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
+    """The runs that were asked for, and a line for each that cannot be read."""
+    if not options.folders and not options.wandb:
+        raise Incomparable("nothing to compare: name folders with runs, or --wandb entity/project")
+    files = [file for folder in options.folders for file in find_runs(folder)]
+    if options.folders and not files and not options.wandb:
+        raise Incomparable(f"no W&B run in {', '.join(map(str, options.folders))}")
+    read = read_runs(list(dict.fromkeys(files)))
+    runs = [run for run in read if isinstance(run, Run)]
+    unreadable = [f"not read: {relative_to_here(error)}" for error in read if isinstance(error, UnreadableRun)]
+    if options.wandb:
+        from lion_lightning.tracking.online import fetch_runs
+
+        runs += fetch_runs(options.wandb, options.group)
+    if not runs:
+        raise Incomparable("; ".join(unreadable) or f"no run in {options.wandb}")
+    # A copied folder, or a run that is on disk and was synced: one run all the same.
+    return list({run.id or run.source: run for run in reversed(runs)}.values())[::-1], unreadable
+
+
+def split(runs: list[Run], options: argparse.Namespace) -> list[list[Run]]:
+    """The runs to compare with one another: those of --group, or one list per group."""
+    groups = list(dict.fromkeys(run.group for run in runs))
+    if options.group:
+        wanted = [run for run in runs if run.group == options.group]
+        if not wanted:
+            raise Incomparable(f"no run of group {options.group}; there are: {', '.join(sorted(groups))}")
+        return [wanted]
+    return [[run for run in runs if run.group == group] for group in groups] if options.each_group else [runs]
+
+
+def write(comparison: Comparison, folder: Path, command: str, date: str, unreadable: Sequence[str]) -> list[Path]:
+    """Write every file of the report to `folder` and return them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = write_pictures(comparison, folder)
+    page, text, runs, curves = (folder / name for name in ("compare.html", "compare.md", "runs.csv", "curves.csv"))
+    metrics = write_page(comparison, page, command, date, unreadable)
+    names = [picture.name for picture in pictures]
+    text.write_text(markdown(comparison, command, date, names, unreadable), encoding="utf-8")
+    write_runs_csv(comparison, runs)
+    write_curves_csv(comparison, metrics[:1], curves)
+    return [text, page, runs, curves, *pictures]
+
+
+def relative_to_here(error: UnreadableRun) -> str:
+    """The error with its file as seen from here."""
+    file, _, reason = str(error).partition(": ")
+    return f"{relative(file)}: {reason}"
+
+
+def _compare(
+    runs: list[Run], options: argparse.Namespace, folder: Path, unreadable: list[str], console: Console
+) -> None:
+    comparison = compare(
+        runs,
+        metric=options.metric,
+        mode=options.mode,
+        baseline=options.baseline,
+        by=options.by,
+        unlike=options.unlike,
+    )
+    show(comparison, console)
+    for line in unreadable:
+        console.print(f"! {line}", highlight=False, style="yellow")
+    command = "python scripts/compare.py " + shlex.join(sys.argv[1:])
+    files = write(comparison, folder, command, datetime.date.today().isoformat(), unreadable)
+    console.print(f"{relative(str(folder))}: {', '.join(file.name for file in files)}", highlight=False, soft_wrap=True)
+    if options.report:
+        from lion_lightning.tracking.publish import publish_report
+
+        console.print(publish_report(comparison, options.wandb), highlight=False, soft_wrap=True)
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return EXIT_USAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folders", nargs="*", type=Path, help="folders with runs, searched all the way down")
+    parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="runs on the server; needs WANDB_API_KEY")
+    parser.add_argument("--group", help="only runs of this W&B group")
+    parser.add_argument("--each-group", action="store_true", help="compare every group for itself")
+    parser.add_argument("--metric", help="what decides; default: what the recipe monitors")
+    parser.add_argument("--mode", choices=("min", "max"), help="whether less or more of the metric is better")
+    parser.add_argument("--baseline", help="what the others are tested against (default: adamw where there is one)")
+    parser.add_argument(
+        "--by", type=lambda keys: keys.split(","), default=[], metavar="KEY,KEY",
+        help="settings that are compared beside the optimizer, such as data.batch_size",
+    )  # fmt: skip
+    parser.add_argument("--unlike", action="store_true", help="compare runs that are not alike all the same")
+    parser.add_argument("--output", type=Path, default=Path("outputs/comparison"), help="folder (default: %(default)s)")
+    parser.add_argument("--report", action="store_true", help="publish a W&B report (needs --wandb, wandb-workspaces)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""The statistics, on runs whose numbers are known."""
+
+import math
+
+import pytest
+
+from lion_lightning.tracking.compare import compare, guess_mode, welch
+from lion_lightning.tracking.variants import Incomparable
+
+
+@pytest.fixture
+def four(make_run):
+    """Lion and AdamW, two seeds each; AdamW's bests are 1.0 and 2.0, so the target is 1.5."""
+    return [
+        make_run("lion", 1, [4.0, 1.4, 1.2]),
+        make_run("lion", 2, [4.0, 3.0, 1.4]),
+        make_run("adamw", 1, [3.0, 1.0, 1.1]),
+        make_run("adamw", 2, [3.0, 2.0, 2.5]),
+    ]
+
+
+def test_best_and_final_over_seeds(four):
+    lion = compare(four).outcome("lion")
+    assert lion.best.values == (1.2, 1.4)
+    assert lion.best.mean == pytest.approx(1.3)
+    assert lion.best.std == pytest.approx(math.sqrt(2) * 0.1), "the sample deviation"
+    adamw = compare(four).outcome("adamw")
+    assert (adamw.best.mean, adamw.final.mean) == (1.5, pytest.approx(1.8))
+
+
+def test_more_is_better_for_an_accuracy(make_run):
+    runs = [
+        make_run(name, 1, values, metric="val/top1") for name, values in (("lion", [0.2, 0.9]), ("adamw", [0.8, 0.7]))
+    ]
+    comparison = compare(runs)
+    assert [outcome.label for outcome in comparison.ranking] == ["lion", "adamw"]
+    assert comparison.target == 0.8
+    assert comparison.outcome("lion").to_target["steps"] == [20.0]
+    assert guess_mode("val/top1") == guess_mode("val/accuracy") == "max"
+    assert guess_mode("val/loss") == guess_mode("val/perplexity") == "min"
+
+
+def test_the_target_is_the_baselines_mean_best_and_those_who_miss_it_do_not_count(four):
+    comparison = compare(four)
+    assert (comparison.baseline, comparison.target) == ("adamw", 1.5)
+    assert comparison.outcome("lion").to_target["steps"] == [20.0, 30.0]
+    assert comparison.outcome("lion").to_target["seconds"] == [10.0, 15.0]
+    assert comparison.outcome("lion").to_target["samples"] == [20 * 64, 30 * 64]
+    assert comparison.outcome("adamw").to_target["steps"] == [20.0], "the second seed never was that good"
+    assert comparison.axes == ["steps", "samples", "seconds"]
+
+
+def test_the_baseline_can_be_chosen(four):
+    assert compare(four, baseline="lion").target == pytest.approx(1.3)
+    assert compare([run for run in four if run.name != "r-adamw-s1"][:2]).baseline == "lion", "no adamw: the first"
+    with pytest.raises(Incomparable, match="there is no sgd to compare with; there are: lion, adamw"):
+        compare(four, baseline="sgd")
+
+
+def test_welch_against_the_textbook():
+    """Student's sleep data (1908), as R's `t.test(extra ~ group)` prints them: t = -1.8608, p = 0.07939."""
+    first = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+    second = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+    test = welch(first, second)
+    assert test.difference == pytest.approx(-1.58)
+    assert test.p == pytest.approx(0.07939, abs=5e-6)
+    assert (test.low, test.high) == (pytest.approx(-3.3654832), pytest.approx(0.2054832))
+
+
+def test_one_seed_cannot_be_tested(make_run):
+    runs = [make_run("lion", 1), make_run("adamw", 1), make_run("adamw", 2)]
+    assert compare(runs).outcome("lion").against is None
+    assert math.isnan(welch([1.0, 1.0], [1.0, 1.0]).p)
+
+
+def test_runs_that_did_not_finish_are_kept_apart(make_run):
+    runs = [
+        make_run("lion", 1, [2.0]),
+        make_run("lion", 2, [0.1], state="crashed", exit_code=None),
+        make_run("lion", 3, [0.1], state="failed", exit_code=42),
+        make_run("adamw", 1, [3.0]),
+        make_run("adamw", 2, [0.1], state="running", exit_code=None),
+    ]
+    comparison = compare(runs)
+    lion = comparison.outcome("lion")
+    assert lion.best.values == (2.0,)
+    assert [run.state for run in lion.variant.others] == ["crashed", "failed"]
+    assert comparison.target == 3.0
+    assert len(comparison.runs) == 5
+
+
+def test_nothing_has_finished_yet(make_run):
+    comparison = compare([make_run("lion", 1, state="running", exit_code=None)])
+    assert comparison.ranking == []
+    assert math.isnan(comparison.target)
+
+
+def test_of_two_runs_of_a_seed_the_newest_finished_one_counts(make_run):
+    runs = [
+        make_run("lion", 1, [3.0], created="2026-01-01"),
+        make_run("lion", 1, [2.0], created="2026-01-02"),
+        make_run("lion", 1, [1.0], created="2026-01-03", state="crashed", exit_code=None),
+    ]
+    comparison = compare(runs)
+    assert comparison.outcome("lion").best.values == (2.0,)
+    assert comparison.remarks == ["lion, seed 1: 3 runs; the newest finished one counts"]
+
+
+def test_a_resumed_run_carries_its_first_part(make_run):
+    first = make_run("lion", 1, [3.0, 1.0, 9.0], created="2026-01-01", state="crashed", exit_code=None)
+    whole = make_run("lion", 1, [9.0, 9.0, 2.0, 1.5], created="2026-01-02", config={"resume": "last.ckpt"})
+    rest = [row for row in whole.history if row["trainer/global_step"] >= 20]
+    rest = [{**row, "perf/seconds": row["perf/seconds"] - 10.0} if "perf/seconds" in row else row for row in rest]
+    resumed = make_run("lion", 1, [], created="2026-01-02", config={"resume": "last.ckpt"}, rows=rest)
+    comparison = compare([first, resumed])
+    (joined,) = comparison.outcome("lion").variant.counted
+    steps, values = joined.curve("val/loss", "steps")
+    assert (steps.tolist(), values.tolist()) == ([10, 20, 30, 40], [3.0, 1.0, 2.0, 1.5]), "9.0 came after the crash"
+    assert joined.curve("val/loss", "seconds")[0].tolist() == [5, 10, 15, 20]
+    assert "goes on from the one before" in comparison.remarks[0]
+
+
+def test_runs_without_seeds_count_one_by_one(make_run):
+    comparison = compare([make_run("lion", None, [2.0]), make_run("lion", None, [4.0], created="later")])
+    assert comparison.outcome("lion").best.values == (2.0, 4.0)
+    assert "no `seed` in the configuration" in comparison.remarks[0]
+
+
+def test_unlike_groups_are_refused_with_the_reason(make_run):
+    runs = [make_run("lion", 1, group="short"), make_run("adamw", 1, group="long")]
+    with pytest.raises(Incomparable, match=r"2 groups: long \(1 runs\); short \(1 runs\)"):
+        compare(runs)
+    mixed = compare(runs, unlike=True)
+    assert mixed.remarks[0].startswith("UNLIKE RUNS")
+
+
+def test_unlike_settings_in_one_group_are_refused_by_name(make_run):
+    runs = [
+        make_run("lion", 1),
+        make_run("adamw", 1, config={"recipe": {"monitor": "val/loss", "mode": "min", "smoothing": 0.1}}),
+    ]
+    with pytest.raises(Incomparable, match=r"recipe\.smoothing is missing \(r-lion-s1\) and 0\.1 \(r-adamw-s1\)"):
+        compare(runs)
+
+
+def test_a_different_validation_text_is_refused(make_run):
+    entropy = [[{"trainer/global_step": 0, "data/unigram_entropy": value}] for value in (5.9, 5.8)]
+    runs = [make_run("lion", 1, rows=entropy[0]), make_run("adamw", 1, rows=entropy[1])]
+    with pytest.raises(Incomparable, match=r"unigram entropy 5\.8, 5\.9"):
+        compare(runs)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"run_dir": "elsewhere"},
+        {"logger": {"mode": "online"}},
+        {"schedule": {"name": "linear"}},
+        {"guard": {"warmup_steps": 3}},
+        {"optim": {"name": "adamw", "lr": 7.0}},
+    ],
+    ids=str,
+)
+def test_optimizer_schedule_guard_and_names_may_differ(make_run, config):
+    compare([make_run("lion", 1), make_run("adamw", 1, config=config)])
+
+
+def test_settings_of_one_optimizer_become_variants_of_it(make_run):
+    runs = [
+        make_run("lion", seed, config={"optim": {"name": "lion", "lr": lr, "betas": [0.9, 0.99]}})
+        for lr in (3e-4, 4e-5)
+        for seed in (1, 2)
+    ] + [make_run("adamw", 1)]
+    labels = [outcome.label for outcome in compare(runs).outcomes]
+    assert labels == ["lion (lr 0.0003)", "lion (lr 4e-05)", "adamw"]
+
+
+def test_what_is_compared_can_be_named(make_run):
+    sizes = [
+        make_run("lion", 1, group=f"g{size}", config={"data": {"name": "d", "batch_size": size}}) for size in (8, 64)
+    ]
+    with pytest.raises(Incomparable):
+        compare(sizes)
+    labels = [outcome.label for outcome in compare(sizes, by=["data.batch_size"]).outcomes]
+    assert labels == ["lion (batch_size 8)", "lion (batch_size 64)"]
+
+
+def test_a_metric_that_is_not_there_names_those_that_are(make_run):
+    with pytest.raises(Incomparable, match=r"no run has logged val/nothing; there are: .*val/loss"):
+        compare([make_run()], metric="val/nothing")
+    with pytest.raises(Incomparable, match="name it with --metric"):
+        compare([make_run(config={"recipe": {}})])
+
+
+def test_bands_are_means_over_seeds_at_the_steps_they_share(make_run):
+    runs = [make_run("lion", 1, [4.0, 2.0, 1.0]), make_run("lion", 2, [6.0, 4.0])]
+    comparison = compare(runs)
+    band = comparison.band(comparison.outcome("lion"), "seconds")
+    assert band.x.tolist() == [5.0, 10.0]
+    assert band.mean.tolist() == [5.0, 3.0]
+    assert band.std == pytest.approx([math.sqrt(2)] * 2)
+    assert len(band.finished) == 2
+
+
+def test_guard_events_lie_on_the_curve(make_run):
+    events = [{"trainer/global_step": step, "guard/events": count} for step, count in ((4, 0.0), (14, 1.0))]
+    comparison = compare([make_run("lion", 1, [3.0, 1.0], rows=events)])
+    assert comparison.band(comparison.outcomes[0]).events == [(15.0, 2.0)]
+    assert comparison.outcomes[0].guard_events == 1
+
+
+def test_costs_are_means_of_what_was_logged(make_run):
+    rows = [{"trainer/global_step": 29, "perf/peak_memory_gib": 2.0, "perf/bytes_per_parameter": 8.0}]
+    costs = compare([make_run("lion", 1, rows=rows), make_run("lion", 2)]).outcomes[0].costs
+    assert costs == {"step_ms": 500.0, "peak_memory_gib": 2.0, "bytes_per_parameter": 8.0}

@@ -1,0 +1,123 @@
+"""What a reader is told: sentence, tables, files."""
+
+import csv
+import io
+
+import pytest
+from rich.console import Console
+
+from lion_lightning.tracking import figures, page, report
+from lion_lightning.tracking.compare import compare
+
+
+@pytest.fixture
+def comparison(make_run):
+    runs = [make_run("lion", seed, [4.0, 3.0 + seed / 100]) for seed in (1, 2, 3)]
+    runs += [make_run("adamw", seed, [3.0, 2.0 + seed / 100]) for seed in (1, 2, 3)]
+    events = [{"trainer/global_step": 12, "guard/events": 1.0}]
+    runs.append(make_run("lion", 4, [9.0], state="failed", exit_code=42, rows=events))
+    return compare(runs)
+
+
+def shown(comparison, width):
+    stream = io.StringIO()
+    report.show(comparison, Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+def test_the_verdict_says_who_by_how_much_and_how_surely(comparison, make_run):
+    sentence = report.verdict(comparison)
+    assert sentence.startswith(
+        "val/loss (less is better): adamw is best with 2.0200 ± 0.0100 over 3 seeds, 1.0000 ahead"
+    )
+    assert "the next, lion; Welch's p < 0.001" in sentence
+    one = report.verdict(compare([make_run("lion", 1), make_run("adamw", 1, [5.0])]))
+    assert "lion is best" in one
+    assert "fewer than two seeds" in one
+    assert "nothing to compare it with" in report.verdict(compare([make_run("lion", 1)]))
+    running = compare([make_run("lion", 1, state="running", exit_code=None)])
+    assert "there is no result yet" in report.verdict(running)
+
+
+def test_a_difference_that_may_be_chance_is_called_so(make_run):
+    runs = [
+        make_run(name, seed, [value])
+        for name, values in (("lion", (1.0, 3.0)), ("adamw", (1.5, 3.1)))
+        for seed, value in enumerate(values)
+    ]
+    assert "that may be chance (Welch's p = 0." in report.verdict(compare(runs))
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_tables_fit_the_terminal(comparison, width):
+    lines = shown(comparison, width).splitlines()
+    assert max(map(len, lines)) <= width
+    rows = [line.split() for line in lines if line.strip().startswith(("lion", "adamw"))]
+    assert rows[1][:1] == ["lion"]
+    assert "3.0200" in rows[1]
+    assert "+1.0000" in rows[1]
+    assert "…" not in shown(comparison, width), "a number is cut off"
+
+
+def test_what_does_not_count_is_named_with_its_state(comparison):
+    (line,) = report.unfinished_lines(comparison)
+    assert line == "r-lion-s4 is failed with code 42 at step 13 of 40, val/loss 9.0000: not counted (outputs/lion-4)"
+    assert " ".join(shown(comparison, 200).split()).count("failed") == 2, "in the table and in words"
+
+
+def test_markdown_holds_all_of_it(comparison):
+    text = report.markdown(comparison, "python scripts/compare.py x", "2026-01-02", ["a.png"], ["not read: y"])
+    assert "| **adamw** |" in text
+    assert "| lion | 3 + 1 failed | 3.0200 ± 0.0100 |" in text
+    assert "![a](a.png)" in text
+    assert "- not read: y" in text
+    assert "7 runs, 2026-01-02, on Abacus, 2 cores" in text
+    assert "python scripts/compare.py x" in text
+
+
+def test_numbers_come_as_csv(comparison, tmp_path):
+    report.write_runs_csv(comparison, tmp_path / "runs.csv")
+    rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert len(rows) == 7
+    assert {(row["optimizer"], row["state"], row["counted"]) for row in rows} >= {("lion", "failed", "False")}
+    adamw = next(row for row in rows if row["optimizer"] == "adamw" and row["seed"] == "2")
+    assert (float(adamw["best"]), float(adamw["seconds"]), float(adamw["lr"])) == (2.02, 10.0, 1e-3)
+    report.write_curves_csv(comparison, ["val/loss"], tmp_path / "curves.csv")
+    curves = list(csv.DictReader((tmp_path / "curves.csv").open()))
+    assert len(curves) == 13
+    assert curves[0] == {
+        "optimizer": "lion", "seed": "1", "id": "lion12026-01-01T00:00:00Z", "metric": "val/loss", "steps": "10.0",
+        "samples": "640.0", "tokens": "", "seconds": "5.0", "energy": "", "value": "4.0",
+    }  # fmt: skip
+
+
+def test_a_picture_for_every_axis_that_was_logged(comparison, tmp_path):
+    files = figures.write_pictures(comparison, tmp_path)
+    assert [file.name for file in files] == ["val_loss-steps.png", "val_loss-samples.png", "val_loss-seconds.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    assert figures.write_picture(comparison, tmp_path / "none.png", metric="nothing") == 0
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_more_variants_than_colours_are_told_apart_by_dashes():
+    assert len({figures.style_of(number) for number in range(28)}) == 28
+
+
+def test_the_page_asks_the_network_for_nothing(comparison, tmp_path):
+    metrics = page.write_page(comparison, tmp_path / "compare.html", "python x <y>", "2026-01-02")
+    text = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    ours = text.split("<script>", 1)[0] + text.rsplit("</script>", 2)[-2]
+    assert metrics[0] == "val/loss"
+    for loading in ("src=", "href=", "@import", "url(", "fetch(", "http"):
+        assert loading not in ours
+    assert "prefers-color-scheme: dark" in ours
+    assert "python x &lt;y&gt;" in text
+
+
+def test_the_page_survives_not_a_number_and_hostile_names(make_run, tmp_path):
+    hostile = "</script><script>alert(1)</script>"
+    run = make_run("lion", 1, [3.0, 2.0], rows=[{"trainer/global_step": 25, "val/loss": "NaN"}])
+    page.write_page(compare([run, make_run(hostile, 1)]), tmp_path / "compare.html", "x", "y")
+    text = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert hostile not in text
+    assert "[3.0, 2.0, null]" in text.replace("3.0,2.0,null", "3.0, 2.0, null")
