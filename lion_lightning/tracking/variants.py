@@ -12,7 +12,7 @@ COMPARED = ("optim", "schedule", "guard")
 # ... and what says nothing about the result: names, places, how often something is logged.
 BESIDE_THE_POINT = (
     "seed", "data.seed", "run_dir", "run_name", "group", "resume", "export", "logger", "data.cache_dir",
-    "data.num_workers", "trainer.log_every_n_steps", "trainer.name", "debug",
+    "data.num_workers", "trainer.log_every_n_steps", "trainer.name", "debug", "checkpoint", "guard.trace",
 )  # fmt: skip
 YARDSTICK = "data/unigram_entropy"
 SHOWN_DIFFERENCES = 6
@@ -51,7 +51,7 @@ def check_alike(runs: Sequence[Run], by: Sequence[str] = ()) -> None:
             f"the runs belong to {len(groups)} groups: {'; '.join(counts)}. Name one with --group, compare each for "
             "itself with --each-group, say what is compared with --by, or mix them with --unlike"
         )
-    unlike = _differences(runs, (*COMPARED, *BESIDE_THE_POINT, *by, *(["data"] if "data.name" in by else [])))
+    unlike = _differences(runs, (*COMPARED, *by))
     if unlike:
         shown = "; ".join(f"{key} is {_values(values)}" for key, values in list(unlike.items())[:SHOWN_DIFFERENCES])
         more = f"; and {len(unlike) - SHOWN_DIFFERENCES} more keys" if len(unlike) > SHOWN_DIFFERENCES else ""
@@ -106,6 +106,8 @@ def _of_one_seed(tries: list[Run]) -> tuple[Run, bool]:
     first = earlier[-1]
     start = min(row.get("trainer/global_step", 0) for row in last.history)
     kept = [row for row in first.history if row.get("trainer/global_step", 0) < start]
+    if not kept:  # `resume=auto` that found nothing to go on from
+        return last, False
     spent = max((row.get("perf/seconds", 0.0) for row in kept), default=0.0)
     shifted = [
         {**row, "perf/seconds": row["perf/seconds"] + spent} if "perf/seconds" in row else row for row in last.history
@@ -126,10 +128,11 @@ def _labels(runs: Sequence[Run], settings: Sequence[Mapping[str, Any]], by: Sequ
 
 
 def _flat(run: Run, kept: Collection[str] = (), by: Sequence[str] = ()) -> dict[str, str]:
-    """The configuration below `kept` (all of it where that is empty) by dotted keys, and the keys of `by`."""
+    """By dotted keys: the configuration below `kept` (all of it where that is empty), and the keys of `by`."""
     flat = dict(_leaves(run.config))
     if kept:
-        flat = {key: value for key, value in flat.items() if _is_below(key, kept) and not key.endswith("_target_")}
+        flat = {key: value for key, value in flat.items() if _is_below(key, kept)}
+    flat = {key: value for key, value in flat.items() if not _is_below(key, BESIDE_THE_POINT)}
     return {**flat, **{key: run.setting(key) for key in by}}
 
 

@@ -157,6 +157,7 @@ def test_a_different_validation_text_is_refused(make_run):
         {"logger": {"mode": "online"}},
         {"schedule": {"name": "linear"}},
         {"guard": {"warmup_steps": 3}},
+        {"checkpoint": {"keep": 3}},
         {"optim": {"name": "adamw", "lr": 7.0}},
     ],
     ids=str,
@@ -173,6 +174,11 @@ def test_settings_of_one_optimizer_become_variants_of_it(make_run):
     ] + [make_run("adamw", 1)]
     labels = [outcome.label for outcome in compare(runs).outcomes]
     assert labels == ["lion (lr 0.0003)", "lion (lr 4e-05)", "adamw"]
+
+
+def test_files_of_a_run_make_no_variant(make_run):
+    runs = [make_run("lion", seed, config={"guard": {"trace": f"outputs/{seed}/guard.csv"}}) for seed in (1, 2)]
+    assert [outcome.label for outcome in compare(runs).outcomes] == ["lion"]
 
 
 def test_what_is_compared_can_be_named(make_run):
