@@ -1,0 +1,180 @@
+"""A run that is stopped by a real signal and resumed ends where the run that was never stopped does, bit for bit.
+
+Every case trains once without a stop and once with the stops it names, and compares everything that the last
+checkpoints hold (weights, momentum, schedules, warm-up, counters) and every metric. `make test-resume` runs all of
+them; `make test` the first of each kind.
+"""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+
+import lion_lightning.training.run as run_module
+from lion_lightning.training.checkpoint_io import load
+from lion_lightning.training.signals import TrainingInterrupted
+
+WHOLE = os.environ.get("LION_LIGHTNING_WHOLE_MATRIX") == "1"
+STEPS, STEPS_PER_EPOCH, VALIDATION_INTERVAL, WARMUP_STEPS, BATCH = 12, 6, 4, 5, 16
+Compose = Callable[..., Any]
+
+DIGITS = (
+    "recipe=image_classification", "logger=none", "export=false", f"data.batch_size={BATCH}",
+    f"data.limit_train_samples={BATCH * STEPS_PER_EPOCH}", f"trainer.max_steps={STEPS}",
+    f"trainer.val_check_interval={VALIDATION_INTERVAL}",
+    "model.config.num_hidden_layers=1", "model.config.hidden_size=32", "model.config.num_attention_heads=2",
+    "model.config.intermediate_size=32", "model.config.hidden_dropout_prob=0.1", "trainer.log_every_n_steps=1",
+)  # fmt: skip
+GUARD = (f"guard.warmup_steps={WARMUP_STEPS}",)
+ACCUMULATED = ("trainer.accumulate_grad_batches=2", f"data.limit_train_samples={2 * BATCH * STEPS_PER_EPOCH}")
+BERT = (
+    "recipe=bert_mlm", "data=text_files", "data.path=PROSE", "data.sequence_length=16", "data.vocab_size=300",
+    "data.val_fraction=0.5", "model=bert_tiny", "model.config.num_hidden_layers=1", "model.config.hidden_size=32",
+    "model.config.intermediate_size=32", "model.config.hidden_dropout_prob=0.1",
+    *(setting for setting in DIGITS if setting.startswith(("logger", "export", "data.", "trainer."))),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """Where a run is stopped, and what kind of run it is."""
+
+    name: str
+    stops: tuple[int, ...]
+    settings: tuple[str, ...] = ()
+    base: tuple[str, ...] = DIGITS
+    guard: tuple[str, ...] = GUARD
+    in_validation: bool = False
+
+
+CASES = [
+    Case("step 1", (1,)),
+    Case("epoch's last batch", (STEPS_PER_EPOCH,)),
+    Case("twice in one epoch, once before a validation", (7, 8)),
+    Case("in validation", (4,), in_validation=True),
+    Case("accumulation", (3,), ACCUMULATED),
+    Case("2 workers", (5,), ("data.num_workers=2",)),
+    Case("bf16, 16-bit weights, int8 momentum", (5,),
+         ("trainer.precision=bf16-true", "optim.weight_bits=16", "optim.momentum_dtype=int8")),
+]  # fmt: skip
+CASES_OF_THE_WHOLE = [
+    Case("in warm-up", (3,)),
+    Case("before the first validation", (4,)),
+    Case("epoch's first batch", (STEPS_PER_EPOCH + 1,)),
+    Case("mid-epoch", (9,)),
+    Case("one step before the end", (11,)),
+    Case("after every step", tuple(range(1, STEPS))),
+    Case("in two validations", (4, 8), in_validation=True),
+    Case("accumulation, before a validation", (4,), ACCUMULATED),
+    Case("accumulation, twice", (1, 7), ACCUMULATED),
+    Case("accumulation, 2 workers", (5,), (*ACCUMULATED, "data.num_workers=2")),
+    Case("2 workers, in validation", (8,), ("data.num_workers=2",), in_validation=True),
+    Case("no guard", (5,), guard=("guard=none",)),
+    Case("bf16, 32-bit weights", (5,), ("trainer.precision=bf16-true",)),
+    Case("bf16, 24-bit weights", (5,), ("trainer.precision=bf16-true", "optim.weight_bits=24")),
+    Case("fp32, bf16 momentum", (5,), ("optim.momentum_dtype=bfloat16",)),
+    Case("fp32, int8 momentum", (5,), ("optim.momentum_dtype=int8",)),
+    Case("bf16-mixed", (5,), ("trainer.precision=bf16-mixed",)),
+    Case("gradient clipping", (5,), ("trainer.gradient_clip_val=0.1",)),
+    Case("AdamW", (5,), ("optim=adamw",)),
+    Case("SIGNUM", (5,), ("optim=signum",)),
+    Case("Adafactor", (5,), ("optim=adafactor",)),
+    Case("SGD", (5,), ("optim=sgd",)),
+    Case("written in the background", (5, 8), ("checkpoint.background=true", "checkpoint.every_n_steps=1")),
+    Case("BERT, mid-epoch", (5,), base=BERT),
+    Case("BERT, before a validation", (8,), base=BERT),
+    Case("BERT, in validation", (8,), base=BERT, in_validation=True),
+]
+
+
+class Recorder(Callback):
+    """Keeps every metric of every step, and stops the run by a signal to this process."""
+
+    def __init__(self, stops: set[int], in_validation: bool) -> None:
+        self.stops, self.in_validation = stops, in_validation
+        self.metrics: dict[tuple[str, int], dict[str, float]] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        key = ("train", trainer.fit_loop.total_batch_idx)
+        self.metrics[key] = {"loss": float(outputs["loss"]), "first sample": int(batch["sample"][0])}
+        step_is_done = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if step_is_done and not self.in_validation:
+            self._stop_at(trainer.global_step)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self.in_validation:
+            self._stop_at(trainer.global_step)
+
+    def on_validation_end(self, trainer: Trainer, module: Any) -> None:
+        shown = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        self.metrics["validation", trainer.global_step] = shown
+
+    def _stop_at(self, step: int) -> None:
+        if step in self.stops:
+            self.stops.discard(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def train(
+    compose: Compose, prose: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[dict[str, Any], dict[tuple[str, int], dict[str, float]]]]:
+    """Train a case to its end, with its stops or without, and return the last checkpoint and all metrics."""
+    build = run_module.progress
+
+    def trained(case: Case, folder: Path, stops: set[int]) -> tuple[dict[str, Any], dict[Any, Any]]:
+        recorder = Recorder(set(stops), case.in_validation)
+        monkeypatch.setattr(run_module, "progress", lambda *arguments: [recorder, *build(*arguments)])
+        settings = [setting.replace("PROSE", str(prose)) for setting in (*case.base, *case.guard, *case.settings)]
+        for _ in stops:
+            with pytest.raises(TrainingInterrupted) as stopped:
+                run_module.run(compose(*settings, f"run_dir={folder}", "resume=auto"))
+            assert stopped.value.code == 143
+        run_module.run(compose(*settings, f"run_dir={folder}", "resume=auto"))
+        assert not recorder.stops, "a stop was never reached"
+        return load(folder / "checkpoints/last.ckpt"), recorder.metrics
+
+    return trained
+
+
+def comparable(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """`checkpoint` without what says nothing about the run."""
+    # How many validation batches were ever begun; one that a stop cut off was begun twice.
+    del checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
+    for optimizer in checkpoint["optimizer_states"]:
+        for group in optimizer["param_groups"]:
+            group.pop("differentiable", None)  # torch adds this option, False, whenever it loads a state
+    return checkpoint
+
+
+def differences(left: Any, right: Any, where: str = "") -> list[str]:
+    """What is not the same in every bit."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        missing = [f"{where}[{key!r}] is there once" for key in left.keys() ^ right.keys()]
+        both = [key for key in left if key in right]
+        return missing + [line for key in both for line in differences(left[key], right[key], f"{where}[{key!r}]")]
+    if isinstance(left, list | tuple) and len(left) == len(right):
+        pairs = enumerate(zip(left, right, strict=True))
+        return [line for index, (one, two) in pairs for line in differences(one, two, f"{where}[{index}]")]
+    if isinstance(left, torch.Tensor):
+        same = left.dtype == right.dtype and left.shape == right.shape
+        return [] if same and torch.equal(left, right) else [f"{where}: {left.dtype} tensors differ"]
+    return [] if type(left) is type(right) and (left == right or left != left) else [f"{where}: {left!r} != {right!r}"]
+
+
+@pytest.mark.parametrize("case", CASES + (CASES_OF_THE_WHOLE if WHOLE else []), ids=lambda case: case.name)
+def test_a_resumed_run_equals_the_uninterrupted_one_in_every_bit(
+    train: Callable[..., Any], tmp_path: Path, case: Case
+) -> None:
+    whole, whole_metrics = train(case, tmp_path / "whole", set())
+    parts, parts_metrics = train(case, tmp_path / "parts", set(case.stops))
+    assert whole["global_step"] == parts["global_step"] == STEPS
+    assert [key for key in whole_metrics if key[0] == "validation"] == [("validation", 4 * n) for n in (1, 2, 3)]
+    assert not differences(whole_metrics, parts_metrics)
+    assert not differences(comparable(whole), comparable(parts))
