@@ -22,7 +22,7 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { BLOCK = 256, HALF = BLOCK / 2, CHUNK = 65536, AHEAD = 2, CACHE_LINE_BYTES = 64 };
+enum { BLOCK = 256, HALF = BLOCK / 2, LANES = 16, CHUNK = 65536, AHEAD = 2, CACHE_LINE_BYTES = 64 };
 enum { FLOAT32, FLOAT64, BFLOAT16, INT8 };
 enum { CAUTIOUS = 1, SKIP_NONFINITE = 2 };
 enum { UNMOVED, ZERO, AGREE, MOMENTUM_SQUARED, WEIGHT_SQUARED, NEAR_BOUND, DECAY, NONFINITE, FLIPPED, STATISTICS };
@@ -55,25 +55,25 @@ typedef struct {
 
 #include "storage.c"
 
-/* The rule of rule.py on one block of `count` elements, with zeros up to `length`; u stays a NaN where c is one. */
+/* The rule of rule.py on one block of `count` elements, filled up with zeros; u stays a NaN where c is one. */
 #define DEFINE_RULE(real, name)                                                                                      \
-    INLINE void name(const Task *task, int count, int length, const real *weight, const real *grad,                  \
-                     const real *momentum, real *new_weight, real *new_momentum, real *update) {                     \
+    INLINE void name(const Task *task, int count, const real *weight, const real *grad, const real *momentum,        \
+                     real *new_weight, real *new_momentum, real *update) {                                           \
         const real lr = (real)task->lr, decay = (real)task->weight_decay;                                            \
         const real beta1 = (real)task->beta1, rest1 = (real)task->rest1;                                             \
         const real beta2 = (real)task->beta2, rest2 = (real)task->rest2;                                             \
-        for (int i = 0; i < length; i++) {                                                                           \
+        for (int i = 0; i < BLOCK; i++) {                                                                            \
             real mixed = beta1 * momentum[i] + rest1 * grad[i];                                                      \
             update[i] = mixed > 0 ? 1 : mixed < 0 ? -1 : mixed == 0 ? 0 : mixed;                                     \
         }                                                                                                            \
         if (task->flags & CAUTIOUS) {                                                                                \
             int shared = 0;                                                                                          \
-            for (int i = 0; i < length; i++) shared += update[i] * grad[i] > 0;                                      \
+            for (int i = 0; i < BLOCK; i++) shared += update[i] * grad[i] > 0;                                       \
             real factor = (real)count / (real)shared;                                                                \
             factor = factor > CAUTIOUS_LIMIT ? CAUTIOUS_LIMIT : factor;                                              \
-            for (int i = 0; i < length; i++) update[i] *= update[i] * grad[i] > 0 ? factor : 0;                      \
+            for (int i = 0; i < BLOCK; i++) update[i] *= update[i] * grad[i] > 0 ? factor : 0;                       \
         }                                                                                                            \
-        for (int i = 0; i < length; i++) {                                                                           \
+        for (int i = 0; i < BLOCK; i++) {                                                                            \
             new_weight[i] = weight[i] - lr * (decay * weight[i] + update[i]);                                        \
             new_momentum[i] = beta2 * momentum[i] + rest2 * grad[i];                                                 \
         }                                                                                                            \
@@ -82,57 +82,67 @@ typedef struct {
 DEFINE_RULE(float, rule_float)
 DEFINE_RULE(double, rule_double)
 
-/* The rule where all numbers are finite and there is no caution. Returns the largest magnitude met, as a pattern. */
+/* The rule where all numbers are finite and there is no caution. Returns the largest magnitude met, as a pattern; that
+   of the momentum is left in `peak`. */
 INLINE uint32_t rule_plain(const Task *task, const float *weight, const float *grad, const float *momentum,
-                           float *new_weight, float *new_momentum, float *update) {
+                           float *new_weight, float *new_momentum, float *update, uint32_t *peak) {
     const float lr = (float)task->lr, decay = (float)task->weight_decay;
     const float beta1 = (float)task->beta1, rest1 = (float)task->rest1;
     const float beta2 = (float)task->beta2, rest2 = (float)task->rest2;
-    uint32_t largest = 0;
+    uint32_t largest = 0, tallest = 0;
     for (int i = 0; i < BLOCK; i++) {
         float mixed = beta1 * momentum[i] + rest1 * grad[i];
         update[i] = mixed == 0 ? 0 : number((pattern(mixed) & SIGN_BIT) | ONE_PATTERN);
         new_weight[i] = weight[i] - lr * (decay * weight[i] + update[i]);
         new_momentum[i] = beta2 * momentum[i] + rest2 * grad[i];
         uint32_t magnitude = (pattern(mixed) | pattern(new_weight[i])) & ~SIGN_BIT; /* at least the larger one */
+        uint32_t height = pattern(new_momentum[i]) & ~SIGN_BIT;
         largest = magnitude > largest ? magnitude : largest;
+        tallest = height > tallest ? height : tallest;
     }
+    *peak = tallest;
     return largest;
 }
 
-/* Sums of a chunk by place in the block; two counts share an integer. */
-#define DEFINE_OBSERVE(real, Lanes, name, add, magnitude)                                                            \
-    typedef struct {                                                                                                 \
-        uint32_t unmoved_zero[BLOCK], agree_near[BLOCK];                                                             \
-        real momentum_squared[BLOCK], weight_squared[BLOCK], decay[BLOCK];                                           \
-    } Lanes;                                                                                                         \
-    /* What telemetry.py counts; `stored` is the new weight after rounding to its storage. */                        \
-    INLINE void name(const Task *task, int count, Lanes *lanes, const real *weight, const real *grad,                \
-                     const real *momentum, const real *stored, const real *new_momentum, const real *update) {       \
+/* Sums of a chunk by place in the block, so that none has to be added across a vector before the end. */
+typedef struct {
+    int32_t unmoved[LANES], zero[LANES], agree[LANES], near_bound[LANES];
+    double momentum_squared[LANES], weight_squared[LANES], decay[LANES];
+} Lanes;
+
+INLINE void add_lanes(const Lanes *lanes, double *row) {
+    for (int i = 0; i < LANES; i++) {
+        row[UNMOVED] += lanes->unmoved[i], row[ZERO] += lanes->zero[i];
+        row[AGREE] += lanes->agree[i], row[NEAR_BOUND] += lanes->near_bound[i];
+        row[MOMENTUM_SQUARED] += lanes->momentum_squared[i], row[WEIGHT_SQUARED] += lanes->weight_squared[i];
+        row[DECAY] += lanes->decay[i];
+    }
+}
+
+/* What telemetry.py counts; `stored` is the new weight after rounding to its storage. */
+#define DEFINE_OBSERVE(real, name, magnitude)                                                                        \
+    INLINE void name(const Task *task, Lanes *lanes, const real *weight, const real *grad, const real *momentum,     \
+                     const real *stored, const real *new_momentum, const real *update) {                             \
         const real lr = (real)task->lr, bound = (real)(BOUND_SHARE / task->weight_decay);                            \
-        for (int i = 0; i < count; i++) {                                                                            \
-            uint32_t unmoved_zero = lanes->unmoved_zero[i], agree_near = lanes->agree_near[i];                       \
-            unmoved_zero = stored[i] == weight[i] ? unmoved_zero + 1 : unmoved_zero;                                 \
-            lanes->unmoved_zero[i] = update[i] == 0 ? unmoved_zero + 0x10000u : unmoved_zero;                        \
-            agree_near = momentum[i] * grad[i] > 0 ? agree_near + 1 : agree_near;                                    \
-            lanes->agree_near[i] = magnitude(weight[i]) > bound ? agree_near + 0x10000u : agree_near;                \
-            lanes->momentum_squared[i] += new_momentum[i] * new_momentum[i];                                         \
-            lanes->weight_squared[i] += weight[i] * weight[i];                                                       \
-            lanes->decay[i] += (weight[i] - stored[i] - lr * update[i]) * weight[i];                                 \
+        int32_t unmoved[LANES] = {0}, zero[LANES] = {0}, agree[LANES] = {0}, near_bound[LANES] = {0};                \
+        real momentum_squared[LANES] = {0}, weight_squared[LANES] = {0}, decay[LANES] = {0};                         \
+        for (int start = 0; start < BLOCK; start += LANES)                                                           \
+            for (int lane = 0; lane < LANES; lane++) {                                                               \
+                int i = start + lane;                                                                                \
+                unmoved[lane] = stored[i] == weight[i] ? unmoved[lane] + 1 : unmoved[lane];                          \
+                zero[lane] = update[i] == 0 ? zero[lane] + 1 : zero[lane];                                           \
+                agree[lane] = momentum[i] * grad[i] > 0 ? agree[lane] + 1 : agree[lane];                             \
+                near_bound[lane] = magnitude(weight[i]) > bound ? near_bound[lane] + 1 : near_bound[lane];           \
+                momentum_squared[lane] += new_momentum[i] * new_momentum[i];                                         \
+                weight_squared[lane] += weight[i] * weight[i];                                                       \
+                decay[lane] += (weight[i] - stored[i] - lr * update[i]) * weight[i];                                 \
+            }                                                                                                        \
+        for (int lane = 0; lane < LANES; lane++) {                                                                   \
+            lanes->unmoved[lane] += unmoved[lane], lanes->zero[lane] += zero[lane];                                  \
+            lanes->agree[lane] += agree[lane], lanes->near_bound[lane] += near_bound[lane];                          \
+            lanes->momentum_squared[lane] += momentum_squared[lane];                                                 \
+            lanes->weight_squared[lane] += weight_squared[lane], lanes->decay[lane] += decay[lane];                  \
         }                                                                                                            \
-    }                                                                                                                \
-    INLINE void add(const Lanes *lanes, double *row) {                                                               \
-        uint32_t unmoved = 0, zero = 0, agree = 0, near_bound = 0;                                                   \
-        double momentum_squared = 0, weight_squared = 0, decay = 0;                                                  \
-        _Pragma("omp simd reduction(+ : unmoved, zero, agree, near_bound, momentum_squared, weight_squared, decay)") \
-        for (int i = 0; i < BLOCK; i++) {                                                                            \
-            unmoved += lanes->unmoved_zero[i] & 0xFFFF, zero += lanes->unmoved_zero[i] >> 16;                        \
-            agree += lanes->agree_near[i] & 0xFFFF, near_bound += lanes->agree_near[i] >> 16;                        \
-            momentum_squared += lanes->momentum_squared[i], weight_squared += lanes->weight_squared[i];              \
-            decay += lanes->decay[i];                                                                                \
-        }                                                                                                            \
-        row[UNMOVED] += unmoved, row[ZERO] += zero, row[AGREE] += agree, row[NEAR_BOUND] += near_bound;              \
-        row[MOMENTUM_SQUARED] += momentum_squared, row[WEIGHT_SQUARED] += weight_squared, row[DECAY] += decay;       \
     }                                                                                                                \
     INLINE void flips_##real(const Task *task, int64_t start, int count, int paired, double *row,                    \
                              const real *update) {                                                                   \
@@ -145,30 +155,35 @@ INLINE uint32_t rule_plain(const Task *task, const float *weight, const float *g
         }                                                                                                            \
     }
 
-DEFINE_OBSERVE(float, FloatLanes, observe_float, add_float, fabsf)
-DEFINE_OBSERVE(double, DoubleLanes, observe_double, add_double, fabs)
+DEFINE_OBSERVE(float, observe_float, fabsf)
+DEFINE_OBSERVE(double, observe_double, fabs)
 
 /* Does the rule over again where something is not finite, or with caution. Returns the number of such gradients. */
 INLINE int step_carefully(const Task *task, int count, float *weight, const float *grad, const float *momentum,
-                          float *new_weight, float *new_momentum, float *update) {
+                          float *new_weight, float *new_momentum, float *update, uint32_t *peak) {
     const int joined = task->param_type == BFLOAT16 && task->weight_bits != 16;
     int nonfinite = 0;
     for (int i = 0; i < BLOCK; i++) {
         if (joined) weight[i] = number(mended(pattern(weight[i])));
         nonfinite += (pattern(grad[i]) & INFINITY_PATTERN) == INFINITY_PATTERN;
     }
-    rule_float(task, count, BLOCK, weight, grad, momentum, new_weight, new_momentum, update);
+    rule_float(task, count, weight, grad, momentum, new_weight, new_momentum, update);
     if (nonfinite && task->flags & SKIP_NONFINITE)
         for (int i = 0; i < BLOCK; i++)
             if ((pattern(grad[i]) & INFINITY_PATTERN) == INFINITY_PATTERN)
                 new_weight[i] = weight[i], new_momentum[i] = momentum[i], update[i] = 0;
     if (task->param_type == BFLOAT16)
         for (int i = 0; i < BLOCK; i++) new_weight[i] = number(ordinary(pattern(new_weight[i])));
+    *peak = 0;
+    for (int i = 0; i < BLOCK; i++) {
+        uint32_t height = pattern(new_momentum[i]) & ~SIGN_BIT;
+        *peak = height > *peak ? height : *peak;
+    }
     return nonfinite;
 }
 
 /* Returns the number of elements whose gradient is not finite. */
-INLINE int block_float(const Task *task, const Block *block, int64_t start, int count, FloatLanes *lanes, double *row) {
+INLINE int block_float(const Task *task, const Block *block, int64_t start, int count, Lanes *lanes, double *row) {
     const int paired = task->param_type != FLOAT32 || task->grad_type != FLOAT32 || task->exp_avg_type != FLOAT32;
     float weight[BLOCK], grad[BLOCK], momentum[BLOCK], new_weight[BLOCK], new_momentum[BLOCK], update[BLOCK];
     uint32_t random[BLOCK];
@@ -181,9 +196,11 @@ INLINE int block_float(const Task *task, const Block *block, int64_t start, int 
     if (task->grad_scale != 1)
         for (int i = 0; i < BLOCK; i++) grad[i] *= (float)task->grad_scale;
     int nonfinite = 0;
-    uint32_t largest = rule_plain(task, weight, grad, momentum, new_weight, new_momentum, update);
+    uint32_t peak;
+    uint32_t largest = rule_plain(task, weight, grad, momentum, new_weight, new_momentum, update, &peak);
     int careful = largest > BFLOAT16_MAX_PATTERN || task->flags & CAUTIOUS;
-    if (careful) nonfinite = step_carefully(task, count, weight, grad, momentum, new_weight, new_momentum, update);
+    if (careful)
+        nonfinite = step_carefully(task, count, weight, grad, momentum, new_weight, new_momentum, update, &peak);
     if ((task->param_type == BFLOAT16 && task->weight_bits != 32) || task->exp_avg_type == INT8)
         draw(task, start, random);
     encode_weight(task, block, paired, new_weight, random);
@@ -192,9 +209,9 @@ INLINE int block_float(const Task *task, const Block *block, int64_t start, int 
     else if (task->exp_avg_type == BFLOAT16)
         encode_bfloat16(block->exp_avg, new_momentum, careful);
     else
-        quantize(block, count, new_momentum, random);
+        quantize(block, count, new_momentum, peak, random);
     if (row) {
-        observe_float(task, BLOCK, lanes, weight, grad, momentum, new_weight, new_momentum, update);
+        observe_float(task, lanes, weight, grad, momentum, new_weight, new_momentum, update);
         flips_float(task, start, count, paired, row, update);
         row[UNMOVED] -= BLOCK - count, row[ZERO] -= BLOCK - count;
     }
@@ -202,30 +219,34 @@ INLINE int block_float(const Task *task, const Block *block, int64_t start, int 
 }
 
 /* float64 parameters, whose gradient and momentum are float64 too. */
-INLINE int block_double(const Task *task, int64_t start, int count, DoubleLanes *lanes, double *row) {
-    double *weight = (double *)task->param + start, *momentum = (double *)task->exp_avg + start;
-    double grad[BLOCK], new_weight[BLOCK], new_momentum[BLOCK], update[BLOCK];
+INLINE int block_double(const Task *task, int64_t start, int count, Lanes *lanes, double *row) {
+    double *param = (double *)task->param + start, *exp_avg = (double *)task->exp_avg + start;
+    double weight[BLOCK] = {0}, grad[BLOCK] = {0}, momentum[BLOCK] = {0};
+    double new_weight[BLOCK], new_momentum[BLOCK], update[BLOCK];
     int nonfinite = 0;
+    memcpy(weight, param, 8 * (size_t)count);
+    memcpy(momentum, exp_avg, 8 * (size_t)count);
     for (int i = 0; i < count; i++) {
         grad[i] = ((const double *)task->grad)[start + i] * task->grad_scale;
         nonfinite += !isfinite(grad[i]);
     }
-    rule_double(task, count, count, weight, grad, momentum, new_weight, new_momentum, update);
+    rule_double(task, count, weight, grad, momentum, new_weight, new_momentum, update);
     if (nonfinite && task->flags & SKIP_NONFINITE)
         for (int i = 0; i < count; i++)
             if (!isfinite(grad[i])) new_weight[i] = weight[i], new_momentum[i] = momentum[i], update[i] = 0;
     if (row) {
-        observe_double(task, count, lanes, weight, grad, momentum, new_weight, new_momentum, update);
+        observe_double(task, lanes, weight, grad, momentum, new_weight, new_momentum, update);
         flips_double(task, start, count, 0, row, update);
+        row[UNMOVED] -= BLOCK - count, row[ZERO] -= BLOCK - count;
     }
-    memcpy(weight, new_weight, 8 * (size_t)count);
-    memcpy(momentum, new_momentum, 8 * (size_t)count);
+    memcpy(param, new_weight, 8 * (size_t)count);
+    memcpy(exp_avg, new_momentum, 8 * (size_t)count);
     return nonfinite;
 }
 
-CLONES static int64_t run_float(const Task *task, int64_t start, int64_t stop, double *row) {
+INLINE int64_t blocks_float(const Task *task, int64_t start, int64_t stop, double *row) {
     int64_t nonfinite = 0;
-    FloatLanes lanes;
+    Lanes lanes;
     if (row) memset(&lanes, 0, sizeof lanes);
     char copies[4][4 * BLOCK];
     for (; start < stop; start += BLOCK) {
@@ -240,17 +261,22 @@ CLONES static int64_t run_float(const Task *task, int64_t start, int64_t stop, d
         nonfinite += block_float(task, &block, start, count, &lanes, row);
         if (count < BLOCK) copy_block(task, count, &place, &block, 0);
     }
-    if (row) add_float(&lanes, row);
+    if (row) add_lanes(&lanes, row);
     return nonfinite;
+}
+
+/* Without telemetry nothing of it is even computed. */
+CLONES static int64_t run_float(const Task *task, int64_t start, int64_t stop, double *row) {
+    return row ? blocks_float(task, start, stop, row) : blocks_float(task, start, stop, NULL);
 }
 
 CLONES static int64_t run_double(const Task *task, int64_t start, int64_t stop, double *row) {
     int64_t nonfinite = 0;
-    DoubleLanes lanes;
+    Lanes lanes;
     if (row) memset(&lanes, 0, sizeof lanes);
     for (; start < stop; start += BLOCK)
         nonfinite += block_double(task, start, (int)(stop - start < BLOCK ? stop - start : BLOCK), &lanes, row);
-    if (row) add_double(&lanes, row);
+    if (row) add_lanes(&lanes, row);
     return nonfinite;
 }
 

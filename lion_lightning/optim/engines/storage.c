@@ -150,15 +150,10 @@ INLINE void decode_momentum(const Task *task, const Block *block, int paired, fl
     }
 }
 
-/* int8: rounded stochastically to the top of the pattern of 1 + |m| / scale; see bits.py. */
-INLINE void quantize(const Block *block, int count, const float *momentum, const uint32_t *random) {
+/* int8: rounded stochastically to the top of the pattern of 1 + |m| / scale; see bits.py. `peak` is the largest |m|. */
+INLINE void quantize(const Block *block, int count, const float *momentum, uint32_t peak, const uint32_t *random) {
     int8_t *level = (int8_t *)block->exp_avg;
-    uint32_t largest = 0;
-    for (int i = 0; i < BLOCK; i++) {
-        uint32_t magnitude = pattern(momentum[i]) & ~SIGN_BIT;
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    float scale = number(largest) / LARGEST_LEVEL;
+    float scale = number(peak) / LARGEST_LEVEL;
     if (!(scale < INFINITY)) {
         *block->scale = NAN;
         memset(level, 0, (size_t)count);
