@@ -1,0 +1,270 @@
+"""The same search for every optimizer: `python scripts/tune.py recipe=image_classification --optim lion,adamw`.
+
+Each optimizer gets the same number of trials of the same length, over its own range of learning rate, decay, betas and
+warm-up (`SPACES`), by Optuna's TPE; the trials lie in an SQLite file, so a search that was ended goes on where it was.
+The winner goes to conf/tuned/<recipe>_<optim>.yaml with the evidence. `--heat-map` walks a grid of learning rate and
+decay instead, everything else at the winner's, and draws it.
+"""
+
+import argparse
+import contextlib
+import datetime
+import io
+import math
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import hydra
+import optuna
+from omegaconf import DictConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the modules beside this one
+
+from lion_lightning.__main__ import CONFIG_FOLDER
+from lion_lightning.tracking.compare import Mode
+from lion_lightning.tracking.report import relative
+from scripts.tune_report import draw_heat_map, flatness, tuned_file
+from scripts.tune_spaces import SPACES, Space, overrides_of, warmup_steps
+
+EXIT_USAGE = 2
+WARM_UP_TRIALS = 6  # drawn at random before TPE starts to choose
+Run = Callable[[DictConfig], float]
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched, and with what budget."""
+
+    optim: str
+    recipe: str
+    overrides: tuple[str, ...]
+    trials: int
+    seeds: tuple[int, ...]
+    storage: str
+    heat_map: bool = False
+
+    @property
+    def space(self) -> Space:
+        return SPACES[self.optim]
+
+    @property
+    def name(self) -> str:
+        """The study's name: whatever makes results unlike is in it."""
+        kind = "heat_map" if self.heat_map else "search"
+        return " ".join((kind, self.recipe, self.optim, *sorted(self.overrides), f"seeds={list(self.seeds)}"))
+
+    @property
+    def wanted(self) -> int:
+        """Trials of the whole search."""
+        return len(self.space.grid()) if self.heat_map else self.trials
+
+
+def main(arguments: Sequence[str] | None = None, run: Run | None = None) -> int:
+    """Run the command line; `run` trains one configuration (None: the real thing)."""
+    options = _options(arguments)
+    try:
+        searches = [_search(optim, options) for optim in options.optim]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    studies = [(search, explore(search, run or _train)) for search in searches]
+    if options.heat_map:
+        _report_heat_maps(studies, Path(options.picture or f"docs/results/{options.recipe}-lr-decay.png"))
+    else:
+        for search, study in studies:
+            _write_winner(search, study, Path(options.output))
+    return 0
+
+
+def explore(search: Search, run: Run) -> optuna.Study:
+    """Run the trials that the study still lacks. A killed trial is run again; a diverged one counts, as the worst."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    mode = compose(search, {}, search.seeds[0]).recipe.mode
+    study = optuna.create_study(
+        study_name=search.name,
+        storage=search.storage,
+        direction="maximize" if mode == "max" else "minimize",
+        load_if_exists=True,
+    )
+    step = _walk(search, run, mode) if search.heat_map else _search_on(search, run, mode)
+    while (done := len(finished(study))) < search.wanted:
+        step(study, done)
+        last = study.trials[-1]
+        print(f"{search.optim} {done + 1}/{search.wanted}: {last.value:.4f} with {_words(last.params)}", flush=True)
+    return study
+
+
+def _search_on(search: Search, run: Run, mode: Mode) -> Callable[[optuna.Study, int], None]:
+    """One trial of the search, wherever the sampler wants it."""
+
+    def objective(trial: optuna.Trial) -> float:
+        return _mean(run, search, search.space.suggest(trial), mode)
+
+    def step(study: optuna.Study, done: int) -> None:
+        # Keyed by how far the study is: one that goes on must not draw its first trials again.
+        study.sampler = optuna.samplers.TPESampler(seed=1000 + done, n_startup_trials=WARM_UP_TRIALS)
+        study.optimize(objective, n_trials=1)
+
+    return step
+
+
+def _walk(search: Search, run: Run, mode: Mode) -> Callable[[optuna.Study, int], None]:
+    """The next cell of the heat map."""
+    fixed = _rest_of_winner(search)
+    spans = {key: search.space.ranges[key] for key in search.space.plane}
+    distributions: dict[str, optuna.distributions.BaseDistribution] = {
+        key: optuna.distributions.FloatDistribution(span.low, span.high, log=True) for key, span in spans.items()
+    }
+
+    def step(study: optuna.Study, done: int) -> None:
+        cell = search.space.grid()[done]
+        value = _mean(run, search, {**fixed, **cell}, mode)
+        study.add_trial(optuna.trial.create_trial(params=cell, distributions=distributions, value=value))
+
+    return step
+
+
+def _mean(run: Run, search: Search, params: dict[str, Any], mode: Mode) -> float:
+    """The mean of the metric over the search's seeds."""
+    values = [_value(run, search, params, seed, mode) for seed in search.seeds]
+    return sum(values) / len(values)
+
+
+def _value(run: Run, search: Search, params: dict[str, Any], seed: int, mode: Mode) -> float:
+    """The best metric of one run; a run that diverged has the worst there is."""
+    from lion_lightning.guard.callback import TrainingStopped
+
+    with tempfile.TemporaryDirectory(prefix="lion_lightning-trial-") as folder:
+        try:
+            value = float(run(compose(search, params, seed, folder)))
+        except TrainingStopped:
+            value = math.nan
+    return value if math.isfinite(value) else (-math.inf if mode == "max" else math.inf)
+
+
+def _train(cfg: DictConfig) -> float:
+    """One real run, in silence."""
+    from lion_lightning.training.run import run
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        return run(cfg)
+
+
+def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """The trials that have a value, in order."""
+    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+
+
+def _rest_of_winner(search: Search) -> dict[str, Any]:
+    """The best setting of the same optimizer's search, if there was one, without the two that the map walks."""
+    try:
+        study = optuna.load_study(study_name=replace(search, heat_map=False).name, storage=search.storage)
+        best = study.best_params
+    except (KeyError, ValueError):
+        print(f"{search.optim}: no search yet; everything but learning rate and decay stays as in conf/optim")
+        return {}
+    return {key: value for key, value in best.items() if key not in search.space.plane}
+
+
+def compose(search: Search, params: dict[str, Any], seed: int, folder: str = "outputs/tuning") -> DictConfig:
+    """The configuration of a trial: nothing of conf/tuned, no logger, no export."""
+    fixed = [f"recipe={search.recipe}", f"optim={search.optim}", "~tuned", "logger=none", "export=false"]
+    fixed += [*search.overrides, f"seed={seed}", f"run_dir={folder}"]
+    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        cfg = hydra.compose("train", [*fixed, *overrides_of(params)])
+    cfg.guard.warmup_steps = warmup_steps(params, cfg.trainer.max_steps)
+    return cfg
+
+
+def _write_winner(search: Search, study: optuna.Study, folder: Path) -> None:
+    best = study.best_trial
+    cfg = compose(search, best.params, search.seeds[0])
+    full = compose(replace(search, overrides=()), {}, search.seeds[0]).trainer.max_steps
+    file = folder / f"{search.recipe}_{search.optim}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(tuned_file(best.params, _evidence(search, study, cfg), full), encoding="utf-8")
+    print(f"{search.optim}: {cfg.recipe.monitor} {best.value:.4f} with {_words(best.params)} -> {relative(str(file))}")
+
+
+def _evidence(search: Search, study: optuna.Study, cfg: DictConfig) -> str:
+    """What was tried, on what, with what result, by which command."""
+    values = sorted(trial.value for trial in finished(study) if trial.value is not None)
+    numbers = [value for value in values if math.isfinite(value)]
+    seeds = f"seed{'s' if len(search.seeds) > 1 else ''} {', '.join(map(str, search.seeds))}"
+    command = ["python", "scripts/tune.py", f"recipe={search.recipe}", *search.overrides, "--optim", search.optim]
+    command += ["--trials", str(search.trials), "--seeds", ",".join(map(str, search.seeds))]
+    return (
+        f"{search.recipe}, {cfg.data.name}, {cfg.model.name}, batch {cfg.data.batch_size}, {cfg.trainer.max_steps} "
+        f"steps, {seeds}, {datetime.date.today()}: {cfg.recipe.monitor} {study.best_value:.4f}, best of {len(values)} "
+        f"trials (median {numbers[len(numbers) // 2]:.4f}, {len(values) - len(numbers)} diverged), as many as every "
+        f"other optimizer has. Ranges: {search.space.describe()}. {shlex.join(command)}"
+    )
+
+
+def _report_heat_maps(studies: Sequence[tuple[Search, optuna.Study]], file: Path) -> None:
+    recipe = compose(studies[0][0], {}, 1).recipe
+    results = {
+        search.optim: {
+            (trial.params[search.space.plane[0]], trial.params[search.space.plane[1]]): float(trial.value or 0.0)
+            for trial in finished(study)
+        }
+        for search, study in studies
+    }
+    draw_heat_map(
+        results, recipe.monitor, recipe.mode, {search.optim: search.space.plane for search, _ in studies}, file
+    )
+    for optim, cells in results.items():
+        share, reach = flatness(cells, recipe.mode)
+        print(f"{optim}: {share:.0%} of {len(cells)} cells are within {reach:.4g} of its best {recipe.monitor}")
+    print(relative(str(file)))
+
+
+def _search(optim: str, options: argparse.Namespace) -> Search:
+    if optim not in SPACES:
+        raise ValueError(f"--optim must be of {', '.join(SPACES)}, got {optim!r}")
+    storage = Path(options.storage)
+    storage.parent.mkdir(parents=True, exist_ok=True)
+    return Search(
+        optim=optim,
+        recipe=options.recipe,
+        overrides=tuple(options.overrides),
+        trials=options.trials,
+        seeds=tuple(options.seeds),
+        storage=f"sqlite:///{storage}",
+        heat_map=options.heat_map,
+    )
+
+
+def _words(params: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in params.items()
+    )
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("overrides", nargs="*", help="recipe=NAME and Hydra overrides, such as trainer.max_steps=400")
+    names = lambda text: text.split(",")  # noqa: E731
+    parser.add_argument("--optim", type=names, default=list(SPACES), help="optimizers (default: all with a range)")
+    parser.add_argument("--trials", type=int, default=20, help="trials for each (default: %(default)s)")
+    parser.add_argument(
+        "--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1], help="seeds of a trial"
+    )
+    parser.add_argument("--heat-map", action="store_true", help="walk learning rate x decay, and draw it")
+    parser.add_argument("--storage", default="outputs/tuning/trials.db", help="SQLite file (default: %(default)s)")
+    parser.add_argument("--output", default=str(CONFIG_FOLDER / "tuned"), help="folder for the winners")
+    parser.add_argument("--picture", help="the PNG of the heat map (default: docs/results/<recipe>-lr-decay.png)")
+    options = parser.parse_intermixed_args(arguments)
+    recipes = [word.removeprefix("recipe=") for word in options.overrides if word.startswith("recipe=")]
+    options.recipe = recipes[-1] if recipes else "bert_mlm"
+    options.overrides = [word for word in options.overrides if not word.startswith("recipe=")]
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""What comes of tuning: a settings file with its evidence, and the heat map of learning rate and decay."""
+
+import math
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lion_lightning.tracking.compare import Mode
+from scripts.tune_spaces import WARM_UP, rounded, warmup_steps
+
+LINE_WIDTH = 118
+NEAR_THE_BEST = 0.05  # a cell is near the best within 5 % of it (of the error where more is better)
+Cells = Mapping[tuple[float, float], float]
+COMMENTS = {
+    "lr": "peak learning rate",
+    "weight_decay": "decoupled; coupled for sgd",
+    "betas": "update direction or first moment, momentum or second moment",
+    "momentum": "share of the old momentum kept",
+    "beta2_decay": "exponent of the second moment's decay",
+    "alpha_0": "relative size of a step",
+    "q": "larger is less decay",
+}
+
+
+def tuned_file(params: Mapping[str, Any], evidence: str, recipe_steps: int) -> str:
+    """The YAML of conf/tuned for the values of a trial.
+
+    Args:
+        recipe_steps: optimizer steps of the recipe at its full length, which a share of warm-up is taken of.
+    """
+    lines = ["# @package _global_", *(f"# {line}" for line in textwrap.wrap(evidence, LINE_WIDTH)), "optim:"]
+    for key, value in rounded({key: value for key, value in params.items() if key != WARM_UP}).items():
+        name = key.removeprefix("optim.")
+        written = f"{value:g}" if isinstance(value, float) else str(value).replace(",", ", ")
+        lines.append(f"  {name}: {written}".ljust(26) + f"# {COMMENTS[name]}")
+    steps = warmup_steps(params, recipe_steps)
+    if steps is not None:
+        share = f"{float(params[WARM_UP]):.0%} of the recipe's {recipe_steps:,}"
+        lines += ["guard:", f"  warmup_steps: {steps}".ljust(26) + f"# optimizer steps; {share}"]
+    return "\n".join(lines) + "\n"
+
+
+def flatness(cells: Cells, mode: Mode) -> tuple[float, float]:
+    """Share of the cells near the best one, and how near that is; by itself a statement about these ranges only."""
+    values = np.array([value for value in cells.values()])
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return math.nan, math.nan
+    best = finite.max() if mode == "max" else finite.min()
+    reach = NEAR_THE_BEST * (1 - best if mode == "max" and best <= 1 else abs(best))
+    near = values >= best - reach if mode == "max" else values <= best + reach
+    return float(near.mean()), float(reach)
+
+
+def draw_heat_map(
+    results: Mapping[str, Cells], metric: str, mode: Mode, planes: Mapping[str, tuple[str, str]], file: Path
+) -> None:
+    """One panel per optimizer over one scale of colours; the best cell is framed, a diverged one is white."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    finite = [value for cells in results.values() for value in cells.values() if math.isfinite(value)]
+    # The worst fifth share a colour: a diverged corner must not wash out the rest.
+    low, high = np.quantile(finite, (0.2, 1.0) if mode == "max" else (0.0, 0.8))
+    figure, panels = plt.subplots(
+        1, len(results), figsize=(1.5 + 3.6 * len(results), 3.6), dpi=150, squeeze=False, layout="constrained"
+    )
+    for axes, (optim, cells) in zip(panels[0], results.items(), strict=True):
+        rates, decays = (sorted({cell[place] for cell in cells}) for place in (0, 1))
+        table = np.array([[cells.get((rate, decay), math.nan) for rate in rates] for decay in decays])
+        table[~np.isfinite(table)] = math.nan
+        image = axes.imshow(
+            table, origin="lower", aspect="auto", vmin=low, vmax=high, cmap="viridis" if mode == "max" else "viridis_r"
+        )
+        for (row, column), value in np.ndenumerate(table):
+            text = f"{value:.3f}" if math.isfinite(value) else "div."
+            axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color="white", bbox=_LABEL)
+        _frame_best(axes, table, mode)
+        axes.set_xticks(range(len(rates)), [f"{rate:.1e}" for rate in rates], rotation=45, fontsize=7)
+        axes.set_yticks(range(len(decays)), [f"{decay:.2g}" for decay in decays], fontsize=7)
+        rate, decay = (key.removeprefix("optim.").replace("_", " ") for key in planes[optim])
+        axes.set(title=optim, xlabel=rate, ylabel=decay)
+    figure.colorbar(image, ax=panels[0].tolist(), label=metric)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, bbox_inches="tight")
+    plt.close(figure)
+
+
+_LABEL = {"boxstyle": "round,pad=0.15", "facecolor": (0, 0, 0, 0.45), "edgecolor": "none"}
+
+
+def _frame_best(axes: Any, table: np.ndarray, mode: Mode) -> None:
+    from matplotlib.patches import Rectangle
+
+    if np.isfinite(table).any():
+        place = np.nanargmax(table) if mode == "max" else np.nanargmin(table)
+        row, column = np.unravel_index(place, table.shape)
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=1.5))

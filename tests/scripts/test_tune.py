@@ -1,0 +1,211 @@
+"""scripts/tune.py on a made-up loss: equal budgets, searches that go on, winners that compose, an honest map."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+import optuna
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from lion_lightning.guard.callback import TrainingStopped
+from scripts import tune
+from scripts.tune_report import draw_heat_map, flatness, tuned_file
+from scripts.tune_spaces import SPACES, warmup_steps
+
+CONF = Path(__file__).parents[2] / "conf"
+RECIPE = "recipe=image_classification"
+Runs = list[DictConfig]
+
+
+def bowl(seen: Runs) -> Callable[[DictConfig], float]:
+    """A metric with its best, 1, at lr 1e-3 and decay 0.1; it notes what it was asked."""
+
+    def run(cfg: DictConfig) -> float:
+        seen.append(cfg)
+        return 1 - 0.1 * (math.log10(cfg.optim.lr / 1e-3) ** 2 + math.log10(cfg.optim.weight_decay / 0.1) ** 2)
+
+    return run
+
+
+def call(tmp_path: Path, run: Callable[[DictConfig], float], *arguments: str) -> int:
+    folders = [
+        "--storage",
+        str(tmp_path / "trials.db"),
+        "--output",
+        str(tmp_path),
+        "--picture",
+        str(tmp_path / "a.png"),
+    ]
+    return tune.main([RECIPE, *arguments, *folders], run)
+
+
+def test_every_optimizer_gets_the_same_number_of_trials_on_its_own_range(tmp_path: Path) -> None:
+    seen: Runs = []
+    assert call(tmp_path, bowl(seen), "--optim", "lion,adamw", "--trials", "9") == 0
+    for optim in ("lion", "adamw"):
+        own = [cfg for cfg in seen if cfg.optim.name == optim]
+        assert len(own) == 9
+        for key, span in SPACES[optim].ranges.items():
+            values = [OmegaConf.select(cfg, key) for cfg in own]
+            assert all(span.low <= value <= span.high for value in values)
+            assert len(set(values)) == 9, "a setting was tried twice"
+        assert len({(tuple(cfg.optim.betas), cfg.guard.warmup_steps) for cfg in own}) > 2
+    assert {cfg.logger.name for cfg in seen} == {"none"}
+
+
+def test_a_search_goes_on_where_it_was(tmp_path: Path) -> None:
+    seen: Runs = []
+    call(tmp_path, bowl(seen), "--optim", "adamw", "--trials", "3")
+    call(tmp_path, bowl(seen), "--optim", "adamw", "--trials", "5")
+    assert len(seen) == 5
+    assert len({cfg.optim.lr for cfg in seen}) == 5, "the random numbers began again"
+    call(tmp_path, bowl(seen), "--optim", "adamw", "--trials", "5")
+    assert len(seen) == 5
+    call(tmp_path, bowl(seen), "--optim", "adamw", "--trials", "1", "trainer.max_steps=7")
+    assert len(seen) == 6, "runs of another length are another search"
+
+
+def test_a_trial_that_was_killed_is_made_up_for(tmp_path: Path) -> None:
+    seen: Runs = []
+
+    def killed(cfg: DictConfig) -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        call(tmp_path, killed, "--optim", "adamw", "--trials", "4")
+    call(tmp_path, bowl(seen), "--optim", "adamw", "--trials", "4")
+    assert len(seen) == 4
+
+
+def test_a_diverged_trial_counts_as_the_worst(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: Runs = []
+
+    def run(cfg: DictConfig) -> float:
+        value = bowl(seen)(cfg)
+        if len(seen) == 1:
+            raise TrainingStopped("not a number")
+        return math.nan if len(seen) == 2 else value
+
+    call(tmp_path, run, "--optim", "lion", "--trials", "4")
+    assert len(seen) == 4
+    text = (tmp_path / "image_classification_lion.yaml").read_text()
+    assert "best of 4 trials" in " ".join(text.replace("#", "").split())
+    assert "2 diverged" in " ".join(text.replace("#", "").split())
+
+
+def test_each_seed_of_a_trial_is_run_and_the_mean_counts(tmp_path: Path) -> None:
+    seen: Runs = []
+
+    def run(cfg: DictConfig) -> float:
+        seen.append(cfg)
+        return float(cfg.seed)
+
+    call(tmp_path, run, "--optim", "lion", "--trials", "1", "--seeds", "2,5")
+    assert [cfg.seed for cfg in seen] == [2, 5]
+    (study,) = optuna.get_all_study_summaries(f"sqlite:///{tmp_path / 'trials.db'}")
+    assert study.best_trial is not None
+    assert study.best_trial.value == 3.5
+
+
+@pytest.mark.parametrize("optim", list(SPACES))
+def test_the_winner_composes_and_says_where_it_comes_from(optim: str, tmp_path: Path) -> None:
+    seen: Runs = []
+
+    def run(cfg: DictConfig) -> float:
+        seen.append(cfg)
+        return 1.0 / len(seen)
+
+    assert call(tmp_path, run, "--optim", optim, "--trials", "2", "trainer.max_steps=100") == 0
+    written = OmegaConf.load(tmp_path / f"image_classification_{optim}.yaml")
+    first = seen[0]
+    for key, value in written.optim.items():
+        assert OmegaConf.select(first, f"optim.{key}") == pytest.approx(value, rel=6e-3)
+    share = first.guard.warmup_steps
+    assert written.get("guard", {}).get("warmup_steps") == (None if share is None else share * 20), "of 2,000 steps"
+    text = (tmp_path / f"image_classification_{optim}.yaml").read_text()
+    assert text.startswith(
+        "# @package _global_\n# image_classification, digits, vit_micro, batch 64, 100 steps, seed 1"
+    )
+    assert "python scripts/tune.py recipe=image_classification trainer.max_steps=100" in " ".join(
+        text.replace("\n#", "").split()
+    )
+    assert max(map(len, text.splitlines())) <= 120
+    assert all(" # " in line for line in text.splitlines() if line.startswith("  "))
+
+
+def test_nothing_tuned_before_leaks_into_a_search() -> None:
+    search = tune.Search("signum", "bert_mlm", (), 1, (1,), "sqlite://")
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        plain = hydra.compose("train", ["optim=signum", "~tuned", "run_dir=x"])
+    assert tune.compose(search, {}, 1).optim == plain.optim
+
+
+def test_warm_up_is_a_share_of_the_run() -> None:
+    assert warmup_steps({"warm_up": "0.2"}, 50) == 10
+    assert warmup_steps({"warm_up": "default"}, 50) is None
+    assert "warmup_steps: 400 " in tuned_file({"warm_up": "0.2", "optim.lr": 0.5}, "why", 2000)
+
+
+def test_the_heat_map_walks_the_grid_with_the_rest_of_the_winner(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: Runs = []
+    call(tmp_path, bowl(seen), "--optim", "lion", "--trials", "2")
+    betas = max(seen, key=bowl([])).optim.betas
+    seen.clear()
+    cells = SPACES["lion"].grid()
+
+    def run(cfg: DictConfig) -> float:
+        if len(seen) == 5 and not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        return bowl(seen)(cfg)
+
+    interrupted: list[bool] = []
+    with pytest.raises(KeyboardInterrupt):
+        call(tmp_path, run, "--optim", "lion", "--heat-map")
+    call(tmp_path, run, "--optim", "lion", "--heat-map")
+    walked = [{"optim.lr": cfg.optim.lr, "optim.weight_decay": cfg.optim.weight_decay} for cfg in seen]
+    assert walked == cells
+    assert {tuple(cfg.optim.betas) for cfg in seen} == {tuple(betas)}
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "24 cells are within" in capsys.readouterr().out
+
+
+def test_flatness_is_the_share_of_cells_near_the_best() -> None:
+    losses: dict[tuple[float, float], float] = {(i, i): value for i, value in enumerate((2.0, 2.05, 3.0, math.inf))}
+    assert flatness(losses, "min") == (0.5, pytest.approx(0.1))
+    shares: dict[tuple[float, float], float] = {(0, 0): 0.9, (1, 0): 0.896, (2, 0): 0.89}
+    assert flatness(shares, "max") == (pytest.approx(2 / 3), pytest.approx(0.005)), "5 % of the error"
+
+
+def test_a_map_with_diverged_cells_is_drawn(tmp_path: Path) -> None:
+    cells = {(lr, decay): math.inf if lr > 0.5 else lr for lr in (0.1, 1.0) for decay in (0.1, 1.0)}
+    draw_heat_map(
+        {"lion": cells}, "val/loss", "min", {"lion": ("optim.lr", "optim.weight_decay")}, tmp_path / "map.png"
+    )
+    assert (tmp_path / "map.png").exists()
+
+
+def test_the_ranges_are_equally_wide() -> None:
+    def width(optim: str, place: int) -> float:
+        span = list(SPACES[optim].ranges.values())[place]
+        return math.log10(span.high / span.low)
+
+    assert {round(width(optim, 0), 2) for optim in SPACES} == {2.48, 2.52}
+    assert {round(width(optim, 1), 2) for optim in SPACES} == {3.0}
+    assert len({len(space.ranges) + len(space.choices) for space in SPACES.values()}) == 1
+
+
+def test_an_unknown_optimizer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(tmp_path, bowl([]), "--optim", "lino") == 2
+    assert "--optim must be of lion, adamw" in capsys.readouterr().err
+
+
+def test_the_real_thing_trains(tmp_path: Path) -> None:
+    storage = ["--storage", str(tmp_path / "trials.db"), "--output", str(tmp_path)]
+    short = ["trainer.max_steps=2", "trainer.val_check_interval=2", "data.limit_train_samples=128"]
+    assert tune.main([RECIPE, *short, "--optim", "lion", "--trials", "1", *storage]) == 0
+    assert "best of 1" in (tmp_path / "image_classification_lion.yaml").read_text().replace("\n# ", " ")
