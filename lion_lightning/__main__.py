@@ -16,20 +16,28 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from lion_lightning.training import run_stamp
+
 EXIT_USAGE = 2
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 _HERE = Path(__file__).resolve().parent
 # In a checkout conf/ lies beside the package, in a wheel inside it.
 CONFIG_FOLDER = next(folder for folder in (_HERE / "conf", _HERE.parent / "conf") if (folder / "train.yaml").is_file())
 
+run_stamp.register()
+
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name="train")
 def train(cfg: DictConfig) -> float:
     """Run what `cfg` describes; returns the best value of the recipe's metric, which Hydra's sweepers optimise."""
     from lion_lightning.training.run import run
+    from lion_lightning.training.signals import TrainingInterrupted
 
     try:
         return run(cfg)
+    except TrainingInterrupted as stop:
+        print(f"{_rank()}{stop}", file=sys.stderr)
+        raise
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # Hydra notes it and goes on with the other jobs
@@ -37,7 +45,11 @@ def train(cfg: DictConfig) -> float:
 
 
 def main() -> None:
-    """Run the command line. Exits with 2 for a configuration that cannot work and 42 when the guard stops the run."""
+    """Run the command line.
+
+    Exit codes: 0 the run is done; 1 a crash, with its traceback; 2 a configuration that cannot work; 42 the guard
+    stopped the run; 74 a checkpoint could not be written; 130, 138, 143 SIGINT, SIGUSR1 or SIGTERM ended it, saved.
+    """
     # Without this Hydra prints an excerpt of its own and hides the exception from us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -50,13 +62,22 @@ def _report(error: Exception) -> NoReturn:
     """Leave with one line for an error that its message explains; any other goes on with its traceback."""
     from lion_lightning.training.errors import ConfigError
 
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun tells at its end which rank failed first, and of what
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
     code = getattr(error, "exit_code", None)
     if isinstance(error, HydraException | OmegaConfBaseException | ConfigError):
         code = EXIT_USAGE
     if code is None or WANTS_TRACEBACK:
         raise error
-    print(f"error: {_one_line(error)}", file=sys.stderr)
+    print(f"{_rank()}error: {_one_line(error)}", file=sys.stderr)
     sys.exit(code)
+
+
+def _rank() -> str:
+    """Who speaks, where there are several."""
+    return f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
 def _one_line(error: Exception) -> str:

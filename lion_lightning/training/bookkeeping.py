@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from lion_lightning.training.redaction import redacted
+from lion_lightning.training.redaction import redacted, redacted_argument
 
 if TYPE_CHECKING:
     from lion_lightning.tracking.wandb import RunLogger
@@ -23,9 +23,20 @@ def log_config(logger: Logger | None, cfg: DictConfig) -> None:
     OmegaConf.save(OmegaConf.create(plain), Path(cfg.run_dir) / "config.yaml")
     if logger is None:
         return
-    logger.log_hyperparams(plain)
+    with _arguments_redacted():  # W&B takes them down when its run begins, which is here
+        logger.log_hyperparams(plain)
     if wandb_logger := wandb_logger_of(logger):
         wandb_logger.define_summaries({**SUMMARIES, cfg.recipe.monitor: cfg.recipe.mode})
+
+
+@contextmanager
+def _arguments_redacted() -> Iterator[None]:
+    kept = sys.argv
+    sys.argv = [kept[0], *map(redacted_argument, kept[1:])]
+    try:
+        yield
+    finally:
+        sys.argv = kept
 
 
 # What stands for the run in W&B's table, by exact name.

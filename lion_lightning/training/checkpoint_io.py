@@ -23,7 +23,12 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 
 
 class CheckpointFailed(RuntimeError):
-    """A checkpoint could not be written. The ones from before it are as they were."""
+    """A checkpoint could not be written. The ones from before it are as they were.
+
+    `train.py` exits with `exit_code` when it meets one.
+    """
+
+    exit_code = 74  # EX_IOERR of sysexits.h
 
 
 @dataclass(frozen=True)

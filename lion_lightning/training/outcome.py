@@ -16,6 +16,7 @@ from lion_lightning.training.building import effective_batch_size
 from lion_lightning.training.checkpoint import RunCheckpoint
 from lion_lightning.training.checkpoint_io import load
 from lion_lightning.training.plain import with_names_of
+from lion_lightning.training.redaction import redacted_argument
 from lion_lightning.training.summary import model_card, show
 
 
@@ -72,7 +73,7 @@ def conclude(
     # Commands stand outside the panel, on one line each, so that they can be copied.
     wandb_logger = wandb_logger_of(trainer.logger)
     for line in ([wandb_logger.describe(_near)] if wandb_logger else []) + [_next_command(cfg)]:
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     return best
 
 
@@ -90,5 +91,5 @@ def _near(path: str | Path) -> str:
 def _next_command(cfg: DictConfig) -> str:
     """One line: the control run, which is the same command line with the other optimizer."""
     other = "adamw" if cfg.optim.name != "adamw" else "lion"
-    kept = [argument for argument in sys.argv[1:] if not argument.startswith("optim")]
+    kept = [redacted_argument(argument) for argument in sys.argv[1:] if not argument.startswith("optim")]
     return f"Next, the control: python train.py {shlex.join([*kept, f'optim={other}'])}"
