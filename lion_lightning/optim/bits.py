@@ -153,13 +153,15 @@ def quantize(momentum: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor]:
 
     The level is the top of the fp32 pattern of 1 + |m| / s, three bits of exponent and four of mantissa, with the sign
     of m. So |m| = s * (2^e * (1 + f / 16) - 1) with |q| = 16 e + f: the companding of telephony (ITU-T G.711, mu-law),
-    dense near zero, where most of a block lies. It is rounded stochastically as a weight is, by adding random bits below
-    those kept; rounded to nearest, a momentum whose gradients have ceased would never decay. Levels at squares take a
-    square root each, which cost a third of the step's time on a CPU.
+    dense near zero, where most of a block lies. It is rounded stochastically as a weight is, by adding random bits
+    below those kept; rounded to nearest, a momentum whose gradients have ceased would never decay. Levels at squares,
+    slightly finer, need a square root each, which was a quarter of a step's time on a CPU.
 
     Tried in the training of a character transformer (0.4 M parameters, 300 steps), the share of signs of u that agree
     with fp32 momentum at betas (0.9, 0.99) and (0.95, 0.98): stochastic mu-law 98.1 % and 98.1 %, with two bits of
     exponent 98.4 % and 97.9 %, stochastic squares 98.4 % and 98.3 %, stochastic linear 96.8 % and 95.4 %, bf16 99.8 %.
+    Final losses (400 steps, three seeds): mu-law 2.338, 2.342, 2.298, squares 2.335, 2.343, 2.299, fp32 2.338, 2.346,
+    2.300.
 
     Args:
         momentum: fp32 of shape (n,).

@@ -108,6 +108,8 @@ def store_momentum(state: dict[str, Any], param: Tensor, momentum: Tensor, dtype
 def _fits(tensor: Tensor, param: Tensor) -> bool:
     """Whether state has the memory layout of the parameter, or a dense one where the parameter has gaps."""
     here, weight = views.local(tensor), views.local(param)
+    if here.shape == weight.shape and here.is_contiguous() and weight.is_contiguous():
+        return True
     if not views.is_dense(weight):
         return views.same_layout(here, torch.empty_like(weight, device="meta"))
     return views.is_dense(here) and views.same_layout(here, weight)

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from lion_lightning.optim.rule import Settings, TensorUpdate
 
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, told without importing torch.distributed."""
-    return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
+    return type(tensor) not in PLAIN_TYPES and hasattr(tensor, "to_local") and hasattr(tensor, "placements")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ def same_layout(tensor: Tensor, other: Tensor) -> bool:
     """Whether equal positions in memory are equal elements; both must be dense."""
     if tensor.shape != other.shape:
         return False
-    if tensor.is_contiguous() and other.is_contiguous():
+    if tensor.stride() == other.stride():
         return True
     pairs = zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
     return all(size == 1 or left == right for size, left, right in pairs)
@@ -69,7 +71,9 @@ def laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """A 1-D view of all elements of a dense tensor in memory order."""
+    """A 1-D view of all elements of a dense tensor in memory order; the tensor itself where it is one."""
+    if tensor.ndim == 1 and tensor.is_contiguous():
+        return tensor
     return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
 
 

@@ -142,7 +142,7 @@ def check_int8_blocks_belong_to_local_parts(mesh: DeviceMesh) -> None:
     here = bits.dequantize(views.flat(views.local(state["exp_avg"])), views.local(state["exp_avg_scale"]))
     start = 0 if mesh.get_rank() == 0 else 51 * 67
     expected = exact.flatten()[start : start + here.numel()]
-    assert (here - expected).abs().max() <= 0.03 * expected.abs().max()
+    assert (here - expected).abs().max() <= 0.033 * expected.abs().max()  # the widest step between levels
     torch.testing.assert_close(whole(pair[0].detach()), pair[1].detach(), rtol=0, atol=1e-8)
 
 

@@ -64,7 +64,7 @@ def test_the_struct_matches_the_source() -> None:
 
     loaded = library.load()
     assert loaded is not None
-    assert loaded.lion_task_bytes() == cpu._TASK.size
+    assert loaded.lion_task_bytes() == cpu._TENSOR.size + cpu._NUMBERS.size
 
 
 def test_threads_survive_a_fork_and_share_the_work() -> None:

@@ -20,6 +20,7 @@ It must
 - never wait for the device, except on a CPU.
 """
 
+import functools
 import importlib
 from collections.abc import Sequence
 from typing import Protocol
@@ -46,9 +47,14 @@ ENGINES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton",)}
 """Device type -> modules of this package, best first, each with an `engine` object."""
 
 
-def engines_for(device: torch.device) -> list[Engine]:
+def engines_for(device: torch.device) -> tuple[Engine, ...]:
     """The engines beside eager that are made for a device, best first."""
-    return [importlib.import_module(f"{__name__}.{module}").engine for module in ENGINES.get(device.type, ())]
+    return _imported(ENGINES.get(device.type, ()))
+
+
+@functools.cache
+def _imported(modules: tuple[str, ...]) -> tuple[Engine, ...]:
+    return tuple(importlib.import_module(f"{__name__}.{module}").engine for module in modules)
 
 
 def choose(update: TensorUpdate, fused: bool | None) -> Engine:
@@ -61,17 +67,13 @@ def choose(update: TensorUpdate, fused: bool | None) -> Engine:
     Raises:
         ValueError: `fused` is True and no engine but eager can do it.
     """
-    from lion_lightning.optim.engines.eager import engine as eager
-
-    if fused is False:
-        return eager
     objections = []
-    for engine in engines_for(update.param.device):
+    for engine in () if fused is False else engines_for(update.param.device):
         objection = engine.objection(update)
         if objection is None:
             return engine
         objections.append(f"{engine.name}: {objection}")
-    if fused is None:
-        return eager
+    if not fused:
+        return _imported(("eager",))[0]
     reasons = "; ".join(objections) or f"there is none for device type {update.param.device.type!r}"
     raise ValueError(f"fused=True needs a fused engine ({reasons}); allowed here are fused=None and fused=False")

@@ -38,7 +38,7 @@ enum { UNMOVED, ZERO, AGREE, MOMENTUM_SQUARED, WEIGHT_SQUARED, NEAR_BOUND, DECAY
 #define LARGEST_LEVEL 247
 #define BOUND_SHARE 0.9
 
-/* One tensor: must match _TASK in cpu.py field for field. */
+/* One tensor: must match _TENSOR and _NUMBERS in cpu.py field for field. */
 typedef struct {
     char *param, *exp_avg;
     const char *grad;
@@ -182,19 +182,27 @@ INLINE int step_carefully(const Task *task, int count, float *weight, const floa
     return nonfinite;
 }
 
-/* Returns the number of elements whose gradient is not finite. */
-INLINE int block_float(const Task *task, const Block *block, int64_t start, int count, Lanes *lanes, double *row) {
+/* Returns the number of elements whose gradient is not finite. `next` is fetched array by array in between, as no more
+   than a few cache lines can be on their way at once. */
+INLINE int block_float(const Task *task, const Block *block, const Block *next, int64_t start, int count, Lanes *lanes,
+                       double *row) {
     const int paired = task->param_type != FLOAT32 || task->grad_type != FLOAT32 || task->exp_avg_type != FLOAT32;
-    float weight[BLOCK], grad[BLOCK], momentum[BLOCK], new_weight[BLOCK], new_momentum[BLOCK], update[BLOCK];
+    float weights[BLOCK], grads[BLOCK], momenta[BLOCK], new_weight[BLOCK], new_momentum[BLOCK], update[BLOCK];
     uint32_t random[BLOCK];
-    decode_weight(task, block, paired, weight);
-    decode_momentum(task, block, paired, momentum);
-    if (task->grad_type == FLOAT32)
-        decode_float32(block->grad, paired, grad);
-    else
-        decode_bfloat16(block->grad, grad);
-    if (task->grad_scale != 1)
-        for (int i = 0; i < BLOCK; i++) grad[i] *= (float)task->grad_scale;
+    prefetch(next->param, BYTES[task->param_type] * BLOCK);
+    float *weight = decode_weight(task, block, paired, weights);
+    const float *momentum = decode_momentum(task, block, paired, momenta);
+    prefetch(next->grad, BYTES[task->grad_type] * BLOCK);
+    const float *grad = task->grad_type == FLOAT32 ? decode_float32(block->grad, paired, grads)
+                                                   : decode_bfloat16(block->grad, grads);
+    if (row && !paired) { /* telemetry looks back at what is overwritten */
+        weight = memcpy(weights, weight, sizeof weights);
+        momentum = memcpy(momenta, momentum, sizeof momenta);
+    }
+    if (task->grad_scale != 1) {
+        for (int i = 0; i < BLOCK; i++) grads[i] = grad[i] * (float)task->grad_scale;
+        grad = grads;
+    }
     int nonfinite = 0;
     uint32_t peak;
     uint32_t largest = rule_plain(task, weight, grad, momentum, new_weight, new_momentum, update, &peak);
@@ -203,7 +211,9 @@ INLINE int block_float(const Task *task, const Block *block, int64_t start, int 
         nonfinite = step_carefully(task, count, weight, grad, momentum, new_weight, new_momentum, update, &peak);
     if ((task->param_type == BFLOAT16 && task->weight_bits != 32) || task->exp_avg_type == INT8)
         draw(task, start, random);
+    prefetch(next->exp_avg, BYTES[task->exp_avg_type] * BLOCK);
     encode_weight(task, block, paired, new_weight, random);
+    if (next->remainder) prefetch(next->remainder, remainder_bytes(task) * BLOCK);
     if (task->exp_avg_type == FLOAT32)
         encode_float32(block->exp_avg, paired, new_momentum);
     else if (task->exp_avg_type == BFLOAT16)
@@ -252,13 +262,14 @@ INLINE int64_t blocks_float(const Task *task, int64_t start, int64_t stop, doubl
     for (; start < stop; start += BLOCK) {
         int count = (int)(stop - start < BLOCK ? stop - start : BLOCK);
         Block block = block_at(task, start), place = block;
-        if (start + (AHEAD + 1) * BLOCK < task->count) prefetch_block(task, start + AHEAD * BLOCK);
+        int64_t ahead = start + AHEAD * BLOCK;
+        Block next = block_at(task, ahead + BLOCK < task->count ? ahead : start);
         if (count < BLOCK) { /* a copy filled up with zeros, which stay zeros */
             memset(copies, 0, sizeof copies);
             block = (Block){copies[0], copies[1], copies[2], copies[3], place.scale};
             copy_block(task, count, &block, &place, 1);
         }
-        nonfinite += block_float(task, &block, start, count, &lanes, row);
+        nonfinite += block_float(task, &block, &next, start, count, &lanes, row);
         if (count < BLOCK) copy_block(task, count, &place, &block, 0);
     }
     if (row) add_lanes(&lanes, row);
@@ -290,7 +301,7 @@ void lion_step(const Task *tasks, int64_t task_count, int64_t chunk_count, int64
         int64_t stop = start + CHUNK < current->count ? start + CHUNK : current->count;
         double *row = current->statistics ? current->statistics + STATISTICS * (chunk - current->first_chunk) : 0;
         int64_t found = (current->param_type == FLOAT64 ? run_double : run_float)(current, start, stop, row);
-        if (row) row[NONFINITE] = (double)found;
+        if (row) row[NONFINITE] += (double)found;
         if (found) __atomic_fetch_add(nonfinite, found, __ATOMIC_RELAXED);
     }
 }

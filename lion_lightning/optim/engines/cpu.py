@@ -15,9 +15,11 @@ from lion_lightning.optim.rule import Settings, TensorUpdate
 
 CHUNK_ELEMENTS = 65_536
 CAUTIOUS_FLAG, SKIP_NONFINITE_FLAG = 1, 2
+GRAD_TYPES = (torch.float32, torch.bfloat16)
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.int8: 3}
 
-_TASK = struct.Struct("18q7d")  # the fields of Task in cpu.c, in order
+_TENSOR = struct.Struct("18q")
+_NUMBERS = struct.Struct("7d")  # together the fields of Task in cpu.c, in order
 
 
 class CpuEngine:
@@ -30,30 +32,35 @@ class CpuEngine:
         self._thread_count = 0
 
     def objection(self, update: TensorUpdate) -> str | None:
-        types = update.param.dtype, update.grad.dtype, update.exp_avg.dtype
-        if update.param.dtype == torch.float64 and set(types) != {torch.float64}:
-            return f"float64 parameters need gradients and momentum of float64, got {types[1]} and {types[2]}"
-        if update.grad.dtype not in (torch.float32, torch.bfloat16, torch.float64) or (
-            update.grad.dtype == torch.float64 and update.param.dtype != torch.float64
-        ):
-            return f"gradients of {update.grad.dtype} for parameters of {update.param.dtype} are not supported"
+        param, grad, exp_avg = update.param.dtype, update.grad.dtype, update.exp_avg.dtype
+        if param == torch.float64 and not param == grad == exp_avg:
+            return f"float64 parameters need gradients and momentum of float64, got {grad} and {exp_avg}"
+        if grad not in GRAD_TYPES and grad != param:
+            return f"gradients of {grad} for parameters of {param} are not supported"
         if library.load() is None:
             return "cpu.c could not be compiled"
         return None
 
     def step(self, updates: Sequence[TensorUpdate], nonfinite: Tensor) -> None:
-        tasks, rows, chunks = bytearray(), [], 0
+        tasks, chunks = bytearray(), 0
+        rows: list[tuple[TensorUpdate, Tensor]] = []
+        numbers: dict[tuple[int, torch.dtype], bytes] = {}
         for update in updates:
             count = -(-update.param.numel() // CHUNK_ELEMENTS)
-            row = None
-            if update.statistics is not None:
+            row = update.statistics
+            if row is not None and count > 1:  # chunks are added up afterwards: threads share none
                 row = torch.zeros(count, telemetry.STATISTICS, dtype=torch.float64)
-                rows.append((update.statistics, row))
-            tasks += _task(update, chunks, row)
+                rows.append((update, row))
+            key = id(update.settings), update.param.dtype
+            if key not in numbers:
+                numbers[key] = _numbers(update.settings, update.param.dtype)
+            tasks += _tensor(update, chunks, row)
+            tasks += numbers[key]
             chunks += count
         self._run(bytes(tasks), len(updates), chunks, nonfinite)
-        for statistics, row in rows:
-            statistics += row.sum(0)
+        for update, row in rows:
+            assert update.statistics is not None
+            update.statistics += row.sum(0)
 
     def _run(self, tasks: bytes, task_count: int, chunk_count: int, nonfinite: Tensor) -> None:
         """Calls cpu.c from every thread; the calling one takes its share."""
@@ -80,12 +87,11 @@ class CpuEngine:
         self._threads = None
 
 
-def _task(update: TensorUpdate, first_chunk: int, row: Tensor | None) -> bytes:
-    """The Task of cpu.c for one tensor."""
+def _tensor(update: TensorUpdate, first_chunk: int, row: Tensor | None) -> bytes:
+    """The first part of the Task of cpu.c: what belongs to one tensor."""
     settings = update.settings
-    dtype = torch.float64 if update.param.dtype == torch.float64 else torch.float32
     keys = bits.random_keys(settings.seed, settings.step, update.index) if update.is_random else (0, 0)
-    return _TASK.pack(
+    return _TENSOR.pack(
         update.param.data_ptr(),
         update.exp_avg.data_ptr(),
         update.grad.data_ptr(),
@@ -103,13 +109,19 @@ def _task(update: TensorUpdate, first_chunk: int, row: Tensor | None) -> bytes:
         settings.weight_bits,
         _flags(settings),
         *keys,
+    )
+
+
+def _numbers(settings: Settings, param_dtype: torch.dtype) -> bytes:
+    """The other part: the numbers of one parameter group."""
+    return _NUMBERS.pack(
         settings.lr,
         settings.beta1,
         1 - settings.beta1,
         settings.beta2,
         1 - settings.beta2,
         settings.weight_decay,
-        rule.gradient_factor(settings, dtype),
+        rule.gradient_factor(settings, torch.float64 if param_dtype == torch.float64 else torch.float32),
     )
 
 

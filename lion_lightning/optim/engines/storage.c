@@ -34,12 +34,12 @@ INLINE uint32_t random_word(uint32_t element, uint32_t key1, uint32_t key2) {
     return word ^ (word >> 16);
 }
 
-INLINE void decode_float32(const char *source, int paired, float *value) {
+/* The decoders fill `value`, or return where the block lies as it is. */
+INLINE float *decode_float32(char *source, int paired, float *value) {
+    if (!paired) return (float *)source;
     const Float *stored = (const Float *)source;
-    if (paired)
-        for (int i = 0; i < HALF; i++) value[i] = stored[2 * i], value[HALF + i] = stored[2 * i + 1];
-    else
-        for (int i = 0; i < BLOCK; i++) value[i] = stored[i];
+    for (int i = 0; i < HALF; i++) value[i] = stored[2 * i], value[HALF + i] = stored[2 * i + 1];
+    return value;
 }
 
 INLINE void encode_float32(char *target, int paired, const float *value) {
@@ -50,12 +50,13 @@ INLINE void encode_float32(char *target, int paired, const float *value) {
         for (int i = 0; i < BLOCK; i++) stored[i] = value[i];
 }
 
-INLINE void decode_bfloat16(const char *source, float *value) {
+INLINE float *decode_bfloat16(const char *source, float *value) {
     const Word *stored = (const Word *)source;
     for (int i = 0; i < HALF; i++) {
         value[i] = number(stored[i] << 16);
         value[HALF + i] = number(stored[i] & UPPER);
     }
+    return value;
 }
 
 /* Nearest bf16, ties to even, as torch casts. */
@@ -73,15 +74,9 @@ INLINE void encode_bfloat16(char *target, const float *value, int careful) {
             if (value[i] != value[i]) ((uint16_t *)target)[i < HALF ? 2 * i : 2 * (i - HALF) + 1] = NAN_PATTERN >> 16;
 }
 
-INLINE void decode_weight(const Task *task, const Block *block, int paired, float *weight) {
-    if (task->param_type == FLOAT32) {
-        decode_float32(block->param, paired, weight);
-        return;
-    }
-    if (task->weight_bits == 16) {
-        decode_bfloat16(block->param, weight);
-        return;
-    }
+INLINE float *decode_weight(const Task *task, const Block *block, int paired, float *weight) {
+    if (task->param_type == FLOAT32) return decode_float32(block->param, paired, weight);
+    if (task->weight_bits == 16) return decode_bfloat16(block->param, weight);
     const Word *high = (const Word *)block->param, *low = (const Word *)block->remainder;
     uint16_t wide[BLOCK];
     if (task->weight_bits == 24) {
@@ -92,6 +87,7 @@ INLINE void decode_weight(const Task *task, const Block *block, int paired, floa
         weight[i] = number((high[i] << 16) + (uint32_t)((int32_t)(low[i] << 16) >> 16));
         weight[HALF + i] = number((high[i] & UPPER) + (uint32_t)((int32_t)low[i] >> 16));
     }
+    return weight;
 }
 
 /* A weight zeroed from outside is zero: a remainder below zero beside it would make it one of these NaNs. */
@@ -129,25 +125,22 @@ INLINE void encode_weight(const Task *task, const Block *block, int paired, floa
 /* |x| - 1 with the sign of x. */
 INLINE float less_one(uint32_t word) { return number(word) - number((word & SIGN_BIT) | ONE_PATTERN); }
 
-INLINE void decode_momentum(const Task *task, const Block *block, int paired, float *momentum) {
-    if (task->exp_avg_type == FLOAT32) {
-        decode_float32(block->exp_avg, paired, momentum);
-    } else if (task->exp_avg_type == BFLOAT16) {
-        decode_bfloat16(block->exp_avg, momentum);
-    } else {
-        uint16_t bfloat[BLOCK]; /* 1 + |m| / scale with the sign of m */
-        for (int i = 0; i < BLOCK; i++) {
-            int16_t level = ((const int8_t *)block->exp_avg)[i];
-            int16_t magnitude = (int16_t)(level < 0 ? -level : level);
-            bfloat[i] = (uint16_t)(((magnitude << LEVEL_SHIFT) + ONE_HALF) | (level & 0x8000));
-        }
-        const Word *pair = (const Word *)bfloat;
-        const float scale = *block->scale;
-        for (int i = 0; i < HALF; i++) {
-            momentum[i] = less_one(pair[i] << 16) * scale;
-            momentum[HALF + i] = less_one(pair[i] & UPPER) * scale;
-        }
+INLINE float *decode_momentum(const Task *task, const Block *block, int paired, float *momentum) {
+    if (task->exp_avg_type == FLOAT32) return decode_float32(block->exp_avg, paired, momentum);
+    if (task->exp_avg_type == BFLOAT16) return decode_bfloat16(block->exp_avg, momentum);
+    uint16_t bfloat[BLOCK]; /* 1 + |m| / scale with the sign of m */
+    for (int i = 0; i < BLOCK; i++) {
+        int16_t level = ((const int8_t *)block->exp_avg)[i];
+        int16_t magnitude = (int16_t)(level < 0 ? -level : level);
+        bfloat[i] = (uint16_t)(((magnitude << LEVEL_SHIFT) + ONE_HALF) | (level & 0x8000));
     }
+    const Word *pair = (const Word *)bfloat;
+    const float scale = *block->scale;
+    for (int i = 0; i < HALF; i++) {
+        momentum[i] = less_one(pair[i] << 16) * scale;
+        momentum[HALF + i] = less_one(pair[i] & UPPER) * scale;
+    }
+    return momentum;
 }
 
 /* int8: rounded stochastically to the top of the pattern of 1 + |m| / scale; see bits.py. `peak` is the largest |m|. */
@@ -181,22 +174,16 @@ INLINE void prefetch(const char *address, int64_t bytes) {
 
 static const int BYTES[] = {4, 8, 2, 1};
 
+INLINE int remainder_bytes(const Task *task) { return (int)(task->weight_bits - 16) / 8; }
+
 INLINE Block block_at(const Task *task, int64_t start) {
     Block block;
     block.param = task->param + BYTES[task->param_type] * start;
     block.grad = (char *)task->grad + BYTES[task->grad_type] * start;
     block.exp_avg = task->exp_avg + BYTES[task->exp_avg_type] * start;
-    block.remainder = task->remainder ? task->remainder + (task->weight_bits - 16) / 8 * start : 0;
+    block.remainder = task->remainder ? task->remainder + remainder_bytes(task) * start : 0;
     block.scale = task->scale ? task->scale + start / BLOCK : 0;
     return block;
-}
-
-INLINE void prefetch_block(const Task *task, int64_t start) {
-    Block block = block_at(task, start);
-    prefetch(block.param, BYTES[task->param_type] * BLOCK);
-    prefetch(block.grad, BYTES[task->grad_type] * BLOCK);
-    prefetch(block.exp_avg, BYTES[task->exp_avg_type] * BLOCK);
-    if (block.remainder) prefetch(block.remainder, (task->weight_bits - 16) / 8 * BLOCK);
 }
 
 INLINE void draw(const Task *task, int64_t start, uint32_t *random) {
@@ -207,11 +194,10 @@ INLINE void draw(const Task *task, int64_t start, uint32_t *random) {
     }
 }
 
-
 /* Copies between a block and another of the same tensor. */
 INLINE void copy_block(const Task *task, int count, Block *target, const Block *source, int with_grad) {
     memcpy(target->param, source->param, (size_t)(BYTES[task->param_type] * count));
     if (with_grad) memcpy(target->grad, source->grad, (size_t)(BYTES[task->grad_type] * count));
     memcpy(target->exp_avg, source->exp_avg, (size_t)(BYTES[task->exp_avg_type] * count));
-    if (task->remainder) memcpy(target->remainder, source->remainder, (size_t)((task->weight_bits - 16) / 8 * count));
+    if (task->remainder) memcpy(target->remainder, source->remainder, (size_t)(remainder_bytes(task) * count));
 }
