@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder = options.output / one[0].group if options.each_group else options.output
             _compare(one, options, folder, unreadable, console)
     except ModuleNotFoundError as error:
-        return _refuse(f"{error.name} is not installed; pip install 'lion-lightning[report]'")
+        extra = "wandb-report" if error.name and error.name.startswith("wandb_workspaces") else "report"
+        return _refuse(f"{error.name} is not installed; pip install 'lion-lightning[{extra}]'")
     except (Incomparable, UnreadableRun) as error:
         return _refuse(str(error))
     return 0
@@ -56,7 +57,8 @@ def gather(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
 
         runs += fetch_runs(options.wandb, options.group)
     if not runs:
-        raise Incomparable("; ".join(unreadable) or f"no run in {options.wandb}")
+        of_group = f" of group {options.group}" if options.group else ""
+        raise Incomparable("; ".join(unreadable) or f"no run{of_group} in {options.wandb}")
     # A copied folder, or a run that is on disk and was synced: one run all the same.
     return list({run.id or run.source: run for run in reversed(runs)}.values())[::-1], unreadable
 
@@ -109,9 +111,10 @@ def _compare(
     files = write(comparison, folder, command, datetime.date.today().isoformat(), unreadable)
     console.print(f"{relative(str(folder))}: {', '.join(file.name for file in files)}", highlight=False, soft_wrap=True)
     if options.report:
-        from lion_lightning.tracking.publish import publish_report
+        from lion_lightning.tracking.publish import publish_report, publish_workspace
 
-        console.print(publish_report(comparison, options.wandb), highlight=False, soft_wrap=True)
+        for publish in (publish_report, publish_workspace):
+            console.print(publish(comparison, options.wandb), highlight=False, soft_wrap=True)
 
 
 def _refuse(message: str) -> int:
@@ -134,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--unlike", action="store_true", help="compare runs that are not alike all the same")
     parser.add_argument("--output", type=Path, default=Path("outputs/comparison"), help="folder (default: %(default)s)")
-    parser.add_argument("--report", action="store_true", help="publish a W&B report (needs --wandb, wandb-workspaces)")
+    parser.add_argument("--report", action="store_true", help="publish a W&B report and a workspace (needs --wandb)")
     return parser
 
 

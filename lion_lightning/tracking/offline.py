@@ -143,7 +143,7 @@ def _run_of(file: Path, records: list[dict[str, Any]], complaint: str) -> Run:
         config=_config([about.get("config", {}), *by_type.get("config", [])]),
         history=[record["item"] for record in by_type.get("history", [])],
         created=about.get("start_time", ""),
-        hardware=_hardware(by_type.get("environment", [])),
+        hardware=hardware_of({key: value for part in by_type.get("environment", []) for key, value in part.items()}),
     )
 
 
@@ -171,10 +171,9 @@ def _config(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "_wandb"}
 
 
-def _hardware(environments: list[dict[str, Any]]) -> str:
-    """Processor, cores and accelerators as W&B saw them."""
-    seen = {key: value for record in environments for key, value in record.items()}
-    accelerators = [gpu.get("name", "GPU") for gpu in seen.get("gpu_nvidia", []) + seen.get("gpu_amd", [])]
+def hardware_of(seen: dict[str, Any]) -> str:
+    """Accelerators, processor and cores, from what W&B notes of a machine."""
+    accelerators = [gpu.get("name", "GPU") for gpu in [*seen.get("gpu_nvidia", []), *seen.get("gpu_amd", [])]]
     processor = " ".join(str(seen.get("cpu", {}).get("model", "")).replace("(R)", "").split())
     cores = f"{seen['cpu_count']} cores" if "cpu_count" in seen else ""
     return ", ".join(part for part in (*accelerators, processor, cores) if part)

@@ -15,6 +15,7 @@ from lion_lightning.tracking.runs import Run
 
 NONE = "-"
 SURE = 0.05
+LABEL_WIDTH = 16  # columns of the terminal that a label has at least; a longer one is folded
 COST_COLUMNS = {
     "step_ms": ("ms a step", "{:.1f}"),
     "peak_memory_gib": ("peak GiB", "{:.2f}"),
@@ -100,9 +101,12 @@ def show(comparison: Comparison, console: Console) -> None:
     for caption, (header, rows) in zip(
         captions(comparison), (result_rows(comparison), cost_rows(comparison)), strict=True
     ):
-        table = Table(box=box.SIMPLE_HEAD, title=caption, title_justify="left", title_style="italic", pad_edge=False)
+        console.print(f"\n{caption}.", highlight=False, style="italic")
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
+        longest = max(len(row[0]) for row in rows)
         for number, name in enumerate(header):
             table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=bool(number))
+        table.columns[0].min_width = min(longest, LABEL_WIDTH)
         for row in rows:
             table.add_row(*row, style="bold" if row[0] == _winner(comparison) else None)
         console.print(table, highlight=False)
@@ -116,7 +120,7 @@ def markdown(
     """The comparison as a page: verdict, tables, pictures, and how it was made."""
     parts = [f"# {comparison.group or comparison.goal.metric}", verdict(comparison)]
     for caption, rows in zip(captions(comparison), (result_rows(comparison), cost_rows(comparison)), strict=True):
-        parts += [_markdown_table(*rows, bold=_winner(comparison)), f"{caption}."]
+        parts += [markdown_table(*rows, bold=_winner(comparison)), f"{caption}."]
     parts += [f"![{Path(name).stem}]({name})" for name in pictures]
     notes = [*unfinished_lines(comparison), *comparison.remarks, *unreadable]
     if notes:
@@ -201,7 +205,8 @@ def _fate(run: Run, metric: str) -> str:
     return f"{run.name} is {run.state}{code} at step {run.last_step}{of}, {value}: not counted ({relative(run.source)})"
 
 
-def _markdown_table(header: list[str], rows: list[list[str]], bold: str) -> str:
+def markdown_table(header: list[str], rows: list[list[str]], bold: str = "") -> str:
+    """A Markdown table; the row that starts with `bold` stands out."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     lines += [[f"**{cell}**" for cell in row] if row[0] == bold else row for row in rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

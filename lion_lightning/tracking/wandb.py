@@ -1,15 +1,18 @@
 """Weights & Biases with manners: one run per job, offline without a key, closed with the exit code it deserves."""
 
+import json
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import wandb
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 Mode = Literal["online", "offline", "disabled"]
+MAX_REFERENCED_FILES = 100_000
 MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
 
 
@@ -23,6 +26,8 @@ class RunLogger(WandbLogger):
         job_type, tags: to find it by.
         mode: None: `WANDB_MODE` if that is set, online if `WANDB_API_KEY` is, else offline.
         save_dir: the folder in which W&B makes its own `wandb` folder.
+        artifacts: keep the exported model and the description of the data as W&B artifacts of the run, the data as an
+            input and the model as an output.
 
     Raises:
         ValueError: an unknown mode.
@@ -38,8 +43,10 @@ class RunLogger(WandbLogger):
         job_type: str = "train",
         tags: Sequence[str] = (),
         mode: Mode | None = None,
+        artifacts: bool = False,
     ) -> None:
         self.mode = choose_mode(mode)
+        self.artifacts = artifacts
         # Not `offline=True`: that sets WANDB_MODE for the whole process and every later run in it.
         super().__init__(
             name=run_name,
@@ -49,7 +56,8 @@ class RunLogger(WandbLogger):
             job_type=job_type,
             tags=list(tags),
             save_dir=save_dir,
-            id=secrets.token_hex(4),  # known before training starts
+            # Known before training starts; an agent of a sweep has chosen it already.
+            id=None if "WANDB_SWEEP_ID" in os.environ else secrets.token_hex(4),
             mode=self.mode,
             settings=wandb.Settings(silent=True),
         )
@@ -60,6 +68,15 @@ class RunLogger(WandbLogger):
         """Say which value of a metric stands for the run, by its exact name: a glob is ignored under Lightning."""
         for name, kind in summaries.items():
             self.experiment.define_metric(name, summary=kind, step_metric="trainer/global_step", step_sync=True)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        """Log the configuration, and what it says of the data as an artifact if that was asked for."""
+        super().log_hyperparams(params)
+        if self.artifacts and isinstance(params, Mapping) and isinstance(params.get("data"), Mapping):
+            # Only a server can say that a run used something; offline the description is kept with the run.
+            note = self.experiment.use_artifact if self.mode == "online" else self.experiment.log_artifact
+            note(dataset_artifact(params["data"]))
 
     @property
     def run_folder(self) -> Path:
@@ -77,8 +94,29 @@ class RunLogger(WandbLogger):
     def finish(self, exit_code: int) -> None:
         """Close the run. Without this the next job of a sweep would log into it, and a crash would look finished."""
         if self._experiment is not None:
+            export = Path(self.save_dir or ".") / "export"
+            if self.artifacts and exit_code == 0 and export.is_dir():
+                self._experiment.log_artifact(model_artifact(export, str(self._name)))
             self._experiment.finish(exit_code=exit_code)
             self._experiment = None
+
+
+def model_artifact(export: Path, name: str) -> wandb.Artifact:
+    """The exported folder, as it opens with `transformers`."""
+    artifact = wandb.Artifact(name, type="model")
+    artifact.add_dir(str(export))
+    return artifact
+
+
+def dataset_artifact(data: Mapping[str, Any]) -> wandb.Artifact:
+    """What the data are: their settings, and a checksummed reference to files that the user named, not a copy."""
+    artifact = wandb.Artifact(str(data.get("name", "data")), type="dataset", metadata=dict(data))
+    path = data.get("path")
+    if path and Path(path).exists():
+        artifact.add_reference(Path(path).resolve().as_uri(), max_objects=MAX_REFERENCED_FILES)
+    with artifact.new_file("settings.json") as file:
+        json.dump(dict(data), file, indent=2, default=str)
+    return artifact
 
 
 def choose_mode(mode: str | None) -> Mode:

@@ -1,0 +1,108 @@
+"""Runs from a server, and a report to it: W&B's own client over a real socket, the server is ours."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from wandb_server import Server, serving
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving() as server:
+        for seed in (1, 2):
+            server.add("lion", seed, [3.0, 2.0 + seed / 10])
+            server.add("adamw", seed, [3.0, 1.0 + seed / 10])
+        server.add("lion", 3, [9.0], state="killed")
+        server.add("sgd", 1, [1.0], group="another")
+        yield server
+
+
+def call(server: Server, folder: Path, *arguments: str, key: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **(server.environment() if key else {})}
+    command = [sys.executable, "scripts/compare.py", *arguments, "--output", str(folder)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_group_is_fetched_compared_and_published(server: Server, tmp_path: Path) -> None:
+    done = call(server, tmp_path, "--wandb", "me/p", "--group", "g", "--report")
+    assert done.returncode == 0, done.stderr
+    output = " ".join(done.stdout.split())
+    assert "adamw is best with 1.1500 ± 0.0707 over 2 seeds" in output
+    assert "r-lion-s3 is crashed at step 1" in output
+    assert "sgd" not in output
+    assert f"W&B report: {server.address}/me/p/reports/" in output
+    asked = [variables for query, variables in server.asked if "query Runs(" in query]
+    assert json.loads(asked[-1]["filters"]) == {"group": "g"}
+    report, workspace = [variables for query, variables in server.asked if "upsertView" in query]
+    assert (report["type"], workspace["type"]) == ("runs", "project-view")
+    assert "adamw is best" in report["spec"]
+    (runset,) = [
+        one for block in json.loads(report["spec"])["blocks"] for one in block.get("metadata", {}).get("runSets", [])
+    ]
+    assert runset["filters"]["filters"] == [
+        {"key": {"section": "run", "name": "group"}, "op": "IN", "value": ["g"], "disabled": False}
+    ]
+    assert grouping(runset) == grouping(json.loads(workspace["spec"])["section"]["runSets"][0]) == ["optim.value.name"]
+    assert plotted(report) >= {("val/loss", "trainer/global_step"), ("val/loss", "perf/seconds")}
+    assert ("val/loss", "trainer/global_step") in plotted(workspace)
+
+
+def grouping(runset: dict[str, Any]) -> list[str]:
+    return [one["name"] for one in runset["grouping"]]
+
+
+def plotted(view: dict[str, Any]) -> set[tuple[str, str]]:
+    """Metric and axis of every line plot, wherever in the specification it is."""
+    found: set[tuple[str, str]] = set()
+
+    def search(node: Any) -> None:
+        if isinstance(node, dict):
+            if "metrics" in node and "xAxis" in node:
+                found.update((metric, node["xAxis"]) for metric in node["metrics"])
+            for value in node.values():
+                search(value)
+        elif isinstance(node, list):
+            for value in node:
+                search(value)
+
+    search(json.loads(view["spec"]))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--wandb", "me/nothing"], "error: --wandb me/nothing: Could not find project nothing"),
+        (["--wandb", "me/p", "--group", "nobody"], "error: no run of group nobody in me/p"),
+        (["--wandb", "me/p"], "the runs belong to 2 groups: another (1 runs); g (5 runs)"),
+    ],
+    ids=["project", "group", "unlike"],
+)
+def test_what_is_not_there_is_one_line(server: Server, tmp_path: Path, arguments: list[str], said: str) -> None:
+    done = call(server, tmp_path, *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_a_key_it_is_said(server: Server, tmp_path: Path) -> None:
+    done = call(server, tmp_path, "--wandb", "me/p", key=False)
+    assert done.returncode == 2
+    assert "No API key" in done.stderr
+
+
+def test_a_report_needs_a_project(server: Server, tmp_path: Path) -> None:
+    from lion_lightning.tracking.publish import publish_report
+    from lion_lightning.tracking.variants import Incomparable
+
+    with pytest.raises(Incomparable, match="--wandb ENTITY/PROJECT"):
+        publish_report(None, None)  # type: ignore[arg-type]
