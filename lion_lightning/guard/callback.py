@@ -27,8 +27,8 @@ from lion_lightning.guard.watch import Losses, OptimizerWatch, Reduce
 from lion_lightning.optim import Lion
 
 WHAT_TO_DO = (
-    "Lower the learning rate, warm up for longer (guard.warmup_steps), or look for bad samples near this step; no "
-    "checkpoint was written since the run looked sick"
+    "Lower the learning rate, warm up for longer (guard.warmup_steps), or look for bad samples near this step; "
+    "train.py has written no checkpoint since the run looked sick"
 )
 NO_GRADIENTS = (
     "no gradients are there when the optimizer steps (are they released in backward?): the guard sees the loss alone, "
@@ -110,7 +110,7 @@ class LionGuard(Callback):
         self._lion_figures: dict[str, float] = {}
         self._latest = Reading()
         self._samples = self._micro_samples = 0
-        self._stepped = False
+        self._stepped = self._judges_loss = False
 
     @property
     def events(self) -> list[Event]:
@@ -151,6 +151,8 @@ class LionGuard(Callback):
             )
             for optimizer, warmup in zip(trainer.optimizers, warmups, strict=True)
         ]
+        # With a GradScaler the loss comes scaled; with several optimizers nobody knows whose it is.
+        self._judges_loss = not scaled and len(self.watches) == 1 and pl_module.automatic_optimization
         lion = next((optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Lion)), None)
         self._telemetry = TelemetryReader(lion, self.telemetry_every) if lion and self.telemetry_every else None
         self.treatment.watches, self.treatment.module = self.watches, pl_module
@@ -173,7 +175,7 @@ class LionGuard(Callback):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self.losses.check(loss)
+        self.losses.before_backward(loss, self._judges_loss)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -218,7 +220,7 @@ class LionGuard(Callback):
         self._react(trainer, flush=True)
         if self.trace is not None:
             self.trace.flush()
-        streak = max(watch.monitors.skipped_in_a_row for watch in self.watches)
+        streak = max(watch.monitors.nonfinite_in_a_row for watch in self.watches)
         if streak >= self.thresholds.nonfinite_steps:
             raise TrainingStopped(f"the last {streak} steps had no finite gradient: nothing was learned. {WHAT_TO_DO}")
 
@@ -237,7 +239,7 @@ class LionGuard(Callback):
             while (reading := watch.read(flush)) is not None:
                 self._observe(number, reading)
                 symptoms = watch.monitors.observe(reading)
-                if reading.skipped or reading.bad_ranks:
+                if not reading.is_finite:
                     symptoms += self.treatment.examine(watch, trainer.strategy.reduce_boolean_decision)
                 for symptom in symptoms:
                     self._act(trainer, watch, symptom, reading.step)

@@ -15,7 +15,7 @@ class Symptom:
     """Something that a rule has seen.
 
     Attributes:
-        kind: outlier, nonfinite, poison, divergence, lock_in, dead, unmoved, near_bound or cosine.
+        kind: outlier, bad_loss, nonfinite, poison, divergence, lock_in, dead, unmoved, near_bound or cosine.
         message: what was seen and why it matters, for people.
     """
 
@@ -84,48 +84,64 @@ class Average:
 
 
 class Divergence:
-    """The loss has left its best level for good: a fast average well above the best slow one, step after step."""
+    """The loss has left its best level for good: a fast average well above the best slow one, step after step.
+
+    The noise of a step's loss is told from the differences of neighbours, which know nothing of the loss's way down,
+    and by their median, which a few bad steps do not move.
+    """
 
     def __init__(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds
         self.fast, self.slow = Average(thresholds.fast_half_life), Average(thresholds.slow_half_life)
-        self._variance = Average(thresholds.slow_half_life)
+        self._differences: deque[float] = deque(maxlen=thresholds.window)
+        self._last = math.nan
         self.best = math.inf
         self.high_steps = 0
 
     @property
     def limit(self) -> float:
-        """What the fast average may not stay above."""
+        """What the fast average may not stay above; infinite until there is a best average."""
         if not math.isfinite(self.best):
             return math.inf
-        limits, deviation = self.thresholds, math.sqrt(max(0.0, self._variance.value))
+        deviation = NORMAL_FROM_MEDIAN_DIFFERENCE * statistics.median(self._differences)
+        limits = self.thresholds
         return self.best + max(limits.divergence_sigmas * deviation, limits.divergence_share * abs(self.best))
 
     def observe(self, loss: float) -> bool:
         """Takes in a step's loss; whether it is the one that tells. A loss that is not finite says nothing here."""
         if not math.isfinite(loss):
             return False
-        limit, fast = self.limit, self.fast.add(loss)
-        if fast > limit:
+        fast, last, self._last = self.fast.add(loss), self._last, loss
+        if fast > self.limit:
             self.high_steps += 1
         else:
             self.high_steps = 0
-            # What lies above the limit would widen the limit.
+            if math.isfinite(last):
+                self._differences.append(abs(loss - last))
             slow = self.slow.add(loss)
-            self._variance.add((loss - slow) ** 2)
             if self.slow.count >= self.thresholds.slow_half_life:
                 self.best = min(self.best, slow)
         return self.high_steps == self.thresholds.divergence_steps
 
     def state_dict(self) -> dict[str, Any]:
-        averages = {"fast": self.fast, "slow": self.slow, "variance": self._variance}
-        state: dict[str, Any] = {name: average.state_dict() for name, average in averages.items()}
-        return {**state, "best": self.best, "high_steps": self.high_steps}
+        return {
+            "fast": self.fast.state_dict(),
+            "slow": self.slow.state_dict(),
+            "differences": list(self._differences),
+            "last": self._last,
+            "best": self.best,
+            "high_steps": self.high_steps,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, average in (("fast", self.fast), ("slow", self.slow), ("variance", self._variance)):
-            average.load_state_dict(state[name])
-        self.best, self.high_steps = state["best"], state["high_steps"]
+        self.fast.load_state_dict(state["fast"])
+        self.slow.load_state_dict(state["slow"])
+        self._differences = deque(state["differences"], maxlen=self.thresholds.window)
+        self._last, self.best, self.high_steps = state["last"], state["best"], state["high_steps"]
+
+
+NORMAL_FROM_MEDIAN_DIFFERENCE = 1.4826 / math.sqrt(2)
+"""Standard deviation of independent normal values over the median absolute difference of neighbours."""
 
 
 GAUGES = {
@@ -203,7 +219,7 @@ class Monitors:
         self.thresholds = thresholds
         self.poison, self.divergence = Poison(thresholds), Divergence(thresholds)
         self.gauges, self.lock_in = Gauges(thresholds), LockIn(thresholds)
-        self.skipped_in_a_row = 0
+        self.nonfinite_in_a_row = 0
         self.clipped = self.skipped = 0
 
     def observe(self, reading: Reading) -> list[Symptom]:
@@ -215,8 +231,10 @@ class Monitors:
             symptoms.append(
                 Symptom("divergence", DIVERGENCE.format(fast=self.divergence.fast.value, rule=self.divergence))
             )
-        quiet = self.divergence.high_steps == 0 and not reading.skipped
-        if self.lock_in.observe(reading.factor > 1, quiet):
+        # Quiet, or loud for so long that the ladder, if it was to act, would have acted.
+        quiet = not 0 < self.divergence.high_steps <= self.thresholds.divergence_steps
+        rejected = reading.is_finite and (reading.factor > 1 or reading.skipped)
+        if self.lock_in.observe(rejected, quiet):
             symptoms.append(Symptom("lock_in", LOCK_IN.format(norm=reading.grad_norm)))
         for name, value in (("dead", reading.dead), ("cosine", reading.cosine)):
             if symptom := self.gauges.observe(name, value):
@@ -224,22 +242,23 @@ class Monitors:
         return symptoms
 
     def _gate(self, reading: Reading) -> list[Symptom]:
-        if reading.skipped or reading.bad_ranks:
-            self.skipped += 1
-            self.skipped_in_a_row += 1
+        """What the gate has done, for the record."""
+        self.skipped += reading.skipped
+        self.clipped += reading.factor > 1
+        if not reading.is_finite:
+            self.nonfinite_in_a_row += 1
             ranks = ", ".join(map(str, reading.bad_ranks))
             where = f", with a loss that is not finite on rank {ranks}" if ranks else ""
             return [Symptom("nonfinite", NONFINITE.format(where=where))]
-        self.skipped_in_a_row = 0
-        if reading.factor > 1:
-            self.clipped += 1
-            return [Symptom("outlier", OUTLIER.format(reading=reading))]
-        return []
+        self.nonfinite_in_a_row = 0
+        if reading.skipped:
+            return [Symptom("bad_loss", BAD_LOSS.format(reading=reading))]
+        return [Symptom("outlier", OUTLIER.format(reading=reading))] if reading.factor > 1 else []
 
     def is_suspicious(self, ignore_divergence: bool = False) -> bool:
         """Whether a rule is on its way to a verdict: not the time for a snapshot or a checkpoint."""
         diverges = bool(self.divergence.high_steps) and not ignore_divergence
-        return bool(self.skipped_in_a_row or self.poison.low_steps) or diverges
+        return bool(self.nonfinite_in_a_row or self.poison.low_steps) or diverges
 
     def state_dict(self) -> dict[str, Any]:
         rules = {name: getattr(self, name).state_dict() for name in RULES}
@@ -254,11 +273,15 @@ class Monitors:
 
 
 RULES = ("poison", "divergence", "gauges", "lock_in")
-COUNTS = ("skipped_in_a_row", "clipped", "skipped")
+COUNTS = ("nonfinite_in_a_row", "clipped", "skipped")
 NONFINITE = "the gradient is not finite{where}: one such step would stay in the momentum for ever"
 OUTLIER = (
-    "the gradient norm {reading.grad_norm:.3g} is an outlier (robust z {reading.z:.0f}): in the momentum it would set "
-    "the direction for hundreds of steps"
+    "the gradient norm {reading.grad_norm:.3g} is an outlier (robust z {reading.norm_z:.0f}): in the momentum it would "
+    "set the direction for hundreds of steps"
+)
+BAD_LOSS = (
+    "the loss {reading.backward_loss:.4g} is far out of line (robust z {reading.loss_z:.0f}): the batch would teach "
+    "something else than all others"
 )
 POISON = (
     "the sign of the update has nearly stopped flipping (rate {rate:.4f}): an outlier sits in the momentum, the "
@@ -266,6 +289,6 @@ POISON = (
 )
 DIVERGENCE = "the loss has risen to {fast:.4g} and stayed above {rule.limit:.4g} (best average {rule.best:.4g})"
 LOCK_IN = (
-    "half of the latest gradients were clipped while the loss is quiet: norms of {norm:.3g} are the new normal, so "
-    "they are measured afresh"
+    "half of the latest steps were clipped or skipped though the run does not diverge: norms of {norm:.3g} are the new "
+    "normal, so norms and losses are measured afresh"
 )

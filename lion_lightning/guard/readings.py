@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 SAMPLED = ("flips", "signs", "projection", "update_squares", "grad_squares", "dead")
-SUMS = ("loss", "samples", "squares", "micro_squares", *SAMPLED)
+SUMS = ("loss", "samples", "squares", "micro_squares", "backward_loss", *SAMPLED)
 """What ranks add up; after these comes one count of non-finite losses for each rank."""
-VERDICT = ("norm", "factor", "skipped", "z")
+VERDICT = ("norm", "factor", "skipped", "norm_z", "loss_z")
 """What the gate made of the sums, the same on every rank."""
 FACTS = ("step", "batch_size", "micro_batch_size")
 """What the host knows from the start."""
@@ -22,9 +22,11 @@ class Reading:
 
     Attributes:
         loss: mean over the samples of the micro-batches that have ended since the step before.
-        grad_norm: of the gradient as it was; not finite for a step that was skipped.
+        grad_norm: of the gradient as it was.
+        skipped: whether the gate let the step change nothing.
         factor: the gradients were divided by it.
-        z: robust z of the log norm.
+        norm_z, loss_z: robust z of the log norm and of the loss of the same step.
+        backward_loss: what backward was called on, summed over the step's micro-batches, mean over ranks.
         flip_rate: share of sampled coordinates whose update changed its sign since the step before.
         cosine: between update and gradient, over the sampled coordinates.
         dead: share of sampled coordinates that move though their gradient is exactly 0.
@@ -38,7 +40,9 @@ class Reading:
     grad_norm: float = math.nan
     factor: float = 1.0
     skipped: bool = False
-    z: float = math.nan
+    norm_z: float = math.nan
+    loss_z: float = math.nan
+    backward_loss: float = math.nan
     flip_rate: float = math.nan
     cosine: float = math.nan
     dead: float = math.nan
@@ -48,19 +52,25 @@ class Reading:
     micro_norm: float = math.nan
     micro_batch_size: int = 0
 
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.grad_norm) and not self.bad_ranks
+
     @classmethod
     def unpack(cls, values: Sequence[float], world_size: int) -> "Reading":
         """From the numbers of `SUMS`, of each rank, of `VERDICT` and of `FACTS`, in that order."""
         sums = dict(zip(SUMS, values, strict=False))
         bad, rest = values[len(SUMS) :][:world_size], values[len(SUMS) + world_size :]
-        norm, factor, skipped, z, step, batch_size, micro_batch_size = rest
+        norm, factor, skipped, norm_z, loss_z, step, batch_size, micro_batch_size = rest
         scale = math.sqrt(max(0.0, sums["update_squares"] * sums["grad_squares"]))
         return cls(
             loss=_share(sums["loss"], sums["samples"]),
             grad_norm=norm,
             factor=factor,
             skipped=bool(skipped),
-            z=z,
+            norm_z=norm_z,
+            loss_z=loss_z,
+            backward_loss=sums["backward_loss"],
             flip_rate=_share(sums["flips"], sums["signs"]),
             cosine=_share(sums["projection"], scale),
             dead=_share(sums["dead"], sums["update_squares"]),

@@ -18,12 +18,13 @@ class Remedy(str, Enum):
     SKIP = "the step was skipped"
     REBASELINE = "the rule starts a new history"
     ZERO_MOMENTUM = "the momentum was zeroed"
+    REPAIR = "what was not finite was put back from the newest snapshot"
     REWIND = "rewound to the newest healthy snapshot"
     REWIND_AT_HALF_RATE = "rewound to an older snapshot, at half the learning rate"
     STOP = "the run stops"
 
 
-AT_ONCE = {"outlier": Remedy.CLIP, "nonfinite": Remedy.SKIP, "lock_in": Remedy.REBASELINE}
+AT_ONCE = {"outlier": Remedy.CLIP, "bad_loss": Remedy.SKIP, "nonfinite": Remedy.SKIP, "lock_in": Remedy.REBASELINE}
 RUNGS = (Remedy.REWIND, Remedy.REWIND_AT_HALF_RATE, Remedy.STOP)
 
 
@@ -41,6 +42,7 @@ class Ladder:
     rung: int = 0
     last_climb: int = 0
     last_reset: int | None = None
+    last_repair: int | None = None
 
     def remedy(self, kind: str, step: int) -> Remedy:
         """The remedy for a symptom of `kind` at a step; remembers that it was given."""
@@ -52,15 +54,21 @@ class Ladder:
             return Remedy.NOTE
         if kind == "nonfinite_limit" or (self.on_divergence != "recover" and kind == "sick_weights"):
             return Remedy.STOP
+        if kind == "sick_weights" and not self._is_recent(self.last_repair, step):
+            self.last_repair = step
+            return Remedy.REPAIR
         if self.on_divergence == "recover":
             return self._climb(step)
         return Remedy.STOP if self.on_divergence == "stop" else Remedy.NOTE
 
     def _reset(self, step: int) -> Remedy:
         """A momentum that looks poisoned again right after it was zeroed was not poisoned."""
-        again = self.last_reset is not None and step - self.last_reset <= self.thresholds.proven_after
+        again = self._is_recent(self.last_reset, step)
         self.last_reset = step
         return Remedy.REBASELINE if again else Remedy.ZERO_MOMENTUM
+
+    def _is_recent(self, last: int | None, step: int) -> bool:
+        return last is not None and step - last <= self.thresholds.proven_after
 
     def _climb(self, step: int) -> Remedy:
         if self.rung and step - self.last_climb > self.thresholds.horizon:
@@ -70,7 +78,11 @@ class Ladder:
         return remedy
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rung": self.rung, "last_climb": self.last_climb, "last_reset": self.last_reset}
+        return {name: getattr(self, name) for name in MEMORY}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rung, self.last_climb, self.last_reset = state["rung"], state["last_climb"], state["last_reset"]
+        for name in MEMORY:
+            setattr(self, name, state[name])
+
+
+MEMORY = ("rung", "last_climb", "last_reset", "last_repair")

@@ -57,6 +57,10 @@ class SnapshotRing:
         tensors = {name: _to_host(tensor) for name, tensor in _tensors(module)}
         self.ring.append(Snapshot(step, tensors, [_kept_state(optimizer) for optimizer in optimizers], rules, trusted))
 
+    @property
+    def newest(self) -> Snapshot | None:
+        return self.ring[-1] if self.ring else None
+
     def proven(self, step: int, older: bool = False) -> Snapshot | None:
         """The newest snapshot with enough healthy steps after it, or the oldest one; None if there is none.
 
@@ -89,6 +93,32 @@ def restore(snapshot: Snapshot, module: nn.Module, optimizers: Sequence[Optimize
         for group, counter in zip(optimizer.param_groups, kept["steps"], strict=True):
             if counter is not None:
                 group["step"] = counter.to(param.device) if isinstance(counter, Tensor) else counter
+
+
+@torch.no_grad()
+def repair(snapshot: Snapshot, module: nn.Module, optimizers: Sequence[Optimizer]) -> int:
+    """Puts back those elements that are no longer finite, and leaves all others as they are.
+
+    Returns:
+        How many elements of this process there were.
+    """
+    pairs = [(tensor, snapshot.tensors[name]) for name, tensor in _tensors(module)]
+    for optimizer, kept in zip(optimizers, snapshot.optimizers, strict=True):
+        for index, param in enumerate(_params(optimizer)):
+            for key, value in optimizer.state.get(param, {}).items():
+                if isinstance(value, Tensor):
+                    # What did not exist when the snapshot was taken starts again at 0.
+                    before = kept["state"].get(index, {}).get(key)
+                    pairs.append((_local(value), torch.zeros_like(_local(value)) if before is None else before))
+    return sum(_repair_tensor(tensor, before) for tensor, before in pairs if tensor.is_floating_point())
+
+
+def _repair_tensor(tensor: Tensor, before: Tensor) -> int:
+    sick = ~tensor.isfinite()
+    count = int(sick.sum())
+    if count:
+        tensor.copy_(torch.where(sick, before.to(tensor.device), tensor))
+    return count
 
 
 def _restore_state(states: Any, param: Tensor, kept: dict[str, Any]) -> None:

@@ -18,6 +18,8 @@ class Thresholds:
     """Robust z of the log norm (median, median absolute deviation) beyond which a step is clipped ..."""
     outlier_ratio: float = 3.0
     """... if the norm is also above this multiple of the median norm, to which it is clipped."""
+    loss_z: float = 10.0
+    """Robust z of a step's loss beyond which the step is skipped."""
     nonfinite_steps: int = 4
     """Skipped steps in a row after which the weights themselves are looked at."""
     nonfinite_limit: int = 64

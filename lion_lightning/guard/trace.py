@@ -70,7 +70,18 @@ def _rows(path: Path) -> Iterator[tuple[int, Reading]]:
 
 def _reading(row: dict[str, str]) -> Reading:
     whole: dict[str, Any] = {name: int(row[name]) for name in ("step", "batch_size", "micro_batch_size")}
-    names = ("loss", "grad_norm", "factor", "z", "flip_rate", "cosine", "dead", "micro_norm")
+    names = (
+        "loss",
+        "grad_norm",
+        "factor",
+        "norm_z",
+        "loss_z",
+        "backward_loss",
+        "flip_rate",
+        "cosine",
+        "dead",
+        "micro_norm",
+    )
     numbers: dict[str, Any] = {name: float(row[name] or math.nan) for name in names}
     ranks = tuple(int(rank) for rank in row["bad_ranks"].split())
     return Reading(**numbers, **whole, skipped=row["skipped"] == "1", bad_ranks=ranks)

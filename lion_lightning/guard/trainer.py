@@ -60,9 +60,7 @@ def settle_batch(trainer: Trainer, on_small_batch: OnSmallBatch, least: int) -> 
     trainer.accumulate_grad_batches = accumulation(size // before, before, least)
     if isinstance(trainer.val_check_interval, int):  # counted in micro-batches
         trainer.val_check_interval = trainer.val_check_interval * trainer.accumulate_grad_batches // before
-    return (
-        f"accumulate_grad_batches is {trainer.accumulate_grad_batches}, not {before}, for {least} samples a step"
-    )
+    return f"accumulate_grad_batches is {trainer.accumulate_grad_batches}, not {before}, for {least} samples a step"
 
 
 def run_settings(trainer: Trainer, warmup_steps: int, gate: bool, min_batch_size: int) -> RunSettings:

@@ -7,7 +7,7 @@ from torch import nn
 from lion_lightning.guard import snapshot
 from lion_lightning.guard.monitors import Symptom
 from lion_lightning.guard.recovery import Ladder, OnDivergence, Remedy
-from lion_lightning.guard.snapshot import SnapshotRing
+from lion_lightning.guard.snapshot import Snapshot, SnapshotRing
 from lion_lightning.guard.thresholds import Thresholds
 from lion_lightning.guard.watch import OptimizerWatch
 
@@ -38,7 +38,7 @@ class Treatment:
             watch: that skipped.
             agree: whether something is true on all ranks, as `Strategy.reduce_boolean_decision`.
         """
-        count, limits = watch.monitors.skipped_in_a_row, self.thresholds
+        count, limits = watch.monitors.nonfinite_in_a_row, self.thresholds
         if count == limits.nonfinite_limit:
             return [Symptom("nonfinite_limit", f"no gradient was finite for {count} steps, though the weights are")]
         if count % limits.nonfinite_steps or not count or agree(bool(watch.is_finite())):
@@ -47,27 +47,38 @@ class Treatment:
 
     def treat(self, symptom: Symptom, step: int, watch: OptimizerWatch) -> tuple[Remedy, str]:
         """The remedy for a symptom, which has been carried out, and a sentence that says so."""
-        remedy = self.ladder.remedy(symptom.kind, step)
-        if remedy in (Remedy.REWIND, Remedy.REWIND_AT_HALF_RATE):
-            kept = self.ring.proven(step, older=remedy is Remedy.REWIND_AT_HALF_RATE)
-            if kept is None:
-                return Remedy.STOP, "there is no healthy snapshot to go back to; the run stops"
-            said = f"{remedy.value}, of step {kept.step}; the rate warms up again"
-        else:
-            kept, said = None, remedy.value
+        remedy, kept = self._remedy(symptom, step)
+        said = remedy.value if kept is None else f"{remedy.value} (of step {kept.step})"
         if not self.acts or (not self.gates and remedy in (Remedy.CLIP, Remedy.SKIP)):
             return remedy, f"nothing was done (would be: {said})"
         if remedy is Remedy.ZERO_MOMENTUM:
             watch.zero_momentum()
         elif remedy is Remedy.REBASELINE:
             watch.rebaseline(symptom.kind)
+        elif remedy is Remedy.REPAIR and kept is not None:
+            snapshot.repair(kept, self._module(), [watch.optimizer for watch in self.watches])
+            watch.monitors.nonfinite_in_a_row = 0
         elif kept is not None:
             self._rewind(kept, HALF_RATE if remedy is Remedy.REWIND_AT_HALF_RATE else 1.0)
         return remedy, said
 
-    def _rewind(self, kept: snapshot.Snapshot, scale: float) -> None:
-        assert self.module is not None
-        snapshot.restore(kept, self.module, [watch.optimizer for watch in self.watches])
+    def _remedy(self, symptom: Symptom, step: int) -> tuple[Remedy, Snapshot | None]:
+        """What the ladder says, with the snapshot it takes; the end, if that needs one and there is none."""
+        remedy = self.ladder.remedy(symptom.kind, step)
+        if remedy is Remedy.REPAIR:
+            kept = self.ring.newest
+        elif remedy in (Remedy.REWIND, Remedy.REWIND_AT_HALF_RATE):
+            kept = self.ring.proven(step, older=remedy is Remedy.REWIND_AT_HALF_RATE)
+        else:
+            return remedy, None
+        return (remedy, kept) if kept is not None else (Remedy.STOP, None)
+
+    def _module(self) -> nn.Module:
+        assert self.module is not None, "training has not started"
+        return self.module
+
+    def _rewind(self, kept: Snapshot, scale: float) -> None:
+        snapshot.restore(kept, self._module(), [watch.optimizer for watch in self.watches])
         for watch, rules in zip(self.watches, kept.rules, strict=True):
             watch.put_back(rules)
             watch.warmup.warmup.rewarm(scale)
@@ -79,10 +90,9 @@ class Treatment:
             step: optimizer steps so far.
             trusted: the state that training starts from: proven without further steps.
         """
-        assert self.module is not None
         if self.is_healthy() and self.ring.is_due(step):
             rules = [watch.rules_state() for watch in self.watches]
-            self.ring.take(step, self.module, [watch.optimizer for watch in self.watches], rules, trusted)
+            self.ring.take(step, self._module(), [watch.optimizer for watch in self.watches], rules, trusted)
 
     def is_healthy(self) -> bool:
         """Whether no rule is on its way to a verdict, and the latest step was finite: fit to be saved."""

@@ -26,21 +26,26 @@ class Losses:
         self.total: Tensor | float = 0.0
         self.samples = 0
         self.nonfinite: Tensor | float = 0.0
-
+        self.backward: Tensor | float = math.nan
         self.micro_square: Tensor | float = math.nan
 
     def add(self, loss: Tensor, samples: int) -> None:
         self.total = self.total + loss.detach().float().mean() * samples
         self.samples += samples
 
-    def check(self, loss: Tensor) -> None:
-        self.nonfinite = self.nonfinite + (~loss.detach().isfinite().all()).float()
+    def before_backward(self, loss: Tensor, judged: bool) -> None:
+        """Takes in what backward is called on; `judged` if its size may be compared from step to step."""
+        loss = loss.detach().float().mean()
+        self.nonfinite = self.nonfinite + (~loss.isfinite()).float()
+        if judged:
+            first = isinstance(self.backward, float)
+            self.backward = loss if first else self.backward + loss
 
     def state_dict(self) -> dict[str, float]:
-        return {"total": float(self.total), "samples": self.samples, "nonfinite": float(self.nonfinite)}
+        return {name: float(value) for name, value in vars(self).items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.total, self.samples, self.nonfinite = state["total"], state["samples"], state["nonfinite"]
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        vars(self).update(state)
 
 
 class OptimizerWatch:
@@ -97,14 +102,13 @@ class OptimizerWatch:
         device = grads[0][1].device if grads else views.local(next(iter(self._params()))).device
         vector = reduce(self._sums(grads, losses, device))
         norm = vector[SUMS.index("squares")].sqrt()
-        if grads:
-            factor, skip, z = self.gate.judge(norm if clip_val is None else norm.clamp(max=clip_val))
-            skip = skip.maximum((~norm.isfinite()).float())
-        else:
-            factor, skip, z = torch.ones_like(norm), torch.zeros_like(norm), torch.full_like(norm, torch.nan)
-        self.mailbox.post(torch.cat([vector, torch.stack([norm, factor, skip, z])]), facts)
+        judged = norm if clip_val is None else norm.clamp(max=clip_val)
+        verdict = self.gate.judge(judged, vector[SUMS.index("backward_loss")])
+        skip = verdict.skip.maximum((~norm.isfinite()).float())  # a clipped norm hides it
+        judgement = torch.stack([norm, verdict.factor, skip, verdict.norm_z, verdict.loss_z])
+        self.mailbox.post(torch.cat([vector, judgement]), facts)
         if grads and self.acts:
-            self._gate(factor, skip)
+            self._gate(verdict.factor, skip)
         return bool(grads)
 
     def read(self, flush: bool = False) -> Reading | None:
@@ -131,7 +135,7 @@ class OptimizerWatch:
         """Whether a rule is on its way to a verdict, or the latest step, of which no rule knows yet, was not finite."""
         latest = self.mailbox.latest()
         reading = None if latest is None else Reading.unpack(latest, self.world_size)
-        if reading is not None and (reading.skipped or reading.bad_ranks):
+        if reading is not None and not reading.is_finite:
             return True
         return self.monitors.is_suspicious(ignore_divergence)
 
@@ -162,6 +166,7 @@ class OptimizerWatch:
         zero = torch.zeros((), device=device)
         micro = losses.micro_square / self.world_size
         parts = {"loss": losses.total, "samples": losses.samples, "squares": squares, "micro_squares": micro, **sampled}
+        parts["backward_loss"] = losses.backward / self.world_size
         sums = [_scalar(parts.get(name, zero), device) for name in SUMS]
         bad = [zero] * self.world_size
         bad[self.rank] = _scalar(losses.nonfinite, device)

@@ -1,0 +1,129 @@
+"""A task small enough to be ruined many times: a student network learns what a teacher network says.
+
+One run takes about two seconds, ends near the same test loss whatever the seed, and feels a poisoned momentum.
+"""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, TensorDataset
+
+from lion_lightning import Lion, LionGuard
+from lion_lightning.guard.callback import TrainingStopped
+from lion_lightning.guard.events import Event
+from lion_lightning.schedules import cosine
+
+STEPS, BATCH, INPUTS, CLASSES = 1000, 64, 16, 8
+
+
+def network(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(INPUTS, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, CLASSES)
+    )
+
+
+class Student(LightningModule):
+    """Learns from labels that a fixed teacher draws.
+
+    Args:
+        optimizer: from parameters to an optimizer.
+    """
+
+    def __init__(self, optimizer: Any = None, steps: int = STEPS) -> None:
+        super().__init__()
+        self.net, self.steps = network(128), steps
+        self.make_optimizer = optimizer or (lambda params: Lion(params, lr=5e-4, weight_decay=0.1))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer: Optimizer = self.make_optimizer(self.parameters())
+        schedule = LambdaLR(optimizer, cosine(self.steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@dataclass
+class Outcome:
+    """What came of a run: its test loss (NaN-proof: infinite where it is not a number), and the guard's diary."""
+
+    loss: float
+    steps: int
+    events: list[Event] = field(default_factory=list)
+    stopped: str | None = None
+    model: Student | None = None
+    losses: list[float] = field(default_factory=list)
+
+    def kinds(self) -> list[str]:
+        return [event.kind for event in self.events]
+
+
+class LossRecorder(Callback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+
+def teacher_data(seed: int, count: int) -> tuple[Tensor, Tensor]:
+    """Inputs (count, 16) and labels (count,), drawn by a teacher that is the same in every run."""
+    teacher_dice, dice = torch.Generator().manual_seed(7), torch.Generator().manual_seed(seed)
+    teacher = network(32)
+    with torch.no_grad():
+        for param in teacher.parameters():
+            param.copy_(torch.randn(param.shape, generator=teacher_dice) * (6 / max(1, param[0].numel())) ** 0.5)
+        inputs = torch.randn(count, INPUTS, generator=dice)
+        labels = torch.multinomial(teacher(inputs).softmax(-1), 1, generator=dice)
+    return inputs, labels.squeeze(1)
+
+
+def train(
+    seed: int,
+    guard: LionGuard | None,
+    faults: Sequence[Callback] = (),
+    optimizer: Any = None,
+    steps: int = STEPS,
+    **options: Any,
+) -> Outcome:
+    """One run of the task; the same seed gives the same data, order and weights, with or without guard and faults."""
+    _quiet()
+    seed_everything(seed, verbose=False)
+    model, recorder = Student(optimizer, steps), LossRecorder()
+    train_set, test = TensorDataset(*teacher_data(seed, STEPS * BATCH)), teacher_data(10_000, 4096)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=50,
+        callbacks=[*faults, *([guard] if guard is not None else []), recorder],
+        **options,
+    )
+    stopped = None
+    try:
+        trainer.fit(model, DataLoader(train_set, batch_size=BATCH))
+    except TrainingStopped as stop:
+        stopped = str(stop)
+    with torch.no_grad():
+        loss = float(cross_entropy(model.net(test[0]), test[1]))
+    events = list(guard.events) if guard is not None else []
+    return Outcome(loss if loss == loss else float("inf"), trainer.global_step, events, stopped, model, recorder.losses)
+
+
+def _quiet() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
