@@ -94,17 +94,12 @@ def join_weight(param: Tensor, remainder: Tensor | None) -> Tensor:
     as it is it would be a NaN.
     """
     words = param.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
-    if remainder is None:
-        return words.view(torch.float32)
-    low = remainder.to(torch.int32)
-    if remainder.dtype == torch.int8:
-        low.bitwise_left_shift_(8)
-    if param.device.type == "cpu":
-        joined = words.add(low).view(torch.float32)
-        if bool(joined.sum().isfinite()):  # so none is NaN
-            return joined
-    low = torch.where(param == 0, low.clamp(min=0), low)
-    return words.add_(low).view(torch.float32)
+    if remainder is not None:
+        low = remainder.to(torch.int32)
+        if remainder.dtype == torch.int8:
+            low.bitwise_left_shift_(8)
+        words += torch.where(param == 0, low.clamp(min=0), low)
+    return words.view(torch.float32)
 
 
 def split_weight(value: Tensor, weight_bits: int, random: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -121,31 +116,29 @@ def split_weight(value: Tensor, weight_bits: int, random: Tensor | None) -> tupl
     Returns:
         The bf16 tensor and the remainder: int16, int8 or None.
     """
-    words = _ordinary(value).view(torch.int32)
+    high = torch.empty_like(value, dtype=torch.bfloat16)
+    dtype = {32: torch.int16, 24: torch.int8}.get(weight_bits)
+    remainder = None if dtype is None else torch.empty_like(value, dtype=dtype)
+    store_words(ordinary(value).view(torch.int32), high, remainder, weight_bits, random)
+    return high, remainder
+
+
+def store_words(
+    words: Tensor, param: Tensor, remainder: Tensor | None, weight_bits: int, random: Tensor | None
+) -> None:
+    """Stores ordinary fp32 numbers, given as int32 words that are overwritten; arguments as in `split_weight`."""
     if weight_bits != 32:
         assert random is not None, "stochastic rounding needs random bits"
-        kept = -(1 << (32 - weight_bits))
-        words = words.add(_shift_right(random, weight_bits)).bitwise_and_(kept)
-    high = words.add(0x8000).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
-    if weight_bits == 16:
-        return high, None
-    if weight_bits == 24:
-        return high, (words >> 8).to(torch.int8)
-    return high, words.to(torch.int16)
+        words.add_(_shift_right(random, weight_bits)).bitwise_and_(-(1 << (32 - weight_bits)))
+    if remainder is not None:
+        remainder.copy_(words if weight_bits == 32 else words >> 8)
+    param.view(torch.int16).copy_(words.add_(0x8000).bitwise_right_shift_(16))
 
 
-def _ordinary(value: Tensor) -> Tensor:
-    """Saturates at the largest bf16 number and makes NaNs canonical; one cheap look settles it on a CPU."""
-    if value.device.type == "cpu" and value.numel() and is_below(value, BFLOAT16_MAX):
-        return value
-    value = torch.where(value.isinf(), value, value.clamp(-BFLOAT16_MAX, BFLOAT16_MAX))
-    return torch.where(value.isnan(), torch.full_like(value, math.nan), value)
-
-
-def is_below(value: Tensor, limit: float) -> bool:
-    """Whether every magnitude is below `limit`; False where there is a NaN. Reads the answer on the host."""
-    smallest, largest = torch.aminmax(value)
-    return bool((largest < limit) & (smallest > -limit))
+def ordinary(value: Tensor) -> Tensor:
+    """A copy that saturates at the largest bf16 number and whose NaNs are all the same."""
+    saturated = torch.where(value.isinf(), value, value.clamp(-BFLOAT16_MAX, BFLOAT16_MAX))
+    return saturated.masked_fill_(value.isnan(), math.nan)
 
 
 def quantize(momentum: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ stored, and float64 for float64 parameters; products and sums are rounded one by
 engines agree bit for bit. A stored weight is rounded once, after step and decay together.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -82,17 +82,22 @@ class TensorUpdate:
     def part(self, start: int, stop: int) -> "TensorUpdate":
         """The elements from `start`, a multiple of BLOCK_ELEMENTS, to `stop`."""
         scale, remainder, signs = self.exp_avg_scale, self.weight_remainder, self.signs
-        first, last = -(-start // self.sign_stride), -(-stop // self.sign_stride)
-        return replace(
-            self,
+        first = max(0, -((self.sign_start - start) // self.sign_stride))
+        last = max(0, -((self.sign_start - stop) // self.sign_stride))
+        return TensorUpdate(
             param=self.param[start:stop],
             grad=self.grad[start:stop],
             exp_avg=self.exp_avg[start:stop],
             exp_avg_scale=None if scale is None else scale[start // BLOCK_ELEMENTS : -(-stop // BLOCK_ELEMENTS)],
             weight_remainder=None if remainder is None else remainder[start:stop],
+            index=self.index,
             offset=self.offset + start,
+            settings=self.settings,
+            kind=self.kind,
+            statistics=self.statistics,
             signs=None if signs is None else signs[first:last],
-            sign_start=first * self.sign_stride - start,
+            sign_stride=self.sign_stride,
+            sign_start=self.sign_start + first * self.sign_stride - start,
         )
 
     @property

@@ -1,7 +1,9 @@
 """The eager engine: torch operations over chunks that stay in cache. Any device, no compiler."""
 
+import math
 import threading
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +11,30 @@ from torch import Tensor
 from lion_lightning.optim import bits, rule, telemetry
 from lion_lightning.optim.rule import TensorUpdate
 
-CHUNK_ELEMENTS = 65_536
-"""A dozen tensors of this length stay in the 2 MB of cache of a core; shorter ones cost more in calls."""
+CHUNK_ELEMENTS = 81_920
+"""For each thread: as much of a tensor, with gradient, state and scratch, stays in the 2 MB of cache of a core."""
+
+
+class Scratch(NamedTuple):
+    """Memory that stays in cache from one chunk to the next, in the dtype of the arithmetic, and the number one."""
+
+    weight: Tensor
+    momentum: Tensor
+    grad: Tensor
+    change: Tensor
+    one: Tensor
+
+    @classmethod
+    def of(cls, elements: int, dtype: torch.dtype) -> "Scratch":
+        weight, momentum, grad, change = (torch.empty(elements, dtype=dtype) for _ in range(4))
+        return cls(weight, momentum, grad, change, torch.ones((), dtype=dtype))
+
+    def first(self, elements: int) -> "Scratch":
+        """The beginning of each row."""
+        if elements == self.weight.numel():
+            return self
+        weight, momentum, grad, change = (row[:elements] for row in self[:4])
+        return Scratch(weight, momentum, grad, change, self.one)
 
 
 def decode(update: TensorUpdate) -> tuple[Tensor, Tensor]:
@@ -25,13 +49,11 @@ def decode(update: TensorUpdate) -> tuple[Tensor, Tensor]:
 
 
 def encode(update: TensorUpdate, weight: Tensor, momentum: Tensor) -> None:
-    """Stores weight and momentum in place."""
+    """Stores weight and momentum in place; a weight that is to be stored in bf16 is overwritten."""
     random = update.random_bits()
     if update.param.dtype == torch.bfloat16:
-        high, remainder = bits.split_weight(weight, update.settings.weight_bits, random)
-        update.param.copy_(high)
-        if update.weight_remainder is not None and remainder is not None:
-            update.weight_remainder.copy_(remainder)
+        words = weight.view(torch.int32)
+        bits.store_words(words, update.param, update.weight_remainder, update.settings.weight_bits, random)
     elif weight is not update.param:
         update.param.copy_(weight)
     if update.exp_avg_scale is not None:
@@ -55,28 +77,74 @@ def kept(update: TensorUpdate, grad: Tensor, nonfinite: Tensor) -> Tensor:
     return finite if found_inf is None else finite & (found_inf == 0)
 
 
-def step_chunk(update: TensorUpdate, nonfinite: Tensor, scratch: Tensor) -> None:
-    """One chunk: decode, rule, encode. Where nothing needs care the rule is run in place, without new tensors."""
+def step_chunk(update: TensorUpdate, nonfinite: Tensor, scratch: Scratch) -> None:
+    """One chunk, plainly where nothing needs care, which only a CPU can tell without a wait."""
     settings = update.settings
+    simple = update.statistics is None and not settings.cautious and settings.found_inf is None
+    if simple and update.param.device.type == "cpu" and step_plainly(update, scratch):
+        return
     weight, momentum = decode(update)
     grad = update.grad.to(weight.dtype)
     factor = rule.gradient_factor(settings, weight.dtype)
     if isinstance(factor, Tensor) or factor != 1.0:
         grad = grad * factor
-    first, second = scratch.view(weight.dtype)[:, : weight.numel()]
-    mixed = torch.mul(momentum, settings.beta1, out=first)
-    mixed += torch.mul(grad, 1 - settings.beta1, out=second)
-    plain = update.statistics is None and not settings.cautious and settings.found_inf is None
-    # On a CPU a sum tells: if c's is finite, so is every gradient and momentum it is made of.
-    if not (plain and mixed.device.type == "cpu" and bool(mixed.sum().isfinite())):
-        return step_carefully(update, weight.clone(), grad, momentum.clone(), nonfinite)
-    change = torch.mul(weight, settings.weight_decay, out=second)
-    change += mixed.sign_()
-    change *= settings.lr
-    weight -= change
+    step_carefully(update, weight.clone(), grad, momentum.clone(), nonfinite)
+
+
+def step_plainly(update: TensorUpdate, scratch: Scratch) -> bool:
+    """The rule without new tensors; returns False, and has changed nothing, where a number is not finite or is huge."""
+    settings = update.settings
+    weight, momentum, grad = decode_plainly(update, scratch)
+    change = torch.mul(momentum, settings.beta1, out=scratch.change)
+    add_product(change, grad, 1 - settings.beta1, scratch.one)
+    if not is_moderate(change):  # so every gradient and momentum is finite
+        return False
+    add_product(change.sign_(), weight, settings.weight_decay, scratch.one)
+    add_product(weight, change, -float(settings.lr), scratch.one)
+    if update.param.dtype == torch.bfloat16 and not is_moderate(weight):
+        return False
     momentum *= settings.beta2
-    momentum += torch.mul(grad, 1 - settings.beta2, out=second)
+    add_product(momentum, grad, 1 - settings.beta2, scratch.one)
     encode(update, weight, momentum)
+    return True
+
+
+def decode_plainly(update: TensorUpdate, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, momentum and gradient in scratch, but stored tensors themselves where they will do.
+
+    A weight zeroed from outside may come out as a NaN.
+    """
+    weight = widened(update.param, scratch.weight)
+    if update.weight_remainder is not None:
+        low = scratch.change.view(torch.int32).copy_(update.weight_remainder)
+        if update.weight_remainder.dtype == torch.int8:
+            low.bitwise_left_shift_(8)
+        weight.view(torch.int32).add_(low)
+    if update.exp_avg_scale is None:
+        momentum = widened(update.exp_avg, scratch.momentum)
+    else:
+        momentum = bits.dequantize(update.exp_avg, update.exp_avg_scale)
+    grad = widened(update.grad, scratch.grad)
+    factor = rule.gradient_factor(update.settings, scratch.one.dtype)
+    return weight, momentum, grad if factor == 1.0 else torch.mul(grad, factor, out=scratch.grad)
+
+
+def widened(stored: Tensor, row: Tensor) -> Tensor:
+    """The numbers in the dtype of `row`, which is written where they are stored in another."""
+    return stored if stored.dtype == row.dtype else row.copy_(stored)
+
+
+def add_product(total: Tensor, values: Tensor, factor: float, one: Tensor) -> None:
+    """Adds values * factor in one pass, the product rounded before it is added.
+
+    The division by `one` sees to that: a multiplication alone (addcmul, add with alpha) torch fuses with the addition.
+    """
+    total.addcdiv_(values, one, value=factor)
+
+
+def is_moderate(values: Tensor) -> bool:
+    """Whether no number is a NaN, infinite or so large that squares overflow, far below bf16's largest."""
+    return math.isfinite(torch.dot(values, values).item())
 
 
 def step_carefully(update: TensorUpdate, weight: Tensor, grad: Tensor, momentum: Tensor, nonfinite: Tensor) -> None:
@@ -85,7 +153,8 @@ def step_carefully(update: TensorUpdate, weight: Tensor, grad: Tensor, momentum:
     new_weight, new_momentum, direction = rule.ruled(weight, grad, momentum, update.settings)
     new_weight = torch.where(mask, new_weight, weight)
     new_momentum = torch.where(mask, new_momentum, momentum)
-    encode(update, new_weight, new_momentum)
+    stored = bits.ordinary(new_weight) if update.param.dtype == torch.bfloat16 else new_weight
+    encode(update, stored, new_momentum)
     if update.statistics is not None:
         direction = torch.where(mask, direction, 0.0)
         telemetry.observe(update, weight, grad, momentum, decode(update)[0], new_momentum, direction)
@@ -102,21 +171,23 @@ class EagerEngine:
     def __init__(self) -> None:
         self._kept = threading.local()  # as many threads as like may step optimizers of their own
 
-    def _scratch(self, device: torch.device) -> Tensor:
-        """Two chunks of memory that stay in cache from one chunk to the next; wide enough for float64."""
-        kept: dict[str, Tensor] = self._kept.__dict__
-        name = str(device)
+    def _scratch(self, update: TensorUpdate, elements: int) -> Scratch:
+        kept: dict[str, Scratch] = self._kept.__dict__
+        dtype = torch.float64 if update.param.dtype == torch.float64 else torch.float32
+        name = f"{dtype} {elements}"
         if name not in kept:
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            kept[name] = torch.empty(2, CHUNK_ELEMENTS, dtype=dtype, device=device)
+            kept[name] = Scratch.of(elements, dtype)
         return kept[name]
 
     def step(self, updates: Sequence[TensorUpdate], nonfinite: Tensor) -> None:
+        chunk = CHUNK_ELEMENTS * torch.get_num_threads()
         for update in updates:
-            scratch = self._scratch(update.param.device)
-            for start in range(0, update.param.numel(), CHUNK_ELEMENTS):
-                stop = min(start + CHUNK_ELEMENTS, update.param.numel())
-                step_chunk(update.part(start, stop), nonfinite, scratch)
+            count = update.param.numel()
+            scratch = self._scratch(update, chunk)
+            for start in range(0, count, chunk):
+                stop = min(start + chunk, count)
+                part = update if stop - start == count else update.part(start, stop)
+                step_chunk(part, nonfinite, scratch.first(stop - start))
 
 
 engine = EagerEngine()
