@@ -107,10 +107,17 @@ class Divergence:
         limits = self.thresholds
         return self.best + max(limits.divergence_sigmas * deviation, limits.divergence_share * abs(self.best))
 
-    def observe(self, loss: float) -> bool:
-        """Takes in a step's loss; whether it is the one that tells. A loss that is not finite says nothing here."""
+    def observe(self, loss: float, skipped: bool = False) -> bool:
+        """Takes in a step's loss; whether it is the one that tells.
+
+        A loss that is not finite says nothing here. One of a skipped step tells of the data, not of the run: it counts
+        as high, and leaves the averages alone.
+        """
         if not math.isfinite(loss):
             return False
+        if skipped:
+            self.high_steps += 1
+            return self.high_steps == self.thresholds.divergence_steps
         fast, last, self._last = self.fast.add(loss), self._last, loss
         if fast > self.limit:
             self.high_steps += 1
@@ -227,7 +234,7 @@ class Monitors:
         symptoms = self._gate(reading)
         if self.poison.observe(reading.flip_rate):
             symptoms.append(Symptom("poison", POISON.format(rate=reading.flip_rate)))
-        if self.divergence.observe(reading.loss):
+        if self.divergence.observe(reading.level, reading.skipped):
             symptoms.append(
                 Symptom("divergence", DIVERGENCE.format(fast=self.divergence.fast.value, rule=self.divergence))
             )
@@ -287,7 +294,7 @@ POISON = (
     "the sign of the update has nearly stopped flipping (rate {rate:.4f}): an outlier sits in the momentum, the "
     "weights move one way whatever the gradients say"
 )
-DIVERGENCE = "the loss has risen to {fast:.4g} and stayed above {rule.limit:.4g} (best average {rule.best:.4g})"
+DIVERGENCE = "the loss has risen to {level:.4g} and stayed above {rule.limit:.4g} (best average {rule.best:.4g})"
 LOCK_IN = (
     "half of the latest steps were clipped or skipped though the run does not diverge: norms of {norm:.3g} are the new "
     "normal, so norms and losses are measured afresh"

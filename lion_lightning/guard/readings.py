@@ -53,6 +53,11 @@ class Reading:
     micro_batch_size: int = 0
 
     @property
+    def level(self) -> float:
+        """The loss of this step if backward was called on one that compares, else that of the micro-batches before."""
+        return self.backward_loss if math.isfinite(self.backward_loss) else self.loss
+
+    @property
     def is_finite(self) -> bool:
         return math.isfinite(self.grad_norm) and not self.bad_ranks
 

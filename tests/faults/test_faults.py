@@ -1,0 +1,68 @@
+"""Every fault hurts a run without the guard, and with it the run ends where the clean one does."""
+
+from functools import cache
+
+import pytest
+
+from lion_lightning import Lion, LionGuard
+from tests.faults.cases import CASES, FOR_EVER, HIT, Case, MakeOptimizer
+from tests.faults.injected import NaNBatch
+from tests.faults.task import STEPS, Outcome, train
+
+SEED = 1
+AT_MOST_LATE_STEPS = 15
+
+
+@cache
+def clean(optimizer: MakeOptimizer | None, guarded: bool) -> Outcome:
+    return train(SEED, LionGuard() if guarded else None, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_a_fault_hurts_without_the_guard_and_not_with_it(case: Case):
+    bare = train(SEED, None, case.inject(), optimizer=case.optimizer)
+    assert bare.loss > case.hurts * clean(case.optimizer, guarded=False).loss
+    guarded = train(SEED, LionGuard(**case.guard), case.inject(), optimizer=case.optimizer)
+    assert guarded.stopped is None
+    assert guarded.loss < 1.03 * clean(case.optimizer, guarded=True).loss
+    first = next(event for event in guarded.events if event.kind == case.seen_as)
+    assert HIT < first.step <= HIT + AT_MOST_LATE_STEPS
+
+
+def test_a_clean_run_has_no_events():
+    assert clean(None, guarded=True).events == []
+    assert clean(None, guarded=True).loss < 1.03 * clean(None, guarded=False).loss
+
+
+def test_data_that_stay_wrong_stop_the_run_and_leave_healthy_weights():
+    outcome = train(SEED, LionGuard(), FOR_EVER.inject())
+    assert outcome.stopped is not None
+    assert "the loss has risen to" in outcome.stopped
+    remedies = [event.remedy for event in outcome.events if event.kind == "divergence"]
+    assert len(remedies) == 3
+    assert "newest healthy snapshot" in remedies[0]
+    assert "half the learning rate" in remedies[1]
+    assert remedies[2] == "the run stops"
+    assert outcome.steps < HIT + 100
+    assert outcome.loss < 1.3 * clean(None, guarded=True).loss
+
+
+def test_the_same_data_are_only_told_of_if_that_is_asked():
+    outcome = train(SEED, LionGuard(on_divergence="warn"), FOR_EVER.inject())
+    assert outcome.stopped is None
+    assert outcome.steps == STEPS
+    assert "divergence" in outcome.kinds()
+
+
+def test_all_good_steps_after_a_nan_are_taken():
+    outcome = train(SEED, LionGuard(), [NaNBatch([HIT])], steps=HIT + 129)
+    assert outcome.kinds() == ["nonfinite"]
+
+
+def test_a_rate_30_times_too_high_is_told_before_and_while_it_trains():
+    outcome = train(SEED, LionGuard(), optimizer=lambda params: Lion(params, lr=30 * 5e-4, weight_decay=0.1))
+    (finding,) = (event for event in outcome.events if event.kind == "lr")
+    assert finding.step == 0
+    assert "lr=0.015 moves the matrices" in finding.message
+    assert {"dead", "cosine"} & set(outcome.kinds())
+    assert outcome.loss > 1.2 * clean(None, guarded=True).loss
