@@ -49,6 +49,12 @@ def mix(word: Word) -> Word:
     return word ^ (word >> 16)
 
 
+def seed_word(seed: int) -> int:
+    """What becomes of the low 64 bits of a seed before the step is looked at."""
+    word = mix((seed + GOLDEN) & WORD_MASK)
+    return int(mix((word + (seed >> 32)) & WORD_MASK))
+
+
 def random_keys(seed: int, step: Word, index: int) -> tuple[Word, Word]:
     """The two 32-bit words that key the random bits of one parameter at one step.
 
@@ -57,8 +63,7 @@ def random_keys(seed: int, step: Word, index: int) -> tuple[Word, Word]:
         step: number of steps taken that moved weights; an int64 tensor stays on its device.
         index: position of the parameter over all parameter groups.
     """
-    base = mix((mix((seed + GOLDEN) & WORD_MASK) + (seed >> 32)) & WORD_MASK)
-    first = mix((mix((step + base) & WORD_MASK) + ((index * GOLDEN) & WORD_MASK)) & WORD_MASK)
+    first = mix((mix((step + seed_word(seed)) & WORD_MASK) + ((index * GOLDEN) & WORD_MASK)) & WORD_MASK)
     return first, mix((first + GOLDEN) & WORD_MASK)
 
 

@@ -6,12 +6,12 @@ from itertools import chain
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lion_lightning.optim import options, views
+from lion_lightning.optim import options, precision, views
 from lion_lightning.optim.engines import Engine, choose
 from lion_lightning.optim.rule import Settings, TensorUpdate
 from lion_lightning.optim.state import loaded, prepare
@@ -106,6 +106,7 @@ class Lion(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_nonfinite", {})
         self.__dict__.setdefault("_telemetry", Telemetry())
+        self.defaults.pop("differentiable", None)  # torch sets it, and Lion has no such option
         for group in self.param_groups:
             group.setdefault("step", 0)
             for name, value in self.defaults.items():
@@ -172,6 +173,7 @@ class Lion(Optimizer):
     def _update(self) -> None:
         updates: list[tuple[Engine, TensorUpdate]] = []
         copies: list[tuple[Tensor, Tensor]] = []
+        stepped: list[Tensor] = []
         counts: list[tuple[dict[str, Any], list[Settings]]] = []
         index = -1
         for group in self.param_groups:
@@ -188,8 +190,10 @@ class Lion(Optimizer):
                 if now is not None:
                     update = views.tensor_update(param, state, index, now, copies)
                     updates.append((choose(update, group["fused"]), update))
+                    stepped.append(param)
             counts.append((group, [now for now in settings.values() if now is not None]))
         self._run([pair for pair in updates if pair[1].param.numel()])
+        torch.autograd.graph.increment_version(stepped)  # engines that write memory do not tell autograd
         for group, used in counts:
             self._count_step(group, used)
         for target, source in copies:
@@ -249,6 +253,10 @@ class Lion(Optimizer):
             counter += moves if found_inf is None else moves * (found_inf == 0)
         elif lr != 0:
             counter += 1
+
+    def full_precision_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's state dict with every bf16 tensor as the fp32 number it stands for: see precision.py."""
+        return precision.full_precision_state_dict(model, self)
 
     @override
     def state_dict(self) -> dict[str, Any]:

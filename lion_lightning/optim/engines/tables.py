@@ -100,14 +100,9 @@ def group_row(settings: Settings, dtype: torch.dtype, is_random: bool, converted
         place(settings.found_inf, torch.float32),
         place(settings.step, torch.int64) if is_random else 0,
         0 if isinstance(settings.step, Tensor) or not is_random else settings.step,
-        _seed_word(settings.seed) if is_random else 0,
+        bits.seed_word(settings.seed) if is_random else 0,
         settings.skip_nonfinite,
     )
-
-
-def _seed_word(seed: int) -> int:
-    """What `bits.random_keys` makes of the seed before it looks at the step."""
-    return bits.mix((bits.mix((seed + bits.GOLDEN) & bits.WORD_MASK) + (seed >> 32)) & bits.WORD_MASK)  # type: ignore[return-value]
 
 
 class DeviceTables:
