@@ -1,0 +1,253 @@
+"""The gate against an oracle: robust z scores from `statistics.median` over Python's own floats."""
+
+import math
+import random
+import statistics
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lion_lightning.guard.gate import History, OutlierGate, Verdict
+from lion_lightning.guard.thresholds import Thresholds
+
+ARMED = 32
+
+
+class Oracle:
+    """The rule in plain Python: the last 128 accepted values, lower median, median absolute deviation."""
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        self.thresholds = thresholds
+        self.log_norms: list[float] = []
+        self.losses: list[float] = []
+
+    def z(self, value: float, history: list[float], least_share: float, least: float) -> float:
+        if len(history) < self.thresholds.armed_after:
+            return math.nan
+        recent = history[-self.thresholds.window :]
+        center = statistics.median_low(recent)
+        deviation = 1.4826 * statistics.median_low([abs(other - center) for other in recent])
+        return (value - center) / max(deviation, least, least_share * abs(center))
+
+    def judge(self, norm: float, loss: float) -> tuple[float, bool, float, float]:
+        limits, finite = self.thresholds, math.isfinite(norm)
+        log_norm = math.log(norm) if finite and norm > 0 else math.nan
+        norm_z = self.z(log_norm, self.log_norms, 0.0, 1e-3)
+        loss_z = self.z(loss, self.losses, 1e-2, 0.0)
+        outlier, factor = False, 1.0
+        if norm_z > limits.outlier_z:
+            median = math.exp(statistics.median_low(self.log_norms[-limits.window :]))
+            outlier = norm > limits.outlier_ratio * median
+            factor = norm / (limits.outlier_ratio * median) if outlier else 1.0
+        bad_loss = loss_z > limits.loss_z
+        if finite and not outlier and not bad_loss:
+            if norm > 0:
+                self.log_norms.append(log_norm)
+            if math.isfinite(loss):
+                self.losses.append(loss)
+        return factor, not finite or bad_loss, norm_z, loss_z
+
+
+def readings(seed: int, steps: int, faults: bool = True) -> Iterator[tuple[float, float]]:
+    """Norms and losses of a run that goes well but for outliers, bad batches and steps that are not finite."""
+    dice = random.Random(seed)
+    for step in range(steps):
+        norm, loss = math.exp(dice.gauss(0.3, 0.25)), 2 + 2 * math.exp(-step / 200) + dice.gauss(0, 0.1)
+        fault = dice.random() if faults else 1.0
+        if fault < 0.03:
+            norm *= 10 ** dice.uniform(0.3, 5)
+        elif fault < 0.05:
+            norm, loss = math.nan, math.nan
+        elif fault < 0.06:
+            norm = math.inf
+        elif fault < 0.08:
+            loss += dice.uniform(0.5, 9)
+        elif fault < 0.09:
+            norm = 0.0
+        yield norm, loss
+
+
+def judge(gate: OutlierGate, norm: float, loss: float) -> Verdict:
+    return gate.judge(torch.tensor(norm), torch.tensor(loss))
+
+
+def numbers(verdict: Verdict) -> list[float]:
+    return [float(value) for value in vars(verdict).values()]
+
+
+def fed(steps: int = 60, spread: float = 0.1, thresholds: Thresholds | None = None) -> OutlierGate:
+    """A gate that has seen norms around 1 and losses around 2."""
+    gate, dice = OutlierGate(thresholds or Thresholds()), random.Random(5)
+    for _ in range(steps):
+        judge(gate, math.exp(dice.gauss(0, spread)), dice.gauss(2.0, spread))
+    return gate
+
+
+@pytest.mark.parametrize("thresholds", [Thresholds(), Thresholds(window=40, outlier_z=5, outlier_ratio=2, loss_z=6)])
+def test_every_verdict_is_the_oracles(thresholds):
+    gate, oracle, clipped, skipped = OutlierGate(thresholds), Oracle(thresholds), 0, 0
+    for norm, loss in readings(seed=1, steps=500):
+        factor, skip, norm_z, loss_z = oracle.judge(norm, loss)
+        verdict = judge(gate, norm, loss)
+        assert bool(verdict.skip) == skip
+        assert float(verdict.factor) == pytest.approx(factor, rel=2e-6)
+        if math.isfinite(norm) and norm > 0:
+            assert float(verdict.norm_z) == pytest.approx(norm_z, rel=1e-3, abs=1e-3, nan_ok=True)
+        assert float(verdict.loss_z) == pytest.approx(loss_z, rel=1e-3, abs=1e-3, nan_ok=True)
+        clipped, skipped = clipped + (factor > 1), skipped + skip
+    assert clipped > 5, "the sequence has outliers"
+    assert skipped > 15, "the sequence has steps to skip"
+
+
+def test_it_is_armed_by_the_32nd_accepted_step_and_not_before():
+    for seen, expected in ((ARMED - 1, 1.0), (ARMED, pytest.approx(1e5 / 3, rel=0.2))):
+        gate = fed(seen)
+        assert float(judge(gate, 1e5, 2.0).factor) == expected
+
+
+def test_steps_that_are_not_finite_are_skipped_and_never_remembered():
+    gate = fed(20)
+    for norm, loss in ((math.nan, math.nan), (math.inf, 2.0), (math.nan, 2.0), (math.inf, math.inf)):
+        before = gate.state_dict()
+        verdict = judge(gate, norm, loss)
+        assert float(verdict.skip) == 1
+        assert float(verdict.factor) == 1
+        assert gate.state_dict() == before
+
+
+def test_a_run_that_starts_with_a_nan_is_judged_like_one_that_does_not():
+    gate, other = OutlierGate(Thresholds()), OutlierGate(Thresholds())
+    for _ in range(40):
+        judge(gate, math.nan, math.nan)
+    for norm, loss in readings(seed=2, steps=100, faults=False):
+        assert numbers(judge(gate, norm, loss)) == pytest.approx(numbers(judge(other, norm, loss)), nan_ok=True)
+
+
+def test_an_outlier_is_clipped_to_exactly_three_times_the_median_norm():
+    gate = OutlierGate(Thresholds())
+    norms = [1.0 + 0.01 * step for step in range(41)]
+    for norm in norms:
+        judge(gate, norm, math.nan)
+    for outlier in (50.0, 1e3, 1e5, 1e30):
+        clipped = outlier / float(judge(gate, outlier, math.nan).factor)
+        assert clipped == pytest.approx(3 * statistics.median(norms), rel=1e-5)
+
+
+def test_a_large_z_alone_is_no_outlier_and_neither_is_a_large_ratio_alone():
+    steady = fed(60, spread=1e-4)  # a norm of 2.9 is thousands of deviations away
+    verdict = judge(steady, 2.9, 2.0)
+    assert float(verdict.norm_z) > 100
+    assert float(verdict.factor) == 1
+    loose = fed(60, spread=1.0)
+    verdict = judge(loose, 20.0, 2.0)
+    assert float(verdict.norm_z) < 8
+    assert float(verdict.factor) == 1
+
+
+def test_clipped_steps_are_not_remembered_so_a_row_of_them_does_not_become_normal():
+    gate = fed()
+    factors = {float(judge(gate, 100.0, 2.0).factor) for _ in range(300)}
+    assert len(factors) == 1
+
+
+def test_a_loss_far_out_of_line_is_skipped_and_not_remembered():
+    gate = fed()
+    before = gate.state_dict()
+    verdict = judge(gate, 1.0, 2.0 + 20 * 0.1)
+    assert float(verdict.skip) == 1
+    assert float(verdict.loss_z) > 10
+    assert gate.state_dict() == before
+    assert float(judge(gate, 1.0, 2.0 + 3 * 0.1).skip) == 0
+
+
+def test_a_loss_that_falls_far_is_welcome():
+    assert float(judge(fed(), 1.0, 0.1).skip) == 0
+
+
+def test_losses_without_variation_are_held_to_a_tenth_of_their_size():
+    gate = OutlierGate(Thresholds())
+    for _ in range(40):
+        judge(gate, 1.0, 2.0)
+    assert float(judge(gate, 1.0, 2.19).skip) == 0
+    assert float(judge(gate, 1.0, 2.21).skip) == 1
+
+
+def test_an_unknown_loss_leaves_the_norms_to_be_judged():
+    gate = OutlierGate(Thresholds())
+    for _ in range(40):
+        judge(gate, 1.0, math.nan)
+    assert float(judge(gate, 1e3, math.nan).factor) > 1
+
+
+def test_a_gradient_of_zeros_is_taken_and_says_nothing_about_size():
+    gate = fed()
+    before = gate.state_dict()["norms"]
+    verdict = judge(gate, 0.0, 2.0)
+    assert (float(verdict.factor), float(verdict.skip)) == (1, 0)
+    assert gate.state_dict()["norms"] == before
+
+
+def test_the_ring_keeps_the_latest_values():
+    history = History(8)
+    for value in range(21):
+        history.add(torch.tensor(float(value)), torch.tensor(value % 4 != 3))
+    kept = [value for value in range(21) if value % 4 != 3][-8:]
+    assert sorted(history.state_dict()["values"]) == kept
+    assert int(history.count) == 16
+    assert float(history.spread()[0]) == statistics.median_low(kept)
+
+
+def test_a_gate_that_forgets_takes_the_next_steps_as_they_come():
+    gate = fed()
+    gate.forget()
+    assert float(judge(gate, 1e5, 50.0).factor) == 1
+    assert math.isnan(float(judge(gate, 1.0, 2.0).norm_z))
+
+
+@pytest.mark.parametrize("at", [0, 7, 33, 170])
+def test_a_restored_gate_gives_the_same_verdicts_bit_for_bit(at):
+    sequence = list(readings(seed=3, steps=220))
+    gate, again = OutlierGate(Thresholds()), OutlierGate(Thresholds())
+    for norm, loss in sequence[:at]:
+        judge(gate, norm, loss)
+    again.load_state_dict(gate.state_dict())
+    for norm, loss in sequence[at:]:
+        left, right = numbers(judge(gate, norm, loss)), numbers(judge(again, norm, loss))
+        assert torch.tensor(left).view(torch.int32).tolist() == torch.tensor(right).view(torch.int32).tolist()
+
+
+def test_another_window_than_the_checkpoints_is_refused():
+    with pytest.raises(ValueError, match=r"thresholds.window=64 does not fit the checkpoint's 128"):
+        OutlierGate(Thresholds(window=64)).load_state_dict(fed().state_dict())
+
+
+class CountsReads(TorchDispatchMode):
+    """How often a tensor's value went to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_on_the_host():
+    gate, norm, loss = fed(), torch.tensor(1e4), torch.tensor(2.0)
+    with CountsReads() as reads:
+        verdict = gate.judge(norm, loss)
+        assert reads.count == 0
+        float(verdict.factor)
+    assert reads.count == 1, "the count would have seen it"
+
+
+def test_it_judges_on_a_device_whose_values_nobody_can_read():
+    gate, unreadable = OutlierGate(Thresholds()), torch.ones((), device="meta")
+    for _ in range(3):
+        verdict = gate.judge(unreadable, unreadable)
+        assert {value.device.type for value in vars(verdict).values()} == {"meta"}
+    with pytest.raises(RuntimeError, match="meta"):
+        float(verdict.factor)
