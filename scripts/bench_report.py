@@ -126,7 +126,7 @@ def chart(entries: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     figure, axes = pyplot.subplots(
         len(dtypes),
         1,
-        figsize=(9, 1.2 + 0.3 * sum(heights)),
+        figsize=(9, 1.6 + 0.3 * sum(heights)),
         height_ratios=heights,
         squeeze=False,
         layout="constrained",
@@ -149,8 +149,8 @@ def chart(entries: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
         axis.set_xlabel(f"ms a step, {dtype} parameters")
     colors = (("tab:orange", "Lion of this project"), ("tab:blue", "peer"), ("lightgrey", "loses step or decay"))
     handles = [Patch(color=shade, label=label) for shade, label in colors]
-    axes[0, 0].legend(handles=[*handles, axes[0, 0].lines[-1]], loc="lower right")
     figure.suptitle(title)
+    figure.legend(handles=[*handles, axes[0, 0].lines[-1]], loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
