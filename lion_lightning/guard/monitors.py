@@ -101,7 +101,7 @@ class Divergence:
     @property
     def limit(self) -> float:
         """What the fast average may not stay above; infinite until there is a best average."""
-        if not math.isfinite(self.best):
+        if not (math.isfinite(self.best) and self._differences):
             return math.inf
         deviation = NORMAL_FROM_MEDIAN_DIFFERENCE * statistics.median(self._differences)
         limits = self.thresholds
@@ -236,7 +236,7 @@ class Monitors:
             symptoms.append(Symptom("poison", POISON.format(rate=reading.flip_rate)))
         if self.divergence.observe(reading.level, reading.skipped):
             symptoms.append(
-                Symptom("divergence", DIVERGENCE.format(fast=self.divergence.fast.value, rule=self.divergence))
+                Symptom("divergence", DIVERGENCE.format(level=reading.level, rule=self.divergence))
             )
         # Quiet, or loud for so long that the ladder, if it was to act, would have acted.
         quiet = not 0 < self.divergence.high_steps <= self.thresholds.divergence_steps

@@ -48,12 +48,13 @@ class SampledCoordinates:
         grad, momentum = torch.cat([piece[0] for piece in known]), torch.cat([piece[1] for piece in known])
         beta1 = self._beta1(grad)
         update = (momentum * beta1).add_(grad * (1 - beta1)).sign_()
-        old = self._signs
-        self._signs = update
+        old, finite = self._signs, grad.isfinite()
+        # A gradient of NaN has the sign 0 and flips nowhere: that is no sign of a frozen momentum.
+        self._signs = update if old is None else torch.where(finite, update, old)
         flips = (old * update < 0).sum(dtype=torch.float32) if old is not None else grad.new_zeros(())
         return {
             "flips": flips,
-            "signs": torch.full_like(flips, update.numel() if old is not None else 0),
+            "signs": finite.sum(dtype=torch.float32) if old is not None else torch.zeros_like(flips),
             "projection": update.dot(grad),
             "update_squares": update.dot(update),
             "grad_squares": grad.dot(grad),
