@@ -78,6 +78,8 @@ class TensorUpdate:
     """With statistics: int8 signs of u at the last sample, of every `sign_stride`-th element from `sign_start` on."""
     sign_stride: int = 1
     sign_start: int = 0
+    start: int = 0
+    """Elements of the tensor before this part of it."""
 
     def part(self, start: int, stop: int) -> "TensorUpdate":
         """The elements from `start`, a multiple of BLOCK_ELEMENTS, to `stop`."""
@@ -98,6 +100,7 @@ class TensorUpdate:
             signs=None if signs is None else signs[first:last],
             sign_stride=self.sign_stride,
             sign_start=self.sign_start + first * self.sign_stride - start,
+            start=self.start + start,
         )
 
     @property

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lion_lightning.optim import Lion
+from lion_lightning.optim import Lion, telemetry
 from tests.reference.lion import Lion64
 
 
@@ -23,6 +23,12 @@ def set_gradients(tensors: list[nn.Parameter], seed: int) -> None:
         param.grad = torch.where(torch.rand(param.shape, generator=generator) < 0.1, 0.0, grad).to(param.dtype)
 
 
+def seen(param: torch.Tensor) -> torch.Tensor:
+    """The observed quarter of the blocks of 256 elements: where multiples of the golden ratio fall below 1/4."""
+    blocks = torch.arange(param.numel()) // 256
+    return ((blocks.double() * (5**0.5 - 1) / 2) % 1 < 0.25).view(param.shape)
+
+
 @pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_figures_are_those_of_float64(dtype: torch.dtype, fused: bool | None) -> None:
@@ -32,7 +38,8 @@ def test_the_figures_are_those_of_float64(dtype: torch.dtype, fused: bool | None
     set_gradients(tensors, 1)
     optimizer.step()
     oracles, agreed, flipped, zero, near = [], 0, 0.0, 0, 0
-    elements = sum(param.numel() for param in tensors)
+    elements = sum(int(seen(param).sum()) for param in tensors)
+    sampled = sum(param.numel() for param in tensors)
     for param in tensors:
         oracle = Lion64(param, 1e-3, 0.9, 0.99, 20.0)
         oracle.momentum = optimizer.state[param]["exp_avg"].double()
@@ -40,18 +47,18 @@ def test_the_figures_are_those_of_float64(dtype: torch.dtype, fused: bool | None
         oracles.append((oracle, first))
     set_gradients(tensors, 2)
     for param, (oracle, first) in zip(tensors, oracles, strict=True):
-        near += int((oracle.weight.abs() > 0.9 / 20.0).sum())
-        agreed += int((oracle.momentum * param.grad > 0).sum())
+        near += int((oracle.weight.abs() > 0.9 / 20.0)[seen(param)].sum())
+        agreed += int((oracle.momentum * param.grad > 0)[seen(param)].sum())
         update = oracle.step(param.grad).sign()
-        zero += int((update == 0).sum())
+        zero += int((update == 0)[seen(param)].sum())
         flipped += int((update * first < 0).sum())
     optimizer.step()
     figures = {name: value.item() for name, value in optimizer.telemetry().items()}
     assert figures["lion/zero_update"] == pytest.approx(zero / elements, abs=1e-4)
     assert figures["lion/sign_agreement"] == pytest.approx(agreed / elements, abs=1e-4)
     assert figures["lion/near_bound"] == pytest.approx(near / elements, abs=2e-3)
-    assert figures["lion/flip_rate"] == pytest.approx(flipped / elements, abs=1e-3)
-    momentum = torch.cat([oracle.momentum.flatten() for oracle, _ in oracles])
+    assert figures["lion/flip_rate"] == pytest.approx(flipped / sampled, abs=1e-3)
+    momentum = torch.cat([oracle.momentum[seen(oracle.momentum)] for oracle, _ in oracles])
     assert figures["lion/momentum_rms"] == pytest.approx(momentum.square().mean().sqrt().item(), rel=1e-2)
     assert figures["lion/realised_decay"] == pytest.approx(1.0, abs=0.01)
     rms = tensors[0].detach().double().square().mean().sqrt()
@@ -59,6 +66,20 @@ def test_the_figures_are_those_of_float64(dtype: torch.dtype, fused: bool | None
     assert {"lion/step_ratio_vector", "lion/step_ratio_scalar"} <= figures.keys()
     assert figures["lion/nonfinite"] == 0
     assert figures["lion/unmoved"] < 0.01
+
+
+@pytest.mark.parametrize("columns", [256, 768, 1024, 1280, 1792, 2560, 13_312])
+def test_observed_blocks_are_spread_over_every_column_of_a_matrix(columns: int) -> None:
+    rows = seen(torch.empty(200, columns)).float()
+    assert torch.equal(rows.flatten().bool(), telemetry.observed(0, rows.numel(), torch.device("cpu")))
+    assert telemetry.observed_count(rows.numel()) == rows.sum()
+    assert 0.2 < rows.mean() < 0.3
+    assert 0.15 < rows.mean(0).min() <= rows.mean(0).max() < 0.35
+
+
+def test_elements_are_counted_in_a_shorter_last_block() -> None:
+    for count in (1, 255, 256, 257, 1300, 5121, 70_001):
+        assert telemetry.observed_count(count) == seen(torch.empty(count)).sum() > 0
 
 
 @pytest.mark.parametrize("fused", [None, False])

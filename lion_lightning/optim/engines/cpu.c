@@ -37,6 +37,7 @@ enum { UNMOVED, ZERO, AGREE, MOMENTUM_SQUARED, WEIGHT_SQUARED, NEAR_BOUND, DECAY
 #define LEVELS 127
 #define LARGEST_LEVEL 247
 #define BOUND_SHARE 0.9
+#define OBSERVED_BELOW (1u << 30)
 
 /* One tensor: must match _TENSOR and _NUMBERS in cpu.py field for field. */
 typedef struct {
@@ -118,6 +119,9 @@ INLINE void add_lanes(const Lanes *lanes, double *row) {
         row[DECAY] += lanes->decay[i];
     }
 }
+
+/* As in telemetry.py, for the block at element `start`. */
+INLINE int is_observed(int64_t start) { return (uint32_t)(start / BLOCK) * 0x9E3779B9u < OBSERVED_BELOW; }
 
 /* What telemetry.py counts; `stored` is the new weight after rounding to its storage. */
 #define DEFINE_OBSERVE(real, name, magnitude)                                                                        \
@@ -220,9 +224,9 @@ INLINE int block_float(const Task *task, const Block *block, const Block *next, 
         encode_bfloat16(block->exp_avg, new_momentum, careful);
     else
         quantize(block, count, new_momentum, peak, random);
-    if (row) {
+    if (row) flips_float(task, start, count, paired, row, update);
+    if (row && is_observed(start)) {
         observe_float(task, lanes, weight, grad, momentum, new_weight, new_momentum, update);
-        flips_float(task, start, count, paired, row, update);
         row[UNMOVED] -= BLOCK - count, row[ZERO] -= BLOCK - count;
     }
     return nonfinite;
@@ -244,9 +248,9 @@ INLINE int block_double(const Task *task, int64_t start, int count, Lanes *lanes
     if (nonfinite && task->flags & SKIP_NONFINITE)
         for (int i = 0; i < count; i++)
             if (!isfinite(grad[i])) new_weight[i] = weight[i], new_momentum[i] = momentum[i], update[i] = 0;
-    if (row) {
+    if (row) flips_double(task, start, count, 0, row, update);
+    if (row && is_observed(start)) {
         observe_double(task, lanes, weight, grad, momentum, new_weight, new_momentum, update);
-        flips_double(task, start, count, 0, row, update);
         row[UNMOVED] -= BLOCK - count, row[ZERO] -= BLOCK - count;
     }
     memcpy(param, new_weight, 8 * (size_t)count);

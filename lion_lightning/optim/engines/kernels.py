@@ -14,6 +14,7 @@ from lion_lightning.optim import rule, telemetry
 from lion_lightning.optim.engines import tables, tiles
 from lion_lightning.optim.engines.tiles import (
     BLOCK,
+    GOLDEN,
     GRAD_ARRAY,
     ROWS,
     TILE,
@@ -39,6 +40,7 @@ LANE_COUNT = tl.constexpr(LANES)
 LANE_WIDTH = tl.constexpr(LANE_COLUMNS)
 STATISTICS_COUNT = tl.constexpr(telemetry.STATISTICS)
 CAUTIOUS_LIMIT = tl.constexpr(rule.CAUTIOUS_LIMIT)
+OBSERVED_BELOW = tl.constexpr(telemetry.OBSERVED_BELOW)
 
 # Columns of the tables.
 SUMS, SIGNS, SIGN_STRIDE = (tl.constexpr(tables.TENSOR.index(name)) for name in ("statistics", "signs", "sign_stride"))
@@ -79,15 +81,19 @@ def add_in(lane, COLUMN: tl.constexpr, values):
 
 
 @triton.jit
-def observe(lane, group, inside, weight, grad, momentum, stored, new_momentum, update, lr, COMPUTE: tl.constexpr):
-    """`telemetry.observe`, but for the sampled signs. Numbers outside are 0."""
-    count_in(lane, UNMOVED, inside & (stored == weight))
-    count_in(lane, ZERO, inside & (update == 0))
-    count_in(lane, AGREE, momentum * grad > 0)
-    count_in(lane, NEAR_BOUND, tl.abs(weight) > setting(group, BOUND, COMPUTE))
-    add_in(lane, MOMENTUM_SQUARED, new_momentum * new_momentum)
-    add_in(lane, WEIGHT_SQUARED, weight * weight)
-    add_in(lane, DECAYED, (weight - stored - update * lr) * weight)
+def observe(
+    lane, group, start, inside, weight, grad, momentum, stored, new_momentum, update, lr, COMPUTE: tl.constexpr
+):
+    """`telemetry.observe`, but for the sampled signs."""
+    block = (start // BLOCK).to(tl.uint32) + tl.arange(0, ROWS)[:, None].to(tl.uint32)
+    seen = inside & (block * GOLDEN < OBSERVED_BELOW)
+    count_in(lane, UNMOVED, seen & (stored == weight))
+    count_in(lane, ZERO, seen & (update == 0))
+    count_in(lane, AGREE, seen & (momentum * grad > 0))
+    count_in(lane, NEAR_BOUND, seen & (tl.abs(weight) > setting(group, BOUND, COMPUTE)))
+    add_in(lane, MOMENTUM_SQUARED, tl.where(seen, new_momentum * new_momentum, 0.0))
+    add_in(lane, WEIGHT_SQUARED, tl.where(seen, weight * weight, 0.0))
+    add_in(lane, DECAYED, tl.where(seen, (weight - stored - update * lr) * weight, 0.0))
 
 
 @triton.jit
@@ -156,7 +162,7 @@ def update_tile(
     if STATISTICS:
         update = tl.where(frozen, 0.0, update)
         stored = tl.where(live, stored, weight)
-        observe(lane, group, inside, weight, grad, momentum, stored, new_momentum, update, lr, COMPUTE)
+        observe(lane, group, start, inside, weight, grad, momentum, stored, new_momentum, update, lr, COMPUTE)
         sample_signs(tensor, lane, start, local, inside, update)
         tl.atomic_add(lane + NONFINITE, broken_count.to(tl.float64), sem="relaxed")
 
