@@ -90,7 +90,7 @@ class Treatment:
             step: optimizer steps so far.
             trusted: the state that training starts from: proven without further steps.
         """
-        if self.is_healthy() and self.ring.is_due(step):
+        if self.ring.is_due(step) and self.is_healthy():  # health waits for the latest reading
             rules = [watch.rules_state() for watch in self.watches]
             self.ring.take(step, self._module(), [watch.optimizer for watch in self.watches], rules, trusted)
 

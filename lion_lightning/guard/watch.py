@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lion_lightning.guard.gate import OutlierGate
+from lion_lightning.guard.gate import OutlierGate, Verdict
 from lion_lightning.guard.monitors import Monitors, Poison
 from lion_lightning.guard.readings import FACTS, SUMS, VERDICT, Mailbox, Reading
 from lion_lightning.guard.sampling import SampledCoordinates
@@ -102,13 +102,13 @@ class OptimizerWatch:
         device = grads[0][1].device if grads else views.local(next(iter(self._params()))).device
         vector = reduce(self._sums(grads, losses, device))
         norm = vector[SUMS.index("squares")].sqrt()
-        judged = norm if clip_val is None else norm.clamp(max=clip_val)
+        # The clamp would hide an infinite norm.
+        judged = norm if clip_val is None else torch.where(norm.isfinite(), norm.clamp(max=clip_val), norm)
         verdict = self.gate.judge(judged, vector[SUMS.index("backward_loss")])
-        skip = verdict.skip.maximum((~norm.isfinite()).float())  # a clipped norm hides it
-        judgement = torch.stack([norm, verdict.factor, skip, verdict.norm_z, verdict.loss_z])
+        judgement = torch.stack([norm, verdict.factor, verdict.skip, verdict.norm_z, verdict.loss_z])
         self.mailbox.post(torch.cat([vector, judgement]), facts)
         if grads and self.acts:
-            self._gate(verdict.factor, skip)
+            self._gate(verdict, norm / judged)
         return bool(grads)
 
     def read(self, flush: bool = False) -> Reading | None:
@@ -172,18 +172,21 @@ class OptimizerWatch:
         bad[self.rank] = _scalar(losses.nonfinite, device)
         return torch.stack([*sums, *bad])
 
-    def _gate(self, factor: Tensor, skip: Tensor) -> None:
+    def _gate(self, verdict: Verdict, still_to_clip: Tensor) -> None:
+        """Hands the verdict to the optimizer, or carries it out on gradients that the Trainer has yet to clip."""
+        factor = verdict.factor
         if self._takes_scalars:
-            self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+            self.optimizer.found_inf = verdict.skip  # type: ignore[attr-defined]
             # Where reading is free, a step that is taken as it is costs torch's fused kernels no extra write.
             if factor.device.type != "cpu" or float(factor) != 1:
                 self.optimizer.grad_scale = factor  # type: ignore[attr-defined]
             return
-        if float(skip):  # an optimizer without such inputs: on a GPU this waits for the device
+        if float(verdict.skip):  # an optimizer without such inputs: on a GPU this waits for the device
             for param in self._params():
                 param.grad = None
         elif float(factor) != 1:
-            torch._foreach_div_([param.grad for param in self._params() if param.grad is not None], factor)
+            grads = [param.grad for param in self._params() if param.grad is not None]
+            torch._foreach_div_(grads, factor * still_to_clip)
 
     def _forget_verdict(self) -> None:
         if self._takes_scalars:
