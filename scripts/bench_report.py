@@ -144,7 +144,7 @@ def chart(entries: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
         for position, milliseconds in zip(positions, times, strict=True):
             if milliseconds > axis.get_xlim()[1]:
                 axis.text(
-                    axis.get_xlim()[1] * 0.99, position, f"{milliseconds:,.0f}", ha="right", va="center", color="white"
+                    axis.get_xlim()[1] * 0.99, position, f"{milliseconds:,.0f}", ha="right", va="center", color="black"
                 )
         axis.set_xlabel(f"ms a step, {dtype} parameters")
     colors = (("tab:orange", "Lion of this project"), ("tab:blue", "peer"), ("lightgrey", "loses step or decay"))
