@@ -104,6 +104,8 @@ def _decay(optimizer: Optimizer, run: RunSettings) -> Finding | None:
     lr, decay = max(pairs)
     if lr * decay > 0.1:
         return Finding("decay", f"lr * weight_decay = {lr * decay:.2g} takes over 10 % of a weight a step; lower it")
+    if len({_peak(group) for group in optimizer.param_groups}) > 1:  # set group by group, not taken over from AdamW
+        return None
     steps = max(run.total_steps, SHORT_RUN_STEPS) if math.isfinite(run.total_steps) else math.inf
     lost = lr * decay * steps / 2  # a schedule's mean is about half its peak
     if lost >= LEAST_DECAY:

@@ -21,7 +21,7 @@ SCHEDULERS = {
     "none": lambda optimizer: None,
     "lambda": lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (1 + step)),
     "cosine": lambda optimizer: CosineAnnealingLR(optimizer, STEPS),
-    "one_cycle": lambda optimizer: OneCycleLR(optimizer, max_lr=0.5, total_steps=STEPS + 1),
+    "one_cycle": lambda optimizer: OneCycleLR(optimizer, max_lr=0.5, total_steps=STEPS + 1, cycle_momentum=False),
     "plateau": lambda optimizer: ReduceLROnPlateau(optimizer, patience=1),
     "sequential": lambda optimizer: SequentialLR(
         optimizer, [ConstantLR(optimizer, 0.5, 3), LinearLR(optimizer, 1.0, 0.1, 6)], [4]
@@ -56,6 +56,96 @@ def test_the_applied_rate_is_the_product(name):
     factors = [min(1.0, (step + 1) / WARMUP) for step in range(STEPS)]
     assert inside == pytest.approx([rate * factor for rate, factor in zip(bare_inside, factors, strict=True)])
     assert after == pytest.approx(bare_after)
+
+
+class Run:
+    """An optimizer with its schedule and its warm-up; `resumed` is another process that loads its states."""
+
+    def __init__(self, name, warmup_steps=WARMUP):
+        self.name = name
+        self.parameter = nn.Parameter(torch.ones(1, dtype=torch.float64))
+        self.optimizer = SGD([self.parameter], lr=0.1)
+        self.warmup = LinearWarmup(warmup_steps)
+        self.hook = WarmupHook(self.optimizer, self.warmup)
+        self.scheduler = SCHEDULERS[name](self.optimizer)
+
+    def step(self):
+        """The rate that the step applied, told by how far the weight went: SGD with a gradient of 1."""
+        before = self.parameter.detach().clone()
+        self.parameter.grad = torch.ones_like(before)
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step(*([1.0] if isinstance(self.scheduler, ReduceLROnPlateau) else []))
+        return float(before - self.parameter)
+
+    def resumed(self):
+        other = Run(self.name, warmup_steps=0)
+        other.optimizer.load_state_dict(self.optimizer.state_dict())
+        if self.scheduler is not None:
+            other.scheduler.load_state_dict(self.scheduler.state_dict())
+        other.warmup.load_state_dict(self.warmup.state_dict())
+        return other
+
+
+def factor_after(step, rewarmed_at=None, scale=1.0):
+    """The factor of a step (from 0 on), worked out anew: warm-up x (0.1 to 1 over ten steps after a rewind) x scale."""
+    warm = min(1.0, (step + 1) / WARMUP)
+    if rewarmed_at is None or step < rewarmed_at:
+        return warm
+    return warm * min(1.0, 0.1 + 0.9 * (step - rewarmed_at) / 10) * scale
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("resume_at", [2, 8])
+def test_what_moves_the_weight_is_the_product_before_and_after_a_resume(name, resume_at):
+    bare = rates_of(SCHEDULERS[name], None)[0]
+    run, applied = Run(name), []
+    for step in range(STEPS):
+        if step == resume_at:
+            run = run.resumed()
+        applied.append(run.step())
+        assert run.hook.applied == pytest.approx(applied[-1:])
+    assert applied == pytest.approx([rate * factor_after(step) for step, rate in enumerate(bare)])
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_after_a_rewind_the_rate_climbs_from_a_tenth_under_any_schedule_and_through_a_resume(name, scale):
+    bare = rates_of(SCHEDULERS[name], None)[0]
+    run, applied = Run(name), []
+    for step in range(STEPS):
+        if step == 3:
+            run.warmup.rewarm(scale)
+        if step == 7:
+            run = run.resumed()
+        applied.append(run.step())
+    assert applied == pytest.approx([rate * factor_after(step, 3, scale) for step, rate in enumerate(bare)])
+
+
+def test_after_a_long_warm_up_the_second_one_is_as_long():
+    warmup = LinearWarmup(40)
+    warmup.step = 100
+    warmup.rewarm()
+    factors = []
+    for _ in range(50):
+        factors.append(warmup.factor)
+        warmup.step += 1
+    assert factors[:41] == pytest.approx([0.1 + 0.9 * step / 40 for step in range(41)])
+    assert factors[40:] == [1.0] * 10
+
+
+def test_two_rewinds_halve_the_rate_twice_and_for_good():
+    warmup = LinearWarmup(0)
+    for _ in range(2):
+        warmup.rewarm(0.5)
+    warmup.step = 1000
+    assert warmup.factor == 0.25
+
+
+def test_two_optimizers_are_warmed_up_each_by_its_own_steps():
+    first, second = Run("none"), Run("none")
+    assert [first.step() for _ in range(3)] == pytest.approx([0.02, 0.04, 0.06])
+    assert second.step() == pytest.approx(0.02)
 
 
 def test_a_tensor_rate_is_scaled_in_place_and_put_back():
