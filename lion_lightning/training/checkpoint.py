@@ -90,7 +90,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         replace_lightnings_handlers(trainer, self.stop)
         self._step = trainer.global_step
-        self._saved_step = self._step if step_path(self.folder, self._step).is_file() else -1
+        self._saved_step = self._step if step_path(self.folder, self._step).exists() else -1
         self._saved_at = time.monotonic()
         if trainer.is_global_zero:
             self._repair_best()
@@ -107,7 +107,7 @@ class RunCheckpoint(Checkpoint):
                 return
         except InvalidCheckpoint as error:
             log.warning("%s", error)
-        if step_path(self.folder, self.best_step).is_file():
+        if step_path(self.folder, self.best_step).exists():
             link_marked(step_path(self.folder, self.best_step), self.best_path)
         else:
             log.warning("the best checkpoint, of step %d, is gone: the next validation makes a new one", self.best_step)

@@ -1,7 +1,8 @@
 """Files that are whole or not there: written beside their place, synced, renamed, and marked complete last.
 
 A checkpoint `name.ckpt` counts only together with its marker `name.ckpt.json`, which holds its size and SHA-256 and is
-written after it. A kill at any moment leaves the old pair, or a file whose marker is missing or does not fit.
+written after it. A kill at any moment leaves the old pair, or a file whose marker is missing or does not fit. A sharded
+checkpoint is a folder of files; it has one marker for all of them.
 """
 
 import errno
@@ -92,19 +93,43 @@ def write_marked(path: Path, write: Callable[[IO[bytes]], Any], global_step: int
     return marker
 
 
+def publish_folder(temporary: Path, path: Path, global_step: int) -> Marker:
+    """Give a folder that is filled its place and its marker, once every file in it is on the disk."""
+    for file in _files(temporary):
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
+    size, digest = _size_and_digest(temporary)
+    remove_marked(path)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+    marker = Marker(global_step, size, digest)
+    text = json.dumps(asdict(marker)).encode()
+    write_durably(marker_of(path), lambda file: file.write(text))
+    return marker
+
+
 def link_marked(source: Path, target: Path) -> None:
     """Make `target` another name of the checkpoint `source`, marker and all; a copy where there are no hard links."""
+    if source.is_dir():
+        marker_of(target).unlink(missing_ok=True)  # a folder cannot be replaced in one go
     for old, new in ((source, target), (marker_of(source), marker_of(target))):
         temporary = new.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{new.name}")
         try:
             _link_or_copy(old, temporary)
+            if new.is_dir():
+                shutil.rmtree(new)
             os.replace(temporary, new)
         finally:
-            temporary.unlink(missing_ok=True)  # still there where both names were the same file already
+            _remove(temporary)  # still there where both names were the same file already
     sync_folder(target.parent)
 
 
 def _link_or_copy(old: Path, new: Path) -> None:
+    if old.is_dir():
+        new.mkdir()
+        for file in _files(old):
+            _link_or_copy(file, new / file.relative_to(old))
+        return
     try:
         os.link(old, new)
     except OSError as error:
@@ -118,7 +143,14 @@ def _link_or_copy(old: Path, new: Path) -> None:
 def remove_marked(path: Path) -> None:
     """Remove a checkpoint, its marker first: what is half removed does not count."""
     marker_of(path).unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
+    _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def verify(path: Path) -> Marker:
@@ -128,18 +160,30 @@ def verify(path: Path) -> Marker:
         InvalidCheckpoint: the file or its marker is missing, empty, cut short, or changed.
     """
     marker = read_marker(path)
-    if not path.is_file():
+    if not path.exists():
         raise InvalidCheckpoint(f"{path}: the file is missing")
-    size = path.stat().st_size
+    size = sum(file.stat().st_size for file in _files(path))
     if size != marker.size:
         raise InvalidCheckpoint(f"{path}: {size:,} bytes, but {marker.size:,} were written")
+    if _size_and_digest(path)[1] != marker.sha256:
+        raise InvalidCheckpoint(f"{path}: its bytes have changed since they were written")
+    return marker
+
+
+def _size_and_digest(path: Path) -> tuple[int, str]:
+    """Bytes and SHA-256 of a file; of a folder, the digest of its files' names and digests."""
+    if path.is_dir():
+        parts = [(str(file.relative_to(path)), *_size_and_digest(file)) for file in _files(path)]
+        return sum(size for _, size, _ in parts), hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(READ_BYTES):
             digest.update(block)
-    if digest.hexdigest() != marker.sha256:
-        raise InvalidCheckpoint(f"{path}: its bytes have changed since they were written")
-    return marker
+    return path.stat().st_size, digest.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
 
 
 def read_marker(path: Path) -> Marker:
@@ -155,7 +199,7 @@ def read_marker(path: Path) -> Marker:
 def sweep_temporaries(folder: Path) -> None:
     """Remove what a killed process left half-written."""
     for left in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        left.unlink(missing_ok=True)
+        _remove(left)
 
 
 def sync_folder(folder: Path) -> None:

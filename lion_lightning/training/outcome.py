@@ -12,11 +12,13 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from lion_lightning.training.bookkeeping import wandb_logger_of
-from lion_lightning.training.building import effective_batch_size
+from lion_lightning.training.building import build_module, effective_batch_size
 from lion_lightning.training.checkpoint import RunCheckpoint
 from lion_lightning.training.checkpoint_io import load
+from lion_lightning.training.data import StreamDataModule
 from lion_lightning.training.plain import with_names_of
 from lion_lightning.training.redaction import redacted_argument
+from lion_lightning.training.sharded import load_whole
 from lion_lightning.training.summary import model_card, show
 
 
@@ -43,6 +45,7 @@ def conclude(
     cfg: DictConfig,
     console: Console,
     trainer: pl.Trainer,
+    data: StreamDataModule,
     module: Any,
     checkpoint: RunCheckpoint,
     speed: dict[str, float],
@@ -55,7 +58,10 @@ def conclude(
     if not trainer.is_global_zero:
         return best
     kept = checkpoint.best_path if checkpoint.best_step is not None else checkpoint.last_path
-    if kept.is_file():
+    if kept.is_dir():
+        module = build_module(cfg, data)  # this rank has only its shard of the one that was trained
+        load_whole(module, kept)
+    elif kept.is_file():
         module.load_state_dict(with_names_of(load(kept)["state_dict"], module.state_dict()))
     outcome = {
         f"best {cfg.recipe.monitor}": f"{best:.4f}" + (f" (last {float(last):.4f})" if last is not None else ""),

@@ -77,7 +77,7 @@ def _given(resume: str) -> Path:
         path = Path(refuse_url(resume))
     except ValueError as error:
         raise ConfigError(f"resume={error}") from error
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"resume={resume}: there is no such checkpoint file")
     if marker_of(path).is_file():
         try:

@@ -28,15 +28,20 @@ from lion_lightning.training.checkpoint import RunCheckpoint
 from lion_lightning.training.checkpoint_io import DurableCheckpointIO
 from lion_lightning.training.checks import check
 from lion_lightning.training.errors import ConfigError, configuring
+from lion_lightning.training.heartbeat import Heartbeat
 from lion_lightning.training.outcome import about, conclude
 from lion_lightning.training.progress import progress
+from lion_lightning.training.replicas import ReplicaCheck
 from lion_lightning.training.resume import resolve
 from lion_lightning.training.signals import StopFlag
 from lion_lightning.training.step_seed import StepSeed
+from lion_lightning.training.strategies import build_strategy
 from lion_lightning.training.summary import show
 from lion_lightning.training.throughput import Throughput
 
-TRAINER_KEYS_OF_OURS = ("name", "max_steps", "max_epochs", "val_check_interval")
+TRAINER_KEYS_OF_OURS = (
+    "name", "max_steps", "max_epochs", "val_check_interval", "strategy", "timeout_minutes", "check_replicas_every"
+)  # fmt: skip
 
 
 def run(cfg: DictConfig) -> float:
@@ -63,7 +68,8 @@ def run(cfg: DictConfig) -> float:
     with StopFlag(alone="WORLD_SIZE" not in os.environ) as stop:
         checkpoint = _build_checkpoint(cfg, folder, stop)
         shown = progress(console, ["train/loss", cfg.recipe.monitor])
-        callbacks = [StepSeed(cfg.seed), *build_guard(cfg), throughput, ValidateAtEnd(), checkpoint, *shown]
+        several = [Heartbeat(), ReplicaCheck(cfg.trainer.check_replicas_every)]
+        callbacks = [StepSeed(cfg.seed), *build_guard(cfg), throughput, ValidateAtEnd(), checkpoint, *several, *shown]
         trainer = _build_trainer(cfg, console, logger, callbacks)
         story = about(cfg, data, module, trainer, resumed)
         with closing(logger):
@@ -73,7 +79,9 @@ def run(cfg: DictConfig) -> float:
             started = time.perf_counter()
             trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
             seconds = time.perf_counter() - started
-            return conclude(cfg, console, trainer, module, checkpoint, throughput.measured(trainer), seconds, story)
+            return conclude(
+                cfg, console, trainer, data, module, checkpoint, throughput.measured(trainer), seconds, story
+            )
 
 
 class ValidateAtEnd(Callback):
@@ -103,6 +111,7 @@ def _build_trainer(cfg: DictConfig, console: Console, logger: Logger | None, cal
     try:
         return pl.Trainer(
             **{key: value for key, value in cfg.trainer.items() if key not in TRAINER_KEYS_OF_OURS},
+            strategy=build_strategy(cfg),
             max_steps=steps,
             val_check_interval=min(cfg.trainer.val_check_interval, steps) * cfg.trainer.accumulate_grad_batches,
             check_val_every_n_epoch=None,

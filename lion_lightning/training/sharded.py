@@ -1,0 +1,136 @@
+"""FSDP2 for any LightningModule, and its checkpoints: every rank writes its shard, and all of it counts at once."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lion_lightning.training.checkpoint_io import DurableCheckpointIO, Placement
+from lion_lightning.training.durable import TEMPORARY_PREFIX, link_marked, publish_folder, remove_marked, write_durably
+from lion_lightning.training.plain import plain
+from lion_lightning.training.sharded_files import load_sharded
+
+META_FILE = "meta.pt"  # as in Lightning's own sharded checkpoints
+STEPS = ("training_step", "validation_step")
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Lightning's FSDP2 strategy with all ranks in one data-parallel mesh, and with durable sharded checkpoints.
+
+    Args:
+        options: those of `ModelParallelStrategy`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=True, **options)
+
+    @override
+    def setup_environment(self) -> None:
+        assert self.cluster_environment is not None
+        self._data_parallel_size = self.cluster_environment.world_size()
+        super().setup_environment()
+        assert self.lightning_module is not None
+        shard_when_configured(self.lightning_module, self.device_mesh["data_parallel"])
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state by parameter names. Lightning also moves it to the CPU, where torch stumbles over a `torch.dtype`
+        among the options, and the writer does that anyway."""
+        assert self.model is not None
+        return get_optimizer_state_dict(self.model, getattr(optimizer, "_optimizer", optimizer))
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        """Write a folder: temporary first, renamed and marked by rank 0 when every rank has written its part."""
+        path, io = Path(filepath), self.checkpoint_io
+        assert isinstance(io, DurableCheckpointIO)
+        temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
+        try:
+            if self.is_global_zero:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            self.barrier()
+            state = {"state_dict": checkpoint.pop("state_dict")}
+            for number, optimizer_state in enumerate(checkpoint.pop("optimizer_states", [])):
+                state[f"optimizer_{number}"] = optimizer_state
+            dcp.save(state, checkpoint_id=temporary)
+            if self.is_global_zero:
+                _publish(checkpoint, temporary, path, storage_options or Placement())
+        except Exception as error:  # told to all ranks by who asked for the save
+            io.error = error
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load every rank's part, whatever the number of ranks that wrote it."""
+        path = Path(checkpoint_path)
+        assert self.model is not None
+        weights = {"state_dict": get_model_state_dict(self.model)}
+        load_sharded(weights, path)
+        self.model.load_state_dict(weights["state_dict"])
+        for number, optimizer in enumerate(self.optimizers):
+            name = f"optimizer_{number}"
+            state = {name: get_optimizer_state_dict(self.model, optimizer)}
+            load_sharded(state, path)
+            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state[name])
+        return torch.load(path / META_FILE, map_location="cpu", weights_only=True)
+
+
+def _publish(checkpoint: dict[str, Any], temporary: Path, path: Path, placement: Placement) -> None:
+    """What rank 0 does when the shards are there. The weights alone are in the export, not beside the shards."""
+    meta = plain(checkpoint)
+    write_durably(temporary / META_FILE, lambda file: torch.save(meta, file))
+    publish_folder(temporary, path, int(meta["global_step"]))
+    for link in placement.links:
+        link_marked(path, link)
+    for old in placement.remove:
+        remove_marked(old)
+
+
+def shard_when_configured(module: LightningModule, mesh: DeviceMesh) -> None:
+    """Give `module` the hook in which Lightning wants a model to be sharded."""
+    module.configure_model = _shard_once(module, mesh)  # type: ignore[method-assign]
+
+
+def _shard_once(module: LightningModule, mesh: DeviceMesh) -> Callable[[], None]:
+    def configure_model() -> None:
+        if not isinstance(module, FSDPModule):
+            shard(module, mesh)
+
+    return configure_model
+
+
+def shard(module: LightningModule, mesh: DeviceMesh) -> None:
+    """Shard each layer of each stack of layers by itself, and what is left with the module as a whole.
+
+    The whole holds embeddings and heads, which may share weights. Its forward is never called: a step is.
+    """
+    for stack in [part for part in module.modules() if isinstance(part, nn.ModuleList)]:
+        for layer in stack:
+            if any(True for _ in layer.parameters()):
+                fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    for name in STEPS:
+        register_fsdp_forward_method(module, name)
+
+
+def load_whole(module: nn.Module, path: Path) -> None:
+    """Load the weights of a sharded checkpoint into a module that is not sharded, in this process alone."""
+    state = {"state_dict": module.state_dict()}
+    load_sharded(state, path, alone=True)
+    module.load_state_dict(state["state_dict"])

@@ -1,0 +1,38 @@
+"""`trainer.strategy`: how many processes share the work. They are started from outside: torchrun, srun, submitit."""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from omegaconf import DictConfig
+
+from lion_lightning.training.errors import ConfigError
+from lion_lightning.training.sharded import ShardedStrategy
+
+LAUNCHERS = ("LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # what launchers tell their processes
+MULTI_PROCESS = ("ddp", "fsdp2")
+
+
+def build_strategy(cfg: DictConfig) -> Strategy | str:
+    """The strategy that `trainer.strategy` names; other names are Lightning's own.
+
+    Raises:
+        ConfigError: a strategy of several processes, and nothing has started them; or one that cannot do what is asked.
+    """
+    name = cfg.trainer.strategy
+    if name not in MULTI_PROCESS:
+        return name
+    if not any(variable in os.environ for variable in LAUNCHERS):
+        raise ConfigError(
+            f"trainer.strategy={name}: start its processes with torchrun --standalone --nproc-per-node=N train.py ..., "
+            "or with srun (scripts/slurm_train.sh)"
+        )
+    options: dict[str, Any] = {"timeout": timedelta(minutes=cfg.trainer.timeout_minutes)}
+    if name == "ddp":
+        return DDPStrategy(gradient_as_bucket_view=True, **options)
+    if cfg.checkpoint.background:
+        raise ConfigError(
+            "checkpoint.background=true: trainer.strategy=fsdp2 writes its shards at once; set it to false"
+        )
+    return ShardedStrategy(**options)
