@@ -5,8 +5,9 @@ One run takes about two seconds, ends near the same test loss whatever the seed,
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,6 +69,17 @@ class Outcome:
         return [event.kind for event in self.events]
 
 
+class Saver(Callback):
+    """Writes `step-<n>.ckpt` into a folder after each of the given optimizer steps."""
+
+    def __init__(self, folder: Path, steps: Container[int]) -> None:
+        self.folder, self.steps = folder, steps
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step in self.steps:
+            trainer.save_checkpoint(self.folder / f"step-{trainer.global_step}.ckpt")
+
+
 class LossRecorder(Callback):
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -94,13 +106,21 @@ def train(
     faults: Sequence[Callback] = (),
     optimizer: Any = None,
     steps: int = STEPS,
+    saver: Saver | None = None,
+    resume: tuple[Path, int] | None = None,
     **options: Any,
 ) -> Outcome:
-    """One run of the task; the same seed gives the same data, order and weights, with or without guard and faults."""
+    """One run of the task; the same seed gives the same data, order and weights, with or without guard and faults.
+
+    Args:
+        resume: a checkpoint and the optimizer steps it was written after.
+    """
     _quiet()
     seed_everything(seed, verbose=False)
     model, recorder = Student(optimizer, steps), LossRecorder()
-    train_set, test = TensorDataset(*teacher_data(seed, STEPS * BATCH)), teacher_data(10_000, 4096)
+    consumed = resume[1] * BATCH if resume is not None else 0
+    train_set = TensorDataset(*(tensor[consumed:] for tensor in teacher_data(seed, STEPS * BATCH)))
+    test = teacher_data(10_000, 4096)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -110,12 +130,13 @@ def train(
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=50,
-        callbacks=[*faults, *([guard] if guard is not None else []), recorder],
+        callbacks=[*faults, *(callback for callback in (guard, saver) if callback is not None), recorder],
         **options,
     )
     stopped = None
     try:
-        trainer.fit(model, DataLoader(train_set, batch_size=BATCH))
+        checkpoint = resume[0] if resume is not None else None
+        trainer.fit(model, DataLoader(train_set, batch_size=BATCH), ckpt_path=checkpoint, weights_only=True)
     except TrainingStopped as stop:
         stopped = str(stop)
     with torch.no_grad():
