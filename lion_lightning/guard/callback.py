@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -14,13 +13,14 @@ from lion_lightning.guard import preflight
 from lion_lightning.guard.batch_size import MIN_BATCH_SIZE, ON_SMALL_BATCH, EffectiveBatch, OnSmallBatch
 from lion_lightning.guard.events import Diary, Event
 from lion_lightning.guard.figures import TelemetryReader, guard_figures, learning_rates
+from lion_lightning.guard.micro_batch import loss_of, samples_in
 from lion_lightning.guard.monitors import Symptom
 from lion_lightning.guard.noise_scale import NoiseScale
 from lion_lightning.guard.readings import Reading
 from lion_lightning.guard.recovery import ON_DIVERGENCE, OnDivergence, Remedy
 from lion_lightning.guard.thresholds import Thresholds
 from lion_lightning.guard.trace import Trace
-from lion_lightning.guard.trainer import clip_norm, default_warmup_steps, loss_of, run_settings, settle_batch
+from lion_lightning.guard.trainer import clip_norm, default_warmup_steps, run_settings, settle_batch
 from lion_lightning.guard.treatment import Treatment
 from lion_lightning.guard.warmup import LinearWarmup
 from lion_lightning.guard.watch import Losses, OptimizerWatch, Reduce
@@ -168,14 +168,14 @@ class LionGuard(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._samples = extract_batch_size(batch)
+        self._samples = samples_in(batch)
         if not self.batch.pending:
             self._micro_samples = self._samples
         self.batch.add(self._samples * trainer.world_size)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self.losses.before_backward(loss, self._judges_loss)
+        self.losses.before_backward(loss, self._judges_loss, trainer.accumulate_grad_batches)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -194,6 +194,7 @@ class LionGuard(Callback):
         facts = (self.steps, self.batch.last, self._micro_samples)
         if not self.watches[number].before_step(self.losses, self._sum(trainer), clip_norm(trainer), facts):
             self._tell_once(trainer, "no_gradients", NO_GRADIENTS)
+        self.losses.nonfinite = 0.0  # it is this optimizer's, not the next one's
         if number == len(self.watches) - 1 or pl_module.automatic_optimization:
             self.losses = Losses()
 

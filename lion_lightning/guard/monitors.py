@@ -235,9 +235,7 @@ class Monitors:
         if self.poison.observe(reading.flip_rate):
             symptoms.append(Symptom("poison", POISON.format(rate=reading.flip_rate)))
         if self.divergence.observe(reading.level, reading.skipped):
-            symptoms.append(
-                Symptom("divergence", DIVERGENCE.format(level=reading.level, rule=self.divergence))
-            )
+            symptoms.append(Symptom("divergence", DIVERGENCE.format(level=reading.level, rule=self.divergence)))
         # Quiet, or loud for so long that the ladder, if it was to act, would have acted.
         quiet = not 0 < self.divergence.high_steps <= self.thresholds.divergence_steps
         rejected = reading.is_finite and (reading.factor > 1 or reading.skipped)

@@ -1,10 +1,8 @@
 """What the guard reads off a Trainer and sets on it."""
 
 import math
-from typing import Any
 
 from lightning.pytorch import Trainer
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lion_lightning.guard.batch_size import OnSmallBatch, accumulation
@@ -31,8 +29,9 @@ def default_warmup_steps(optimizers: list[Optimizer], total_steps: float) -> int
 
 def batch_size(trainer: Trainer) -> int | None:
     """Samples of an optimizer step by the settings, if the data module or its loader says how many a batch has."""
-    datamodule = getattr(trainer, "datamodule", None)
-    size = getattr(datamodule, "batch_size", None) or getattr(trainer.train_dataloader, "batch_size", None)
+    given = getattr(trainer.fit_loop, "_data_source", None)  # before the loaders are set up
+    sources = (getattr(trainer, "datamodule", None), trainer.train_dataloader, getattr(given, "instance", None))
+    size = next((size for source in sources if (size := getattr(source, "batch_size", None))), None)
     return size * trainer.accumulate_grad_batches * trainer.world_size if isinstance(size, int) else None
 
 
@@ -43,7 +42,8 @@ def settle_batch(trainer: Trainer, on_small_batch: OnSmallBatch, least: int) -> 
         A line that says so, or None where nothing had to be done.
 
     Raises:
-        ValueError: with "error", if the batch is too small; or nobody knows how large it is.
+        ValueError: with "error", if the batch is too small; or nobody knows how large it is; or the module itself
+            decides when to step.
     """
     size, before = batch_size(trainer), trainer.accumulate_grad_batches
     if size is None:
@@ -57,6 +57,8 @@ def settle_batch(trainer: Trainer, on_small_batch: OnSmallBatch, least: int) -> 
         raise ValueError(
             f"the effective batch is {size} samples, below min_batch_size={least} (on_small_batch='error')"
         )
+    if not trainer.lightning_module.automatic_optimization:
+        raise ValueError("on_small_batch='accumulate' cannot act under manual optimization: use 'warn' or 'error'")
     trainer.accumulate_grad_batches = accumulation(size // before, before, least)
     if isinstance(trainer.val_check_interval, int):  # counted in micro-batches
         trainer.val_check_interval = trainer.val_check_interval * trainer.accumulate_grad_batches // before
@@ -79,9 +81,3 @@ def clip_norm(trainer: Trainer) -> float | None:
     """The norm that the Trainer clips gradients to after the guard has seen them."""
     by_norm = trainer.gradient_clip_algorithm in (None, "norm")
     return float(trainer.gradient_clip_val) if trainer.gradient_clip_val and by_norm else None
-
-
-def loss_of(outputs: Any) -> Tensor | None:
-    """The loss among what `training_step` returned; None where it returned none, as manual optimization may."""
-    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-    return loss.detach() if isinstance(loss, Tensor) else None

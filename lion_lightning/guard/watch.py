@@ -26,6 +26,7 @@ class Losses:
         self.total: Tensor | float = 0.0
         self.samples = 0
         self.nonfinite: Tensor | float = 0.0
+        self.share = 0.0
         self.backward: Tensor | float = math.nan
         self.micro_square: Tensor | float = math.nan
 
@@ -33,9 +34,15 @@ class Losses:
         self.total = self.total + loss.detach().float().mean() * samples
         self.samples += samples
 
-    def before_backward(self, loss: Tensor, judged: bool) -> None:
-        """Takes in what backward is called on; `judged` if its size may be compared from step to step."""
+    def before_backward(self, loss: Tensor, judged: bool, accumulate: int = 1) -> None:
+        """Takes in what backward is called on.
+
+        Args:
+            judged: whether its size may be compared from step to step.
+            accumulate: what Lightning divided it by; also where a step at the end of an epoch has fewer micro-batches.
+        """
         loss = loss.detach().float().mean()
+        self.share += 1 / accumulate
         self.nonfinite = self.nonfinite + (~loss.isfinite()).float()
         if judged:
             first = isinstance(self.backward, float)
@@ -71,6 +78,7 @@ class OptimizerWatch:
         scaled: bool = False,
     ) -> None:
         self.optimizer, self.rank, self.world_size, self.acts = optimizer, rank, world_size, acts
+        self._scaled = scaled
         self.warmup = WarmupHook(optimizer, warmup)
         self.gate, self.monitors, self.mailbox = OutlierGate(thresholds), Monitors(thresholds), Mailbox()
         self.sample = SampledCoordinates(optimizer) if isinstance(optimizer, Lion) else None
@@ -164,9 +172,11 @@ class OptimizerWatch:
             squares = squares + _squares(whole) / self.world_size
         sampled = self.sample.measure() if self.sample is not None else {}
         zero = torch.zeros((), device=device)
-        micro = losses.micro_square / self.world_size
+        share = losses.share or 1.0
+        # Gradients of a tail are divided by more than there is: nothing to compare with that of one micro-batch.
+        micro = losses.micro_square / self.world_size if share > 0.999 else math.nan
         parts = {"loss": losses.total, "samples": losses.samples, "squares": squares, "micro_squares": micro, **sampled}
-        parts["backward_loss"] = losses.backward / self.world_size
+        parts["backward_loss"] = losses.backward / (share * self.world_size)
         sums = [_scalar(parts.get(name, zero), device) for name in SUMS]
         bad = [zero] * self.world_size
         bad[self.rank] = _scalar(losses.nonfinite, device)
@@ -182,7 +192,7 @@ class OptimizerWatch:
                 self.optimizer.grad_scale = factor  # type: ignore[attr-defined]
             return
         if float(verdict.skip):  # an optimizer without such inputs: on a GPU this waits for the device
-            for param in self._params():
+            for param in () if self._scaled else self._params():  # a GradScaler skips by itself, and must see why
                 param.grad = None
         elif float(factor) != 1:
             grads = [param.grad for param in self._params() if param.grad is not None]
