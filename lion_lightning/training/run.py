@@ -1,7 +1,6 @@
 """One run, from its configuration to its summary: build, fit, export, say what came of it."""
 
 import logging
-import os
 import time
 import warnings
 from pathlib import Path
@@ -35,7 +34,7 @@ from lion_lightning.training.replicas import ReplicaCheck
 from lion_lightning.training.resume import resolve
 from lion_lightning.training.signals import StopFlag
 from lion_lightning.training.step_seed import StepSeed
-from lion_lightning.training.strategies import build_strategy
+from lion_lightning.training.strategies import build_strategy, started_by_launcher
 from lion_lightning.training.summary import show
 from lion_lightning.training.throughput import Throughput
 
@@ -65,7 +64,7 @@ def run(cfg: DictConfig) -> float:
     module = build_module(cfg, data)
     logger = build_logger(cfg)
     throughput = Throughput(module.tokens_per_sample())
-    with StopFlag(alone="WORLD_SIZE" not in os.environ) as stop:
+    with StopFlag(alone=not started_by_launcher()) as stop:
         checkpoint = _build_checkpoint(cfg, folder, stop)
         shown = progress(console, ["train/loss", cfg.recipe.monitor])
         several = [Heartbeat(), ReplicaCheck(cfg.trainer.check_replicas_every)]

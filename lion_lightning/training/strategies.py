@@ -23,7 +23,7 @@ def build_strategy(cfg: DictConfig) -> Strategy | str:
     name = cfg.trainer.strategy
     if name not in MULTI_PROCESS:
         return name
-    if not any(variable in os.environ for variable in LAUNCHERS):
+    if not started_by_launcher():
         raise ConfigError(
             f"trainer.strategy={name}: start its processes with torchrun --standalone --nproc-per-node=N train.py ..., "
             "or with srun (scripts/slurm_train.sh)"
@@ -36,3 +36,8 @@ def build_strategy(cfg: DictConfig) -> Strategy | str:
             "checkpoint.background=true: trainer.strategy=fsdp2 writes its shards at once; set it to false"
         )
     return ShardedStrategy(**options)
+
+
+def started_by_launcher() -> bool:
+    """Whether something outside started this process as one of several."""
+    return any(variable in os.environ for variable in LAUNCHERS)
