@@ -5,16 +5,21 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint lock clean
+.PHONY: help train test test-resume lint lock clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 train: $(READY) ## train; ARGS="recipe=image_classification optim=adamw" go on to train.py
 	$(BIN)/python train.py $(ARGS)
 
 test: $(READY) ## run the tests; TESTS=tests/optim picks some
 	$(BIN)/python -m pytest $(TESTS)
+
+test-resume: $(READY) ## every resume, signal and two-process test, and 50 kills (half an hour)
+	LION_LIGHTNING_WHOLE_MATRIX=1 $(BIN)/python -m pytest tests/reliability tests/training/test_durable.py
+	$(BIN)/python scripts/kill_test.py --kills 50 --seed 1
+	$(BIN)/python scripts/signal_test.py --repeats 20 --seed 1
 
 lint: $(READY) ## style and types
 	$(BIN)/ruff check .
