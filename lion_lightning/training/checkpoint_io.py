@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lion_lightning.training.durable import link_marked, remove_marked, write_durably, write_marked
+from lion_lightning.training.errors import ConfigError
 from lion_lightning.training.plain import plain, with_names_of, without_compiled_prefix
 
 WEIGHTS_SUFFIX = ".safetensors"
@@ -91,7 +92,9 @@ class DurableCheckpointIO(CheckpointIO):
         self, path: _PATH, map_location: Any | None = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
         """Read `path`; code in it is refused whatever `weights_only` says."""
-        checkpoint = load(Path(refuse_url(path)))
+        if Path(refuse_url(path)).is_dir():
+            raise ConfigError(f"resume={path}: a sharded checkpoint, which only trainer.strategy=fsdp2 goes on from")
+        checkpoint = load(Path(path))
         if self.model is not None:
             checkpoint["state_dict"] = with_names_of(checkpoint["state_dict"], self.model.state_dict())
         return checkpoint

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -23,6 +24,7 @@ from typing_extensions import override
 
 from lion_lightning.training.checkpoint_io import DurableCheckpointIO, Placement
 from lion_lightning.training.durable import TEMPORARY_PREFIX, link_marked, publish_folder, remove_marked, write_durably
+from lion_lightning.training.errors import ConfigError
 from lion_lightning.training.plain import plain
 from lion_lightning.training.sharded_files import load_sharded
 
@@ -72,13 +74,15 @@ class ShardedStrategy(ModelParallelStrategy):
             dcp.save(state, checkpoint_id=temporary)
             if self.is_global_zero:
                 _publish(checkpoint, temporary, path, storage_options or Placement())
-        except Exception as error:  # told to all ranks by who asked for the save
-            io.error = error
+        except (Exception, CheckpointException) as error:  # told to all ranks by who asked for the save
+            io.error = RuntimeError(str(error)) if isinstance(error, CheckpointException) else error
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Load every rank's part, whatever the number of ranks that wrote it."""
         path = Path(checkpoint_path)
+        if not path.is_dir():
+            raise ConfigError(f"resume={path}: a single file, and trainer.strategy=fsdp2 goes on from sharded folders")
         assert self.model is not None
         weights = {"state_dict": get_model_state_dict(self.model)}
         load_sharded(weights, path)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
@@ -70,7 +71,11 @@ def load_sharded(state: dict[str, Any], folder: Path, alone: bool = False) -> No
         alone: whether this process loads by itself; else every rank takes part.
 
     Raises:
-        pickle.UnpicklingError: the folder holds more than tensors and plain values. Wrapped by torch where ranks
-            load together.
+        RuntimeError: it cannot be loaded, or holds more than tensors and plain values. (torch's own exception is no
+            `Exception`, and passes by whoever catches those.)
     """
-    dcp.load(state, storage_reader=_PlainReader(folder), planner=_PlainPlanner(), no_dist=alone)
+    try:
+        dcp.load(state, storage_reader=_PlainReader(folder), planner=_PlainPlanner(), no_dist=alone)
+    except CheckpointException as error:
+        told = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+        raise RuntimeError(f"{folder} cannot be loaded: {told}") from error

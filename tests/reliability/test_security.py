@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import pickle
 import re
 import struct
 import subprocess
@@ -16,11 +17,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
 from PIL import Image
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lion_lightning.training.checkpoint_io import load
 from lion_lightning.training.redaction import HIDDEN, redacted, redacted_argument, redacted_text
+from lion_lightning.training.sharded_files import load_sharded
 from recipes.image_classification.sources import _square
 
 CANARY = "canary" + "9d4f" * 6
@@ -94,6 +98,40 @@ def test_nothing_else_is_hidden(value: dict[str, Any]) -> None:
 )
 def test_a_token_is_known_by_its_look(token: str) -> None:
     assert redacted_text(f"see {token} there") == f"see {HIDDEN} there"
+
+
+class Exploit:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (str(self.path),))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("where", ["metadata", "item"])
+def test_a_malicious_sharded_checkpoint_is_refused_and_runs_nothing(tmp_path: Path, where: str) -> None:
+    owned, folder, weights = tmp_path / "owned", tmp_path / "sharded", {"w": torch.ones(3)}
+    item = Exploit(owned) if where == "item" else 5
+    dcp.save({"state_dict": weights, "other": item}, checkpoint_id=folder, no_dist=True)
+    if where == "metadata":
+        (folder / ".metadata").write_bytes(pickle.dumps(Exploit(owned)))
+    with pytest.raises(RuntimeError, match=r"cannot be loaded: rank 0: .*(place in the metadata|Weights only load)"):
+        load_sharded({"state_dict": {"w": torch.zeros(3)}, "other": 0}, folder, alone=True)
+    assert not owned.exists()
+    with contextlib.suppress(Exception, CheckpointException):  # torch itself runs it
+        dcp.load({"state_dict": {"w": torch.zeros(3)}, "other": 0}, checkpoint_id=folder, no_dist=True)
+    assert owned.exists(), "the exploit does not work, so nothing was shown"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_an_honest_sharded_checkpoint_loads(tmp_path: Path) -> None:
+    saved = {"state_dict": {"w": torch.arange(3.0)}, "groups": [{"lr": 0.1, "betas": (0.9, 0.99), "name": "decay"}]}
+    dcp.save(saved, checkpoint_id=tmp_path / "sharded", no_dist=True)
+    loaded = {"state_dict": {"w": torch.zeros(3)}, "groups": [{"lr": 0.0, "betas": (0.0, 0.0), "name": ""}]}
+    load_sharded(loaded, tmp_path / "sharded", alone=True)
+    assert loaded["state_dict"]["w"].tolist() == [0.0, 1.0, 2.0]
+    assert loaded["groups"] == saved["groups"]
 
 
 def test_a_members_path_never_leaves_its_folder(tmp_path: Path) -> None:

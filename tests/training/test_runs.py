@@ -190,6 +190,24 @@ def test_a_resume_goes_on_as_if_nothing_had_happened(bert: Go, watch: Callable[[
     assert second.losses == pytest.approx(whole.losses[8:], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("seed=2", "seed was 1 and is now 2"),
+        ("optim.lr=1e-9", "optim was .*1e-09"),
+        ("data.batch_size=8", "effective batch size was 16 and is now 8"),
+    ],
+)
+def test_a_resumed_run_has_what_it_had(
+    compose: Any, text: Path, tmp_path: Path, bert: Go, change: str, named: str
+) -> None:
+    bert("trainer.max_steps=2", *QUICK)
+    checkpoint = tmp_path / "kept.ckpt"
+    (tmp_path / "bert/checkpoints/last.ckpt").rename(checkpoint)
+    with pytest.raises(ConfigError, match=rf"resume: {named}.*a resumed run keeps it"):
+        bert("trainer.max_steps=4", *QUICK, change, f"resume={checkpoint}")
+
+
 def test_micro_batches_make_one_optimizer_step(bert: Go, watch: Callable[[], Losses]) -> None:
     whole, parts = watch(), None
     bert("data.batch_size=16", "trainer.max_steps=4", "trainer.val_check_interval=2", "export=false")
@@ -281,6 +299,12 @@ def test_a_run_folder_is_made_where_it_is_missing(compose: Any, tmp_path: Path) 
         (["seed=one"], "seed .* got 'one'"),
         (["seed=4294967296"], "seed .* got 4294967296"),
         (["resume=/nowhere/last.ckpt"], "resume=/nowhere/last.ckpt"),
+        (["resume=https://example.org/a.ckpt"], "must be a file on this machine, not a URL"),
+        (["checkpoint.keep=0"], "keep must be a whole number of at least 1, got 0"),
+        (["checkpoint.every_n_steps=0"], "every_n_steps must be .* got 0"),
+        (["checkpoint.every_minutes=-1"], "every_minutes must be .* got -1"),
+        (["trainer=ddp"], "start its processes with torchrun"),
+        (["trainer=fsdp2"], "start its processes with torchrun"),
         (["data.batch_size=2000"], "2000 samples is larger than the training set of 1438"),
         (["data.batch_size=500", "trainer.accumulate_grad_batches=3"], "1500 samples is larger"),
         (["data.batch_size=0"], "data.batch_size must be a whole number of at least 1, got 0"),
