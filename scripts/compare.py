@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -102,6 +103,7 @@ def _compare(
         mode=options.mode,
         baseline=options.baseline,
         by=options.by,
+        aside=options.aside,
         unlike=options.unlike,
     )
     show(comparison, console)
@@ -131,10 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--metric", help="what decides; default: what the recipe monitors")
     parser.add_argument("--mode", choices=("min", "max"), help="whether less or more of the metric is better")
     parser.add_argument("--baseline", help="what the others are tested against (default: adamw where there is one)")
-    parser.add_argument(
-        "--by", type=lambda keys: keys.split(","), default=[], metavar="KEY,KEY",
-        help="settings that are compared beside the optimizer, such as data.batch_size",
-    )  # fmt: skip
+    keys: dict[str, Any] = {"type": lambda text: text.split(","), "default": [], "metavar": "KEY,KEY"}
+    parser.add_argument("--by", **keys, help="settings compared beside the optimizer, such as data.batch_size")
+    parser.add_argument("--aside", **keys, help="settings that follow from those, such as a rate scaled with the batch")
     parser.add_argument("--unlike", action="store_true", help="compare runs that are not alike all the same")
     parser.add_argument("--output", type=Path, default=Path("outputs/comparison"), help="folder (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="publish a W&B report and a workspace (needs --wandb)")

@@ -140,6 +140,7 @@ def compare(
     mode: Mode | None = None,
     baseline: str | None = None,
     by: Sequence[str] = (),
+    aside: Sequence[str] = (),
     unlike: bool = False,
 ) -> Comparison:
     """Compare runs.
@@ -148,6 +149,7 @@ def compare(
         metric, mode: what decides. None: what the recipe of the runs monitors.
         baseline: the label that the others are tested against. None: `adamw` where there is one, else the first.
         by: keys of the configuration that are compared beside the optimizer.
+        aside: keys that follow from those, such as a learning rate scaled with the batch: they may differ, untold.
         unlike: compare even what `check_alike` refuses.
 
     Raises:
@@ -157,13 +159,13 @@ def compare(
         raise Incomparable("there are no runs to compare")
     remarks = []
     try:
-        check_alike(runs, by)
+        check_alike(runs, by, aside)
     except Incomparable as reason:
         if not unlike:
             raise
         remarks.append(f"UNLIKE RUNS: {str(reason).split('. ')[0]}")
     goal = _goal(runs, metric, mode)
-    variants, joined = sort_into_variants(runs, by)
+    variants, joined = sort_into_variants(runs, by, aside)
     chosen = _baseline(variants, baseline)
     target = _spread(chosen.counted, lambda run: goal.best(run.curve(goal.metric)[1])).mean
     reference = _outcome(chosen, goal, target, None)

@@ -42,8 +42,8 @@ class Variant:
         return self.counted + self.others
 
 
-def check_alike(runs: Sequence[Run], by: Sequence[str] = ()) -> None:
-    """Raise Incomparable unless the runs differ only in optimizer, schedule, guard, seed, and the keys of `by`."""
+def check_alike(runs: Sequence[Run], by: Sequence[str] = (), aside: Sequence[str] = ()) -> None:
+    """Raise Incomparable unless the runs differ only in optimizer, schedule, guard, seed, `by` and `aside`."""
     groups = sorted({run.group for run in runs})
     if len(groups) > 1 and not by:
         counts = [f"{group or 'no group'} ({sum(run.group == group for run in runs)} runs)" for group in groups]
@@ -51,7 +51,7 @@ def check_alike(runs: Sequence[Run], by: Sequence[str] = ()) -> None:
             f"the runs belong to {len(groups)} groups: {'; '.join(counts)}. Name one with --group, compare each for "
             "itself with --each-group, say what is compared with --by, or mix them with --unlike"
         )
-    unlike = _differences(runs, (*COMPARED, *by))
+    unlike = _differences(runs, (*COMPARED, *by, *aside))
     if unlike:
         shown = "; ".join(f"{key} is {_values(values)}" for key, values in list(unlike.items())[:SHOWN_DIFFERENCES])
         more = f"; and {len(unlike) - SHOWN_DIFFERENCES} more keys" if len(unlike) > SHOWN_DIFFERENCES else ""
@@ -67,16 +67,31 @@ def check_alike(runs: Sequence[Run], by: Sequence[str] = ()) -> None:
         )
 
 
-def sort_into_variants(runs: Sequence[Run], by: Sequence[str] = ()) -> tuple[list[Variant], list[str]]:
+def sort_into_variants(
+    runs: Sequence[Run], by: Sequence[str] = (), aside: Sequence[str] = ()
+) -> tuple[list[Variant], list[str]]:
     """Variants in the order of their first run, and remarks on runs that were joined or left out."""
-    told_apart = [_flat(run, COMPARED, by) for run in runs]
-    labels = _labels(runs, told_apart, by)
     members: dict[str, list[Run]] = {}
-    for run, label in zip(runs, labels, strict=True):
+    for run, label in zip(runs, variant_labels(runs, by, aside), strict=True):
         members.setdefault(label, []).append(run)
     remarks: list[str] = []
     variants = [_variant(label, runs, remarks) for label, runs in members.items()]
     return variants, remarks
+
+
+def variant_labels(runs: Sequence[Run], by: Sequence[str] = (), aside: Sequence[str] = ()) -> list[str]:
+    """For each run its optimizer's name, with the settings that tell its runs apart; the keys of `by` always."""
+    names = [str(run.setting("optim.name") or run.setting("optimizer") or run.name) for run in runs]
+    settings = [
+        {key: value for key, value in _flat(run, COMPARED, by).items() if not _is_below(key, aside)} for run in runs
+    ]
+    labels = []
+    for name, own in zip(names, settings, strict=True):
+        same_name = [other for other_name, other in zip(names, settings, strict=True) if other_name == name]
+        differing = [key for key in own if key not in by and any(other.get(key) != own[key] for other in same_name)]
+        told = [f"{_short(key)} {_value(own.get(key))}" for key in (*differing, *by) if key != "optim.name"]
+        labels.append(f"{name} ({', '.join(told)})" if told else name)
+    return labels
 
 
 def _variant(label: str, runs: list[Run], remarks: list[str]) -> Variant:
@@ -113,18 +128,6 @@ def _of_one_seed(tries: list[Run]) -> tuple[Run, bool]:
         {**row, "perf/seconds": row["perf/seconds"] + spent} if "perf/seconds" in row else row for row in last.history
     ]
     return replace(last, history=[*kept, *shifted]), True
-
-
-def _labels(runs: Sequence[Run], settings: Sequence[Mapping[str, Any]], by: Sequence[str]) -> list[str]:
-    """The optimizer's name, with the settings that tell its runs apart; the keys of `by` always."""
-    names = [str(run.setting("optim.name") or run.setting("optimizer") or run.name) for run in runs]
-    labels = []
-    for name, own in zip(names, settings, strict=True):
-        same_name = [other for other_name, other in zip(names, settings, strict=True) if other_name == name]
-        differing = [key for key in own if key not in by and any(other.get(key) != own[key] for other in same_name)]
-        told = [f"{_short(key)} {_value(own.get(key))}" for key in (*differing, *by) if key != "optim.name"]
-        labels.append(f"{name} ({', '.join(told)})" if told else name)
-    return labels
 
 
 def _flat(run: Run, kept: Collection[str] = (), by: Sequence[str] = ()) -> dict[str, str]:

@@ -56,8 +56,7 @@ class RunLogger(WandbLogger):
             job_type=job_type,
             tags=list(tags),
             save_dir=save_dir,
-            # Known before training starts; an agent of a sweep has chosen it already.
-            id=None if "WANDB_SWEEP_ID" in os.environ else secrets.token_hex(4),
+            id=secrets.token_hex(4),  # known before training starts; under a sweep's agent W&B takes the agent's
             mode=self.mode,
             settings=wandb.Settings(silent=True),
         )

@@ -85,7 +85,6 @@ def test_unlike_groups_are_refused_and_compared_when_told(
     assert error.startswith("error: the runs belong to 2 groups: long (1 runs); short (1 runs)")
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
-    assert call([runs / "unlike", "--unlike"], capsys, tmp_path)[:1] == (0,)
     code, output, _ = call([runs / "unlike", "--group", "short"], capsys, tmp_path)
     assert (code, "adamw" in output) == (0, False)
     assert call([runs / "unlike", "--each-group"], capsys, tmp_path)[0] == 0
@@ -140,3 +139,20 @@ def test_the_command_line_works_as_people_type_it(runs: Path, tmp_path: Path) ->
     command = [sys.executable, "scripts/plot_runs.py", str(runs / "empty")]
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (refused.returncode, refused.stderr) == (2, "error: there are no runs to compare\n")
+
+
+@pytest.mark.slow
+def test_a_crash_in_a_multirun_leaves_the_other_runs_and_the_comparison(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Of three jobs the second breaks in the middle of training; the sweep goes on, and the comparison says so."""
+    short = ["trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1", "export=false"]
+    breaking = ["guard=none", "+trainer.detect_anomaly=true", "optim=lion", "optim.lr=1e-3,1e30,1e-4"]
+    command = [sys.executable, "train.py", "-m", "recipe=image_classification", *breaking, *short]
+    subprocess.run([*command, f"hydra.sweep.dir={tmp_path / 'runs'}"], cwd=ROOT, capture_output=True, check=False)
+    code, output, error = call([tmp_path / "runs"], capsys, tmp_path)
+    assert (code, error) == (0, "")
+    assert "lion (lr 0.001) 1 0." in output
+    assert "lion (lr 0.0001) 1 0." in output
+    assert "lion (lr 1e+30) 0 + 1 failed" in output
+    assert "image_classification-lion-s1 is failed with code 1 at step" in output

@@ -91,6 +91,7 @@ def test_a_diverged_trial_counts_as_the_worst(tmp_path: Path, capsys: pytest.Cap
     call(tmp_path, run, "--optim", "lion", "--trials", "4")
     assert len(seen) == 4
     text = (tmp_path / "image_classification_lion.yaml").read_text()
+    assert "inf" not in text, "a diverged trial won"
     assert "best of 4 trials" in " ".join(text.replace("#", "").split())
     assert "2 diverged" in " ".join(text.replace("#", "").split())
 

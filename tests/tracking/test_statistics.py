@@ -176,6 +176,15 @@ def test_settings_of_one_optimizer_become_variants_of_it(make_run):
     assert labels == ["lion (lr 0.0003)", "lion (lr 4e-05)", "adamw"]
 
 
+def test_what_follows_from_it_is_set_aside(make_run):
+    runs = [
+        make_run("lion", 1, config={"data": {"batch_size": size}, "optim": {"name": "lion", "lr": size / 1e4}})
+        for size in (8, 64)
+    ]
+    labels = [outcome.label for outcome in compare(runs, by=["data.batch_size"], aside=["optim.lr"]).outcomes]
+    assert labels == ["lion (batch_size 8)", "lion (batch_size 64)"]
+
+
 def test_files_of_a_run_make_no_variant(make_run):
     runs = [make_run("lion", seed, config={"guard": {"trace": f"outputs/{seed}/guard.csv"}}) for seed in (1, 2)]
     assert [outcome.label for outcome in compare(runs).outcomes] == ["lion"]

@@ -1,0 +1,182 @@
+"""The experiments of docs/experiments.md by name: `python scripts/experiments.py betas recipe=bert_mlm --seeds 1,2,3`.
+
+Every run is a process of its own under outputs/experiments/, so a crash stops that run alone; what has finished is not
+run again, what was interrupted goes on. At the end the runs are compared (scripts/compare.py).
+"""
+
+import argparse
+import math
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the modules beside this one
+
+from lion_lightning.__main__ import CONFIG_FOLDER
+from lion_lightning.tracking.offline import find_runs, read_runs
+from lion_lightning.tracking.runs import Run
+from scripts import compare
+
+EXIT_FAILED = 1
+EXIT_OF_THE_GUARD = 42  # a run that the guard ended is a result, not an accident
+BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
+REFERENCE_BATCH_SIZE = 64
+VALIDATIONS = 8
+Variants = dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One question.
+
+    Attributes:
+        variants: from the command line's overrides to what is compared: a folder's name and its own overrides.
+        by, aside: see `scripts/compare.py`.
+    """
+
+    question: str
+    variants: Callable[[list[str]], Variants]
+    by: tuple[str, ...] = ()
+    aside: tuple[str, ...] = ()
+
+
+def optimizers(overrides: list[str]) -> Variants:
+    """Each optimizer with its tuned settings."""
+    return {optim: [f"optim={optim}"] for optim in ("lion", "adamw", "signum", "adafactor")}
+
+
+def published(overrides: list[str]) -> Variants:
+    """The two published settings for Lion on BERT, with tuned Lion and AdamW beside them."""
+    return {
+        "lion-paper": ["optim=lion", "tuned=paper_base_language"],
+        "lion-amos": ["optim=lion", "tuned=amos_bert_base"],
+        "lion-tuned": ["optim=lion"],
+        "adamw": ["optim=adamw"],
+    }
+
+
+def betas(overrides: list[str]) -> Variants:
+    """Lion's two pairs of betas."""
+    return {
+        "lion-90-99": ["optim=lion", "optim.betas=[0.9,0.99]"],
+        "lion-95-98": ["optim=lion", "optim.betas=[0.95,0.98]"],
+        "adamw": ["optim=adamw"],
+    }
+
+
+def precision(overrides: list[str]) -> Variants:
+    """Pure bf16 with each number of kept bits, against fp32."""
+    pure = ["trainer.precision=bf16-true"]
+    return {
+        "lion-fp32": ["optim=lion", "trainer.precision=32-true"],
+        "adamw-fp32": ["optim=adamw", "trainer.precision=32-true"],
+        **{f"lion-bf16-{bits}": ["optim=lion", *pure, f"optim.weight_bits={bits}"] for bits in (32, 24, 16)},
+        "lion-bf16-16-int8": ["optim=lion", *pure, "optim.weight_bits=16", "optim.momentum_dtype=int8"],
+        "adamw-bf16": ["optim=adamw", *pure],
+    }
+
+
+def batch_size(overrides: list[str]) -> Variants:
+    """8 to 1,024 over the same number of samples; learning rates scale with the batch's root, decay stays."""
+    return {
+        f"{optim}-{size}": [f"optim={optim}", *_of_batch_size(_composed([f"optim={optim}", *overrides]), size)]
+        for optim in ("lion", "adamw")
+        for size in BATCH_SIZES
+    }
+
+
+def _of_batch_size(cfg: DictConfig, size: int) -> list[str]:
+    """What a batch of `size` changes. The root is for sign-like updates (Malladi et al., 2022, arXiv:2205.10287)."""
+    ratio = size / REFERENCE_BATCH_SIZE
+    samples = cfg.trainer.max_steps * cfg.data.batch_size
+    steps = max(VALIDATIONS, round(samples / size))
+    return [
+        f"data.batch_size={size}",
+        f"trainer.max_steps={steps}",
+        f"trainer.val_check_interval={max(1, steps // VALIDATIONS)}",
+        f"optim.lr={cfg.optim.lr * math.sqrt(ratio):.4g}",
+        f"guard.warmup_steps={round(0.1 * steps)}",
+        "guard.min_batch_size=0",
+    ]
+
+
+EXPERIMENTS = {
+    "optimizers": Experiment("Lion against AdamW, SIGNUM and Adafactor, each tuned with the same budget", optimizers),
+    "published": Experiment("3e-4 with decay 0.01 and 4e-5 with 0.015, both published for BERT base", published),
+    "batch_size": Experiment(
+        "does Lion need batches of 64 and more?",
+        batch_size,
+        by=("data.batch_size",),
+        aside=("trainer.max_steps", "trainer.val_check_interval", "optim.lr", "guard"),
+    ),
+    "betas": Experiment("(0.9, 0.99) against (0.95, 0.98)", betas),
+    "precision": Experiment(
+        "pure bf16 with 32, 24 and 16 bits kept, against fp32", precision, by=("trainer.precision",)
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, or 1 if a run failed that the guard did not end."""
+    options = _options(arguments)
+    experiment = EXPERIMENTS[options.name]
+    recipe = _composed(options.overrides).recipe.name
+    folder = options.folder / f"{options.name}-{recipe}"
+    failed = []
+    for variant, own in experiment.variants(options.overrides).items():
+        for seed in options.seeds:
+            run_dir = folder / f"{variant}-s{seed}"
+            command = ["train.py", *options.overrides, *own, f"seed={seed}", f"run_dir={run_dir}", "resume=auto"]
+            if options.dry_run:
+                print("python", shlex.join(command))
+            elif is_done(run_dir):
+                print(f"{run_dir.name}: done already", flush=True)
+            elif code := subprocess.run([sys.executable, *command], check=False).returncode:
+                print(f"{run_dir.name}: ended with code {code}", flush=True)
+                failed += [run_dir.name] if code != EXIT_OF_THE_GUARD else []
+    if options.dry_run:
+        return 0
+    told = [*(["--by", ",".join(experiment.by)] if experiment.by else [])]
+    told += ["--aside", ",".join(experiment.aside)] if experiment.aside else []
+    output = options.output or folder / "comparison"
+    code = compare.main([str(folder), *told, "--output", str(output)])
+    if failed:
+        print(f"failed: {', '.join(failed)}; the same command runs them again", file=sys.stderr)
+    return EXIT_FAILED if failed else code
+
+
+def is_done(run_dir: Path) -> bool:
+    """Whether a run of `run_dir` has finished, or was ended by the guard."""
+    if not run_dir.is_dir():
+        return False
+    runs = [run for run in read_runs(find_runs(run_dir)) if isinstance(run, Run)]
+    return any(run.state == "finished" or run.exit_code == EXIT_OF_THE_GUARD for run in runs)
+
+
+def _composed(overrides: list[str]) -> DictConfig:
+    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        return hydra.compose("train", [*overrides, "run_dir=outputs"])
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    questions = "; ".join(f"{name}: {experiment.question}" for name, experiment in EXPERIMENTS.items())
+    parser.add_argument("name", choices=tuple(EXPERIMENTS), help=questions)
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides for every run, such as recipe=bert_mlm")
+    seeds: dict[str, Any] = {"type": lambda text: [int(seed) for seed in text.split(",")], "default": [1, 2, 3]}
+    parser.add_argument("--seeds", **seeds, help="default: 1,2,3")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/experiments"), help="default: %(default)s")
+    parser.add_argument("--output", type=Path, help="where the comparison goes (default: beside the runs)")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands of the runs and leave")
+    return parser.parse_intermixed_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

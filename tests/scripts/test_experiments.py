@@ -1,0 +1,107 @@
+"""The experiments by name: each run's command composes, what is done is not run again, a crash stops one run alone."""
+
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import hydra
+import pytest
+from omegaconf import DictConfig
+
+from lion_lightning.tracking.wandb import RunLogger
+from scripts import experiments
+from scripts.experiments import EXPERIMENTS, main
+
+ROOT = Path(__file__).parents[2]
+CONF = ROOT / "conf"
+RECIPES = ("bert_mlm", "image_classification")
+
+
+def composed(command: list[str]) -> DictConfig:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("train", command)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_run_composes(name: str, recipe: str) -> None:
+    variants = EXPERIMENTS[name].variants([f"recipe={recipe}"])
+    assert len(variants) >= 3
+    configurations = [composed([f"recipe={recipe}", *own, "run_dir=x"]) for own in variants.values()]
+    assert len({str(cfg) for cfg in configurations}) == len(configurations), "the same run twice"
+    assert {cfg.recipe.name for cfg in configurations} == {recipe}
+
+
+def test_the_published_settings_are_those_of_the_source() -> None:
+    variants = EXPERIMENTS["published"].variants([])
+    paper, amos = (composed([*variants[name], "run_dir=x"]).optim for name in ("lion-paper", "lion-amos"))
+    assert (paper.lr, paper.weight_decay) == (3e-4, 0.01)
+    assert (amos.lr, amos.weight_decay) == (4e-5, 0.015)
+
+
+def test_every_batch_size_sees_the_same_samples_at_a_rate_scaled_by_the_root() -> None:
+    variants = EXPERIMENTS["batch_size"].variants(["recipe=bert_mlm", "trainer.max_steps=512"])
+    assert len(variants) == 16
+    base = composed(["recipe=bert_mlm", "optim=lion", "run_dir=x"]).optim.lr
+    for size in experiments.BATCH_SIZES:
+        cfg = composed(["recipe=bert_mlm", "trainer.max_steps=512", *variants[f"lion-{size}"], "run_dir=x"])
+        assert cfg.trainer.max_steps * cfg.data.batch_size == 512 * 64
+        assert cfg.optim.lr == pytest.approx(base * (size / 64) ** 0.5, rel=1e-3)
+        assert cfg.trainer.val_check_interval <= cfg.trainer.max_steps
+
+
+def test_a_dry_run_prints_what_would_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["betas", "recipe=bert_mlm", "--seeds", "7,8", "--dry-run", "--folder", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert all(line.startswith("python train.py recipe=bert_mlm optim=") for line in lines)
+    assert sum("seed=7" in line for line in lines) == 3
+
+
+def log_run(command: list[str], code: int = 0) -> None:
+    """What a training process leaves, without the training."""
+    settings = dict(word.split("=", 1) for word in command if "=" in word)
+    optim = settings["optim"]
+    logger = RunLogger(
+        project="p", run_name=f"{optim}-s{settings['seed']}", group="g", save_dir=settings["run_dir"], mode="offline"
+    )
+    config = {"name": optim, "betas": settings.get("optim.betas")}
+    recipe = {"monitor": "val/top1", "mode": "max"}
+    logger.log_hyperparams({"optim": config, "seed": int(settings["seed"]), "recipe": recipe})
+    logger.log_metrics({"val/top1": 0.5}, step=0)
+    logger.finish(code)
+
+
+def test_what_is_done_is_not_run_again_and_a_crash_stops_one_run_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    ran: list[str] = []
+    codes = {"lion-95-98-s1": 1, "adamw-s1": 42}
+
+    def process(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        name = Path(next(word for word in command if word.startswith("run_dir="))).name
+        ran.append(name)
+        code = codes.get(name, 0)
+        log_run(command, code)
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(experiments, "subprocess", SimpleNamespace(run=process))
+    arguments = ["betas", "recipe=image_classification", "--seeds", "1", "--folder", str(tmp_path)]
+    assert main(arguments) == 1
+    output = capsys.readouterr()
+    assert ran == ["lion-90-99-s1", "lion-95-98-s1", "adamw-s1"], "a crash stopped the others"
+    assert "failed: lion-95-98-s1" in output.err
+    assert "is failed with code 42" in " ".join(output.out.split())
+    assert (tmp_path / "betas-image_classification" / "comparison" / "compare.md").exists()
+    codes.clear()
+    assert main(arguments) == 0
+    assert ran[3:] == ["lion-95-98-s1"], "a finished run, and one that the guard ended, are results"
+
+
+def test_the_page_names_every_experiment() -> None:
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    for name in EXPERIMENTS:
+        assert f"python scripts/experiments.py {name}" in page
+    for script in ("weight_noise.py", "sign_cosine.py", "tune.py", "compare.py"):
+        assert f"python scripts/{script}" in page
