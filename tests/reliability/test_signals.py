@@ -132,13 +132,14 @@ def test_every_so_many_minutes_a_run_is_saved(go: Any, tmp_path: Path) -> None:
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(go: Any, tmp_path: Path, background: str) -> None:
     folder = tmp_path / "checkpoints"
 
-    def close(trainer: Trainer) -> None:
-        (folder / "step-000000004.ckpt").mkdir()  # nothing can be renamed to it; root ignores permissions
+    def lose(trainer: Trainer) -> None:
+        folder.rename(tmp_path / "before")
+        folder.write_text("a file where the folder was: root may write into any folder")
 
-    with pytest.raises(CheckpointFailed, match=r"IsADirectoryError.*the ones before it are as they were") as failed:
-        go(At(3, close), "checkpoint.every_n_steps=1", f"checkpoint.background={background}")
+    with pytest.raises(CheckpointFailed, match=r"FileExistsError.*the ones before it are as they were") as failed:
+        go(At(3, lose), "checkpoint.every_n_steps=1", f"checkpoint.background={background}")
     assert failed.value.exit_code == 74
-    assert verify(folder / "last.ckpt").global_step == 3
+    assert verify(tmp_path / "before/last.ckpt").global_step == 2
 
 
 def test_ordinary_checkpoint_plugins_are_refused(tmp_path: Path) -> None:
