@@ -55,7 +55,7 @@ def test_the_sharper_minimum_rises_more() -> None:
 
         def loss(share: float, seed: int) -> float:
             with noisy(model, share, seed):
-                return float(curvature * (model.weight - 1).square().mean())
+                return float(curvature * (model.weight.detach() - 1).square().mean())
 
         return rises({share: [loss(share, seed) for seed in range(5)] for share in (0.0, 0.1)})[0.1]
 

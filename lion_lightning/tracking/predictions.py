@@ -1,0 +1,33 @@
+"""What a trained model makes of some validation samples, as a table in W&B: MLM fills, the worst images."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import wandb
+
+from lion_lightning.tracking.wandb import RunLogger
+
+KEY = "predictions"
+Cell = str | float | int | np.ndarray
+
+
+@runtime_checkable
+class Predicting(Protocol):
+    """A module that can show what it predicts."""
+
+    def predictions(self) -> tuple[list[str], list[list[Cell]]]:
+        """Names of the columns, and rows; an image is a uint8 array (height, width, channels)."""
+        ...
+
+
+def log_predictions(logger: RunLogger, module: Any) -> int:
+    """Log the table of `module`, if it has one, under `predictions`; returns its number of rows."""
+    if not isinstance(module, Predicting):
+        return 0
+    columns, rows = module.predictions()
+    logger.log_table(KEY, columns=columns, data=[[_cell(value) for value in row] for row in rows])
+    return len(rows)
+
+
+def _cell(value: Cell) -> Any:
+    return wandb.Image(value) if isinstance(value, np.ndarray) else value

@@ -1,0 +1,38 @@
+"""A table of predictions is in the run, images and all."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lion_lightning.tracking.offline import read_run
+from lion_lightning.tracking.predictions import log_predictions
+from lion_lightning.tracking.wandb import RunLogger
+
+
+class Classifier:
+    def predictions(self):
+        image = np.zeros((8, 8, 3), dtype="uint8")
+        return ["image", "label", "guess", "share"], [[image, "3", "8", 0.9], [image, "1", "7", 0.8]]
+
+
+@pytest.fixture
+def logger(tmp_path):
+    logger = RunLogger(project="p", run_name="r", group="g", save_dir=str(tmp_path), mode="offline")
+    yield logger
+    logger.finish(0)
+
+
+def test_the_table_is_in_the_run(logger, tmp_path):
+    assert log_predictions(logger, Classifier()) == 2
+    logger.finish(0)
+    assert any(name.startswith("predictions") for name in read_run(tmp_path).metrics)
+    (table,) = tmp_path.rglob("predictions*.table.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["image", "label", "guess", "share"]
+    assert [row[1:] for row in content["data"]] == [["3", "8", 0.9], ["1", "7", 0.8]]
+    assert content["data"][0][0]["_type"] == "image-file"
+
+
+def test_a_module_without_predictions_logs_nothing(logger):
+    assert log_predictions(logger, object()) == 0
