@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from lion_lightning.optim import bits, rule, telemetry
 from lion_lightning.optim.rule import TensorUpdate
 
 CHUNK_ELEMENTS = 81_920
-"""For each thread: as much of a tensor, with gradient, state and scratch, stays in the 2 MB of cache of a core."""
+"""At most, for each thread: so much of a tensor, with gradient and state, stays in the 2 MB of cache of a core."""
 
 
 class Scratch(NamedTuple):
@@ -28,13 +28,6 @@ class Scratch(NamedTuple):
     def of(cls, elements: int, dtype: torch.dtype) -> "Scratch":
         weight, momentum, grad, change = (torch.empty(elements, dtype=dtype) for _ in range(4))
         return cls(weight, momentum, grad, change, torch.ones((), dtype=dtype))
-
-    def first(self, elements: int) -> "Scratch":
-        """The beginning of each row."""
-        if elements == self.weight.numel():
-            return self
-        weight, momentum, grad, change = (row[:elements] for row in self[:4])
-        return Scratch(weight, momentum, grad, change, self.one)
 
 
 def decode(update: TensorUpdate) -> tuple[Tensor, Tensor]:
@@ -93,18 +86,18 @@ def step_chunk(update: TensorUpdate, nonfinite: Tensor, scratch: Scratch) -> Non
 
 def step_plainly(update: TensorUpdate, scratch: Scratch) -> bool:
     """The rule without new tensors; returns False, and has changed nothing, where a number is not finite or is huge."""
-    settings = update.settings
+    settings, count = update.settings, update.param.numel()
     weight, momentum, grad = decode_plainly(update, scratch)
-    change = torch.mul(momentum, settings.beta1, out=scratch.change)
-    add_product(change, grad, 1 - settings.beta1, scratch.one)
-    if not is_moderate(change):  # so every gradient and momentum is finite
+    if not is_moderate(momentum, grad):  # which also fetches both, faster than one after the other
         return False
+    change = torch.mul(momentum, settings.beta1, out=scratch.change[:count])
+    add_product(change, grad, 1 - settings.beta1, scratch.one)
+    momentum *= settings.beta2  # before the weight needs room in the cache
+    add_product(momentum, grad, 1 - settings.beta2, scratch.one)
     add_product(change.sign_(), weight, settings.weight_decay, scratch.one)
     add_product(weight, change, -float(settings.lr), scratch.one)
-    if update.param.dtype == torch.bfloat16 and not is_moderate(weight):
+    if update.param.dtype == torch.bfloat16 and not is_moderate(weight, weight):
         return False
-    momentum *= settings.beta2
-    add_product(momentum, grad, 1 - settings.beta2, scratch.one)
     encode(update, weight, momentum)
     return True
 
@@ -112,39 +105,40 @@ def step_plainly(update: TensorUpdate, scratch: Scratch) -> bool:
 def decode_plainly(update: TensorUpdate, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
     """Weight, momentum and gradient in scratch, but stored tensors themselves where they will do.
 
-    A weight zeroed from outside may come out as a NaN.
+    Of a bf16 parameter all is in scratch. A weight zeroed from outside may come out as a NaN.
     """
     weight = widened(update.param, scratch.weight)
     if update.weight_remainder is not None:
-        low = scratch.change.view(torch.int32).copy_(update.weight_remainder)
+        low = scratch.change[: weight.numel()].view(torch.int32).copy_(update.weight_remainder)
         if update.weight_remainder.dtype == torch.int8:
             low.bitwise_left_shift_(8)
         weight.view(torch.int32).add_(low)
-    if update.exp_avg_scale is None:
-        momentum = widened(update.exp_avg, scratch.momentum)
-    else:
-        momentum = bits.dequantize(update.exp_avg, update.exp_avg_scale)
+    momentum = update.exp_avg
+    if update.exp_avg_scale is not None:
+        momentum = bits.dequantize(momentum, update.exp_avg_scale)
+    momentum = widened(momentum, scratch.momentum, always=update.param.dtype == torch.bfloat16)
     grad = widened(update.grad, scratch.grad)
     factor = rule.gradient_factor(update.settings, scratch.one.dtype)
-    return weight, momentum, grad if factor == 1.0 else torch.mul(grad, factor, out=scratch.grad)
+    return weight, momentum, grad if factor == 1.0 else torch.mul(grad, factor, out=scratch.grad[: grad.numel()])
 
 
-def widened(stored: Tensor, row: Tensor) -> Tensor:
-    """The numbers in the dtype of `row`, which is written where they are stored in another."""
-    return stored if stored.dtype == row.dtype else row.copy_(stored)
+def widened(stored: Tensor, row: Tensor, always: bool = False) -> Tensor:
+    """The numbers in the dtype of `row`, into which they are written where they are stored in another, or `always`."""
+    return stored if stored.dtype == row.dtype and not always else row[: stored.numel()].copy_(stored)
 
 
 def add_product(total: Tensor, values: Tensor, factor: float, one: Tensor) -> None:
     """Adds values * factor in one pass, the product rounded before it is added.
 
-    The division by `one` sees to that: a multiplication alone (addcmul, add with alpha) torch fuses with the addition.
+    torch multiplies by the factor first, and what it may fuse with the addition is the product with `one`, which is
+    exact. An addition with alpha it fuses; so it would the product of a number with a tensor in place of `one`.
     """
-    total.addcdiv_(values, one, value=factor)
+    total.addcmul_(values, one, value=factor)
 
 
-def is_moderate(values: Tensor) -> bool:
-    """Whether no number is a NaN, infinite or so large that squares overflow, far below bf16's largest."""
-    return math.isfinite(torch.dot(values, values).item())
+def is_moderate(left: Tensor, right: Tensor) -> bool:
+    """Whether no number is a NaN or infinite and no product of two overflows: squares do far below bf16's largest."""
+    return math.isfinite(torch.dot(left, right).item())
 
 
 def step_carefully(update: TensorUpdate, weight: Tensor, grad: Tensor, momentum: Tensor, nonfinite: Tensor) -> None:
@@ -171,23 +165,31 @@ class EagerEngine:
     def __init__(self) -> None:
         self._kept = threading.local()  # as many threads as like may step optimizers of their own
 
-    def _scratch(self, update: TensorUpdate, elements: int) -> Scratch:
-        kept: dict[str, Scratch] = self._kept.__dict__
-        dtype = torch.float64 if update.param.dtype == torch.float64 else torch.float32
-        name = f"{dtype} {elements}"
-        if name not in kept:
-            kept[name] = Scratch.of(elements, dtype)
-        return kept[name]
-
     def step(self, updates: Sequence[TensorUpdate], nonfinite: Tensor) -> None:
-        chunk = CHUNK_ELEMENTS * torch.get_num_threads()
+        limit = CHUNK_ELEMENTS * torch.get_num_threads()
         for update in updates:
-            count = update.param.numel()
-            scratch = self._scratch(update, chunk)
-            for start in range(0, count, chunk):
-                stop = min(start + chunk, count)
-                part = update if stop - start == count else update.part(start, stop)
-                step_chunk(part, nonfinite, scratch.first(stop - start))
+            scratch = self._scratch(update, limit)
+            for part in parts(update, limit):
+                step_chunk(part, nonfinite, scratch)
+
+    def _scratch(self, update: TensorUpdate, elements: int) -> Scratch:
+        kept: dict[tuple[torch.dtype, int], Scratch] = self._kept.__dict__.setdefault("scratch", {})
+        dtype = torch.float64 if update.param.dtype == torch.float64 else torch.float32
+        if (dtype, elements) not in kept:
+            kept[dtype, elements] = Scratch.of(elements, dtype)
+        return kept[dtype, elements]
+
+
+def parts(update: TensorUpdate, limit: int) -> Iterator[TensorUpdate]:
+    """The update in parts of the same number of elements, at most `limit`, up to a block."""
+    count = update.param.numel()
+    if count <= limit:
+        yield update
+        return
+    blocks = -(-count // bits.BLOCK_ELEMENTS)
+    size = -(-blocks // -(-count // limit)) * bits.BLOCK_ELEMENTS
+    for start in range(0, count, size):
+        yield update.part(start, min(start + size, count))
 
 
 engine = EagerEngine()
