@@ -99,6 +99,7 @@ class LionGuard(Callback):
         self.trace = None if trace is None else Trace(trace)
         self.watches: list[OptimizerWatch] = []
         self._restored: dict[str, Any] | None = None
+        """A state that waits for the optimizers."""
         self._start_afresh()
 
     def _start_afresh(self) -> None:
@@ -106,6 +107,8 @@ class LionGuard(Callback):
         self.batch, self.noise, self.losses = EffectiveBatch(self.min_batch_size), NoiseScale(), Losses()
         self.treatment = Treatment(self.thresholds, self.on_divergence, acts=self.acts, gates=self.gates)
         self.diary, self.steps = Diary(), 0
+        self._final: dict[str, Any] | None = None
+        """The state at the end of training."""
         self._telemetry: TelemetryReader | None = None
         self._lion_figures: dict[str, float] = {}
         self._latest = Reading()
@@ -191,6 +194,8 @@ class LionGuard(Callback):
             self.batch.close()
             self.steps += 1
             self._stepped = True
+            if self._telemetry is not None:
+                self._telemetry.before_step(self.steps)
         facts = (self.steps, self.batch.last, self._micro_samples)
         if not self.watches[number].before_step(self.losses, self._sum(trainer), clip_norm(trainer), facts):
             self._tell_once(trainer, "no_gradients", NO_GRADIENTS)
@@ -214,7 +219,7 @@ class LionGuard(Callback):
             self._tell_once(trainer, "batch_size", self.batch.advice())
         self.treatment.keep(self.steps)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._log(pl_module)
+            self._log(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -259,7 +264,8 @@ class LionGuard(Callback):
         if remedy is Remedy.STOP and self.acts:
             raise TrainingStopped(f"{symptom.message}. {WHAT_TO_DO}")
 
-    def _log(self, pl_module: LightningModule) -> None:
+    def _log(self, trainer: Trainer) -> None:
+        """Straight to the loggers, with Lightning's step: `log_dict` takes milliseconds for so many figures."""
         figures: dict[str, float | Tensor] = {
             **guard_figures(self.watches[0], self._latest),
             **learning_rates([watch.warmup for watch in self.watches]),
@@ -270,7 +276,8 @@ class LionGuard(Callback):
         }
         if math.isfinite(self.noise.value):
             figures["guard/noise_scale"] = self.noise.value
-        pl_module.log_dict(figures)
+        for logger in trainer.loggers:
+            logger.log_metrics({name: float(value) for name, value in figures.items()}, step=trainer.global_step - 1)
         self._lion_figures = {}
 
     def _read_telemetry(self, trainer: Trainer) -> None:
@@ -300,15 +307,18 @@ class LionGuard(Callback):
     def _detach(self) -> None:
         """Leaves the optimizers alone, and remembers the state for whoever asks later."""
         if self.watches:
-            self._restored = self.state_dict()
+            self._final = self.state_dict()
+        if self._telemetry is not None:
+            self._telemetry.remove()
         for watch in self.watches:
             watch.remove()
         self.watches = []
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if self._restored is not None:  # training has not started since, or is over
-            return self._restored
+        finished_or_loaded = self._restored or self._final
+        if finished_or_loaded is not None and not self.watches:
+            return finished_or_loaded
         ring = self.treatment.ring.state_dict() if self.checkpoint_snapshots else []
         return {
             "steps": self.steps,
@@ -320,12 +330,16 @@ class LionGuard(Callback):
             "ladder": self.treatment.ladder.state_dict(),
             "events": self.diary.state_dict(),
             "snapshots": ring,
+            "telemetry": None if self._telemetry is None else self._telemetry.state_dict(),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes effect when training starts: optimizers are not there yet."""
-        self._restored = state_dict
+        """Takes effect when the optimizers are there: before `on_fit_start`, or after it under FSDP2."""
+        if self.watches:
+            self._restore(state_dict)
+        else:
+            self._restored = state_dict
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
@@ -338,6 +352,8 @@ class LionGuard(Callback):
         self.treatment.ladder.load_state_dict(state["ladder"])
         self.diary.load_state_dict(state["events"])
         self.treatment.ring.load_state_dict(state["snapshots"])
+        if self._telemetry is not None and state["telemetry"] is not None:
+            self._telemetry.load_state_dict(state["telemetry"])
 
 
 def _check_count(name: str, value: int) -> None:

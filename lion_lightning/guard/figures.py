@@ -44,24 +44,44 @@ def learning_rates(hooks: list[WarmupHook]) -> dict[str, float | Tensor]:
 
 
 class TelemetryReader:
-    """Fetches a Lion optimizer's `lion/*` figures without a wait.
+    """Has a Lion optimizer sample its `lion/*` figures, and fetches them without a wait.
 
     Args:
-        optimizer: its telemetry is switched on if it is off.
-        every: optimizer steps between samples.
+        optimizer: whoever has switched its telemetry on keeps it as it is.
+        every: optimizer steps between samples; which steps are sampled does not depend on where a run was resumed.
     """
 
     def __init__(self, optimizer: Lion, every: int) -> None:
-        optimizer.telemetry_every = optimizer.telemetry_every or every
         self.optimizer, self.every = optimizer, every
+        self._is_ours = not optimizer.telemetry_every
         self._mail, self._names = Mailbox(), list[str]()
+
+    def before_step(self, step: int) -> None:
+        """Switches sampling on for the steps that are due."""
+        if self._is_ours:
+            self.optimizer.telemetry_every = int(self._is_due(step))
 
     def read(self, step: int) -> dict[str, float]:
         """What was sent a step ago, if anything; sends what a sampled step has left. Call it after every step."""
         values = self._mail.take(flush=True)
         arrived: dict[str, Any] = {} if values is None else dict(zip(self._names, values, strict=True))
-        figures = self.optimizer.telemetry() if step % self.every == 1 or self.every == 1 else {}
+        figures = self.optimizer.telemetry() if self._is_due(step) else {}
         if figures:
             self._names = list(figures)
             self._mail.post(torch.stack([figure.float() for figure in figures.values()]))
         return arrived
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.every == 1 % self.every
+
+    def remove(self) -> None:
+        """Leaves the optimizer as it was found."""
+        if self._is_ours:
+            self.optimizer.telemetry_every = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mail": self._mail.state_dict(), "names": list(self._names)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._mail.load_state_dict(state["mail"])
+        self._names = list(state["names"])

@@ -1,8 +1,11 @@
-"""The gate: decides on the device, from gradient norm and loss, whether a step is taken, clipped or skipped.
+"""The gate: decides, from gradient norm and loss, whether a step is taken, clipped or skipped.
 
 Lion moves every weight by lr whatever the gradient's size, so a constant factor means nothing to it. One outlier means
 much: it fills the momentum and sets the direction for hundreds of steps. So the norm is compared with its own history,
 not with a fixed limit; and a batch whose loss is far out of line teaches something wrong, whatever its norm.
+
+There are two of it, the same rule: `DeviceGate` on tensors, which nobody waits for, and `HostGate` on numbers, where
+the gradients are on a CPU and fifty tensor operations would cost more than the rest of the guard.
 """
 
 import math
@@ -21,53 +24,53 @@ LEAST_LOG_NORM_DEVIATION, LEAST_LOSS_DEVIATION_SHARE = 1e-3, 1e-2
 
 
 class History:
-    """The values of the last `size` steps that were accepted, in a tensor of shape (size,) on the device."""
+    """The values of the last `size` steps that were accepted, of several kinds side by side: a (kinds, size) tensor."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, kinds: int, size: int) -> None:
+        self.kinds, self.size = kinds, size
         self.forget()
 
     def forget(self) -> None:
         """Starts a new one."""
-        self._values = torch.full((self.size,), torch.inf)
-        self._count = torch.zeros((), dtype=torch.int64)
+        self._values = torch.full((self.kinds, self.size), torch.inf)
+        self.count = torch.zeros(self.kinds, dtype=torch.int64)
+        """Values accepted so far, shape (kinds,)."""
         self._places = torch.arange(self.size)
 
     def to(self, device: torch.device) -> None:
         if self._values.device != device:
-            self._values, self._count = self._values.to(device), self._count.to(device)
+            self._values, self.count = self._values.to(device), self.count.to(device)
             self._places = self._places.to(device)
 
-    @property
-    def count(self) -> Tensor:
-        """Values accepted so far, shape ()."""
-        return self._count
-
     def spread(self) -> tuple[Tensor, Tensor]:
-        """Median, and standard deviation estimated from the median absolute deviation; infinite while empty."""
-        filled = self._count.clamp(max=self.size)
-        center = _median(self._values, filled)
-        return center, DEVIATIONS_PER_MAD * _median((self._values - center).abs(), filled)
+        """Median, and standard deviation from the median absolute deviation, (kinds,); infinite while empty."""
+        middle = ((self.count.clamp(1, self.size) - 1) // 2).unsqueeze(1)
+        center = self._values.sort(1).values.gather(1, middle)
+        # Empty places hold infinity and stay last.
+        deviation = (self._values - center).abs().sort(1).values.gather(1, middle)
+        return center.squeeze(1), DEVIATIONS_PER_MAD * deviation.squeeze(1)
 
-    def add(self, value: Tensor, accepted: Tensor) -> None:
-        """Remembers a value where `accepted`."""
-        here = accepted & (self._places == self._count % self.size)
-        self._values = torch.where(here, value, self._values)
-        self._count = self._count + accepted
+    def add(self, values: Tensor, accepted: Tensor) -> None:
+        """Remembers those of the values, (kinds,), that are `accepted`."""
+        here = (self._places == (self.count % self.size).unsqueeze(1)) & accepted.unsqueeze(1)
+        self._values = torch.where(here, values.unsqueeze(1), self._values)
+        self.count = self.count + accepted
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"values": self._values.tolist(), "count": int(self._count)}
+    def state_dict(self) -> list[dict[str, Any]]:
+        rows = zip(self._values.tolist(), self.count.tolist(), strict=True)
+        return [{"values": values, "count": count} for values, count in rows]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        values = torch.tensor(state["values"], dtype=torch.float32)
-        if len(values) != self.size:
-            raise ValueError(f"thresholds.window={self.size} does not fit the checkpoint's {len(values)}")
-        self._values, self._count, self._places = values, torch.tensor(state["count"]), torch.arange(self.size)
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        values = torch.tensor([row["values"] for row in state], dtype=torch.float32)
+        if values.shape != (self.kinds, self.size):
+            raise ValueError(f"thresholds.window={self.size} does not fit the checkpoint's {values.shape[-1]}")
+        self._values, self.count = values, torch.tensor([row["count"] for row in state])
+        self._places = torch.arange(self.size)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to do with a step; float32 tensors of shape ().
+    """What to do with a step; float32 tensors of shape () from a `DeviceGate`, numbers from a `HostGate`.
 
     Attributes:
         factor: divide the gradients by it; 1 for a step that is taken as it is.
@@ -75,13 +78,13 @@ class Verdict:
         norm_z, loss_z: robust z of log norm and loss; NaN until the gate is armed.
     """
 
-    factor: Tensor
-    skip: Tensor
-    norm_z: Tensor
-    loss_z: Tensor
+    factor: Any
+    skip: Any
+    norm_z: Any
+    loss_z: Any
 
 
-class OutlierGate:
+class DeviceGate:
     """Robust z of the log norm, and of the loss, over the steps that were accepted. Nothing is read on the host.
 
     Args:
@@ -90,12 +93,14 @@ class OutlierGate:
 
     def __init__(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds
-        self._norms, self._losses = History(thresholds.window), History(thresholds.window)
+        self._history = History(2, thresholds.window)
+        self._limits = torch.tensor([thresholds.outlier_z, thresholds.loss_z])
+        self._least = torch.tensor([LEAST_LOG_NORM_DEVIATION, 0.0])
+        self._least_share = torch.tensor([0.0, LEAST_LOSS_DEVIATION_SHARE])
 
     def forget(self) -> None:
         """The next `armed_after` steps are taken as they come."""
-        self._norms.forget()
-        self._losses.forget()
+        self._history.forget()
 
     def judge(self, norm: Tensor, loss: Tensor) -> Verdict:
         """Judges one step, and remembers it if it is accepted.
@@ -104,32 +109,96 @@ class OutlierGate:
             norm: gradient norm, shape ().
             loss: of the same step, shape (); NaN where it is not known.
         """
-        self._norms.to(norm.device)
-        self._losses.to(norm.device)
-        finite = norm.isfinite()
-        loss_z = self._loss_z(loss)
-        bad_loss = loss_z > self.thresholds.loss_z
-        log_norm = norm.float().log()
-        center, deviation = self._norms.spread()
-        armed = self._norms.count >= self.thresholds.armed_after
-        norm_z = (log_norm - center) / deviation.clamp(min=LEAST_LOG_NORM_DEVIATION)
-        above = log_norm - center - math.log(self.thresholds.outlier_ratio)
-        outlier = finite & armed & (norm_z > self.thresholds.outlier_z) & (above > 0)
-        # A gradient of zeros says nothing about size.
-        accepted = finite & ~outlier & ~bad_loss
-        self._norms.add(log_norm, accepted & (norm > 0))
-        self._losses.add(loss, accepted & loss.isfinite())
-        return Verdict(
-            factor=torch.where(outlier, above.exp(), 1.0),
-            skip=(~finite | bad_loss).float(),
-            norm_z=torch.where(armed, norm_z, torch.nan),
-            loss_z=loss_z,
-        )
+        self._to(norm.device)
+        finite, values = norm.isfinite(), torch.stack([norm.float().log(), loss])
+        center, deviation = self._history.spread()
+        z = (values - center) / deviation.maximum(center.abs() * self._least_share + self._least)
+        z = torch.where(self._history.count >= self.thresholds.armed_after, z, torch.nan)
+        above = values[0] - center[0] - math.log(self.thresholds.outlier_ratio)
+        far, bad_loss = (z > self._limits).unbind()
+        outlier, skip = far & finite & (above > 0), bad_loss | ~finite
+        # The logarithm of a gradient of zeros is not finite, and says nothing about size.
+        self._history.add(values, ~(outlier | skip) & values.isfinite())
+        return Verdict(torch.where(outlier, above.exp(), 1.0), skip.float(), norm_z=z[0], loss_z=z[1])
 
-    def _loss_z(self, loss: Tensor) -> Tensor:
-        center, deviation = self._losses.spread()
-        z = (loss - center) / deviation.maximum(LEAST_LOSS_DEVIATION_SHARE * center.abs())
-        return torch.where(self._losses.count >= self.thresholds.armed_after, z, torch.nan)
+    def _to(self, device: torch.device) -> None:
+        self._history.to(device)
+        if self._limits.device != device:
+            self._limits, self._least = self._limits.to(device), self._least.to(device)
+            self._least_share = self._least_share.to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(zip(("norms", "losses"), self._history.state_dict(), strict=True))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._history.load_state_dict([state["norms"], state["losses"]])
+
+
+class HostHistory:
+    """The values of the last `size` steps that were accepted, in a ring."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.count = size, 0
+        self._values = [math.inf] * size
+
+    def spread(self) -> tuple[float, float]:
+        """Median, and standard deviation from the median absolute deviation; NaN while empty."""
+        filled = sorted(self._values[: min(self.count, self.size)])
+        if not filled:
+            return math.nan, math.nan
+        middle = (len(filled) - 1) // 2
+        center = filled[middle]
+        return center, DEVIATIONS_PER_MAD * sorted([abs(value - center) for value in filled])[middle]
+
+    def add(self, value: float) -> None:
+        self._values[self.count % self.size] = value
+        self.count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": list(self._values), "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if len(state["values"]) != self.size:
+            raise ValueError(f"thresholds.window={self.size} does not fit the checkpoint's {len(state['values'])}")
+        self._values, self.count = list(state["values"]), state["count"]
+
+
+class HostGate:
+    """`DeviceGate` on Python's numbers.
+
+    Args:
+        thresholds: `window`, `armed_after`, `outlier_z`, `outlier_ratio`, `loss_z`.
+    """
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        self.thresholds = thresholds
+        self.forget()
+
+    def forget(self) -> None:
+        """The next `armed_after` steps are taken as they come."""
+        self._norms, self._losses = HostHistory(self.thresholds.window), HostHistory(self.thresholds.window)
+
+    def judge(self, norm: float, loss: float) -> Verdict:
+        """Judges one step, and remembers it if it is accepted; see `DeviceGate.judge`."""
+        limits, finite = self.thresholds, math.isfinite(norm)
+        log_norm = math.log(norm) if norm > 0 else -math.inf if norm == 0 else math.nan
+        above, norm_z = self._compare(self._norms, log_norm, LEAST_LOG_NORM_DEVIATION, 0.0)
+        _, loss_z = self._compare(self._losses, loss, 0.0, LEAST_LOSS_DEVIATION_SHARE)
+        above -= math.log(limits.outlier_ratio)
+        outlier = finite and norm_z > limits.outlier_z and above > 0
+        skip = loss_z > limits.loss_z or not finite
+        if not outlier and not skip:
+            for history, value in ((self._norms, log_norm), (self._losses, loss)):
+                if math.isfinite(value):
+                    history.add(value)
+        return Verdict(math.exp(above) if outlier else 1.0, float(skip), norm_z, loss_z)
+
+    def _compare(self, history: HostHistory, value: float, least: float, least_share: float) -> tuple[float, float]:
+        """Distance from the median, and robust z: NaN until the gate is armed."""
+        center, deviation = history.spread()
+        deviation = max(deviation, least, least_share * abs(center))
+        armed = history.count >= self.thresholds.armed_after and deviation > 0
+        return value - center, (value - center) / deviation if armed else math.nan
 
     def state_dict(self) -> dict[str, Any]:
         return {"norms": self._norms.state_dict(), "losses": self._losses.state_dict()}
@@ -137,10 +206,3 @@ class OutlierGate:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._norms.load_state_dict(state["norms"])
         self._losses.load_state_dict(state["losses"])
-
-
-def _median(values: Tensor, count: Tensor) -> Tensor:
-    """The lower median of the `count` smallest of `values`, where empty places hold infinity (or NaN after a sum)."""
-    ordered = values.nan_to_num(nan=torch.inf).sort().values
-    place = ((count - 1) // 2).clamp(min=0)
-    return ordered.gather(0, place.view(1)).squeeze(0)

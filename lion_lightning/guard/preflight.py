@@ -77,7 +77,7 @@ def turnover(optimizer: Optimizer) -> float:
     for lr, param in _matrices(optimizer):
         scale = _rms(param)
         if scale > 0:  # a layer that starts at zero has no scale yet
-            parts += param.numel() * lr * math.sqrt(param[0].numel()) / scale
+            parts += param.numel() * lr * math.sqrt(param.shape[1:].numel()) / scale
             elements += param.numel()
     return parts / elements if elements else 0.0
 
@@ -187,5 +187,6 @@ def _peak(group: dict[str, Any]) -> float:
 
 
 def _rms(param: Tensor) -> float:
-    local = param.to_local() if hasattr(param, "to_local") else param
+    local = param.detach()
+    local = local.to_local() if hasattr(local, "to_local") else local
     return float(local.float().square().mean().sqrt()) if local.numel() else 0.0

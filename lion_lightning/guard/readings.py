@@ -95,11 +95,11 @@ class Mailbox:
     """Hands device vectors to the host one step late: by then they have long been computed, and nobody waits."""
 
     def __init__(self) -> None:
-        self._posts: list[tuple[Tensor, torch.cuda.Event | None, list[float]]] = []
+        self._posts: list[tuple[Tensor | list[float], torch.cuda.Event | None, list[float]]] = []
 
-    def post(self, vector: Tensor, facts: Sequence[float] = ()) -> None:
+    def post(self, vector: Tensor | list[float], facts: Sequence[float] = ()) -> None:
         """Starts a vector on its way; `facts`, which the host knows, are appended to it on arrival."""
-        if vector.device.type != "cuda":
+        if isinstance(vector, list) or vector.device.type != "cuda":
             self._posts.append((vector, None, list(facts)))
             return
         host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
@@ -127,10 +127,10 @@ class Mailbox:
         return [_arrived(*post) for post in self._posts]
 
     def load_state_dict(self, state: list[list[float]]) -> None:
-        self._posts = [(torch.empty(0), None, list(values)) for values in state]
+        self._posts = [(list(values), None, []) for values in state]
 
 
-def _arrived(vector: Tensor, event: "torch.cuda.Event | None", facts: list[float]) -> list[float]:
+def _arrived(vector: Tensor | list[float], event: "torch.cuda.Event | None", facts: list[float]) -> list[float]:
     if event is not None:
         event.synchronize()
-    return [*vector.tolist(), *facts]
+    return [*(vector if isinstance(vector, list) else vector.tolist()), *facts]

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from lion_lightning.guard.gate import OutlierGate
+from lion_lightning.guard.gate import HostGate
 from lion_lightning.guard.monitors import Monitors, Poison, Symptom
 from lion_lightning.guard.readings import Reading
 from lion_lightning.guard.recovery import AT_ONCE, ON_DIVERGENCE, Ladder, OnDivergence, Remedy
@@ -58,7 +57,7 @@ class _Watch:
     def __init__(self, readings: Sequence[Reading], rules: Rules) -> None:
         self.readings = {reading.step: reading for reading in readings}
         self.clip_val = rules.clip_val or math.inf
-        self.gate, self.monitors = OutlierGate(rules.thresholds), Monitors(rules.thresholds)
+        self.gate, self.monitors = HostGate(rules.thresholds), Monitors(rules.thresholds)
         self.waiting: list[Reading] = []
 
     def judge(self, step: int) -> None:
@@ -67,7 +66,7 @@ class _Watch:
         if reading is None:
             return
         norm = min(reading.grad_norm, self.clip_val) if math.isfinite(reading.grad_norm) else math.nan
-        verdict = self.gate.judge(torch.tensor(norm), torch.tensor(reading.backward_loss))
+        verdict = self.gate.judge(norm, reading.backward_loss)
         judged: dict[str, Any] = {name: float(value) for name, value in vars(verdict).items()}
         skipped = bool(judged.pop("skip"))
         self.waiting.append(replace(reading, **judged, skipped=skipped))

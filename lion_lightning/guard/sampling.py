@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lion_lightning.optim import Lion, bits, views
 
-STRETCHES = 16
-STRETCH_ELEMENTS = 1024
-"""Up to 16 x 1,024 coordinates: a flip rate of 0.2 is then known to 0.003, and reading them takes under 0.1 ms."""
+STRETCHES = 8
+STRETCH_ELEMENTS = 2048
+"""Up to 8 x 2,048 coordinates: a flip rate of 0.2 is then known to 0.003, at a cost of about 0.1 ms."""
 
 
 class SampledCoordinates:
@@ -48,38 +48,39 @@ class SampledCoordinates:
         grad, momentum = torch.cat([piece[0] for piece in known]), torch.cat([piece[1] for piece in known])
         beta1 = self._beta1(grad)
         update = (momentum * beta1).add_(grad * (1 - beta1)).sign_()
-        old, finite = self._signs, grad.isfinite()
-        # A gradient of NaN has the sign 0 and flips nowhere: that is no sign of a frozen momentum.
-        self._signs = update if old is None else torch.where(finite, update, old)
-        flips = (old * update < 0).sum(dtype=torch.float32) if old is not None else grad.new_zeros(())
+        old, self._signs = self._signs if self._signs is not None else torch.zeros_like(update), update
+        # Sums of products: comparisons of whole tensors are slow on a CPU. A sign is -1, 0 or 1, and 0 for NaN; where
+        # both signs are there, their product is 1 if they agree and -1 if they have flipped.
+        moved, had_gradient = update * update, grad.sign().square_()
+        both = moved.dot(old * old)
+        squares = moved.sum()
         return {
-            "flips": flips,
-            "signs": finite.sum(dtype=torch.float32) if old is not None else torch.zeros_like(flips),
+            "flips": (both - update.dot(old)) / 2,
+            "signs": both,
             "projection": update.dot(grad),
-            "update_squares": update.dot(update),
+            "update_squares": squares,
             "grad_squares": grad.dot(grad),
-            "dead": ((grad == 0) * update.abs()).sum(),
+            "dead": squares - moved.dot(had_gradient),
         }
 
     def _piece(self, group: dict[str, Any], param: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
-        state = self.optimizer.state.get(param)
-        if param.grad is None or not state:
+        state, grad = self.optimizer.state.get(param), param.grad
+        if grad is None or not state:
             return None
         momentum = views.flat(views.local(state["exp_avg"]))[start:stop]
-        weight = views.local(param.detach())
-        grad = views.local_grad(param.grad, param)
-        if not (views.is_dense(grad) and views.same_layout(grad, weight)):
-            grad = views.laid_out_like(grad, weight if views.is_dense(weight) else views.local(state["exp_avg"]))
         if "exp_avg_scale" in state:
             scale = views.local(state["exp_avg_scale"])
             first, last = start // bits.BLOCK_ELEMENTS, -(-stop // bits.BLOCK_ELEMENTS)
             momentum = bits.dequantize(momentum, scale[first:last])
+        if not (param.is_contiguous() and grad.is_contiguous()) or views.is_sharded(grad):
+            weight, grad = views.local(param.detach()), views.local_grad(grad, param)
+            grad = views.laid_out_like(grad, weight if views.is_dense(weight) else views.local(state["exp_avg"]))
         piece = views.flat(grad)[start:stop].float()
         return -piece if group["maximize"] else piece, momentum.float()
 
     def _beta1(self, like: Tensor) -> Tensor | float:
         """beta1 of each coordinate; a number where all groups share one."""
-        values = {float(group["betas"][0]) for group, *_ in self._stretches}
+        values = {float(group["betas"][0]) for group in self.optimizer.param_groups}
         if len(values) == 1:
             return values.pop()
         pieces = [like.new_full((stop - start,), float(g["betas"][0])) for g, _, start, stop in self._stretches]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lion_lightning.guard.gate import OutlierGate, Verdict
+from lion_lightning.guard.gate import DeviceGate, HostGate, Verdict
 from lion_lightning.guard.monitors import Monitors, Poison
 from lion_lightning.guard.readings import FACTS, SUMS, VERDICT, Mailbox, Reading
 from lion_lightning.guard.sampling import SampledCoordinates
@@ -17,6 +17,10 @@ from lion_lightning.guard.warmup import LinearWarmup, WarmupHook
 from lion_lightning.optim import Lion, views
 
 Reduce = Callable[[Tensor], Tensor]
+Judged = tuple[Any, Verdict, Any]
+"""What the host will read, the verdict, and by how much the Trainer is still to clip."""
+SQUARES, BACKWARD_LOSS = SUMS.index("squares"), SUMS.index("backward_loss")
+SMALL_ELEMENTS = 32_768
 
 
 class Losses:
@@ -28,10 +32,11 @@ class Losses:
         self.nonfinite: Tensor | float = 0.0
         self.share = 0.0
         self.backward: Tensor | float = math.nan
+        self.is_first = True
         self.micro_square: Tensor | float = math.nan
 
     def add(self, loss: Tensor, samples: int) -> None:
-        self.total = self.total + loss.detach().float().mean() * samples
+        self.total = self.total + _mean(loss) * samples
         self.samples += samples
 
     def before_backward(self, loss: Tensor, judged: bool, accumulate: int = 1) -> None:
@@ -41,12 +46,12 @@ class Losses:
             judged: whether its size may be compared from step to step.
             accumulate: what Lightning divided it by; also where a step at the end of an epoch has fewer micro-batches.
         """
-        loss = loss.detach().float().mean()
+        value = _mean(loss)
         self.share += 1 / accumulate
-        self.nonfinite = self.nonfinite + (~loss.isfinite()).float()
+        self.nonfinite = self.nonfinite + _is_nonfinite(value)
         if judged:
-            first = isinstance(self.backward, float)
-            self.backward = loss if first else self.backward + loss
+            self.backward = value if self.is_first else self.backward + value
+        self.is_first = False
 
     def state_dict(self) -> dict[str, float]:
         return {name: float(value) for name, value in vars(self).items()}
@@ -80,11 +85,15 @@ class OptimizerWatch:
         self.optimizer, self.rank, self.world_size, self.acts = optimizer, rank, world_size, acts
         self._scaled = scaled
         self.warmup = WarmupHook(optimizer, warmup)
-        self.gate, self.monitors, self.mailbox = OutlierGate(thresholds), Monitors(thresholds), Mailbox()
+        on_host = views.local(next(iter(self._params()))).device.type == "cpu"
+        self.gate: Any = HostGate(thresholds) if on_host else DeviceGate(thresholds)
+        self.monitors, self.mailbox = Monitors(thresholds), Mailbox()
         self.sample = SampledCoordinates(optimizer) if isinstance(optimizer, Lion) else None
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         self._takes_scalars = (isinstance(optimizer, Lion) or fused) and not (fused and scaled)
-        self.measures_noise = not scaled and not any(views.is_sharded(param) for param in self._params())
+        self._sharded = {param for param in self._params() if views.is_sharded(param)}
+        self._whole_squares, self._sharded_squares = SquareSum(), SquareSum()
+        self.measures_noise = not scaled and not self._sharded
         self._clear = optimizer.register_step_post_hook(lambda *_: self._forget_verdict())
 
     def remove(self) -> None:
@@ -106,18 +115,34 @@ class OptimizerWatch:
         Returns:
             Whether there were gradients to judge.
         """
-        grads = [(param, views.local_grad(param.grad, param)) for param in self._params() if param.grad is not None]
-        device = grads[0][1].device if grads else views.local(next(iter(self._params()))).device
-        vector = reduce(self._sums(grads, losses, device))
-        norm = vector[SUMS.index("squares")].sqrt()
-        # The clamp would hide an infinite norm.
-        judged = norm if clip_val is None else torch.where(norm.isfinite(), norm.clamp(max=clip_val), norm)
-        verdict = self.gate.judge(judged, vector[SUMS.index("backward_loss")])
-        judgement = torch.stack([norm, verdict.factor, verdict.skip, verdict.norm_z, verdict.loss_z])
-        self.mailbox.post(torch.cat([vector, judgement]), facts)
+        grads = [param for param in self._params() if param.grad is not None]
+        device = views.local(grads[0] if grads else next(iter(self._params()))).device
+        judge = self._judge_on_host if isinstance(self.gate, HostGate) else self._judge_on_device
+        vector, verdict, still_to_clip = judge(self._sums(grads, losses, device), reduce, clip_val)
+        self.mailbox.post(vector, facts)
         if grads and self.acts:
-            self._gate(verdict, norm / judged)
+            self._gate(verdict, still_to_clip)
         return bool(grads)
+
+    def _judge_on_host(self, sums: list[Any], reduce: Reduce, clip_val: float | None) -> Judged:
+        numbers = [float(value) for value in sums]
+        if self.world_size > 1:
+            numbers = reduce(torch.tensor(numbers, dtype=torch.float64)).tolist()
+        norm = math.sqrt(numbers[SQUARES])
+        # The clamp would hide an infinite norm.
+        judged = min(norm, clip_val) if clip_val is not None and math.isfinite(norm) else norm
+        verdict = self.gate.judge(judged, numbers[BACKWARD_LOSS])
+        numbers += [norm, verdict.factor, verdict.skip, verdict.norm_z, verdict.loss_z]
+        return numbers, verdict, norm / judged if judged else 1.0
+
+    def _judge_on_device(self, sums: list[Any], reduce: Reduce, clip_val: float | None) -> Judged:
+        device = next(value.device for value in sums if isinstance(value, Tensor))
+        vector = reduce(torch.stack([_scalar(value, device) for value in sums]))
+        norm = vector[SQUARES].sqrt()
+        judged = norm if clip_val is None else torch.where(norm.isfinite(), norm.clamp(max=clip_val), norm)
+        verdict = self.gate.judge(judged, vector[BACKWARD_LOSS])
+        judgement = torch.stack([norm, verdict.factor, verdict.skip, verdict.norm_z, verdict.loss_z])
+        return torch.cat([vector, judgement]), verdict, norm / judged
 
     def read(self, flush: bool = False) -> Reading | None:
         """The reading of the step before the latest, if it was not read yet; with `flush` also the latest."""
@@ -157,46 +182,51 @@ class OptimizerWatch:
 
     def squared_norm(self) -> Tensor:
         """Of the gradients of this process as they are now, shape ()."""
-        return _squares([views.local(param.grad) for param in self._params() if param.grad is not None])
+        params = [param for param in self._params() if param.grad is not None]
+        return self._whole_squares(params, _grads(params))
 
     def _params(self) -> Iterable[Tensor]:
         return (param for group in self.optimizer.param_groups for param in group["params"])
 
-    def _sums(self, grads: list[tuple[Tensor, Tensor]], losses: Losses, device: torch.device) -> Tensor:
-        sharded = [grad for param, grad in grads if views.is_sharded(param)]
-        whole = [grad for param, grad in grads if not views.is_sharded(param)]
+    def _sums(self, params: list[Tensor], losses: Losses, device: torch.device) -> list[Any]:
+        """Scalars, by the names of `readings.SUMS` and then one for each rank; numbers or tensors of shape ()."""
+        sharded = [param for param in params if param in self._sharded] if self._sharded else []
+        whole = [param for param in params if param not in self._sharded] if sharded else params
+        # A tensor tells the device where there are no gradients at all.
         squares = torch.zeros((), device=device)
         if sharded:
-            squares = squares + _squares(sharded)
-        if whole:  # every rank has them
-            squares = squares + _squares(whole) / self.world_size
-        sampled = self.sample.measure() if self.sample is not None else {}
-        zero = torch.zeros((), device=device)
+            squares = squares + self._sharded_squares(sharded, [_local_grad(param) for param in sharded])
+        if whole:  # every rank has it
+            squares = squares + self._whole_squares(whole, _grads(whole)) / self.world_size
         share = losses.share or 1.0
-        # Gradients of a tail are divided by more than there is: nothing to compare with that of one micro-batch.
-        micro = losses.micro_square / self.world_size if share > 0.999 else math.nan
-        parts = {"loss": losses.total, "samples": losses.samples, "squares": squares, "micro_squares": micro, **sampled}
-        parts["backward_loss"] = losses.backward / (share * self.world_size)
-        sums = [_scalar(parts.get(name, zero), device) for name in SUMS]
-        bad = [zero] * self.world_size
-        bad[self.rank] = _scalar(losses.nonfinite, device)
-        return torch.stack([*sums, *bad])
+        parts: dict[str, Any] = {
+            "loss": losses.total,
+            "samples": losses.samples,
+            "squares": squares,
+            # Gradients of a tail are divided by more than there is: nothing to compare with that of one micro-batch.
+            "micro_squares": losses.micro_square / self.world_size if share > 0.999 else math.nan,
+            "backward_loss": losses.backward / (share * self.world_size),
+            **(self.sample.measure() if self.sample is not None else {}),
+        }
+        bad: list[Any] = [0.0] * self.world_size
+        bad[self.rank] = losses.nonfinite
+        return [*(parts.get(name, 0.0) for name in SUMS), *bad]
 
-    def _gate(self, verdict: Verdict, still_to_clip: Tensor) -> None:
+    def _gate(self, verdict: Verdict, still_to_clip: Any) -> None:
         """Hands the verdict to the optimizer, or carries it out on gradients that the Trainer has yet to clip."""
-        factor = verdict.factor
-        if self._takes_scalars:
-            self.optimizer.found_inf = verdict.skip  # type: ignore[attr-defined]
-            # Where reading is free, a step that is taken as it is costs torch's fused kernels no extra write.
-            if factor.device.type != "cpu" or float(factor) != 1:
-                self.optimizer.grad_scale = factor  # type: ignore[attr-defined]
+        self._forget_verdict()  # of a step that a GradScaler did not make
+        on_host = not isinstance(verdict.factor, Tensor)
+        if on_host and not verdict.skip and verdict.factor == 1:
             return
-        if float(verdict.skip):  # an optimizer without such inputs: on a GPU this waits for the device
+        if self._takes_scalars:
+            device = next(iter(self._params())).device
+            self.optimizer.found_inf = _scalar(verdict.skip, device)  # type: ignore[attr-defined]
+            self.optimizer.grad_scale = _scalar(verdict.factor, device)  # type: ignore[attr-defined]
+        elif float(verdict.skip):  # an optimizer without such inputs: on a GPU this waits for the device
             for param in () if self._scaled else self._params():  # a GradScaler skips by itself, and must see why
                 param.grad = None
-        elif float(factor) != 1:
-            grads = [param.grad for param in self._params() if param.grad is not None]
-            torch._foreach_div_(grads, factor * still_to_clip)
+        elif float(verdict.factor) != 1:
+            torch._foreach_div_(_grads(list(self._params())), verdict.factor * still_to_clip)
 
     def _forget_verdict(self) -> None:
         if self._takes_scalars:
@@ -234,12 +264,56 @@ class OptimizerWatch:
             self.sample.forget()
 
 
-def _squares(grads: list[Tensor]) -> Tensor:
-    norms = torch._foreach_norm(grads, 2.0)
-    return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).square().sum()
+def _grads(params: list[Tensor]) -> list[Tensor]:
+    return [param.grad for param in params if param.grad is not None]
+
+
+def _local_grad(param: Tensor) -> Tensor:
+    assert param.grad is not None
+    return views.local_grad(param.grad, param)
+
+
+class SquareSum:
+    """Sum of squares of many tensors, float32 of shape (). Small ones are copied together: one call for all of them."""
+
+    def __init__(self) -> None:
+        self._known: list[int] = []
+        self._small: list[int] = []
+        self._large: list[int] = []
+
+    def __call__(self, params: list[Tensor], grads: list[Tensor]) -> Tensor:
+        """Of `grads`, which belong to `params` one by one."""
+        if (seen := list(map(id, params))) != self._known:
+            self._sort(grads)
+            self._known = seen
+        parts = []
+        if self._large:
+            parts = [norm.float().square() for norm in torch._foreach_norm([grads[i] for i in self._large], 2.0)]
+        if self._small:
+            together = torch._utils._flatten_dense_tensors([grads[i] for i in self._small])
+            parts.append(together.dot(together))
+        return parts[0] if len(parts) == 1 else torch.stack([part.to(parts[0].device) for part in parts]).sum()
+
+    def _sort(self, grads: list[Tensor]) -> None:
+        fits = [grad.numel() < SMALL_ELEMENTS and grad.dtype == torch.float32 for grad in grads]
+        one_device = len({grad.device for grad in grads}) == 1
+        self._small = [i for i, small in enumerate(fits) if small and one_device]
+        self._large = [i for i, small in enumerate(fits) if not (small and one_device)]
 
 
 def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(device, torch.float32)
     return torch.full((), float(value), device=device)
+
+
+def _mean(loss: Tensor) -> Tensor | float:
+    """A number where reading it is free."""
+    loss = loss.detach()
+    if loss.device.type == "cpu" and loss.numel() == 1:
+        return loss.item()
+    return loss.float().mean()
+
+
+def _is_nonfinite(value: Tensor | float) -> Tensor | float:
+    return (~value.isfinite()).float() if isinstance(value, Tensor) else float(not math.isfinite(value))

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lion_lightning import Lion, LionGuard, LionMixin
 from lion_lightning.guard.callback import TrainingStopped, default_warmup_steps
+from tests.guard.memory_logger import MemoryLogger
 
 
 class Regression(LionMixin, LightningModule):
@@ -29,29 +30,19 @@ class AdamRegression(Regression):
         return torch.optim.AdamW(self.parameters(), lr=0.1)
 
 
-class Recorder(Callback):
-    """What was logged, in one dictionary a step."""
-
-    def __init__(self):
-        self.rows = []
-
-    def on_train_batch_end(self, trainer, *_):
-        self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-
-
 def fit(module, guard, tmp_path, samples=512, batch_size=64, **options):
-    recorder = Recorder()
+    recorder = MemoryLogger()
     torch.manual_seed(1)
     inputs = torch.randn(samples, 4)
     trainer = Trainer(
         default_root_dir=tmp_path,
         accelerator="cpu",
-        logger=False,
+        logger=recorder,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
-        callbacks=[guard, recorder],
+        callbacks=[guard],
         **{"max_epochs": 1, **options},
     )
     trainer.fit(module, DataLoader(TensorDataset(inputs, inputs.sum(1, keepdim=True)), batch_size=batch_size))
@@ -122,7 +113,7 @@ def test_losses_that_stay_not_a_number_stop_the_run_and_say_why(tmp_path):
 
 
 def test_without_the_guard_the_same_run_goes_on_in_silence(tmp_path):
-    trainer, _ = fit(Regression(poisoned_steps=[3]), Recorder(), tmp_path)
+    trainer, _ = fit(Regression(poisoned_steps=[3]), Callback(), tmp_path)
     assert trainer.global_step == 8
 
 

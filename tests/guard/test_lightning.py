@@ -15,6 +15,7 @@ from lion_lightning import Lion, LionGuard
 from lion_lightning.guard.trace import read_trace
 from tests.faults.injected import NaNBatch, Outlier
 from tests.faults.task import BATCH, CLASSES, INPUTS, Student, teacher_data, train
+from tests.guard.memory_logger import MemoryLogger
 
 STEPS = 50
 OPTIMIZERS = {
@@ -155,7 +156,7 @@ def fit(module, guard, batches=20, samples=None, collate_fn=None, **options):
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=1,
-        logger=False,
+        logger=MemoryLogger(),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -178,8 +179,8 @@ def test_two_optimizers_by_hand_and_a_nan_in_the_first(second_every):
     assert [event.kind for event in guard.events].count("nonfinite") == 1
     assert guard.steps == 20
     assert guard.batch.last == BATCH
-    assert trainer.callback_metrics["lr-Lion/0"] == pytest.approx(1e-3)
-    assert trainer.callback_metrics["lr-AdamW-1/0"] == pytest.approx(1e-3)
+    assert trainer.logger.latest["lr-Lion/0"] == pytest.approx(1e-3)
+    assert trainer.logger.latest["lr-AdamW-1/0"] == pytest.approx(1e-3)
 
 
 def test_two_optimizers_by_hand_are_not_disturbed():
@@ -199,7 +200,7 @@ def test_the_state_of_two_optimizers_goes_round():
     fit(Gan(), guard)
     again.load_state_dict(guard.state_dict())
     trainer = fit(Gan(), again)
-    assert trainer.callback_metrics["guard/warmup_factor"] == 1.0
+    assert trainer.logger.latest["guard/warmup_factor"] == 1.0
     assert again.steps == 40
 
 

@@ -1,0 +1,102 @@
+"""What the guard costs: step times with and without it, in alternating blocks of one run.
+
+    python scripts/bench_guard.py                                  # digits, vit_micro
+    python scripts/bench_guard.py recipe=bert_mlm model=bert_mini  # anything that train.py takes
+
+Prints the median step of either kind, their difference and ratio. Everything else is the same: one process, one model,
+one optimizer, neighbouring blocks.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, open_dict
+from typing_extensions import override
+
+from lion_lightning import LionGuard
+from lion_lightning.__main__ import CONFIG_FOLDER
+from lion_lightning.training.building import build_data, build_module
+
+BLOCK_STEPS, BLOCKS, SKIPPED_BLOCKS = 20, 16, 2
+HOOKS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_train_batch_end")
+
+
+class AlternatingGuard(LionGuard):
+    """A guard that sees every other block of steps, and the time that each step takes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.times: dict[bool, list[float]] = {True: [], False: []}
+        self._started = 0.0
+        for name in HOOKS:
+            setattr(self, name, self._alternating(getattr(self, name)))
+
+    def _alternating(self, hook: Any) -> Any:
+        def called(trainer: pl.Trainer, *arguments: Any) -> None:
+            if self._is_on(trainer.global_step):
+                hook(trainer, *arguments)
+
+        return called
+
+    @staticmethod
+    def _is_on(step: int) -> bool:
+        return step // BLOCK_STEPS % 2 == 0
+
+    @override
+    def on_train_batch_start(self, trainer: pl.Trainer, *arguments: Any) -> None:
+        now, step = time.perf_counter(), trainer.global_step
+        # The step before belongs to its own block; the first of a block follows a change and is left out.
+        if step >= SKIPPED_BLOCKS * BLOCK_STEPS and step % BLOCK_STEPS > 1:
+            self.times[self._is_on(step)].append(now - self._started)
+        self._started = now
+        super().on_train_batch_start(trainer, *arguments)
+
+
+def measure(overrides: list[str]) -> dict[bool, list[float]]:
+    """Seconds of each step with (True) and without (False) the guard."""
+    steps = BLOCK_STEPS * BLOCKS
+    with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        cfg = compose("train", [*overrides, f"run_dir={folder}", f"trainer.max_steps={steps}"])
+        pl.seed_everything(cfg.seed, verbose=False)
+        return _fit(cfg, steps)
+
+
+def _fit(cfg: DictConfig, steps: int) -> dict[bool, list[float]]:
+    data = build_data(cfg)
+    with open_dict(cfg):
+        module = build_module(cfg, data)
+    guard = AlternatingGuard()
+    trainer = pl.Trainer(
+        accelerator=cfg.trainer.accelerator,
+        devices=1,
+        precision=cfg.trainer.precision,
+        accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
+        max_steps=steps,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[guard],
+    )
+    trainer.fit(module, datamodule=data)
+    return guard.times
+
+
+def main() -> None:
+    overrides = sys.argv[1:] or ["recipe=image_classification"]
+    times = measure(overrides)
+    on, off = (1000 * statistics.median(times[kind]) for kind in (True, False))
+    print(f"{' '.join(overrides)}: {torch.get_num_threads()} threads, {len(times[True])} steps of either kind")
+    print(f"without the guard  {off:8.3f} ms a step (median)")
+    print(f"with the guard     {on:8.3f} ms, {on - off:+.3f} ms, {on / off - 1:+.2%}")
+
+
+if __name__ == "__main__":
+    main()
