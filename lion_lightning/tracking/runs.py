@@ -111,7 +111,18 @@ class Run:
         return steps
 
     def _points(self, metric: str) -> list[tuple[int, float]]:
-        return [(_steps_of(row), float(row[metric])) for row in self.history if _is_number(row.get(metric))]
+        return self._series.get(metric, [])
+
+    @cached_property
+    def _series(self) -> dict[str, list[tuple[int, float]]]:
+        """Steps and values by metric: sorted out once, because a report asks for the same curves many times."""
+        series: dict[str, list[tuple[int, float]]] = {}
+        for row in self.history:
+            step = _steps_of(row)
+            for name, value in row.items():
+                if _is_number(value):
+                    series.setdefault(name, []).append((step, float(value)))
+        return series
 
 
 def _steps_of(row: Mapping[str, Any]) -> int:
@@ -121,4 +132,4 @@ def _steps_of(row: Mapping[str, Any]) -> int:
 
 def _is_number(value: Any) -> bool:
     """Numbers, and NaN or an infinity, which W&B's reader spells out."""
-    return value in ("NaN", "Infinity", "-Infinity") or (isinstance(value, int | float) and not isinstance(value, bool))
+    return type(value) in (float, int) or (type(value) is str and value in ("NaN", "Infinity", "-Infinity"))
