@@ -21,7 +21,7 @@ WHOLE = os.environ.get("LION_LIGHTNING_WHOLE_MATRIX") == "1"
 STEPS = 6
 DIGITS = (
     "recipe=image_classification", "logger=none", "export=false", "recipe.module.crop_padding=0",
-    f"trainer.max_steps={STEPS}", "trainer.val_check_interval=3", "guard=none",
+    f"trainer.max_steps={STEPS}", "trainer.val_check_interval=3",
     "model.config.num_hidden_layers=2", "model.config.hidden_size=32", "model.config.num_attention_heads=2",
     "model.config.intermediate_size=32", "trainer.accelerator=cpu", "trainer.check_replicas_every=1",
     "data.limit_train_samples=32", "optim.lr=1e-3", "schedule=constant",
