@@ -5,6 +5,7 @@ checkpoints hold (weights, momentum, schedules, warm-up, counters) and every met
 them; `make test` the first of each kind.
 """
 
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -51,6 +52,8 @@ class Case:
     base: tuple[str, ...] = DIGITS
     guard: tuple[str, ...] = GUARD
     in_validation: bool = False
+    nan_step: int | None = None
+    """Its loss is NaN, so the guard skips it."""
 
 
 CASES = [
@@ -60,6 +63,7 @@ CASES = [
     Case("in validation", (4,), in_validation=True),
     Case("accumulation", (3,), ACCUMULATED),
     Case("2 workers", (5,), ("data.num_workers=2",)),
+    Case("after a step that the guard skipped, before and after it knows", (7, 8), nan_step=7),
     Case("bf16, 16-bit weights, int8 momentum", (5,),
          ("trainer.precision=bf16-true", "optim.weight_bits=16", "optim.momentum_dtype=int8")),
 ]  # fmt: skip
@@ -75,6 +79,10 @@ CASES_OF_THE_WHOLE = [
     Case("accumulation, twice", (1, 7), ACCUMULATED),
     Case("accumulation, 2 workers", (5,), (*ACCUMULATED, "data.num_workers=2")),
     Case("2 workers, in validation", (8,), ("data.num_workers=2",), in_validation=True),
+    Case("accumulation, after a skipped step", (7,), ACCUMULATED, nan_step=7),
+    Case("bf16, 16-bit weights, int8 momentum, after a skipped step", (7,),
+         ("trainer.precision=bf16-true", "optim.weight_bits=16", "optim.momentum_dtype=int8"), nan_step=7),
+    Case("skipped in warm-up, before a validation", (4,), nan_step=4),
     Case("no guard", (5,), guard=("guard=none",)),
     Case("bf16, 32-bit weights", (5,), ("trainer.precision=bf16-true",)),
     Case("bf16, 24-bit weights", (5,), ("trainer.precision=bf16-true", "optim.weight_bits=24")),
@@ -94,11 +102,18 @@ CASES_OF_THE_WHOLE = [
 
 
 class Recorder(Callback):
-    """Keeps every metric of every step, and stops the run by a signal to this process."""
+    """Keeps every metric of every step, spoils the loss of a step, and stops the run by a signal to this process."""
 
-    def __init__(self, stops: set[int], in_validation: bool) -> None:
-        self.stops, self.in_validation = stops, in_validation
+    def __init__(self, case: Case, stops: set[int]) -> None:
+        self.stops, self.in_validation, self.nan_step = stops, case.in_validation, case.nan_step
         self.metrics: dict[tuple[str, int], dict[str, float]] = {}
+
+    def on_fit_start(self, trainer: Trainer, module: Any) -> None:
+        honest = module.training_step
+        module.training_step = lambda *arguments: honest(*arguments) * self._spoiled(trainer.global_step + 1)
+
+    def _spoiled(self, step: int) -> float:
+        return math.nan if step == self.nan_step else 1.0
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         key = ("train", trainer.fit_loop.total_batch_idx)
@@ -129,7 +144,7 @@ def train(
     build = run_module.progress
 
     def trained(case: Case, folder: Path, stops: set[int]) -> tuple[dict[str, Any], dict[Any, Any]]:
-        recorder = Recorder(set(stops), case.in_validation)
+        recorder = Recorder(case, set(stops))
         monkeypatch.setattr(run_module, "progress", lambda *arguments: [recorder, *build(*arguments)])
         settings = [setting.replace("PROSE", str(prose)) for setting in (*case.base, *case.guard, *case.settings)]
         for _ in stops:
@@ -141,6 +156,10 @@ def train(
         return load(folder / "checkpoints/last.ckpt"), recorder.metrics
 
     return trained
+
+
+def events(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    return checkpoint["callbacks"].get("LionGuard", {"events": []})["events"]
 
 
 def comparable(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -176,5 +195,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_in_every_bit(
     parts, parts_metrics = train(case, tmp_path / "parts", set(case.stops))
     assert whole["global_step"] == parts["global_step"] == STEPS
     assert [key for key in whole_metrics if key[0] == "validation"] == [("validation", 4 * n) for n in (1, 2, 3)]
+    noticed = [event["step"] for event in events(whole) if event["kind"] == "nonfinite"]
+    assert noticed == [step for step in (case.nan_step,) if step]
     assert not differences(whole_metrics, parts_metrics)
     assert not differences(comparable(whole), comparable(parts))
