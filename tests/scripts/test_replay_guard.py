@@ -51,6 +51,15 @@ def test_the_rules_of_a_run_see_in_it_what_they_saw_then(run):
     assert {event.remedy for event in seen} >= {Remedy.CLIP, Remedy.SKIP, Remedy.REWIND, Remedy.REWIND_AT_HALF_RATE}
 
 
+def test_a_rewind_drops_the_reading_that_was_on_its_way_as_in_a_run(run):
+    rules = Rules(changed(Thresholds(), ["divergence_steps=10"]))
+    seen = replay(read_trace(run[0] / "guard.csv"), rules)
+    rewind = next(event.step for event in seen if event.remedy is Remedy.REWIND)
+    skipped = {event.step for event in seen if event.kind == "bad_loss"}
+    assert {rewind - 1, rewind, rewind + 2} <= skipped
+    assert rewind + 1 not in skipped
+
+
 def test_the_table_sets_old_and_new_side_by_side(run, capsys, monkeypatch):
     settings = ("--set", "divergence_steps=10", "--set", "outlier_ratio=1e9")
     code, output, error = call(capsys, monkeypatch, run[0], *settings)
