@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lion_lightning.guard import preflight
 from lion_lightning.guard.batch_size import MIN_BATCH_SIZE, ON_SMALL_BATCH, EffectiveBatch, OnSmallBatch
-from lion_lightning.guard.events import Diary, Event
+from lion_lightning.guard.events import Diary, Event, remark
 from lion_lightning.guard.figures import TelemetryReader, guard_figures, learning_rates
 from lion_lightning.guard.micro_batch import loss_of, samples_in
 from lion_lightning.guard.monitors import Symptom
@@ -158,6 +158,11 @@ class LionGuard(Callback):
         self._judges_loss = not scaled and len(self.watches) == 1 and pl_module.automatic_optimization
         lion = next((optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Lion)), None)
         self._telemetry = TelemetryReader(lion, self.telemetry_every) if lion and self.telemetry_every else None
+        foreign = {type(optimizer).__name__ for optimizer in trainer.optimizers if not isinstance(optimizer, Lion)}
+        if foreign:
+            remark(
+                f"{', '.join(sorted(foreign))}: no rule of Lion's update (poison, cosine, dead units, lion/* figures)"
+            )
         self.treatment.watches, self.treatment.module = self.watches, pl_module
         if restored is not None:
             self._restore(restored)
@@ -236,8 +241,10 @@ class LionGuard(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lightning tears nothing down then."""
         if self.trace is not None:
             self.trace.flush()
+        self._detach()
 
     def _react(self, trainer: Trainer, flush: bool) -> None:
         """Lets the rules look at the readings that have arrived, and does what the ladder says."""

@@ -69,6 +69,12 @@ class Diary:
 
 
 @rank_zero_only
+def remark(message: str) -> None:
+    """A line for the terminal that is no event: nothing is wrong."""
+    log.info("LionGuard: %s", message)
+
+
+@rank_zero_only
 def _say(message: str) -> None:
     log.warning(message)
 

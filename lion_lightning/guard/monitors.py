@@ -119,7 +119,8 @@ class Divergence:
             self.high_steps += 1
             return self.high_steps == self.thresholds.divergence_steps
         fast, last, self._last = self.fast.add(loss), self._last, loss
-        if fast > self.limit:
+        # A few huge losses keep the fast average up for long: a step that is as good as the best is no sign of it.
+        if fast > self.limit and loss > self.best:
             self.high_steps += 1
         else:
             self.high_steps = 0

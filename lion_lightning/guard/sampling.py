@@ -41,11 +41,14 @@ class SampledCoordinates:
         Empty without gradients or momentum. To be called when gradients are final and the step is still to come.
         """
         pieces = [self._piece(*stretch) for stretch in self._stretches]
-        known = [piece for piece in pieces if piece is not None]
-        if len(known) < len(pieces) or not known:
+        known = next((piece[0] for piece in pieces if piece is not None), None)
+        if known is None:
             self._signs = None
             return {}
-        grad, momentum = torch.cat([piece[0] for piece in known]), torch.cat([piece[1] for piece in known])
+        # A parameter that has no gradient or momentum counts as one at rest: it has no sign.
+        rest = [known.new_zeros(stop - start) for *_, start, stop in self._stretches] if None in pieces else []
+        filled = [piece or (rest[number], rest[number]) for number, piece in enumerate(pieces)]
+        grad, momentum = torch.cat([piece[0] for piece in filled]), torch.cat([piece[1] for piece in filled])
         beta1 = self._beta1(grad)
         update = (momentum * beta1).add_(grad * (1 - beta1)).sign_()
         old, self._signs = self._signs if self._signs is not None else torch.zeros_like(update), update

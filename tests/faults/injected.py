@@ -46,6 +46,7 @@ class Outlier(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == self.step:
             for param in pl_module.parameters():
+                assert param.grad is not None
                 param.grad.mul_(-self.factor)
 
 
@@ -57,7 +58,9 @@ class InfElement(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == self.step:
-            next(pl_module.parameters()).grad.view(-1)[3] = torch.inf
+            grad = next(pl_module.parameters()).grad
+            assert grad is not None
+            grad.view(-1)[3] = torch.inf
 
 
 class NaNMomentum(Callback):

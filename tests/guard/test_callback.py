@@ -142,3 +142,19 @@ def test_bad_arguments_are_refused():
         LionGuard(warmup_steps=-3)
     with pytest.raises(ValueError, match="min_batch_size must be at least 0, got -1"):
         LionGuard(min_batch_size=-1)
+
+
+def test_hooks_are_gone_after_a_run_that_broke(tmp_path):
+    class Breaks(Callback):
+        def on_train_batch_end(self, *_):
+            raise OSError("no space")
+
+    module, guard = Regression(), LionGuard(warmup_steps=4)
+    trainer = Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=3,
+        enable_progress_bar=False, callbacks=[guard, Breaks()],
+    )  # fmt: skip
+    with pytest.raises(OSError, match="no space"):
+        trainer.fit(module, DataLoader(TensorDataset(torch.randn(64, 4), torch.randn(64, 1)), batch_size=64))
+    assert not trainer.optimizers[0]._optimizer_step_pre_hooks
+    assert guard.state_dict()["steps"] == 1

@@ -235,3 +235,10 @@ def test_rules_restored_in_the_middle_decide_the_same(seed):
 def test_a_threshold_that_makes_no_sense_is_refused(value):
     with pytest.raises(ValueError, match=r"thresholds.outlier_z must be above 0, got"):
         Thresholds(outlier_z=value)
+
+
+def test_one_huge_loss_is_no_divergence():
+    divergence = Divergence(Thresholds())
+    losses = [2.0 + 0.1 * math.sin(step) for step in range(300)]
+    assert not any(divergence.observe(loss) for loss in [*losses, 14.0, *losses])
+    assert any(divergence.observe(14.0) for _ in range(25)), "but many are"

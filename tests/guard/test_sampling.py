@@ -143,7 +143,7 @@ def test_the_update_foretold_is_the_one_that_is_made():
             assert float(measured["flips"]) == float((signs[-1] != signs[-2]).sum())
 
 
-def test_nothing_is_measured_without_momentum_or_with_a_gradient_missing():
+def test_nothing_is_measured_without_momentum_or_gradients():
     params = parameters()
     optimizer = Lion(params, lr=1e-3)
     sample = SampledCoordinates(optimizer)
@@ -152,7 +152,8 @@ def test_nothing_is_measured_without_momentum_or_with_a_gradient_missing():
     optimizer.step()
     assert sample.measure()["signs"] == 0, "there is no step before to compare with"
     assert sample.measure()["signs"] > 0
-    params[0].grad = None
+    for param in params:
+        param.grad = None
     assert sample.measure() == {}
     give_gradients(params, 1)
     assert sample.measure()["signs"] == 0, "the signs of before the gap are forgotten"
@@ -229,3 +230,18 @@ def test_signs_survive_a_checkpoint_and_are_dropped_where_they_do_not_fit():
     assert other.measure()["signs"] == 0
     sample.forget()
     assert sample.state_dict() is None
+
+
+def test_a_parameter_without_a_gradient_does_not_hide_the_others():
+    params = parameters()
+    optimizer = Lion(params, lr=1e-3)
+    sample = SampledCoordinates(optimizer)
+    for number in range(5):
+        give_gradients(params, number)
+        params[2].grad = None  # never used
+        measured = sample.measure()
+        optimizer.step()
+    sampled = sum(stop - start for _, _, start, stop in sample._stretches)
+    unused = sum(stop - start for _, param, start, stop in sample._stretches if param is params[2])
+    assert 0 < unused < sampled
+    assert 0.5 * (sampled - unused) < float(measured["signs"]) <= sampled - unused

@@ -1,0 +1,56 @@
+"""What people see of an event: a line, a row of W&B's table, an alert; read back with W&B's own tools."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+from lion_lightning.guard.events import Diary, Event
+from lion_lightning.tracking.wandb import RunLogger
+
+
+def event(step: int, kind: str = "outlier") -> Event:
+    return Event(step, kind, "the step was clipped", "the gradient norm 783 is an outlier")
+
+
+def test_the_first_lines_are_said_and_then_ever_fewer(caplog):
+    diary = Diary()
+    with caplog.at_level(logging.WARNING, "lion_lightning"):
+        for step in range(120):
+            diary.note(event(step), [])
+    said = [record.message for record in caplog.records]
+    assert len(diary.events) == 120
+    assert len(said) == 5
+    assert said[0] == "LionGuard, step 0, outlier: the gradient norm 783 is an outlier; the step was clipped."
+    assert "(number 100)" in said[-1]
+
+
+def test_a_diary_goes_on_counting_after_a_resume(caplog):
+    diary, again = Diary(), Diary()
+    for step in range(9):
+        diary.note(event(step), [])
+    again.load_state_dict(diary.state_dict())
+    with caplog.at_level(logging.WARNING, "lion_lightning"):
+        again.note(event(9), [])
+    assert again.events[:9] == diary.events
+    assert "(number 10)" in caplog.records[-1].message
+
+
+def test_wandb_gets_a_table_and_one_alert_a_kind(tmp_path: Path):
+    logger = RunLogger("project", "run", "group", str(tmp_path), mode="offline")
+    diary = Diary()
+    for step, kind in ((3, "outlier"), (5, "outlier"), (9, "poison")):
+        diary.note(event(step, kind), [logger])
+    folder = logger.run_folder
+    logger.finish(0)
+    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(folder)]
+    records = [json.loads(line) for line in subprocess.check_output(command, text=True).splitlines()]
+    alerts = [record["alert"]["title"] for record in records if record["type"] == "alert"]
+    assert alerts == ["LionGuard: outlier", "LionGuard: poison"]
+    tables = sorted(
+        (folder / "files" / "media" / "table" / "guard").glob("*.json"), key=lambda path: path.stat().st_size
+    )
+    table = json.loads(max(tables, key=lambda path: path.stat().st_size).read_text())
+    assert table["columns"] == ["step", "kind", "remedy", "message"]
+    assert [row[:2] for row in table["data"]] == [[3, "outlier"], [5, "outlier"], [9, "poison"]]
