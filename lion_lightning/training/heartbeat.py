@@ -23,11 +23,11 @@ class Heartbeat(Callback):
 
     A thread writes (step, phase, time) of this rank to the process group's store every two seconds, and costs the
     training loop nothing. When an exception ends a run of several ranks, each surviving rank reads them and says which
-    rank is behind the others or silent. Ranks that hang at the same place cannot be told apart.
+    rank is behind the others or silent, or else which ones have not given up waiting as it has.
     """
 
     def __init__(self) -> None:
-        self._place = (0, 0)
+        self._place, self._gave_up = (0, 0), False
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -35,6 +35,7 @@ class Heartbeat(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size == 1:
             return
+        self._gave_up = False
         self._over.clear()
         self._store = dist.PrefixStore("lion_lightning/heartbeat", dist.distributed_c10d._get_default_store())
         self._thread = threading.Thread(target=self._beat, args=(trainer.global_rank,), daemon=True, name="heartbeat")
@@ -46,7 +47,7 @@ class Heartbeat(Callback):
 
     def _say(self, rank: int) -> bool:
         try:
-            self._store.set(str(rank), json.dumps([*self._place, time.time()]))
+            self._store.set(str(rank), json.dumps([*self._place, self._gave_up, time.time()]))
         except RuntimeError as error:  # the store went with its rank: the run is ending
             log.debug("no more heartbeats: %s", error)
             return False
@@ -66,9 +67,10 @@ class Heartbeat(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._gave_up = _is_about_others(exception)
         if self._thread is not None:
             self._say(trainer.global_rank)
-        if self._thread is not None and _is_about_others(exception) and (told := self._late(trainer)):
+        if self._thread is not None and self._gave_up and (told := self._late(trainer)):
             log.error("[rank %d] waited in vain for %s", trainer.global_rank, told)
         self._over.set()
 
@@ -77,18 +79,27 @@ class Heartbeat(Callback):
         self._over.set()
 
     def _late(self, trainer: Trainer) -> str:
-        """Who is behind this rank, or silent; empty if nobody is."""
+        """Who is behind this rank, or silent, or else still busy where this one has given up; empty if nobody is."""
         time.sleep(PATIENCE_SECONDS)
-        late = []
-        for rank in range(trainer.world_size):
+        late: list[str] = []
+        busy: list[str] = []
+        for rank in (other for other in range(trainer.world_size) if other != trainer.global_rank):
             try:
-                *place, seen = json.loads(self._store.get(str(rank))) if self._store.check([str(rank)]) else (0, 0, 0.0)
+                step, phase, gave_up, seen = self._heard(rank)
             except RuntimeError as error:
                 return f"a rank; who, cannot be told, since the store is gone ({type(error).__name__})"
             silent = time.time() - seen
-            if rank != trainer.global_rank and (tuple(place) < self._place or silent > PATIENCE_SECONDS):
-                late.append(f"rank {rank}, last seen {silent:.0f} s ago at step {place[0]}, {PHASES[place[1]]}")
-        return "; ".join(late)
+            if not gave_up:
+                told = f"rank {rank}, last seen {silent:.0f} s ago at step {step}, {PHASES[phase]}"
+                (late if (step, phase) < self._place or silent > PATIENCE_SECONDS else busy).append(told)
+        return "; ".join(late or busy)
+
+    def _heard(self, rank: int) -> tuple[int, int, bool, float]:
+        """What `rank` last wrote: step, phase, whether it gave up waiting, and when in seconds."""
+        if not self._store.check([str(rank)]):
+            return 0, 0, False, 0.0
+        step, phase, gave_up, seen = json.loads(self._store.get(str(rank)))
+        return step, phase, gave_up, seen
 
 
 def _is_about_others(exception: BaseException) -> bool:
