@@ -24,8 +24,8 @@ BOUND_SHARE = 0.9
 SAMPLED_SIGNS = 65_536
 """Signs of u kept from one sample to the next, spread evenly over all parameters, to tell how many flipped."""
 
-OBSERVED_BELOW = 1 << 30
-"""Of 2^32: a quarter of all blocks is observed."""
+OBSERVED_BELOW = 1 << 28
+"""Of 2^32: a sixteenth of all blocks is observed."""
 
 KINDS = ("scalar", "vector", "matrix")
 """Kinds of parameters by their number of dimensions, the last for two and more."""
@@ -35,7 +35,7 @@ def is_observed(block: Tensor) -> Tensor:
     """Whether the sums are to have a block of 256 elements, told by its place in the tensor; int64 to bool.
 
     Multiples of the golden ratio spread the observed blocks evenly, whatever the width of the matrix, and take the
-    first. All of them would cost a third of the step's time on a CPU.
+    first. All of them would cost a third of the time of a step on a CPU, or twice all of it in the eager engine.
     """
     return (block * bits.GOLDEN & bits.WORD_MASK) < OBSERVED_BELOW
 
@@ -48,15 +48,38 @@ def observed(start: int, count: int, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4096)
-def observed_count(count: int) -> int:
-    """How many elements of a tensor of `count` are observed."""
-    blocks = is_observed(torch.arange(-(-count // bits.BLOCK_ELEMENTS)))
+def observed_count(count: int, start: int = 0) -> int:
+    """How many of `count` elements of a tensor are observed, from `start` on, a multiple of 256."""
+    blocks = observed_blocks(start, count)
     missing = -count % bits.BLOCK_ELEMENTS
-    return int(blocks.sum()) * bits.BLOCK_ELEMENTS - missing * int(blocks[-1])
+    last = len(blocks) > 0 and int(blocks[-1]) == (count - 1) // bits.BLOCK_ELEMENTS
+    return len(blocks) * bits.BLOCK_ELEMENTS - missing * last
+
+
+@functools.lru_cache(maxsize=4096)
+def observed_blocks(start: int, count: int) -> Tensor:
+    """Places of the observed blocks of 256 among `count` elements of a tensor, from `start` on; int64 on the CPU."""
+    first, last = start // bits.BLOCK_ELEMENTS, -(-(start + count) // bits.BLOCK_ELEMENTS)
+    return is_observed(torch.arange(first, last)).nonzero().flatten()
+
+
+def keep_signs(update: TensorUpdate, direction: Tensor) -> None:
+    """Refreshes the sampled signs of an update from its u, which is 0 where an element was skipped."""
+    if update.signs is not None and update.signs.numel():
+        update.signs.copy_(direction[update.sign_start :: update.sign_stride].sign())
+
+
+def add_flips(update: TensorUpdate, signs: Tensor) -> None:
+    """Adds to an update's sums how many sampled signs are not what they were at the last sample, as given."""
+    assert update.statistics is not None
+    assert update.signs is not None
+    update.statistics[FLIPPED] += (signs * update.signs < 0).sum()
 
 
 def observe(
-    update: TensorUpdate,
+    sums: Tensor,
+    settings: Settings,
+    elements: int,
     weight: Tensor,
     grad: Tensor,
     momentum: Tensor,
@@ -64,10 +87,15 @@ def observe(
     new_momentum: Tensor,
     direction: Tensor,
 ) -> None:
-    """Adds the observed blocks to a tensor's sums and refreshes its sampled signs: what engines do in their own pass.
+    """Adds observed elements to a row of sums: what engines do in their own pass. Overwrites all tensors but `grad`.
+
+    Fresh memory and comparisons would each take several times as long as the arithmetic on a CPU: elements are counted
+    by their signs. A NaN counts as a zero.
 
     Args:
-        update: whose `statistics` (sums) and `signs` are written. The count of non-finite gradients is the caller's.
+        sums: the row. Non-finite gradients and flipped signs are the caller's.
+        settings: of the step.
+        elements: how many are observed, fewer than 2^24; blocks may be filled up with zeros.
         weight: before the step, shape (n,).
         grad: unscaled, with the sign to descend along.
         momentum: before the step.
@@ -75,23 +103,25 @@ def observe(
         new_momentum: after the step.
         direction: u, after caution; 0 where the element was skipped.
     """
-    sums, settings = update.statistics, update.settings
-    assert sums is not None
-    if update.signs is not None and update.signs.numel():
-        signs = direction[update.sign_start :: update.sign_stride].sign().to(torch.int8)
-        sums[FLIPPED] += (signs * update.signs < 0).sum()
-        update.signs.copy_(signs)
-    seen = observed(update.start, weight.numel(), weight.device)
-    weight, grad, momentum, stored = weight[seen], grad[seen], momentum[seen], stored[seen]
-    new_momentum, direction = new_momentum[seen], direction[seen]
-    sums[UNMOVED] += (stored == weight).sum()
-    sums[ZERO] += (direction == 0).sum()
-    sums[AGREE] += (momentum * grad > 0).sum()
-    sums[MOMENTUM_SQUARED] += new_momentum.square().sum(dtype=torch.float32)
-    sums[WEIGHT_SQUARED] += weight.square().sum()
-    sums[DECAY] += ((weight - stored - direction * settings.lr) * weight).sum()
+    momentum_squared, weight_squared = torch.dot(new_momentum, new_momentum), torch.dot(weight, weight)
+    signs = new_momentum
+    decrease = torch.sub(weight, stored, out=stored)
+    moved = _not_zero(torch.sign(decrease, out=signs))
+    stepped = _not_zero(torch.sign(direction, out=signs))
+    decay = torch.dot(decrease.sub_(direction.mul_(settings.lr)), weight)
+    shared = momentum.mul_(grad).sign_()
+    agree = (_not_zero(shared) + shared.sum()) / 2
+    near_bound = torch.zeros_like(decay)
     if settings.weight_decay > 0:
-        sums[NEAR_BOUND] += (weight.abs() > BOUND_SHARE / settings.weight_decay).sum()
+        bound = BOUND_SHARE / settings.weight_decay
+        near_bound = _not_zero(torch.clamp(weight, -bound, bound, out=signs).sub_(weight).sign_())
+    row = [elements - moved, elements - stepped, agree, momentum_squared, weight_squared, near_bound, decay]
+    sums[: len(row)] += torch.stack(row)
+
+
+def _not_zero(signs: Tensor) -> Tensor:
+    """How many signs are not 0."""
+    return torch.dot(signs, signs)
 
 
 @dataclass(frozen=True)
@@ -147,7 +177,7 @@ class Telemetry:
     def summary(self) -> dict[str, Tensor]:
         """Figures of the last sample as 0-d tensors under `lion/`; empty before the first.
 
-        Shares are of the observed elements of this process, a quarter of all. Local shards of
+        Shares are of the observed elements of this process, a sixteenth of all. Local shards of
         DTensors count alone: reduce over ranks outside.
         """
         if not self._rows:

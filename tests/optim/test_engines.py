@@ -149,6 +149,20 @@ def test_weights_at_the_edge_of_bf16_stay_what_they_are(weight_bits: int, fused:
 
 
 @pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("momentum_dtype", MOMENTA)
+def test_momentum_beside_a_weight_that_needs_care_steps_once(momentum_dtype: torch.dtype | None, fused: bool) -> None:
+    param = nn.Parameter(torch.full((300,), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16))
+    optimizer = Lion([param], momentum_dtype=momentum_dtype, fused=fused)
+    oracle = Lion64(param, 1e-4, 0.9, 0.99, 0.0)
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        oracle.step(param.grad)
+    state = optimizer.state[param]
+    assert torch.allclose(kept_momentum(state["exp_avg"], state.get("exp_avg_scale")), oracle.momentum, rtol=0.1)
+
+
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("weight_bits", [32, 24])
 def test_a_weight_zeroed_from_outside_is_zero(weight_bits: int, fused: bool) -> None:
     param = nn.Parameter(filled(torch.empty(1000), 0, 0.03, torch.bfloat16))

@@ -14,7 +14,8 @@ It must
   `settings.skip_nonfinite` is set;
 - add the number of elements with non-finite gradients to `nonfinite`, skipped or propagated (a 0-d int64 tensor on
   the device of the updates);
-- where `update.statistics` is not None, add to it the sums that `telemetry.observe` adds, and refresh `update.signs`;
+- where `update.statistics` is not None, add to it, or to that of another update of the same kind and settings, the sums
+  that `telemetry.observe` adds, and refresh `update.signs`;
 - draw random bits as `bits.random_bits` does: a hash of (`settings.seed`, `settings.step`, `update.index`,
   `update.offset` + element);
 - never wait for the device, except on a CPU.

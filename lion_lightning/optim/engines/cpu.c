@@ -37,7 +37,7 @@ enum { UNMOVED, ZERO, AGREE, MOMENTUM_SQUARED, WEIGHT_SQUARED, NEAR_BOUND, DECAY
 #define LEVELS 127
 #define LARGEST_LEVEL 247
 #define BOUND_SHARE 0.9
-#define OBSERVED_BELOW (1u << 30)
+#define OBSERVED_BELOW (1u << 28)
 
 /* One tensor: must match _TENSOR and _NUMBERS in cpu.py field for field. */
 typedef struct {
@@ -199,7 +199,8 @@ INLINE int block_float(const Task *task, const Block *block, const Block *next, 
     prefetch(next->grad, BYTES[task->grad_type] * BLOCK);
     const float *grad = task->grad_type == FLOAT32 ? decode_float32(block->grad, paired, grads)
                                                    : decode_bfloat16(block->grad, grads);
-    if (row && !paired) { /* telemetry looks back at what is overwritten */
+    const int observed = row && is_observed(start);
+    if (observed && !paired) { /* telemetry looks back at what is overwritten */
         weight = memcpy(weights, weight, sizeof weights);
         momentum = memcpy(momenta, momentum, sizeof momenta);
     }
@@ -225,7 +226,7 @@ INLINE int block_float(const Task *task, const Block *block, const Block *next, 
     else
         quantize(block, count, new_momentum, peak, random);
     if (row) flips_float(task, start, count, paired, row, update);
-    if (row && is_observed(start)) {
+    if (observed) {
         observe_float(task, lanes, weight, grad, momentum, new_weight, new_momentum, update);
         row[UNMOVED] -= BLOCK - count, row[ZERO] -= BLOCK - count;
     }

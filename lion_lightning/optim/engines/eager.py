@@ -1,60 +1,22 @@
 """The eager engine: torch operations over chunks that stay in cache. Any device, no compiler."""
 
-import math
 import threading
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lion_lightning.optim import bits, rule, telemetry
+from lion_lightning.optim.engines import storage
+from lion_lightning.optim.engines.observation import Observation
+from lion_lightning.optim.engines.scratch import Scratch, add_product, is_moderate
 from lion_lightning.optim.rule import TensorUpdate
 
 CHUNK_ELEMENTS = 81_920
 """At most, for each thread: so much of a tensor, with gradient and state, stays in the 2 MB of cache of a core."""
 
-
-class Scratch(NamedTuple):
-    """Memory that stays in cache from one chunk to the next, in the dtype of the arithmetic, and the number one."""
-
-    weight: Tensor
-    momentum: Tensor
-    grad: Tensor
-    change: Tensor
-    one: Tensor
-
-    @classmethod
-    def of(cls, elements: int, dtype: torch.dtype) -> "Scratch":
-        weight, momentum, grad, change = (torch.empty(elements, dtype=dtype) for _ in range(4))
-        return cls(weight, momentum, grad, change, torch.ones((), dtype=dtype))
-
-
-def decode(update: TensorUpdate) -> tuple[Tensor, Tensor]:
-    """Weight and momentum in the precision of the arithmetic. Either may be the stored tensor itself."""
-    if update.param.dtype == torch.bfloat16:
-        weight = bits.join_weight(update.param, update.weight_remainder)
-    else:
-        weight = update.param
-    if update.exp_avg_scale is not None:
-        return weight, bits.dequantize(update.exp_avg, update.exp_avg_scale).to(weight.dtype)
-    return weight, update.exp_avg.to(weight.dtype)
-
-
-def encode(update: TensorUpdate, weight: Tensor, momentum: Tensor) -> None:
-    """Stores weight and momentum in place; a weight that is to be stored in bf16 is overwritten."""
-    random = update.random_bits()
-    if update.param.dtype == torch.bfloat16:
-        words = weight.view(torch.int32)
-        bits.store_words(words, update.param, update.weight_remainder, update.settings.weight_bits, random)
-    elif weight is not update.param:
-        update.param.copy_(weight)
-    if update.exp_avg_scale is not None:
-        levels, scale = bits.quantize(momentum.float(), random)
-        update.exp_avg.copy_(levels)
-        update.exp_avg_scale[: scale.numel()].copy_(scale)
-    elif momentum is not update.exp_avg:
-        update.exp_avg.copy_(momentum)
+WATCHED_ELEMENTS = 8 * CHUNK_ELEMENTS
+"""At most, between copies for telemetry."""
 
 
 def kept(update: TensorUpdate, grad: Tensor, nonfinite: Tensor) -> Tensor:
@@ -70,13 +32,18 @@ def kept(update: TensorUpdate, grad: Tensor, nonfinite: Tensor) -> Tensor:
     return finite if found_inf is None else finite & (found_inf == 0)
 
 
-def step_chunk(update: TensorUpdate, nonfinite: Tensor, scratch: Scratch) -> None:
-    """One chunk, plainly where nothing needs care, which only a CPU can tell without a wait."""
+def is_simple(update: TensorUpdate) -> bool:
+    """Whether nothing needs care unless a number is not finite, which only a CPU can tell without a wait."""
     settings = update.settings
-    simple = update.statistics is None and not settings.cautious and settings.found_inf is None
-    if simple and update.param.device.type == "cpu" and step_plainly(update, scratch):
+    return not settings.cautious and settings.found_inf is None and update.param.device.type == "cpu"
+
+
+def step_chunk(update: TensorUpdate, nonfinite: Tensor, scratch: Scratch) -> None:
+    """One chunk, plainly where nothing needs care."""
+    if is_simple(update) and step_plainly(update, scratch):
         return
-    weight, momentum = decode(update)
+    settings = update.settings
+    weight, momentum = storage.decode(update)
     grad = update.grad.to(weight.dtype)
     factor = rule.gradient_factor(settings, weight.dtype)
     if isinstance(factor, Tensor) or factor != 1.0:
@@ -94,11 +61,13 @@ def step_plainly(update: TensorUpdate, scratch: Scratch) -> bool:
     add_product(change, grad, 1 - settings.beta1, scratch.one)
     momentum *= settings.beta2  # before the weight needs room in the cache
     add_product(momentum, grad, 1 - settings.beta2, scratch.one)
-    add_product(change.sign_(), weight, settings.weight_decay, scratch.one)
+    change.sign_()
+    telemetry.keep_signs(update, change)
+    add_product(change, weight, settings.weight_decay, scratch.one)
     add_product(weight, change, -float(settings.lr), scratch.one)
     if update.param.dtype == torch.bfloat16 and not is_moderate(weight, weight):
         return False
-    encode(update, weight, momentum)
+    storage.encode(update, weight, momentum)
     return True
 
 
@@ -127,20 +96,6 @@ def widened(stored: Tensor, row: Tensor, always: bool = False) -> Tensor:
     return stored if stored.dtype == row.dtype and not always else row[: stored.numel()].copy_(stored)
 
 
-def add_product(total: Tensor, values: Tensor, factor: float, one: Tensor) -> None:
-    """Adds values * factor in one pass, the product rounded before it is added.
-
-    torch multiplies by the factor first, and what it may fuse with the addition is the product with `one`, which is
-    exact. An addition with alpha it fuses; so it would the product of a number with a tensor in place of `one`.
-    """
-    total.addcmul_(values, one, value=factor)
-
-
-def is_moderate(left: Tensor, right: Tensor) -> bool:
-    """Whether no number is a NaN or infinite and no product of two overflows: squares do far below bf16's largest."""
-    return math.isfinite(torch.dot(left, right).item())
-
-
 def step_carefully(update: TensorUpdate, weight: Tensor, grad: Tensor, momentum: Tensor, nonfinite: Tensor) -> None:
     """One chunk with a mask of what may change, and with telemetry; weight and momentum are copies."""
     mask = kept(update, grad, nonfinite)
@@ -148,10 +103,16 @@ def step_carefully(update: TensorUpdate, weight: Tensor, grad: Tensor, momentum:
     new_weight = torch.where(mask, new_weight, weight)
     new_momentum = torch.where(mask, new_momentum, momentum)
     stored = bits.ordinary(new_weight) if update.param.dtype == torch.bfloat16 else new_weight
-    encode(update, stored, new_momentum)
-    if update.statistics is not None:
-        direction = torch.where(mask, direction, 0.0)
-        telemetry.observe(update, weight, grad, momentum, decode(update)[0], new_momentum, direction)
+    storage.encode(update, stored, new_momentum)
+    if update.statistics is None:
+        return
+    direction = torch.where(mask, direction, 0.0)
+    telemetry.keep_signs(update, direction)
+    if not is_simple(update):
+        new_weight = storage.decode(update)[0]
+        seen = telemetry.observed(update.start, weight.numel(), weight.device)
+        observed = [values[seen] for values in (weight, grad, momentum, new_weight, new_momentum, direction)]
+        telemetry.observe(update.statistics, update.settings, observed[0].numel(), *observed)
 
 
 class EagerEngine:
@@ -166,11 +127,43 @@ class EagerEngine:
         self._kept = threading.local()  # as many threads as like may step optimizers of their own
 
     def step(self, updates: Sequence[TensorUpdate], nonfinite: Tensor) -> None:
-        limit = CHUNK_ELEMENTS * torch.get_num_threads()
+        watched = [update for update in updates if update.statistics is not None]
         for update in updates:
-            scratch = self._scratch(update, limit)
-            for part in parts(update, limit):
-                step_chunk(part, nonfinite, scratch)
+            if update.statistics is None:
+                self._step(update, nonfinite)
+        if watched:
+            self._step_watched(watched, nonfinite)
+
+    def _step(self, update: TensorUpdate, nonfinite: Tensor) -> None:
+        limit = CHUNK_ELEMENTS * torch.get_num_threads()
+        scratch = self._scratch(update, limit)
+        for part in parts(update, limit):
+            step_chunk(part, nonfinite, scratch)
+
+    def _step_watched(self, updates: Sequence[TensorUpdate], nonfinite: Tensor) -> None:
+        """Steps of a sample for telemetry."""
+        observations: dict[tuple[object, ...], Observation] = {}
+        for update in updates:
+            signs = None if update.signs is None else update.signs.clone()
+            if is_simple(update):
+                for part in parts(update, WATCHED_ELEMENTS):
+                    observation = self._observation(observations, part)
+                    observation.copy_before(part)
+                    self._step(part, nonfinite)
+                    observation.copy_after(part)
+            else:
+                self._step(update, nonfinite)
+            if signs is not None:
+                telemetry.add_flips(update, signs)
+        for observation in observations.values():
+            observation.add_up()
+
+    def _observation(self, known: dict[tuple[object, ...], Observation], update: TensorUpdate) -> Observation:
+        """The one that the update belongs to, with room for its blocks."""
+        key = update.kind, id(update.settings), update.param.dtype, update.grad.dtype, update.exp_avg.dtype
+        if key not in known:
+            known[key] = Observation(update, self._scratch(update, CHUNK_ELEMENTS * torch.get_num_threads()))
+        return known[key]
 
     def _scratch(self, update: TensorUpdate, elements: int) -> Scratch:
         kept: dict[tuple[torch.dtype, int], Scratch] = self._kept.__dict__.setdefault("scratch", {})
