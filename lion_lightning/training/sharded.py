@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lion_lightning.training import rendezvous
 from lion_lightning.training.checkpoint_io import DurableCheckpointIO, Placement
 from lion_lightning.training.durable import TEMPORARY_PREFIX, link_marked, publish_folder, remove_marked, write_durably
 from lion_lightning.training.errors import ConfigError
@@ -45,6 +46,7 @@ class ShardedStrategy(ModelParallelStrategy):
     @override
     def setup_environment(self) -> None:
         assert self.cluster_environment is not None
+        rendezvous.join(self.root_device, self._timeout)
         self._data_parallel_size = self.cluster_environment.world_size()
         super().setup_environment()
         assert self.lightning_module is not None

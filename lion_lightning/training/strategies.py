@@ -6,12 +6,23 @@ from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig
+from typing_extensions import override
 
+from lion_lightning.training import rendezvous
 from lion_lightning.training.errors import ConfigError
 from lion_lightning.training.sharded import ShardedStrategy
 
 LAUNCHERS = ("LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # what launchers tell their processes
 MULTI_PROCESS = ("ddp", "fsdp2")
+
+
+class ReplicatedStrategy(DDPStrategy):
+    """Lightning's DDP strategy, with a process group that survives restarts by torchrun."""
+
+    @override
+    def setup_environment(self) -> None:
+        rendezvous.join(self.root_device, self._timeout)
+        super().setup_environment()
 
 
 def build_strategy(cfg: DictConfig) -> Strategy | str:
@@ -30,7 +41,7 @@ def build_strategy(cfg: DictConfig) -> Strategy | str:
         )
     options: dict[str, Any] = {"timeout": timedelta(minutes=cfg.trainer.timeout_minutes)}
     if name == "ddp":
-        return DDPStrategy(gradient_as_bucket_view=True, **options)
+        return ReplicatedStrategy(gradient_as_bucket_view=True, **options)
     if cfg.checkpoint.background:
         raise ConfigError(
             "checkpoint.background=true: trainer.strategy=fsdp2 writes its shards at once; set it to false"

@@ -26,8 +26,9 @@ class Observer(Callback):
     """Keeps the mean loss over all ranks and the samples of all ranks of each step, and does what a job asks for.
 
     Args:
-        job: `signal`, `diverge`, `fail` and `hang` as (rank, step): send SIGTERM to itself, change a weight, raise,
-            sleep for ever. With `fatal` an error ends the process as it does at the door.
+        job: `signal`, `diverge`, `fail`, `hang` and `kill` as (rank, step): send SIGTERM to itself, change a weight,
+            raise, sleep for ever, send SIGKILL to itself unless torchrun has restarted it. With `fatal` an error ends
+            the process as it does at the door.
     """
 
     def __init__(self, job: dict[str, Any], rank: int) -> None:
@@ -49,6 +50,8 @@ class Observer(Callback):
         self.samples.setdefault(step, []).extend(int(value) for part in samples for value in part)
         if trainer.global_step == step and self.job.get("signal") == [self.rank, step]:
             os.kill(os.getpid(), signal.SIGTERM)
+        if self.job.get("kill") == [self.rank, step] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.job.get("diverge") == [self.rank, step]:
             with torch.no_grad():
                 next(module.parameters()).view(-1)[0] += 1e-3

@@ -66,11 +66,13 @@ def jobs_of_one(folder: Path) -> list[dict[str, Any]]:
     return made
 
 
-def torchrun(processes: int, jobs: list[dict[str, Any]], folder: Path, root: Path, fails: bool = False) -> str:
+def torchrun(
+    processes: int, jobs: list[dict[str, Any]], folder: Path, root: Path, *options: str, fails: bool = False
+) -> str:
     file = folder / f"jobs-{processes}-{jobs[0]['name']}.json"
     file.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["-m", "tests.reliability.ranks", str(file), str(folder)]
+    command += [*options, "-m", "tests.reliability.ranks", str(file), str(folder)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode != 0) == fails, done.stdout[-2000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
@@ -137,10 +139,17 @@ def test_a_signal_to_one_rank_stops_both_and_the_resumed_run_is_the_same(folder:
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_the_resumed_weights_on_two_processes_are_equal_in_every_bit(folder: Path) -> None:
-    whole, parts = (load(folder / name / "checkpoints/last.ckpt") for name in ("ddp-fp32", "ddp-stopped"))
-    assert whole["state_dict"].keys() == parts["state_dict"].keys()
-    assert all(torch.equal(value, parts["state_dict"][name]) for name, value in whole["state_dict"].items())
-    momenta, others = (checkpoint["optimizer_states"][0]["state"] for checkpoint in (whole, parts))
+    assert_equal_in_every_bit(folder / "ddp-fp32", folder / "ddp-stopped")
+
+
+def assert_equal_in_every_bit(one: Path, other: Path) -> None:
+    """The weights and momenta that two runs ended with."""
+    left, right = (load(run / "checkpoints/last.ckpt") for run in (one, other))
+    assert left["global_step"] == right["global_step"] == STEPS
+    assert left["callbacks"]["LionGuard"]["steps"] == right["callbacks"]["LionGuard"]["steps"] == STEPS
+    assert left["state_dict"].keys() == right["state_dict"].keys()
+    assert all(torch.equal(value, right["state_dict"][name]) for name, value in left["state_dict"].items())
+    momenta, others = (checkpoint["optimizer_states"][0]["state"] for checkpoint in (left, right))
     assert all(torch.equal(momenta[key]["exp_avg"], others[key]["exp_avg"]) for key in momenta)
 
 
@@ -204,6 +213,21 @@ def test_a_rank_that_fails_is_named_and_ends_the_others(tmp_path: Path, root: Pa
     assert re.search(r"\[rank 0\] waited in vain for rank 1, last seen \d+ s ago at step 2, in the backward pass", told)
     checkpoints = tmp_path / "broken/checkpoints"
     assert verify(checkpoints / "last.ckpt").global_step == 2
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"] if WHOLE else ["ddp"])
+def test_torchrun_restarts_a_run_that_lost_a_rank(folder: Path, tmp_path: Path, root: Path, strategy: str) -> None:
+    settings = (*TWO, f"trainer={strategy}", "checkpoint.every_n_steps=2", "resume=auto")
+    torchrun(2, [job(tmp_path, "crashed", *settings, kill=[1, 5])], tmp_path, root, "--max-restarts=1")
+    whole, after = seen(folder, f"{strategy}-fp32"), seen(tmp_path, "crashed")
+    assert not after["error"]
+    for key in ("losses", "samples"):
+        assert after[key] == {step: whole[key][step] for step in ("5", "6")}, "not from the checkpoint of step 4"
+    assert after["validation"]["6"] == whole["validation"]["6"]
+    if strategy == "ddp":
+        assert_equal_in_every_bit(folder / "ddp-fp32", tmp_path / "crashed")
 
 
 @pytest.mark.distributed
