@@ -28,6 +28,8 @@ class RunLogger(WandbLogger):
         save_dir: the folder in which W&B makes its own `wandb` folder.
         artifacts: keep the exported model and the description of the data as W&B artifacts of the run, the data as an
             input and the model as an output.
+        run_id: of a run to go on with. Only online: what two offline folders say of one run, the later upload
+            overwrites, so there a new run of the group begins.
 
     Raises:
         ValueError: an unknown mode.
@@ -44,9 +46,12 @@ class RunLogger(WandbLogger):
         tags: Sequence[str] = (),
         mode: Mode | None = None,
         artifacts: bool = False,
+        run_id: str | None = None,
     ) -> None:
         self.mode = choose_mode(mode)
         self.artifacts = artifacts
+        # Known before training starts; under a sweep's agent W&B takes the agent's.
+        identity = (run_id if self.mode == "online" else None) or secrets.token_hex(4)
         # Not `offline=True`: that sets WANDB_MODE for the whole process and every later run in it.
         super().__init__(
             name=run_name,
@@ -56,7 +61,7 @@ class RunLogger(WandbLogger):
             job_type=job_type,
             tags=list(tags),
             save_dir=save_dir,
-            id=secrets.token_hex(4),  # known before training starts; under a sweep's agent W&B takes the agent's
+            id=identity,
             mode=self.mode,
             settings=wandb.Settings(silent=True),
         )
