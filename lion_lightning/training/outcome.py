@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -78,6 +80,10 @@ def conclude(
     show(console, f"{cfg.run_name} is done", outcome)
     # Commands stand outside the panel, on one line each, so that they can be copied.
     wandb_logger = wandb_logger_of(trainer.logger)
+    if wandb_logger is not None:
+        from lion_lightning.tracking.predictions import log_predictions  # wandb need not be installed
+
+        log_predictions(wandb_logger, module)
     for line in ([wandb_logger.describe(_near)] if wandb_logger else []) + [_next_command(cfg)]:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     return best
@@ -97,5 +103,7 @@ def _near(path: str | Path) -> str:
 def _next_command(cfg: DictConfig) -> str:
     """One line: the control run, which is the same command line with the other optimizer."""
     other = "adamw" if cfg.optim.name != "adamw" else "lion"
-    kept = [redacted_argument(argument) for argument in sys.argv[1:] if not argument.startswith("optim")]
+    in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    given = HydraConfig.get().overrides.task if in_sweep else sys.argv[1:]  # a launcher's process has other arguments
+    kept = [redacted_argument(argument) for argument in given if not argument.startswith("optim")]
     return f"Next, the control: python train.py {shlex.join([*kept, f'optim={other}'])}"

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from lion_lightning.tracking.costs import Costs
 from lion_lightning.training.bookkeeping import closing, log_config
 from lion_lightning.training.building import (
     build_data,
@@ -31,7 +32,7 @@ from lion_lightning.training.heartbeat import Heartbeat
 from lion_lightning.training.outcome import about, conclude
 from lion_lightning.training.progress import progress
 from lion_lightning.training.replicas import ReplicaCheck
-from lion_lightning.training.resume import resolve
+from lion_lightning.training.resume import AUTO, resolve
 from lion_lightning.training.signals import StopFlag
 from lion_lightning.training.step_seed import StepSeed
 from lion_lightning.training.strategies import build_strategy, started_by_launcher
@@ -62,13 +63,14 @@ def run(cfg: DictConfig) -> float:
     data = build_data(cfg)
     cfg.trainer.max_steps = max_steps(cfg, data)
     module = build_module(cfg, data)
-    logger = build_logger(cfg)
+    logger = build_logger(cfg, goes_on=cfg.resume == AUTO and resumed is not None)
     throughput = Throughput(module.tokens_per_sample())
     with StopFlag(alone=not started_by_launcher()) as stop:
         checkpoint = _build_checkpoint(cfg, folder, stop)
         shown = progress(console, ["train/loss", cfg.recipe.monitor])
         several = [Heartbeat(), ReplicaCheck(cfg.trainer.check_replicas_every)]
-        callbacks = [StepSeed(cfg.seed), *build_guard(cfg), throughput, ValidateAtEnd(), checkpoint, *several, *shown]
+        watching = [*build_guard(cfg), throughput, Costs(), ValidateAtEnd()]
+        callbacks = [StepSeed(cfg.seed), *watching, checkpoint, *several, *shown]
         trainer = _build_trainer(cfg, console, logger, callbacks)
         story = about(cfg, data, module, trainer, resumed)
         with closing(logger):

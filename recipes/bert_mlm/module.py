@@ -116,22 +116,30 @@ class BertMLM(LionMixin, LightningModule):
         self.data.ready.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
-    @torch.no_grad()
     def showcase(self) -> list[str]:
         """Three validation sentences with a hidden word, and the model's first three guesses for it."""
-        tokenizer, lines = self.data.ready.tokenizer, []
+        return [f"{text} -> {guesses} (it was: {answer})" for text, answer, guesses in self._fills(count=3)]
+
+    def predictions(self) -> tuple[list[str], list[list[Any]]]:
+        """A table of the same for more sentences, for the log."""
+        return ["sentence", "hidden word", "guesses"], [list(fill) for fill in self._fills(count=20)]
+
+    @torch.no_grad()
+    def _fills(self, count: int) -> list[tuple[str, str, str]]:
+        """Sentence, hidden word and the three likeliest words, for up to `count` validation blocks."""
+        tokenizer, fills = self.data.ready.tokenizer, []
         blocks = self.data.ready.val
-        for block in blocks[:: max(1, len(blocks) // 3)][:3]:
+        for block in blocks[:: max(1, len(blocks) // count)][:count]:
             tokens = torch.from_numpy(block[:25].astype("int64"))
             place = _whole_word(tokens, tokenizer)
-            answer = tokenizer.convert_ids_to_tokens(int(tokens[place]))
+            answer = str(tokenizer.convert_ids_to_tokens(int(tokens[place])))
             hidden = tokens.clone()
             hidden[place] = tokenizer.mask_token_id
             batch = MaskedBatch(hidden[None].to(self.device), torch.tensor([[place]], device=self.device), tokens[None])
             best = self.hidden_logits(batch)[0].topk(3).indices.tolist()
             text = str(tokenizer.decode(hidden[1:].tolist())).replace("[SEP]", "/")
-            lines.append(f"{text} -> {', '.join(tokenizer.convert_ids_to_tokens(best))} (it was: {answer})")
-        return lines
+            fills.append((text, answer, ", ".join(tokenizer.convert_ids_to_tokens(best))))
+        return fills
 
 
 def build_model(config: PretrainedConfig, data: TextBlocks) -> Any:

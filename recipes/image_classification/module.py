@@ -120,21 +120,31 @@ class ImageClassifier(LionMixin, LightningModule):
         ).save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
-    @torch.no_grad()
     def showcase(self) -> list[str]:
         """The most confident mistakes on up to 1,000 validation images."""
+        seen, mistakes = self._mistakes(count=3)
+        if not mistakes:
+            return [f"all of the first {seen} validation images are right"]
+        return [
+            f"a mistake: image {index} is {truth}, taken for {guess} with {share:.0%}"
+            for index, truth, guess, share in mistakes
+        ]
+
+    def predictions(self) -> tuple[list[str], list[list[Any]]]:
+        """A table of more of them with their pictures, for the log."""
+        pixels = self.data.ready.val.pixels
+        rows = [[pixels[index].transpose(1, 2, 0), *rest] for index, *rest in self._mistakes(count=20)[1]]
+        return ["image", "class", "guess", "share"], rows
+
+    @torch.no_grad()
+    def _mistakes(self, count: int) -> tuple[int, list[tuple[int, str, str, float]]]:
+        """Images looked at, and for the most confident mistakes: index, class, guess and the guess's share."""
         images, classes = self.data.ready.val, self.data.ready.classes
-        pixels = torch.tensor(images.pixels[:1000]).to(self.device)
-        shares, guesses = self(pixels).softmax(-1).max(-1)
+        shares, guesses = self(torch.tensor(images.pixels[:1000]).to(self.device)).softmax(-1).max(-1)
         labels = torch.tensor(images.labels[:1000]).to(self.device)
         wrong = (guesses != labels).nonzero().flatten()
-        worst = wrong[shares[wrong].argsort(descending=True)][:3].tolist()
-        if not worst:
-            return [f"all of the first {len(labels)} validation images are right"]
-        return [
-            f"a mistake: image {i} is {classes[labels[i]]}, taken for {classes[guesses[i]]} with {shares[i]:.0%}"
-            for i in worst
-        ]
+        worst = wrong[shares[wrong].argsort(descending=True)][:count].tolist()
+        return len(labels), [(i, classes[labels[i]], classes[guesses[i]], float(shares[i])) for i in worst]
 
 
 def build_model(config: PretrainedConfig, data: ImageArrays) -> Any:
