@@ -15,6 +15,8 @@ from lion_lightning.training.redaction import redacted, redacted_argument
 if TYPE_CHECKING:
     from lion_lightning.tracking.wandb import RunLogger
 
+RUN_ID_FILE = "wandb_run_id"
+
 
 @rank_zero_only
 def log_config(logger: Logger | None, cfg: DictConfig) -> None:
@@ -27,6 +29,14 @@ def log_config(logger: Logger | None, cfg: DictConfig) -> None:
         logger.log_hyperparams(plain)
     if wandb_logger := wandb_logger_of(logger):
         wandb_logger.define_summaries({**SUMMARIES, cfg.recipe.monitor: cfg.recipe.mode})
+        if wandb_logger.mode == "online":
+            (Path(cfg.run_dir) / RUN_ID_FILE).write_text(wandb_logger.experiment.id)
+
+
+def known_run_id(run_dir: str) -> str | None:
+    """The id of the online W&B run that `run_dir` has had, if it has had one."""
+    file = Path(run_dir) / RUN_ID_FILE
+    return (file.read_text().strip() or None) if file.is_file() else None
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import nn
 
 from lion_lightning.mixin import OptimizerFactory
 from lion_lightning.schedules import Schedule
+from lion_lightning.training.bookkeeping import known_run_id
 from lion_lightning.training.data import StreamDataModule
 from lion_lightning.training.errors import ConfigError, configuring
 from lion_lightning.training.instantiate import instantiate
@@ -68,11 +69,14 @@ def build_guard(cfg: DictConfig) -> list[Callback]:
         return [instantiate(cfg.guard)] if "_target_" in cfg.guard else []
 
 
-def build_logger(cfg: DictConfig) -> Logger | None:
+def build_logger(cfg: DictConfig, goes_on: bool = False) -> Logger | None:
+    """The logger; one of W&B goes on with the run that this folder has had, if `goes_on`."""
     if "_target_" not in cfg.logger:
         return None
     try:
+        if cfg.logger.name == "wandb":
+            return instantiate(cfg.logger, run_id=known_run_id(cfg.run_dir) if goes_on else None)
         # A file logger's own `name` is the folder it writes to.
-        return instantiate(cfg.logger) if cfg.logger.name == "wandb" else instantiate(cfg.logger, name=cfg.logger.name)
+        return instantiate(cfg.logger, name=cfg.logger.name)
     except (ModuleNotFoundError, ValueError) as error:
         raise ConfigError(f"logger={cfg.logger.name}: {error}") from error
