@@ -60,7 +60,7 @@ def _devices(accelerator: str) -> int:
 def _check_multirun(cfg: DictConfig) -> None:
     """A strategy that starts its own processes would start the whole sweep in each of them."""
     multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    started_outside = "LOCAL_RANK" in os.environ
+    started_outside = "LOCAL_RANK" in os.environ or os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
     if multirun and cfg.trainer.devices != 1 and not started_outside:
         raise ConfigError(
             f"-m with trainer.devices={cfg.trainer.devices}: every process would run the whole sweep; "

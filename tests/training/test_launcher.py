@@ -1,0 +1,106 @@
+"""Sweeps by submitit: `hydra/launcher=slurm` composes where the plugin is installed, and is named where it is not."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from lion_lightning.training.checkpoint_io import load
+from lion_lightning.training.checks import check
+from lion_lightning.training.errors import ConfigError
+
+PLUGIN = importlib.util.find_spec("submitit")
+needs_plugin = pytest.mark.skipif(PLUGIN is None, reason="needs hydra-submitit-launcher (the extra `slurm`)")
+QUICK = (
+    "recipe=image_classification", "logger=none", "export=false", "trainer.max_steps=8", "trainer.val_check_interval=4",
+    "model.config.num_hidden_layers=1", "model.config.hidden_size=32", "model.config.num_attention_heads=2",
+    "model.config.intermediate_size=32", "trainer.accelerator=cpu",
+)  # fmt: skip
+
+
+@pytest.mark.skipif(PLUGIN is not None, reason="the plugin is installed")
+def test_without_the_plugin_it_is_named_and_nothing_else_suffers(root: Path) -> None:
+    asked = subprocess.run(
+        [sys.executable, "train.py", "--cfg", "hydra", "hydra/launcher=slurm"],
+        cwd=root, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert asked.returncode == 2
+    assert asked.stderr.splitlines() == [asked.stderr.strip()], "one line"
+    assert "submitit_slurm" in asked.stderr
+    for arguments in (["--help"], ["--cfg", "job"]):
+        done = subprocess.run([sys.executable, "train.py", *arguments], cwd=root, capture_output=True, text=True,
+                              timeout=60, check=False)  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@needs_plugin
+def test_with_the_plugin_it_composes(root: Path) -> None:
+    with initialize_config_dir(str(root / "conf"), version_base="1.3"):
+        cfg = compose("train", ["hydra/launcher=slurm", "hydra.launcher.partition=gpu"], return_hydra_config=True)
+    launcher = cfg.hydra.launcher
+    assert launcher._target_.endswith(".SlurmLauncher")
+    assert (launcher.max_num_timeout, launcher.timeout_min, launcher.partition) == (20, 1440, "gpu")
+
+
+def test_a_job_of_several_tasks_is_a_job_and_not_a_self_launching_sweep(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    two = ("trainer.devices=2", "trainer.accelerator=cpu", "hydra.mode=MULTIRUN")
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with initialize_config_dir(str(root / "conf"), version_base="1.3"):
+        HydraConfig.instance().set_config(compose("train", list(two), return_hydra_config=True))
+        cfg = compose("train", [*QUICK, "trainer.devices=2"])
+    try:
+        with pytest.raises(ConfigError, match="every process would run the whole sweep"):
+            check(cfg)
+        monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+        check(cfg)
+    finally:
+        HydraConfig.instance().cfg = None
+
+
+@needs_plugin
+@pytest.mark.slow
+def test_a_preempted_job_is_requeued_and_goes_on(root: Path, tmp_path: Path) -> None:
+    """By submitit's local executor: its signal comes as before a time limit, in the middle of a run."""
+    command = [
+        sys.executable, "train.py", "-m", "hydra/launcher=submitit_local", *QUICK, "trainer.max_steps=600",
+        "trainer.val_check_interval=300", "checkpoint.every_n_steps=10", "resume=auto", "seed=1,2",
+        f"hydra.sweep.dir={tmp_path}/${{run_stamp:}}",
+    ]  # fmt: skip
+    sweep = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("*/0-*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (folder,) = (path.parent.parent.parent for path in tmp_path.glob("*/0-*/checkpoints/last.ckpt"))
+    for process in jobs_of(folder):
+        os.kill(process, signal.SIGUSR2)
+    _, told = sweep.communicate(timeout=200)
+    assert sweep.returncode == 0, told
+    assert list(tmp_path.iterdir()) == [folder], "every job in the folder of the sweep, also when it is requeued"
+    for number in (0, 1):
+        (run,) = folder.glob(f"{number}-*")
+        assert load(run / "checkpoints/last.ckpt")["global_step"] == 600
+    logs = [path.read_text() for path in sorted(folder.glob(".submitit/*/*_log.out"))]
+    assert "step-0000" in logs[0].partition("goes on from")[2].partition("goes on from")[2], "it went on"
+
+
+def jobs_of(sweep: Path) -> list[int]:
+    """The processes that run the jobs of a sweep; each has a parent of submitit's own, which restarts it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if "submitit.core._submit" in command and str(sweep) in command:
+            found.append(int(path.parent.name))
+    return found
