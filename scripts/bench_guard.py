@@ -1,14 +1,14 @@
 """What the guard costs: step times with and without it, in alternating blocks of one run.
 
     python scripts/bench_guard.py                                  # digits, vit_micro
-    python scripts/bench_guard.py recipe=bert_mlm model=bert_mini  # anything that train.py takes
+    python scripts/bench_guard.py --block-steps 4 --blocks 12 model=bert_mini  # anything that train.py takes
 
 Prints the median step of either kind, their difference and ratio. Everything else is the same: one process, one model,
 one optimizer, neighbouring blocks.
 """
 
+import argparse
 import statistics
-import sys
 import tempfile
 import time
 from typing import Any
@@ -23,15 +23,16 @@ from lion_lightning import LionGuard
 from lion_lightning.__main__ import CONFIG_FOLDER
 from lion_lightning.training.building import build_data, build_module
 
-BLOCK_STEPS, BLOCKS, SKIPPED_BLOCKS = 20, 16, 2
+SKIPPED_BLOCKS = 2
 HOOKS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_train_batch_end")
 
 
 class AlternatingGuard(LionGuard):
     """A guard that sees every other block of steps, and the time that each step takes."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, block_steps: int) -> None:
+        super().__init__()
+        self.block_steps = block_steps
         self.times: dict[bool, list[float]] = {True: [], False: []}
         self._started = 0.0
         for name in HOOKS:
@@ -44,34 +45,33 @@ class AlternatingGuard(LionGuard):
 
         return called
 
-    @staticmethod
-    def _is_on(step: int) -> bool:
-        return step // BLOCK_STEPS % 2 == 0
+    def _is_on(self, step: int) -> bool:
+        return step // self.block_steps % 2 == 0
 
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, *arguments: Any) -> None:
         now, step = time.perf_counter(), trainer.global_step
         # The step before belongs to its own block; the first of a block follows a change and is left out.
-        if step >= SKIPPED_BLOCKS * BLOCK_STEPS and step % BLOCK_STEPS > 1:
+        if step >= SKIPPED_BLOCKS * self.block_steps and step % self.block_steps > 1:
             self.times[self._is_on(step)].append(now - self._started)
         self._started = now
         super().on_train_batch_start(trainer, *arguments)
 
 
-def measure(overrides: list[str]) -> dict[bool, list[float]]:
+def measure(overrides: list[str], block_steps: int = 20, blocks: int = 16) -> dict[bool, list[float]]:
     """Seconds of each step with (True) and without (False) the guard."""
-    steps = BLOCK_STEPS * BLOCKS
+    steps = block_steps * blocks
     with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         cfg = compose("train", [*overrides, f"run_dir={folder}", f"trainer.max_steps={steps}"])
         pl.seed_everything(cfg.seed, verbose=False)
-        return _fit(cfg, steps)
+        return _fit(cfg, steps, block_steps)
 
 
-def _fit(cfg: DictConfig, steps: int) -> dict[bool, list[float]]:
+def _fit(cfg: DictConfig, steps: int, block_steps: int) -> dict[bool, list[float]]:
     data = build_data(cfg)
     with open_dict(cfg):
         module = build_module(cfg, data)
-    guard = AlternatingGuard()
+    guard = AlternatingGuard(block_steps)
     trainer = pl.Trainer(
         accelerator=cfg.trainer.accelerator,
         devices=1,
@@ -90,10 +90,14 @@ def _fit(cfg: DictConfig, steps: int) -> dict[bool, list[float]]:
 
 
 def main() -> None:
-    overrides = sys.argv[1:] or ["recipe=image_classification"]
-    times = measure(overrides)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", default=["recipe=image_classification"], help="as for train.py")
+    parser.add_argument("--block-steps", type=int, default=20, help="steps of a block (default 20)")
+    parser.add_argument("--blocks", type=int, default=16, help="blocks (default 16)")
+    options = parser.parse_args()
+    times = measure(options.overrides, options.block_steps, options.blocks)
     on, off = (1000 * statistics.median(times[kind]) for kind in (True, False))
-    print(f"{' '.join(overrides)}: {torch.get_num_threads()} threads, {len(times[True])} steps of either kind")
+    print(f"{' '.join(options.overrides)}: {torch.get_num_threads()} threads, {len(times[True])} steps of either kind")
     print(f"without the guard  {off:8.3f} ms a step (median)")
     print(f"with the guard     {on:8.3f} ms, {on - off:+.3f} ms, {on / off - 1:+.2%}")
 

@@ -83,25 +83,24 @@ def report(seeds: list[int], workers: int) -> list[Row]:
 
 
 def draw(path: Path, seed: int) -> None:
-    """Training loss of a run that one outlier hits, without the guard, with it, and with its gate off."""
+    """Training loss of a run that one outlier hits: without the guard and its warm-up, with it, with its gate off."""
     case = next(case for case in CASES if case.name == "gradient x1e5")
-    runs: dict[str, Outcome] = {
-        "no guard": train(seed, None, case.inject()),
-        "guard, gate off: momentum zeroed": train(seed, LionGuard(gate=False), case.inject()),
-        "guard: step clipped": train(seed, LionGuard(), case.inject()),
-        "no fault": train(seed, LionGuard()),
+    runs: dict[str, tuple[Outcome, str, float]] = {
+        "no fault, guard": (train(seed, LionGuard()), "#cfd4d8", 5.0),
+        "no guard": (train(seed, None, case.inject()), "#c0392b", 1.6),
+        "guard, gate off: momentum zeroed": (train(seed, LionGuard(gate=False), case.inject()), "#e08e0b", 1.6),
+        "guard: step clipped": (train(seed, LionGuard(), case.inject()), "#2471a3", 1.2),
     }
-    colors = ["#c0392b", "#e08e0b", "#2471a3", "#7f8c8d"]
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    for (label, outcome), color in zip(runs.items(), colors, strict=True):
-        axes.plot(_smooth(outcome.losses), label=label, color=color, lw=1.6)
+    for label, (outcome, color, width) in runs.items():
+        axes.plot(_smooth(outcome.losses), label=label, color=color, lw=width)
     axes.axvline(HIT, color="black", lw=0.8, ls=":")
     axes.annotate(
         "one gradient x -100,000", (HIT, axes.get_ylim()[1] * 0.92), xytext=(6, 0), textcoords="offset points"
     )
     axes.set(xlabel="optimizer step", ylabel="training loss (mean of 15 steps)", yscale="log")
     axes.set_title("One outlier in the momentum of Lion", loc="left")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.16, 1.0))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
 
