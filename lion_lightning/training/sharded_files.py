@@ -1,7 +1,7 @@
 """Sharded checkpoints, read without running code: torch.distributed.checkpoint trusts pickles that are checked here.
 
 torch 2.13 reads the `.metadata` of such a folder with `pickle.load` and its non-tensor items with
-`torch.load(weights_only=False)`; a folder from a stranger could run anything.
+`torch.load` with `weights_only` off; a folder from a stranger could run anything.
 """
 
 import pickle
