@@ -263,7 +263,7 @@ def test_file_loggers_write_into_the_run_folder(bert: Go, tmp_path: Path, logger
 
 def test_no_logger_writes_no_log(bert: Go, tmp_path: Path) -> None:
     bert("trainer.max_steps=2", *QUICK)
-    assert sorted(entry.name for entry in (tmp_path / "bert").iterdir()) == ["checkpoints", "config.yaml"]
+    assert sorted(entry.name for entry in (tmp_path / "bert").iterdir()) == ["checkpoints", "config.yaml", "guard.csv"]
     kept = OmegaConf.load(tmp_path / "bert/config.yaml")
     assert kept.trainer.max_steps == 2
     assert "${" not in (tmp_path / "bert/config.yaml").read_text(), "the configuration is kept resolved"
