@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lion_lightning.guard.thresholds import Thresholds
+from lion_lightning.optim import views
 
 
 @dataclass
@@ -75,6 +76,9 @@ class SnapshotRing:
         return chosen
 
     def state_dict(self) -> list[dict[str, Any]]:
+        """The snapshots, tensors and all; waits for copies that are still on their way to the host."""
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
         return [dict(vars(kept)) for kept in self.ring]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
@@ -109,7 +113,9 @@ def repair(snapshot: Snapshot, module: nn.Module, optimizers: Sequence[Optimizer
                 if isinstance(value, Tensor):
                     # What did not exist when the snapshot was taken starts again at 0.
                     before = kept["state"].get(index, {}).get(key)
-                    pairs.append((_local(value), torch.zeros_like(_local(value)) if before is None else before))
+                    pairs.append(
+                        (views.local(value), torch.zeros_like(views.local(value)) if before is None else before)
+                    )
     return sum(_repair_tensor(tensor, before) for tensor, before in pairs if tensor.is_floating_point())
 
 
@@ -130,7 +136,7 @@ def _restore_state(states: Any, param: Tensor, kept: dict[str, Any]) -> None:
         del state[key]
     for key, value in kept.items():
         if isinstance(value, Tensor) and isinstance(state.get(key), Tensor):
-            _local(state[key]).copy_(value, non_blocking=True)
+            views.local(state[key]).copy_(value, non_blocking=True)
         else:
             state[key] = value.clone() if isinstance(value, Tensor) else value
 
@@ -146,7 +152,7 @@ def _kept_state(optimizer: Optimizer) -> dict[str, Any]:
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        yield name, _local(tensor.detach())
+        yield name, views.local(tensor.detach())
 
 
 def _params(optimizer: Optimizer) -> Iterator[Tensor]:
@@ -154,15 +160,11 @@ def _params(optimizer: Optimizer) -> Iterator[Tensor]:
         yield from group["params"]
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def _to_host(value: Any) -> Any:
     """A copy on the host, pinned if it comes from a GPU; anything but tensors as it is."""
     if not isinstance(value, Tensor):
         return value
-    tensor = _local(value.detach())
+    tensor = views.local(value.detach())
     if tensor.device.type != "cuda":
         return tensor.to("cpu", copy=True)
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -166,11 +166,12 @@ class OptimizerWatch:
 
     def is_suspicious(self, ignore_divergence: bool) -> bool:
         """Whether a rule is on its way to a verdict, or the latest step, of which no rule knows yet, was not finite."""
+        return not self.is_latest_finite() or self.monitors.is_suspicious(ignore_divergence)
+
+    def is_latest_finite(self) -> bool:
+        """Whether the latest step was finite; waits for it."""
         latest = self.mailbox.latest()
-        reading = None if latest is None else Reading.unpack(latest, self.world_size)
-        if reading is not None and not reading.is_finite:
-            return True
-        return self.monitors.is_suspicious(ignore_divergence)
+        return latest is None or Reading.unpack(latest, self.world_size).is_finite
 
     @torch.no_grad()
     def is_finite(self) -> Tensor:
@@ -205,7 +206,8 @@ class OptimizerWatch:
             "squares": squares,
             # Gradients of a tail are divided by more than there is: nothing to compare with that of one micro-batch.
             "micro_squares": losses.micro_square / self.world_size if share > 0.999 else math.nan,
-            "backward_loss": losses.backward / (share * self.world_size),
+            # Without gradients there is no step to gate: the loss of the step before is what divergence goes by.
+            "backward_loss": losses.backward / (share * self.world_size) if params else math.nan,
             **(self.sample.measure() if self.sample is not None else {}),
         }
         bad: list[Any] = [0.0] * self.world_size

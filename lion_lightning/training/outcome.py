@@ -100,10 +100,14 @@ def _near(path: str | Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
+OF_THIS_RUN = ("optim", "run_dir", "hydra.run.dir", "resume")
+"""Arguments that the control run does not share; two runs have no folder in common."""
+
+
 def _next_command(cfg: DictConfig) -> str:
     """One line: the control run, which is the same command line with the other optimizer."""
     other = "adamw" if cfg.optim.name != "adamw" else "lion"
     in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     given = HydraConfig.get().overrides.task if in_sweep else sys.argv[1:]  # a launcher's process has other arguments
-    kept = [redacted_argument(argument) for argument in given if not argument.startswith("optim")]
+    kept = [redacted_argument(argument) for argument in given if not argument.startswith(OF_THIS_RUN)]
     return f"Next, the control: python train.py {shlex.join([*kept, f'optim={other}'])}"

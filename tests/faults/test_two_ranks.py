@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.faults.two_ranks import run
+from tests.processes import run_together
 
 LIMIT_SECONDS = 240
 
@@ -24,20 +24,17 @@ def free_port() -> int:
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])
 def outcomes(request: pytest.FixtureRequest, root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each of two processes reports of its run with each fault."""
-    folder, port, started = tmp_path_factory.mktemp(request.param), str(free_port()), []
-    for rank in (0, 1):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-        torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-        command = [sys.executable, "-m", "tests.faults.two_ranks", request.param, str(folder / f"{rank}.json")]
-        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen(command, cwd=root, env={**os.environ, **place, **torchrun}, **pipes))
-    try:
-        outputs = [process.communicate(timeout=LIMIT_SECONDS)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for rank, (process, output) in enumerate(zip(started, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank}:\n{output[-4000:]}"
+    folder, port = tmp_path_factory.mktemp(request.param), str(free_port())
+    torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2"}
+    run_together(
+        [
+            [sys.executable, "-m", "tests.faults.two_ranks", request.param, str(folder / f"{rank}.json")]
+            for rank in "01"
+        ],
+        root,
+        [{**os.environ, **torchrun, "RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": "0"} for rank in "01"],
+        LIMIT_SECONDS,
+    )
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

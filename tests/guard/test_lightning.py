@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lion_lightning import Lion, LionGuard
 from lion_lightning.guard.trace import read_trace
-from tests.faults.injected import NaNBatch, Outlier
+from tests.faults.injected import LabelNoise, NaNBatch, Outlier, every
 from tests.faults.task import BATCH, CLASSES, INPUTS, Student, teacher_data, train
 from tests.guard.memory_logger import MemoryLogger
 
@@ -253,3 +253,11 @@ def test_a_batch_of_unknown_size_does_not_end_the_run():
     with pytest.warns(UserWarning, match="cannot tell the size of a batch of type Opaque"):
         trainer = fit(Sentences(), cold(), batches=4, collate_fn=Opaque)
     assert trainer.global_step == 4
+
+
+def test_a_dry_run_keeps_nobody_from_saving():
+    guard = LionGuard(dry_run=True)
+    outcome = train(1, guard, [LabelNoise(every(150))], steps=220)
+    assert "divergence" in outcome.kinds()
+    assert outcome.stopped is None
+    assert guard.is_healthy()
