@@ -2,7 +2,7 @@
 
 Nothing here keeps random state: a resumed run, another number of ranks or workers, and the CPU and the GPU all hide the
 same tokens. The number of hidden tokens per sequence is fixed, so shapes never change and nothing waits for the device.
-The 15 % and 80/10/10 are those of BERT (Devlin et al., 2019, arXiv:1810.04805).
+The 15 % and 80/10/10 are those of BERT (Devlin et al., 2019, arXiv:1810.04805). Whole words and spans are in `units`.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from recipes.bert_mlm.units import span_numbers, whole_units, word_numbers
+
+UNITS = ("token", "word", "span")
 IGNORED = -100  # what torch's cross_entropy leaves out
 _MASK32 = 0xFFFFFFFF
-_STREAM_WHICH, _STREAM_HOW, _STREAM_RANDOM_TOKEN = 1, 2, 3
+_STREAM_WHICH, _STREAM_HOW, _STREAM_RANDOM_TOKEN, _STREAM_SPAN_LENGTH = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,19 @@ class Masking:
         rate: share of the tokens that the loss is computed on.
         mask_share: share of those that become [MASK].
         random_share: share of those that become a random token; the rest stay as they are.
+        unit: what is hidden together. `token`; `word`, all pieces of a word, or none (Google's whole-word BERT of
+            2019); `span`, several words (SpanBERT, Joshi et al., 2020, arXiv:1907.10529), all of which become [MASK],
+            random tokens or stay.
+        span_p: parameter of the geometric distribution of a span's number of words.
+        span_max: most words of a span.
     """
 
     rate: float = 0.15
     mask_share: float = 0.8
     random_share: float = 0.1
+    unit: str = "token"
+    span_p: float = 0.2
+    span_max: int = 10
 
     def __post_init__(self) -> None:
         if not 0 < self.rate < 1:
@@ -37,6 +48,12 @@ class Masking:
                 f"mask_share and random_share must be at least 0 and add up to at most 1, "
                 f"got {self.mask_share} and {self.random_share}"
             )
+        if self.unit not in UNITS:
+            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
+        if not 0 < self.span_p < 1:
+            raise ValueError(f"span_p must be between 0 and 1, got {self.span_p}")
+        if not isinstance(self.span_max, int) or self.span_max < 1:
+            raise ValueError(f"span_max must be a whole number of at least 1, got {self.span_max!r}")
 
 
 @dataclass(frozen=True)
@@ -63,8 +80,12 @@ def mask_tokens(
     mask_id: int,
     first_normal_id: int,
     vocab_size: int,
+    starts_word: Tensor | None = None,
 ) -> MaskedBatch:
     """Hide the same tokens of the same sample every time.
+
+    Whole words make the count an upper bound: a word that does not fit into what is left stays visible, and the places
+    that stay free are IGNORED.
 
     Args:
         input_ids: int64 (batch, length).
@@ -74,20 +95,45 @@ def mask_tokens(
         mask_id: id of [MASK].
         first_normal_id: ids below it are special tokens: never hidden, never drawn as a random token.
         vocab_size: number of ids.
+        starts_word: bool (vocab_size,), False for pieces that go on with a word; only words and spans need it.
+
+    Raises:
+        ValueError: words or spans are to be hidden and `starts_word` is not given.
     """
     length = input_ids.shape[1]
     hidden = max(1, round(masking.rate * length))
-    order = uniform(seed, _STREAM_WHICH, sample, length).masked_fill(input_ids < first_normal_id, -1.0)
-    positions = order.topk(hidden, dim=1).indices
+    special = input_ids < first_normal_id
+    how = uniform(seed, _STREAM_HOW, sample, length)
+    if masking.unit == "token":
+        order = uniform(seed, _STREAM_WHICH, sample, length).masked_fill(special, -1.0)
+        positions = order.topk(hidden, dim=1).indices
+        kept = ~special.gather(1, positions)  # a special token is chosen only where there is almost nothing else
+        how = how.gather(1, positions)
+    else:
+        unit = _units(input_ids, sample, special, starts_word, masking, seed)
+        key = uniform(seed, _STREAM_WHICH, sample, length).gather(1, unit)
+        positions, kept = whole_units(unit, key, special, hidden, cut=masking.unit == "span")
+        how = how.gather(1, unit.gather(1, positions) if masking.unit == "span" else positions)
     targets = input_ids.gather(1, positions)
-    how = uniform(seed, _STREAM_HOW, sample, length).gather(1, positions)
     drawn = uniform(seed, _STREAM_RANDOM_TOKEN, sample, length).gather(1, positions)
     random_ids = first_normal_id + (drawn * (vocab_size - first_normal_id)).long()
     replaced = torch.where(how < masking.mask_share + masking.random_share, random_ids, targets)
     replaced = torch.where(how < masking.mask_share, mask_id, replaced)
-    special = targets < first_normal_id  # chosen only in a block that has almost nothing else
-    replaced = torch.where(special, targets, replaced)
-    return MaskedBatch(input_ids.scatter(1, positions, replaced), positions, targets.masked_fill(special, IGNORED))
+    replaced = torch.where(kept, replaced, targets)
+    return MaskedBatch(input_ids.scatter(1, positions, replaced), positions, targets.masked_fill(~kept, IGNORED))
+
+
+def _units(
+    input_ids: Tensor, sample: Tensor, special: Tensor, starts_word: Tensor | None, masking: Masking, seed: int
+) -> Tensor:
+    """The number of each token's word or span in its block: int64 (batch, length)."""
+    if starts_word is None:
+        raise ValueError(f"unit={masking.unit!r} needs starts_word: which tokens begin a word")
+    words = word_numbers(input_ids, special, starts_word)
+    if masking.unit == "word":
+        return words
+    drawn = uniform(seed, _STREAM_SPAN_LENGTH, sample, input_ids.shape[1])
+    return span_numbers(words, drawn, masking.span_p, masking.span_max)
 
 
 def uniform(seed: int, stream: int, sample: Tensor, length: int) -> Tensor:
