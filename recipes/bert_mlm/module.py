@@ -1,6 +1,5 @@
 """BERT pre-training by masked language modelling, as a LightningModule."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +8,18 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
-from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from lion_lightning.mixin import LionMixin, OptimizerFactory
 from lion_lightning.schedules import Schedule
-from lion_lightning.training.errors import ConfigError
 from recipes.bert_mlm.data import TextBlocks
 from recipes.bert_mlm.masking import IGNORED, MaskedBatch, Masking, mask_tokens
+from recipes.bert_mlm.model import build_model, hidden_logits, hidden_loss, model_flops
+from recipes.bert_mlm.options import ModelOptions
 from recipes.bert_mlm.tokens import SPECIAL_TOKENS
 
 VALIDATION = Masking(rate=0.15)  # always, so that runs compare
 VALIDATION_SEED = 20_181_011
-
-# From the states of an encoder to scores over the vocabulary, by `transformers` model type.
-VOCABULARY_HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "bert": lambda model, states: model.cls(states),
-    "modernbert": lambda model, states: model.decoder(model.head(states)),
-}
 
 
 class BertMLM(LionMixin, LightningModule):
@@ -39,6 +33,7 @@ class BertMLM(LionMixin, LightningModule):
         optimizer_factory, schedule: see `LionMixin`.
         masking: how training tokens are hidden; validation always hides 15 %, the same tokens each time.
         seed: keys the masks of training.
+        options: how the model is computed, and the checkpoint it goes on from.
     """
 
     def __init__(
@@ -49,22 +44,26 @@ class BertMLM(LionMixin, LightningModule):
         schedule: Schedule,
         masking: Masking,
         seed: int = 1,
+        options: ModelOptions = ModelOptions(),  # noqa: B008, it is frozen
     ) -> None:
         super().__init__()
         self.optimizer_factory, self.schedule = optimizer_factory, schedule
         self.masking, self.seed, self.data = masking, seed, data
-        self.model = build_model(config, data)
+        self.model = build_model(config, data, options)
+        self.separator = data.ready.tokenizer.sep_token_id if options.within_documents else None
+        # Two functions, so that each has its own graphs: training one for each shape, validation one for its full
+        # batches and one for all others.
+        self._loss = options.compiled(hidden_loss, dynamic=False)
+        self._logits = options.compiled(hidden_logits)
         self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
 
     def hidden_logits(self, batch: MaskedBatch) -> Tensor:
         """Scores of the hidden tokens: float (batch * hidden, vocabulary)."""
-        states = self.model.base_model(batch.input_ids).last_hidden_state
-        rows = batch.positions.unsqueeze(-1).expand(-1, -1, states.shape[-1])
-        return VOCABULARY_HEADS[self.model.config.model_type](self.model, states.gather(1, rows).flatten(0, 1))
+        return hidden_logits(self.model, batch.input_ids, batch.positions, self.separator)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         masked = self._mask(batch, self.masking, self.seed)
-        loss = cross_entropy(self.hidden_logits(masked).float(), masked.targets.flatten(), ignore_index=IGNORED)
+        loss = self._loss(self.model, masked.input_ids, masked.positions, masked.targets, self.separator)
         self.log("train/loss", loss)
         return loss
 
@@ -72,7 +71,8 @@ class BertMLM(LionMixin, LightningModule):
         masked = self._mask(batch, VALIDATION, VALIDATION_SEED)
         targets = masked.targets.flatten()
         kept = targets != IGNORED
-        logits, targets = self.hidden_logits(masked).float()[kept], targets[kept]
+        logits = self._logits(self.model, masked.input_ids, masked.positions, self.separator)
+        logits, targets = logits.float()[kept], targets[kept]
         self.val_loss.update(cross_entropy(logits, targets, reduction="none"))
         self.val_accuracy.update((logits.argmax(-1) == targets).float())
 
@@ -110,6 +110,12 @@ class BertMLM(LionMixin, LightningModule):
     def tokens_per_sample(self) -> int:
         return self.data.settings.sequence_length
 
+    def flops_per_sample(self) -> int:
+        """Floating-point operations of forward and backward for a training block; see `model_flops`."""
+        batch = self.data.val_set.__getitems__([(0, 0)])  # type: ignore[attr-defined]
+        hidden = self._mask(batch, self.masking, self.seed).positions.shape[1]
+        return model_flops(self.model, self.tokens_per_sample(), hidden)
+
     def export(self, folder: Path, card: str) -> None:
         """Write a Hugging Face model folder that `pipeline("fill-mask")` opens, with `card` as its README."""
         self.model.save_pretrained(folder)
@@ -140,39 +146,6 @@ class BertMLM(LionMixin, LightningModule):
             text = str(tokenizer.decode(hidden[1:].tolist())).replace("[SEP]", "/")
             fills.append((text, answer, ", ".join(tokenizer.convert_ids_to_tokens(best))))
         return fills
-
-
-def build_model(config: PretrainedConfig, data: TextBlocks) -> Any:
-    """The masked language model of `config`, sized for the data's vocabulary and sequence length.
-
-    Raises:
-        ConfigError: the configuration has no masked-LM head, or too few positions for the blocks.
-    """
-    if not isinstance(data, TextBlocks):
-        raise ConfigError(f"recipe=bert_mlm trains on text, not on {type(data).__name__}; try data=python_docs")
-    if config.model_type not in VOCABULARY_HEADS:
-        raise ConfigError(
-            f"recipe=bert_mlm needs a model of type {' or '.join(VOCABULARY_HEADS)}, not {config.model_type}; "
-            "try model=bert_mini"
-        )
-    length = data.settings.sequence_length
-    if length > config.max_position_embeddings:
-        raise ConfigError(
-            f"data.sequence_length={length} is longer than the model's {config.max_position_embeddings} positions"
-        )
-    _match_vocabulary(config, data.ready.tokenizer)
-    model = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa")
-    with torch.no_grad():
-        # Start from the corpus' word frequencies instead of learning them: a sign optimizer moves a bias by lr a step,
-        # and log frequencies span a dozen nats, so a short run would spend itself on this alone.
-        model.get_output_embeddings().bias.copy_(data.log_unigram_shares())
-    return model
-
-
-def _match_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
-    config.bos_token_id = config.cls_token_id = tokenizer.cls_token_id
-    config.eos_token_id = config.sep_token_id = tokenizer.sep_token_id
 
 
 def _whole_word(tokens: Tensor, tokenizer: Any) -> int:

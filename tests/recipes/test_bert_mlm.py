@@ -1,52 +1,30 @@
 """The masked language model: its head on hidden tokens, its fixed validation, and the folder it leaves."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, ModernBertConfig, PretrainedConfig, ResNetConfig, pipeline
+from small_bert import LENGTH, batch_of, build
+from transformers import BertConfig, ModernBertConfig, ResNetConfig, pipeline
 
 from lion_lightning.optim import Lion
 from lion_lightning.schedules import cosine
 from lion_lightning.training.errors import ConfigError
-from recipes.bert_mlm.corpus import TextFiles
 from recipes.bert_mlm.data import TextBlocks
 from recipes.bert_mlm.masking import Masking
 from recipes.bert_mlm.module import VALIDATION, VALIDATION_SEED, BertMLM
 from recipes.image_classification.data import ImageArrays
 from recipes.image_classification.sources import Digits
 
-LENGTH = 32
-
 
 @pytest.fixture(scope="module")
-def data(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> TextBlocks:
-    cut = tmp_path_factory.mktemp("text") / "short.txt"
-    cut.write_text(prose.read_text(encoding="utf-8")[:200_000], encoding="utf-8")
-    cache = str(tmp_path_factory.mktemp("cache"))
-    blocks = TextBlocks(
-        TextFiles(str(cut)), batch_size=8, sequence_length=LENGTH, vocab_size=512, val_fraction=0.3, cache_dir=cache
-    )
-    blocks.setup("fit")
+def data(blocks: TextBlocks) -> TextBlocks:
     return blocks
-
-
-def build(
-    data: TextBlocks, seed: int = 1, rate: float = 0.15, kind: type[PretrainedConfig] = BertConfig, **sizes: int
-) -> BertMLM:
-    torch.manual_seed(0)
-    config = kind(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64, **sizes)
-    return BertMLM(config, data, partial(Lion, lr=1e-3), cosine, Masking(rate=rate), seed=seed).eval()
 
 
 @pytest.fixture(scope="module", params=[BertConfig, ModernBertConfig])
 def module(data: TextBlocks, request: pytest.FixtureRequest) -> BertMLM:
     return build(data, kind=request.param)
-
-
-def batch_of(data: TextBlocks, count: int = 4) -> dict[str, torch.Tensor]:
-    return data.val_set.__getitems__([(index, index) for index in range(count)])
 
 
 @torch.no_grad()
