@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lion_lightning.guard.thresholds import Thresholds
+from lion_lightning.guard.window import Window
 
 DEVIATIONS_PER_MAD = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation."""
@@ -134,35 +135,6 @@ class DeviceGate:
         self._history.load_state_dict([state["norms"], state["losses"]])
 
 
-class HostHistory:
-    """The values of the last `size` steps that were accepted, in a ring."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.count = size, 0
-        self._values = [math.inf] * size
-
-    def spread(self) -> tuple[float, float]:
-        """Median, and standard deviation from the median absolute deviation; NaN while empty."""
-        filled = sorted(self._values[: min(self.count, self.size)])
-        if not filled:
-            return math.nan, math.nan
-        middle = (len(filled) - 1) // 2
-        center = filled[middle]
-        return center, DEVIATIONS_PER_MAD * sorted([abs(value - center) for value in filled])[middle]
-
-    def add(self, value: float) -> None:
-        self._values[self.count % self.size] = value
-        self.count += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"values": list(self._values), "count": self.count}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if len(state["values"]) != self.size:
-            raise ValueError(f"thresholds.window={self.size} does not fit the checkpoint's {len(state['values'])}")
-        self._values, self.count = list(state["values"]), state["count"]
-
-
 class HostGate:
     """`DeviceGate` on Python's numbers.
 
@@ -176,7 +148,7 @@ class HostGate:
 
     def forget(self) -> None:
         """The next `armed_after` steps are taken as they come."""
-        self._norms, self._losses = HostHistory(self.thresholds.window), HostHistory(self.thresholds.window)
+        self._norms, self._losses = Window(self.thresholds.window), Window(self.thresholds.window)
 
     def judge(self, norm: float, loss: float) -> Verdict:
         """Judges one step, and remembers it if it is accepted; see `DeviceGate.judge`."""
@@ -193,16 +165,26 @@ class HostGate:
                     history.add(value)
         return Verdict(math.exp(above) if outlier else 1.0, float(skip), norm_z, loss_z)
 
-    def _compare(self, history: HostHistory, value: float, least: float, least_share: float) -> tuple[float, float]:
+    def _compare(self, history: Window, value: float, least: float, least_share: float) -> tuple[float, float]:
         """Distance from the median, and robust z: NaN until the gate is armed."""
         center, deviation = history.spread()
-        deviation = max(deviation, least, least_share * abs(center))
+        deviation = max(DEVIATIONS_PER_MAD * deviation, least, least_share * abs(center))
         armed = history.count >= self.thresholds.armed_after and deviation > 0
         return value - center, (value - center) / deviation if armed else math.nan
 
     def state_dict(self) -> dict[str, Any]:
-        return {"norms": self._norms.state_dict(), "losses": self._losses.state_dict()}
+        return {"norms": _row(self._norms), "losses": _row(self._losses)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._norms.load_state_dict(state["norms"])
-        self._losses.load_state_dict(state["losses"])
+        for window, row in ((self._norms, state["norms"]), (self._losses, state["losses"])):
+            if len(row["values"]) != window.size:
+                raise ValueError(f"thresholds.window={window.size} does not fit the checkpoint's {len(row['values'])}")
+            count, place = row["count"], row["count"] % window.size
+            ring = row["values"]
+            window.load(ring[:count] if count < window.size else ring[place:] + ring[:place])
+
+
+def _row(window: Window) -> dict[str, Any]:
+    """As `History` keeps it, so that a run may move between devices: a ring, filled up with infinity."""
+    values = window.values()
+    return {"values": values + [math.inf] * (window.size - len(values)), "count": len(values)}

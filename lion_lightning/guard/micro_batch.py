@@ -22,4 +22,4 @@ def samples_in(batch: Any) -> int:
 def loss_of(outputs: Any) -> Tensor | None:
     """The loss among what `training_step` returned; None where it returned none, as manual optimization may."""
     loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-    return loss.detach() if isinstance(loss, Tensor) else None
+    return loss if isinstance(loss, Tensor) else None

@@ -1,13 +1,13 @@
 """The rules that look at one run's readings, step by step: plain Python on numbers that are the same on every rank."""
 
 import math
-import statistics
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 from lion_lightning.guard.readings import Reading
 from lion_lightning.guard.thresholds import Thresholds
+from lion_lightning.guard.window import Window
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Poison:
 
     def __init__(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds
-        self._rates: deque[float] = deque(maxlen=thresholds.window)
+        self._rates = Window(thresholds.window)
         self.low_steps = 0
 
     def observe(self, flip_rate: float) -> bool:
@@ -40,11 +40,11 @@ class Poison:
             return False
         limits = self.thresholds
         armed = len(self._rates) >= limits.armed_after
-        if armed and flip_rate < limits.poison_ratio * statistics.median(self._rates):
+        if armed and flip_rate < limits.poison_ratio * self._rates.median():
             self.low_steps += 1
         else:
             self.low_steps = 0
-            self._rates.append(flip_rate)
+            self._rates.add(flip_rate)
         return self.low_steps == limits.poison_steps
 
     def recovered(self) -> None:
@@ -52,10 +52,10 @@ class Poison:
         self.low_steps = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rates": list(self._rates), "low_steps": self.low_steps}
+        return {"rates": self._rates.values(), "low_steps": self.low_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._rates = deque(state["rates"], maxlen=self.thresholds.window)
+        self._rates.load(state["rates"])
         self.low_steps = state["low_steps"]
 
 
@@ -93,7 +93,7 @@ class Divergence:
     def __init__(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds
         self.fast, self.slow = Average(thresholds.fast_half_life), Average(thresholds.slow_half_life)
-        self._differences: deque[float] = deque(maxlen=thresholds.window)
+        self._differences = Window(thresholds.window)
         self._last = math.nan
         self.best = math.inf
         self.high_steps = 0
@@ -103,7 +103,7 @@ class Divergence:
         """What the fast average may not stay above; infinite until there is a best average."""
         if not (math.isfinite(self.best) and self._differences):
             return math.inf
-        deviation = NORMAL_FROM_MEDIAN_DIFFERENCE * statistics.median(self._differences)
+        deviation = NORMAL_FROM_MEDIAN_DIFFERENCE * self._differences.median()
         limits = self.thresholds
         return self.best + max(limits.divergence_sigmas * deviation, limits.divergence_share * abs(self.best))
 
@@ -125,7 +125,7 @@ class Divergence:
         else:
             self.high_steps = 0
             if math.isfinite(last):
-                self._differences.append(abs(loss - last))
+                self._differences.add(abs(loss - last))
             slow = self.slow.add(loss)
             if self.slow.count >= self.thresholds.slow_half_life:
                 self.best = min(self.best, slow)
@@ -135,7 +135,7 @@ class Divergence:
         return {
             "fast": self.fast.state_dict(),
             "slow": self.slow.state_dict(),
-            "differences": list(self._differences),
+            "differences": self._differences.values(),
             "last": self._last,
             "best": self.best,
             "high_steps": self.high_steps,
@@ -144,7 +144,7 @@ class Divergence:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.fast.load_state_dict(state["fast"])
         self.slow.load_state_dict(state["slow"])
-        self._differences = deque(state["differences"], maxlen=self.thresholds.window)
+        self._differences.load(state["differences"])
         self._last, self.best, self.high_steps = state["last"], state["best"], state["high_steps"]
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SAMPLED = ("flips", "signs", "projection", "update_squares", "grad_squares", "dead")
-SUMS = ("loss", "samples", "squares", "micro_squares", "backward_loss", *SAMPLED)
+from lion_lightning.optim.engines.measures import MEASURES
+
+SUMS = ("loss", "samples", "squares", "micro_squares", "backward_loss", *MEASURES)
 """What ranks add up; after these comes one count of non-finite losses for each rank."""
 VERDICT = ("norm", "factor", "skipped", "norm_z", "loss_z")
 """What the gate made of the sums, the same on every rank."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lion_lightning.optim import Lion, bits, views
+from lion_lightning.optim.engines import measures
 
 STRETCHES = 6
 STRETCH_ELEMENTS = 2048
@@ -32,14 +33,43 @@ class SampledCoordinates:
         chosen = [places[int(number * spread)] for number in range(min(STRETCHES, len(places)))]
         dice = random.Random(0)
         self._stretches = [(group, param, *_stretch(param, dice)) for group, param in chosen]
+        self._probe = measures.Probe([(start, stop) for *_, start, stop in self._stretches])
         self._signs: Tensor | None = None
 
     @torch.no_grad()
-    def measure(self) -> dict[str, Tensor]:
-        """Sums over the sample, by the names of `readings.SAMPLED`, float32 of shape ().
+    def measure(self) -> dict[str, Tensor] | dict[str, float]:
+        """Sums over the sample, by the names of `MEASURES`, numbers or float32 of shape ().
 
         Empty without gradients or momentum. To be called when gradients are final and the step is still to come.
         """
+        aimed = self._aim()
+        if aimed is None:
+            return self._measure()
+        if not aimed:
+            self._signs = None
+            return {}
+        if self._signs is None:
+            self._signs = torch.zeros(sum(stop - start for *_, start, stop in self._stretches))
+        return self._probe.measure(self._signs)
+
+    def _aim(self) -> int | None:
+        """Points the probe at what is to be measured; how many stretches that are, None where it is for torch."""
+        aimed = 0
+        for index, (group, param, *_) in enumerate(self._stretches):
+            grad, state = param.grad, self.optimizer.state.get(param)
+            if grad is None or not state:
+                self._probe.aim(index, None, None, 0.0, 0.0)
+                continue
+            exp_avg = state["exp_avg"]
+            plain = "exp_avg_scale" not in state and type(exp_avg) in views.PLAIN_TYPES and param.is_contiguous()
+            if not (plain and measures.fits(grad) and measures.fits(exp_avg)):
+                return None
+            self._probe.aim(index, grad, exp_avg, float(group["betas"][0]), -1.0 if group["maximize"] else 1.0)
+            aimed += 1
+        return aimed
+
+    def _measure(self) -> dict[str, Tensor]:
+        """With torch."""
         pieces = [self._piece(*stretch) for stretch in self._stretches]
         known = next((piece[0] for piece in pieces if piece is not None), None)
         if known is None:

@@ -1,6 +1,7 @@
 """The guard's eyes and hands on one optimizer: it measures a step on the device and gates it there."""
 
 import math
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,8 +16,11 @@ from lion_lightning.guard.sampling import SampledCoordinates
 from lion_lightning.guard.thresholds import Thresholds
 from lion_lightning.guard.warmup import LinearWarmup, WarmupHook
 from lion_lightning.optim import Lion, views
+from lion_lightning.optim.engines import measures
 
 Reduce = Callable[[Tensor], Tensor]
+Grads = dict[Tensor, Tensor]
+"""Gradients by their parameters."""
 Judged = tuple[Any, Verdict, Any]
 """What the host will read, the verdict, and by how much the Trainer is still to clip."""
 SQUARES, BACKWARD_LOSS = SUMS.index("squares"), SUMS.index("backward_loss")
@@ -85,8 +89,8 @@ class OptimizerWatch:
         self.optimizer, self.rank, self.world_size, self.acts = optimizer, rank, world_size, acts
         self._scaled = scaled
         self.warmup = WarmupHook(optimizer, warmup)
-        on_host = views.local(next(iter(self._params()))).device.type == "cpu"
-        self.gate: Any = HostGate(thresholds) if on_host else DeviceGate(thresholds)
+        self._device = views.local(next(iter(self._params()))).device
+        self.gate: Any = (HostGate if self._device.type == "cpu" else DeviceGate)(thresholds)
         self.monitors, self.mailbox = Monitors(thresholds), Mailbox()
         self.sample = SampledCoordinates(optimizer) if isinstance(optimizer, Lion) else None
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
@@ -115,10 +119,9 @@ class OptimizerWatch:
         Returns:
             Whether there were gradients to judge.
         """
-        grads = [param for param in self._params() if param.grad is not None]
-        device = views.local(grads[0] if grads else next(iter(self._params()))).device
+        grads = self._grads()
         judge = self._judge_on_host if isinstance(self.gate, HostGate) else self._judge_on_device
-        vector, verdict, still_to_clip = judge(self._sums(grads, losses, device), reduce, clip_val)
+        vector, verdict, still_to_clip = judge(self._sums(grads, losses), reduce, clip_val)
         self.mailbox.post(vector, facts)
         if grads and self.acts:
             self._gate(verdict, still_to_clip)
@@ -136,8 +139,7 @@ class OptimizerWatch:
         return numbers, verdict, norm / judged if judged else 1.0
 
     def _judge_on_device(self, sums: list[Any], reduce: Reduce, clip_val: float | None) -> Judged:
-        device = next(value.device for value in sums if isinstance(value, Tensor))
-        vector = reduce(torch.stack([_scalar(value, device) for value in sums]))
+        vector = reduce(torch.stack([_scalar(value, self._device) for value in sums]))
         norm = vector[SQUARES].sqrt()
         judged = norm if clip_val is None else torch.where(norm.isfinite(), norm.clamp(max=clip_val), norm)
         verdict = self.gate.judge(judged, vector[BACKWARD_LOSS])
@@ -181,24 +183,30 @@ class OptimizerWatch:
         tensors = [views.local(tensor) for tensor in floats if tensor.is_floating_point()]
         return torch.stack([tensor.isfinite().all().cpu() for tensor in tensors]).all()
 
-    def squared_norm(self) -> Tensor:
-        """Of the gradients of this process as they are now, shape ()."""
-        params = [param for param in self._params() if param.grad is not None]
-        return self._whole_squares(params, _grads(params))
+    def squared_norm(self) -> Tensor | float:
+        """Of the gradients of this process as they are now, a number or of shape ()."""
+        return self._whole_squares(self._grads())
 
     def _params(self) -> Iterable[Tensor]:
         return (param for group in self.optimizer.param_groups for param in group["params"])
 
-    def _sums(self, params: list[Tensor], losses: Losses, device: torch.device) -> list[Any]:
+    def _grads(self) -> Grads:
+        """Looked up once a step: in a small model that is what takes the time."""
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        return {param: grad for param in params if (grad := param.grad) is not None}
+
+    def _sums(self, grads: Grads, losses: Losses) -> list[Any]:
         """Scalars, by the names of `readings.SUMS` and then one for each rank; numbers or tensors of shape ()."""
-        sharded = [param for param in params if param in self._sharded] if self._sharded else []
-        whole = [param for param in params if param not in self._sharded] if sharded else params
-        # A tensor tells the device where there are no gradients at all.
-        squares = torch.zeros((), device=device)
+        whole, sharded = grads, Grads()
+        if self._sharded:
+            whole = {param: grad for param, grad in grads.items() if param not in self._sharded}
+            sharded = {param: views.local_grad(grads[param], param) for param in grads if param in self._sharded}
+        # On a GPU a tensor tells the device where there are no gradients at all.
+        squares: Tensor | float = 0.0 if isinstance(self.gate, HostGate) else torch.zeros((), device=self._device)
         if sharded:
-            squares = squares + self._sharded_squares(sharded, [_local_grad(param) for param in sharded])
+            squares = squares + self._sharded_squares(sharded)
         if whole:  # every rank has it
-            squares = squares + self._whole_squares(whole, _grads(whole)) / self.world_size
+            squares = squares + self._whole_squares(whole) / self.world_size
         share = losses.share or 1.0
         parts: dict[str, Any] = {
             "loss": losses.total,
@@ -207,7 +215,7 @@ class OptimizerWatch:
             # Gradients of a tail are divided by more than there is: nothing to compare with that of one micro-batch.
             "micro_squares": losses.micro_square / self.world_size if share > 0.999 else math.nan,
             # Without gradients there is no step to gate: the loss of the step before is what divergence goes by.
-            "backward_loss": losses.backward / (share * self.world_size) if params else math.nan,
+            "backward_loss": losses.backward / (share * self.world_size) if grads else math.nan,
             **(self.sample.measure() if self.sample is not None else {}),
         }
         bad: list[Any] = [0.0] * self.world_size
@@ -221,14 +229,13 @@ class OptimizerWatch:
         if on_host and not verdict.skip and verdict.factor == 1:
             return
         if self._takes_scalars:
-            device = next(iter(self._params())).device
-            self.optimizer.found_inf = _scalar(verdict.skip, device)  # type: ignore[attr-defined]
-            self.optimizer.grad_scale = _scalar(verdict.factor, device)  # type: ignore[attr-defined]
+            self.optimizer.found_inf = _scalar(verdict.skip, self._device)  # type: ignore[attr-defined]
+            self.optimizer.grad_scale = _scalar(verdict.factor, self._device)  # type: ignore[attr-defined]
         elif float(verdict.skip):  # an optimizer without such inputs: on a GPU this waits for the device
             for param in () if self._scaled else self._params():  # a GradScaler skips by itself, and must see why
                 param.grad = None
         elif float(verdict.factor) != 1:
-            torch._foreach_div_(_grads(list(self._params())), verdict.factor * still_to_clip)
+            torch._foreach_div_(list(self._grads().values()), verdict.factor * still_to_clip)
 
     def _forget_verdict(self) -> None:
         if self._takes_scalars:
@@ -266,41 +273,43 @@ class OptimizerWatch:
             self.sample.forget()
 
 
-def _grads(params: list[Tensor]) -> list[Tensor]:
-    return [param.grad for param in params if param.grad is not None]
-
-
-def _local_grad(param: Tensor) -> Tensor:
-    assert param.grad is not None
-    return views.local_grad(param.grad, param)
-
-
 class SquareSum:
-    """Sum of squares of many tensors, float32 of shape (). Small ones are copied together: one call for all of them."""
+    """Sum of squares of many tensors, a number or of shape (). Small ones are done together: one call for all."""
 
     def __init__(self) -> None:
         self._known: list[int] = []
         self._small: list[int] = []
         self._large: list[int] = []
+        self._small_sizes = array("q")
 
-    def __call__(self, params: list[Tensor], grads: list[Tensor]) -> Tensor:
-        """Of `grads`, which belong to `params` one by one."""
-        if (seen := list(map(id, params))) != self._known:
+    def __call__(self, grads_of: Grads) -> Tensor | float:
+        grads = list(grads_of.values())
+        if (seen := list(map(id, grads_of))) != self._known:
             self._sort(grads)
             self._known = seen
-        parts = []
+        parts: list[Tensor | float] = []
         if self._large:
-            parts = [norm.float().square() for norm in torch._foreach_norm([grads[i] for i in self._large], 2.0)]
+            parts += [norm.float().square() for norm in torch._foreach_norm([grads[i] for i in self._large], 2.0)]
         if self._small:
-            together = torch._utils._flatten_dense_tensors([grads[i] for i in self._small])
-            parts.append(together.dot(together))
-        return parts[0] if len(parts) == 1 else torch.stack([part.to(parts[0].device) for part in parts]).sum()
+            parts.append(self._of_small([grads[i] for i in self._small]))
+        if len(parts) == 1:
+            return parts[0]
+        device = grads[0].device
+        return torch.stack([_scalar(part, device) for part in parts]).sum()
 
     def _sort(self, grads: list[Tensor]) -> None:
         fits = [grad.numel() < SMALL_ELEMENTS and grad.dtype == torch.float32 for grad in grads]
         one_device = len({grad.device for grad in grads}) == 1
         self._small = [i for i, small in enumerate(fits) if small and one_device]
         self._large = [i for i, small in enumerate(fits) if not (small and one_device)]
+        self._small_sizes = array("q", [grads[i].numel() for i in self._small])
+
+    def _of_small(self, grads: list[Tensor]) -> Tensor | float:
+        squares = measures.square_sum(grads, self._small_sizes)
+        if squares is not None:
+            return squares
+        together = torch._utils._flatten_dense_tensors(grads)
+        return together.dot(together)
 
 
 def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
@@ -311,10 +320,9 @@ def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
 
 def _mean(loss: Tensor) -> Tensor | float:
     """A number where reading it is free."""
-    loss = loss.detach()
-    if loss.device.type == "cpu" and loss.numel() == 1:
+    if loss.is_cpu and loss.numel() == 1:
         return loss.item()
-    return loss.float().mean()
+    return loss.detach().float().mean()
 
 
 def _is_nonfinite(value: Tensor | float) -> Tensor | float:

@@ -11,8 +11,22 @@ from lion_lightning.guard.monitors import Poison
 from lion_lightning.guard.sampling import STRETCH_ELEMENTS, STRETCHES, SampledCoordinates
 from lion_lightning.guard.thresholds import Thresholds
 from lion_lightning.optim import bits
+from lion_lightning.optim.engines import measures
 
 SHAPES = [(64, 96), (64,), (4096,), (300,)]
+
+
+@pytest.fixture(autouse=True, params=["measures.c", "torch"])
+def by(request, monkeypatch):
+    """Whoever works the sums out."""
+    if request.param == "torch":
+        monkeypatch.setattr(measures, "fits", lambda tensor: False)
+    return request.param
+
+
+def share(measured):
+    """Rate of flips, NaN where nothing could be compared."""
+    return float(measured["flips"] / measured["signs"]) if measured["signs"] else math.nan
 
 
 def parameters(seed=1, shapes=SHAPES, dtype=torch.float32):
@@ -170,7 +184,7 @@ def test_a_gradient_that_is_not_finite_flips_nothing_and_is_not_counted():
         measured = sample.measure()
         optimizer.step()
         if number > 1:
-            rates.append(float(measured["flips"] / measured["signs"]))
+            rates.append(share(measured))
     assert math.isnan(rates[1]), "nothing could be compared"
     assert rates[0] > 0.02
     assert rates[3] > 0.02
@@ -187,8 +201,7 @@ def test_a_row_of_nan_steps_is_not_taken_for_a_poisoned_momentum():
         measured = sample.measure()
         optimizer.step()
         if measured:
-            share = float(measured["flips"] / measured["signs"])  # NaN where nothing could be compared
-            assert not poison.observe(share), f"step {number}"
+            assert not poison.observe(share(measured)), f"step {number}"
 
 
 def test_the_sample_is_spread_over_large_parameters_and_bounded():
@@ -245,3 +258,17 @@ def test_a_parameter_without_a_gradient_does_not_hide_the_others():
     unused = sum(stop - start for _, param, start, stop in sample._stretches if param is params[2])
     assert 0 < unused < sampled
     assert 0.5 * (sampled - unused) < float(measured["signs"]) <= sampled - unused
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_compiled"), [(torch.float32, True), (torch.bfloat16, True), (torch.float64, False)]
+)
+def test_what_measures_c_can_read_it_reads(by, monkeypatch, dtype, is_compiled):
+    calls = []
+    monkeypatch.setattr(measures.Probe, "measure", lambda *arguments: calls.append(arguments) or {})
+    params = [nn.Parameter(torch.randn(64, 96).to(dtype))]
+    sample = SampledCoordinates(Lion(params, lr=1e-3))
+    params[0].grad = torch.randn(64, 96).to(dtype)
+    sample.optimizer.step()
+    sample.measure()
+    assert len(calls) == int(is_compiled and by == "measures.c")

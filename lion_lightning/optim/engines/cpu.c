@@ -312,3 +312,5 @@ void lion_step(const Task *tasks, int64_t task_count, int64_t chunk_count, int64
 }
 
 int64_t lion_task_bytes(void) { return sizeof(Task); }
+
+#include "measures.c"

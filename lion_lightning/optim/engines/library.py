@@ -19,7 +19,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu.c")
-INCLUDED = SOURCE.with_name("storage.c")
+INCLUDED = SOURCE.with_name("storage.c"), SOURCE.with_name("measures.c")
 FLAGS = ("-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd")
 COMPILE_TIMEOUT_SECONDS = 120
 STALE_SECONDS = 60
@@ -39,12 +39,16 @@ def load() -> ctypes.CDLL | None:
 
 
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Declares the two functions of cpu.c; an AttributeError where they are missing."""
+    """Declares the functions of cpu.c and measures.c; an AttributeError where one is missing."""
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.lion_step.argtypes = (pointer, number, number, pointer, pointer)
     library.lion_step.restype = None
     library.lion_task_bytes.argtypes = ()
     library.lion_task_bytes.restype = number
+    library.lion_square_sum.argtypes = (pointer, pointer, number)
+    library.lion_square_sum.restype = ctypes.c_double
+    library.lion_measure.argtypes = (pointer, number, pointer)
+    library.lion_measure.restype = None
     return library
 
 
@@ -53,7 +57,7 @@ def installed() -> Path:
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = SOURCE.with_name("_cpu" + suffix)
         # An editable installation keeps its extension when the source is edited. A wheel writes both within seconds.
-        newest = max(source.stat().st_mtime for source in (SOURCE, INCLUDED))
+        newest = max(source.stat().st_mtime for source in (SOURCE, *INCLUDED))
         if path.exists() and path.stat().st_mtime > newest - STALE_SECONDS:
             return path
     raise FileNotFoundError("not built with the package")
@@ -65,7 +69,7 @@ def cached() -> Path:
     if compiler is None:
         raise FileNotFoundError("no C compiler (cc, gcc, clang or $CC)")
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=COMPILE_TIMEOUT_SECONDS, check=True)
-    sources = SOURCE.read_bytes(), INCLUDED.read_bytes()
+    sources = (file.read_bytes() for file in (SOURCE, *INCLUDED))
     parts = (*sources, version.stdout, " ".join(FLAGS).encode(), platform.machine().encode())
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     path = folder() / f"cpu-{digest}.so"

@@ -1,0 +1,85 @@
+/* Included by cpu.c: what is asked about gradients before a step; see measures.py.
+ *
+ * Sums are taken in float over short runs of elements, and added up in double. */
+
+enum { RUN = 512, FLIPS = 0, SIGNS, PROJECTION, UPDATE_SQUARES, GRAD_SQUARES, DEAD, MEASURES };
+
+/* A stretch of one tensor's elements: must match _STRETCH in measures.py field for field. */
+typedef struct {
+    const char *grad, *exp_avg; /* NULL where there is none: it has no sign */
+    float *signs;
+    int64_t count, grad_type, exp_avg_type;
+    double beta1, rest1, direction;
+} Stretch;
+
+INLINE int shorter(int64_t left) { return (int)(left < RUN ? left : RUN); }
+
+INLINE const float *decoded(const char *source, int64_t type, int64_t start, int length, float *value) {
+    if (type == FLOAT32) return (const float *)source + start;
+    for (int i = 0; i < length; i++) value[i] = number((uint32_t)((const uint16_t *)source)[start + i] << 16);
+    return value;
+}
+
+INLINE float sign_of(float value) { return (float)((value > 0) - (value < 0)); }
+
+static double exact_squares(const float *source, int count) {
+    double total = 0;
+    for (int i = 0; i < count; i++) total += (double)source[i] * source[i];
+    return total;
+}
+
+CLONES static double squares(const float *source, int64_t count) {
+    double total = 0;
+    for (int64_t start = 0; start < count; start += RUN) {
+        const float *run = source + start;
+        int length = shorter(count - start);
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < length; i++) sum += run[i] * run[i];
+        /* Squares that leave float's range, or lose themselves at its lower end. */
+        total += sum > 1e-30f && sum < 1e30f ? sum : exact_squares(run, length);
+    }
+    return total;
+}
+
+/* Sum of squares of float32 arrays. */
+double lion_square_sum(const float *const *arrays, const int64_t *counts, int64_t count) {
+    double total = 0;
+    for (int64_t i = 0; i < count; i++) total += squares(arrays[i], counts[i]);
+    return total;
+}
+
+INLINE void measure_run(const Stretch *at, int64_t start, double *sums) {
+    float beta1 = (float)at->beta1, rest1 = (float)at->rest1, direction = (float)at->direction, values[2][RUN];
+    float agree = 0, both = 0, projection = 0, moved = 0, grad_squares = 0, alive = 0;
+    int length = shorter(at->count - start);
+    float *restrict signs = at->signs + start;
+    const float *restrict grads = decoded(at->grad, at->grad_type, start, length, values[0]);
+    const float *restrict momenta = decoded(at->exp_avg, at->exp_avg_type, start, length, values[1]);
+#pragma omp simd reduction(+ : agree, both, projection, moved, grad_squares, alive)
+    for (int i = 0; i < length; i++) {
+        float grad = direction * grads[i], sign = sign_of(momenta[i] * beta1 + grad * rest1);
+        float square = sign * sign, product = sign * signs[i], gradient_sign = sign_of(grad);
+        signs[i] = sign;
+        agree += product;
+        both += product * product;
+        projection += sign * grad;
+        moved += square;
+        grad_squares += grad * grad;
+        alive += square * gradient_sign * gradient_sign;
+    }
+    sums[FLIPS] += (both - agree) / 2, sums[SIGNS] += both, sums[PROJECTION] += projection;
+    sums[UPDATE_SQUARES] += moved, sums[GRAD_SQUARES] += grad_squares, sums[DEAD] += moved - alive;
+}
+
+CLONES static void measure(const Stretch *at, double *sums) {
+    for (int64_t start = 0; start < at->count; start += RUN) measure_run(at, start, sums);
+}
+
+/* Adds to `sums`, and puts the signs of the coming update in the place of those of the one before. */
+void lion_measure(const Stretch *stretches, int64_t count, double *sums) {
+    for (const Stretch *at = stretches; at < stretches + count; at++) {
+        if (!at->grad) memset(at->signs, 0, sizeof(float) * (size_t)at->count);
+        else measure(at, sums);
+    }
+}
