@@ -1,18 +1,26 @@
-"""Images for classification, as a LightningDataModule: decoded once, then memory-mapped uint8."""
+"""Images for classification, as a LightningDataModule: decoded once where they fit, else by the loader's processes."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from lion_lightning.training.cache import cached_folder, default_cache
 from lion_lightning.training.data import StreamDataModule
-from recipes.image_classification.sources import Images, ImageSource, ImageSplits
+from lion_lightning.training.errors import ConfigError
+from recipes.image_classification.arrays import Images, ImageSplits, load, pixel_file, save
+from recipes.image_classification.decoding import Broken, DecodedWhenAsked, decode
+from recipes.image_classification.sources import ImageSource, PictureSplits
 
-FORMAT_VERSION = 2  # raise it when what is written to the cache changes
+FORMAT_VERSION = 3  # raise it when what is written to the cache changes
+BYTES_PER_GIB = 2**30
+STATISTICS_FROM_ARRAYS, STATISTICS_FROM_PICTURES = 10_000, 512
+ON_THE_HOST = ("sample", "unreadable")  # what only the host asks for: read from the device it would wait for all of it
 
 
 class ImageDataset(Dataset):
@@ -35,13 +43,15 @@ class ImageDataset(Dataset):
 
 
 class ImageArrays(StreamDataModule):
-    """Images of one size, decoded once and cached.
+    """Images of one size: decoded once and kept as arrays, or decoded again each time where that would be too large.
 
     Args:
         source: where the images come from.
         batch_size, num_workers, seed, limit_train_samples: see `StreamDataModule`.
         cache_dir: where decoded images are kept; None for `lion_lightning` in the user's cache folder.
         path, image_size: what the source was told; the summary shows the path.
+        decoded_gib: images that take more than this once decoded are not kept decoded. Each is then decoded by the
+            loader's processes when it is asked for, in training as a random part of the picture.
     """
 
     def __init__(
@@ -55,54 +65,141 @@ class ImageArrays(StreamDataModule):
         cache_dir: str | None = None,
         path: str | None = None,
         image_size: int | None = None,
+        decoded_gib: float = 16.0,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, limit_train_samples)
-        self.source, self.path = source, path
+        self.source, self.path, self.decoded_gib = source, path, decoded_gib
         self.cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
-        self.splits: ImageSplits | None = None
+        self.classes: tuple[str, ...] = ()
+        self.notes: dict[str, str] = {}
+        self.unreadable = 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ImageArrays":
+        return self  # a copy of a model, such as an average of its weights, looks at the same images
+
+    @override
     def prepare_data(self) -> None:
         self.setup("fit")
 
+    @override
     def setup(self, stage: str) -> None:
-        if self.splits is None:
-            key = f"{FORMAT_VERSION} {self.source.fingerprint()}"
-            folder, self._reused = cached_folder(self.cache, key, self._write)
-            classes = tuple(json.loads((folder / "classes.json").read_text(encoding="utf-8")))
-            self.splits = ImageSplits(_read(folder, "train"), _read(folder, "val"), classes)
-            self.train_set, self.val_set = ImageDataset(self.splits.train), ImageDataset(self.splits.val)
+        if self.classes:
+            return
+        key = f"{FORMAT_VERSION} {self.source.fingerprint()}"
+        self.cache.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.cache / "images.lock"):  # the ranks of a machine decode once, not all at the same time
+                folder, reused = cached_folder(self.cache, key, self._write)
+        except _TooLarge as found:
+            self._decode_when_asked(found.splits)
+        else:
+            self._use(load(folder), "from the cache" if reused else "decoded just now")
 
     def _write(self, folder: Path) -> None:
-        splits = self.source.load()
-        for name, images in (("train", splits.train), ("val", splits.val)):
-            np.save(folder / f"{name}-pixels.npy", images.pixels)
-            np.save(folder / f"{name}-labels.npy", images.labels)
-        (folder / "classes.json").write_text(json.dumps(splits.classes), encoding="utf-8")
+        opened = self.source.open()
+        save(folder, self._decoded(opened, folder) if isinstance(opened, PictureSplits) else opened)
+
+    def _decoded(self, splits: PictureSplits, folder: Path) -> ImageSplits:
+        size, pictures = splits.size, {"train": splits.train, "val": splits.val}
+        if sum(map(len, pictures.values())) * 3 * size**2 > self.decoded_gib * BYTES_PER_GIB:
+            raise _TooLarge(splits)
+        images, notes = {}, dict(splits.notes)
+        for name, encoded in pictures.items():
+            file = pixel_file(folder, name)
+            try:
+                labels, broken = decode(encoded, file, size, splits.max_broken)
+            except ConfigError as error:
+                raise ConfigError(f"data.path={self.path}: {error}") from error
+            if not len(labels):
+                raise ConfigError(f"data.path={self.path}: none of the {len(encoded)} {name} images can be read")
+            images[name] = Images(np.load(file, mmap_mode="r"), labels)
+            notes |= _left_out(name, broken, len(encoded))
+        return ImageSplits(images["train"], images["val"], splits.classes, notes)
+
+    def _use(self, splits: ImageSplits, made: str) -> None:
+        self.splits, self.made = splits, made
+        self.classes, self.notes = splits.classes, dict(splits.notes)
+        self.image_shape = tuple(splits.train.pixels.shape[1:])
+        self.train_set, self.val_set = ImageDataset(splits.train), ImageDataset(splits.val)
+
+    def _decode_when_asked(self, splits: PictureSplits) -> None:
+        self.made = f"decoded when asked for: over {self.decoded_gib:g} GiB otherwise"
+        self.classes, self.notes, self.max_broken = splits.classes, dict(splits.notes), splits.max_broken
+        self.image_shape = (3, splits.size, splits.size)
+        self.train_set = DecodedWhenAsked(splits.train, splits.size, seed=self.seed)
+        self.val_set = DecodedWhenAsked(splits.val, splits.size, share=splits.share)
+        self._for_statistics = DecodedWhenAsked(splits.train, splits.size, share=splits.share)
 
     @property
     def ready(self) -> ImageSplits:
-        """The images; RuntimeError before `setup`."""
-        if self.splits is None:
-            raise RuntimeError("call setup('fit') first")
+        """The decoded images; RuntimeError before `setup`, and where images are decoded when asked for."""
+        if not hasattr(self, "splits"):
+            raise RuntimeError("no decoded images: call setup('fit') first" if not self.classes else self.made)
         return self.splits
+
+    @override
+    def val_dataloader(self) -> Any:
+        ranks, size = self._trainer().world_size, len(self.val_set)  # type: ignore[arg-type]
+        if size < ranks:
+            raise ConfigError(f"{size} validation images are too few for {ranks} processes; each needs at least one")
+        return super().val_dataloader()
+
+    @override
+    def transfer_batch_to_device(
+        self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Tensor]:
+        if "unreadable" in batch:
+            self._count_unreadable(int(batch["unreadable"].sum()))
+        kept = {name: batch[name] for name in ON_THE_HOST if name in batch}
+        moved = {name: value for name, value in batch.items() if name not in kept}
+        return {**super().transfer_batch_to_device(moved, device, dataloader_idx), **kept}
+
+    def _count_unreadable(self, found: int) -> None:
+        self.unreadable += found
+        if self.unreadable > self.max_broken:
+            raise ConfigError(
+                f"data.path={self.path}: over {self.max_broken} images cannot be read; the warnings name them"
+            )
 
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start of a run."""
-        channels, height, width = self.ready.train.pixels.shape[1:]
-        made = "from the cache" if self._reused else "decoded just now"
-        names = ", ".join(self.ready.classes[:10]) + (", ..." if len(self.ready.classes) > 10 else "")
+        channels, height, width = self.image_shape
+        names = ", ".join(self.classes[:10]) + (", ..." if len(self.classes) > 10 else "")
+        counts = f"{len(self.train_set):,} for training, {len(self.val_set):,} for validation"  # type: ignore[arg-type]
         return {
-            "images": f"{len(self.ready.train):,} for training, {len(self.ready.val):,} for validation ({made})",
+            "images": f"{counts} ({self.made})",
             "size": f"{width} x {height} pixels, {channels} channel{'s' if channels > 1 else ''}",
-            "classes": f"{len(self.ready.classes)}: {names}",
+            "classes": f"{len(self.classes)}: {names}",
+            **self.notes,
         }
+
+    def validation_pixels(self, indices: list[int]) -> np.ndarray:
+        """Validation images, uint8 (images, channels, height, width)."""
+        batch = self.val_set.__getitems__([(index, index) for index in indices])  # type: ignore[attr-defined]
+        return batch["pixels"].numpy()
 
     def pixel_statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel of the training images, in units of 0 to 1."""
-        sample = self.ready.train.pixels[:10_000].astype(np.float32) / 255
+        if hasattr(self, "splits"):
+            pixels = self.splits.train.pixels[:STATISTICS_FROM_ARRAYS]
+        else:
+            numbers = np.linspace(0, len(self._for_statistics) - 1, STATISTICS_FROM_PICTURES).astype(int).tolist()
+            batch = self._for_statistics.__getitems__([(number, number) for number in dict.fromkeys(numbers)])
+            pixels = batch["pixels"][~batch["unreadable"]].numpy()
+        sample = pixels.astype(np.float32) / 255
         return sample.mean((0, 2, 3)).tolist(), sample.std((0, 2, 3)).clip(min=1e-3).tolist()
 
 
-def _read(folder: Path, name: str) -> Images:
-    labels = np.load(folder / f"{name}-labels.npy")
-    return Images(np.load(folder / f"{name}-pixels.npy", mmap_mode="r"), labels)
+class _TooLarge(Exception):
+    """The images do not fit decoded; nothing has been written."""
+
+    def __init__(self, splits: PictureSplits) -> None:
+        self.splits = splits
+
+
+def _left_out(name: str, broken: Broken, count: int) -> dict[str, str]:
+    """A line on the pictures of a set that cannot be read."""
+    if not broken:
+        return {}
+    shown = "; ".join(line for _, line in broken[:3]) + (" ..." if len(broken) > 3 else "")
+    return {f"left out ({name})": f"{len(broken):,} of {count:,} images cannot be read: {shown}"}

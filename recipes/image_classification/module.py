@@ -1,26 +1,39 @@
 """Image classification with a `transformers` model, as a LightningModule."""
 
-from collections.abc import Sequence
+import math
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from kornia.augmentation import AugmentationSequential, RandomCrop, RandomHorizontalFlip
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torchmetrics import MeanMetric
-from transformers import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    AutoModelForImageClassification,
-    PretrainedConfig,
-    ViTImageProcessorPil,
-)
+from PIL import Image as Picture
+from torch import Tensor
+from transformers import PretrainedConfig, ViTImageProcessorPil
+from typing_extensions import override
 
 from lion_lightning.mixin import LionMixin, OptimizerFactory
 from lion_lightning.schedules import Schedule
 from lion_lightning.training.errors import ConfigError
+from recipes.image_classification.augmentation import Augmentation, mixed_cross_entropy
 from recipes.image_classification.data import ImageArrays
+from recipes.image_classification.drawing import draw_confusion, draw_mistakes
+from recipes.image_classification.metrics import Mistake, ValidationMetrics, WorstMistakes
+from recipes.image_classification.models import build_model, forward_flops
+
+BACKWARD_AND_FORWARD = 3  # times the operations of the forward pass: two more matrix products for each
+LOOKED_AT, AT_A_TIME = 1_000, 100  # validation images that are shown to a model that has never been validated
+
+
+@dataclass(frozen=True)
+class Validated:
+    """What the last validation found, over all processes."""
+
+    step: int
+    confusion: np.ndarray | None
+    mistakes: list[Mistake]
 
 
 class ImageClassifier(LionMixin, LightningModule):
@@ -32,9 +45,9 @@ class ImageClassifier(LionMixin, LightningModule):
         data: the images, after `setup`.
         optimizer_factory, schedule: see `LionMixin`.
         label_smoothing: share of the target that is spread over all classes.
-        crop_padding: pixels of padding for a random crop; 0 for none.
-        flip: whether half of the images are mirrored.
+        test_time_flip: whether validation takes the mean of what is said to an image and to its mirror image.
         seed: keys the augmentation.
+        augmentation: see `Augmentation`.
     """
 
     mean: Tensor
@@ -47,23 +60,23 @@ class ImageClassifier(LionMixin, LightningModule):
         optimizer_factory: OptimizerFactory,
         schedule: Schedule,
         label_smoothing: float = 0.0,
-        crop_padding: int = 0,
-        flip: bool = False,
+        test_time_flip: bool = False,
         seed: int = 1,
+        **augmentation: Any,
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"recipe.module.label_smoothing must be in [0, 1), got {label_smoothing}")
-        if not isinstance(crop_padding, int) or crop_padding < 0:
-            raise ConfigError(f"recipe.module.crop_padding must be a whole number of at least 0, got {crop_padding!r}")
-        self.optimizer_factory, self.schedule = optimizer_factory, schedule
-        self.label_smoothing, self.seed, self.data = label_smoothing, seed, data
+        self.optimizer_factory, self.schedule, self.data = optimizer_factory, schedule, data
+        self.label_smoothing, self.test_time_flip = label_smoothing, test_time_flip
         self.model = build_model(config, data)
         mean, std = data.pixel_statistics()
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
-        self.augmentation = build_augmentation(tuple(data.ready.train.pixels.shape[-2:]), crop_padding, flip)
-        self.val_loss, self.val_top1 = MeanMetric(), MeanMetric()
+        self.augmentation = Augmentation(data.image_shape[-2:], seed, **augmentation)
+        self.metrics = ValidationMetrics(len(data.classes))
+        self.validated: Validated | None = None
+        self._first_sample: int | None = None
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Scores (batch, classes) of uint8 images (batch, channels, height, width)."""
@@ -73,31 +86,39 @@ class ImageClassifier(LionMixin, LightningModule):
         """Zero mean and unit deviation per channel, from images in [0, 1]."""
         return (images - self.mean) / self.std
 
-    def augment(self, batch: dict[str, Tensor]) -> Tensor:
-        """Augmented images in [0, 1]; a pure function of (seed, the batch's first sample number)."""
-        images = batch["pixels"].float() / 255
-        if self.augmentation is None:
-            return images
-        devices = [images.device] if images.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self.seed * 1_000_003 + int(batch["sample"][0]))
-            return self.augmentation(images)
+    @override
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        # Still on the host here; DistributedDataParallel moves it to the device, which would then be waited for.
+        self._first_sample = int(batch["sample"][0])
 
+    def augment(self, batch: dict[str, Tensor]) -> tuple[Tensor, float]:
+        """Augmented images in [0, 1] and the share of their own class, by (seed, the batch's first sample number)."""
+        first = int(batch["sample"][0]) if self._first_sample is None else self._first_sample
+        self._first_sample = None
+        return self.augmentation(batch["pixels"].float() / 255, first)
+
+    @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logits = self.model(pixel_values=self.normalize(self.augment(batch))).logits
-        loss = cross_entropy(logits.float(), batch["labels"], label_smoothing=self.label_smoothing)
+        images, share = self.augment(batch)
+        logits = self.model(pixel_values=self.normalize(images)).logits
+        loss = mixed_cross_entropy(logits.float(), batch["labels"], share, self.label_smoothing)
         self.log("train/loss", loss)
         return loss
 
+    @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         logits = self(batch["pixels"]).float()
-        self.val_loss.update(cross_entropy(logits, batch["labels"], reduction="none"))
-        self.val_top1.update((logits.argmax(-1) == batch["labels"]).float())
+        if self.test_time_flip:
+            mirrored = self(batch["pixels"].flip(-1)).float()
+            logits = torch.logaddexp(logits.log_softmax(-1), mirrored.log_softmax(-1)) - math.log(2)
+        self.metrics.update(logits, batch["labels"], batch["sample"])
 
+    @override
     def on_validation_epoch_end(self) -> None:
-        self.log_dict({"val/loss": self.val_loss.compute(), "val/top1": self.val_top1.compute()})
-        self.val_loss.reset()
-        self.val_top1.reset()
+        self.log_dict(self.metrics.compute())
+        confusion, mistakes = self.metrics.confusion_matrix(), self.metrics.worst.compute()
+        self.validated = Validated(self.trainer.global_step, confusion, mistakes)
+        self.metrics.reset()
 
     # What `training.run` asks of every recipe.
 
@@ -109,74 +130,73 @@ class ImageClassifier(LionMixin, LightningModule):
     def tokens_per_sample(self) -> int | None:
         return None
 
+    def flops_per_sample(self) -> int:
+        """Floating-point operations that the model needs to learn from one image: forward and backward."""
+        return BACKWARD_AND_FORWARD * self._forward_flops
+
+    @cached_property
+    def _forward_flops(self) -> int:
+        return forward_flops(self.model, self.data.image_shape)
+
     def export(self, folder: Path, card: str) -> None:
         """Write a Hugging Face folder that `pipeline("image-classification")` opens, with `card` as its README."""
         self.model.save_pretrained(folder)
-        height, width = self.data.ready.train.pixels.shape[-2:]
+        height, width = self.data.image_shape[-2:]
         ViTImageProcessorPil(
             size={"height": height, "width": width},
             image_mean=self.mean.flatten().tolist(),
             image_std=self.std.flatten().tolist(),
         ).save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
+        for name, pixels in self.pictures().items():
+            Picture.fromarray(pixels).save(folder / f"{name}.png")
 
     def showcase(self) -> list[str]:
-        """The most confident mistakes on up to 1,000 validation images."""
-        seen, mistakes = self._mistakes(count=3)
+        """The mistakes that the model was surest of."""
+        seen, mistakes = self._mistakes()
         if not mistakes:
-            return [f"all of the first {seen} validation images are right"]
+            return [f"all of the {'' if self.validated else 'first '}{seen} validation images are right"]
+        classes = self.data.classes
         return [
-            f"a mistake: image {index} is {truth}, taken for {guess} with {share:.0%}"
-            for index, truth, guess, share in mistakes
+            f"a mistake: image {found.image} is {classes[found.label]}, taken for {classes[found.guess]} "
+            f"with {found.share:.0%}"
+            for found in mistakes[:3]
         ]
 
     def predictions(self) -> tuple[list[str], list[list[Any]]]:
         """A table of more of them with their pictures, for the log."""
-        pixels = self.data.ready.val.pixels
-        rows = [[pixels[index].transpose(1, 2, 0), *rest] for index, *rest in self._mistakes(count=20)[1]]
+        mistakes, classes = self._mistakes()[1], self.data.classes
+        pixels = list(self.data.validation_pixels([found.image for found in mistakes])) if mistakes else []
+        rows = [
+            [image.transpose(1, 2, 0), classes[found.label], classes[found.guess], found.share]
+            for image, found in zip(pixels, mistakes, strict=True)
+        ]
         return ["image", "class", "guess", "share"], rows
 
-    @torch.no_grad()
-    def _mistakes(self, count: int) -> tuple[int, list[tuple[int, str, str, float]]]:
-        """Images looked at, and for the most confident mistakes: index, class, guess and the guess's share."""
-        images, classes = self.data.ready.val, self.data.ready.classes
-        shares, guesses = self(torch.tensor(images.pixels[:1000]).to(self.device)).softmax(-1).max(-1)
-        labels = torch.tensor(images.labels[:1000]).to(self.device)
-        wrong = (guesses != labels).nonzero().flatten()
-        worst = wrong[shares[wrong].argsort(descending=True)][:count].tolist()
-        return len(labels), [(i, classes[labels[i]], classes[guesses[i]], float(shares[i])) for i in worst]
+    def pictures(self) -> dict[str, np.ndarray]:
+        """What the last validation found, drawn: `confusion_matrix` and `worst_mistakes`; uint8 (height, width, 3)."""
+        if self.validated is None:
+            return {}
+        classes, after = self.data.classes, f"validation after step {self.validated.step:,}"
+        drawn = {}
+        if self.validated.confusion is not None:
+            drawn["confusion_matrix"] = draw_confusion(self.validated.confusion, classes, after)
+        if mistakes := self.validated.mistakes:
+            captions = [(f"is {classes[m.label]}", f"{m.share:.0%} {classes[m.guess]}") for m in mistakes]
+            pixels = self.data.validation_pixels([found.image for found in mistakes])
+            drawn["worst_mistakes"] = draw_mistakes(pixels, captions, f"surest mistakes, {after}")
+        return drawn
 
-
-def build_model(config: PretrainedConfig, data: ImageArrays) -> Any:
-    """The classifier of `config`, sized for the data.
-
-    Raises:
-        ConfigError: the configuration has no image-classification head, or its patches do not fit the images.
-    """
-    if not isinstance(data, ImageArrays):
-        raise ConfigError(
-            f"recipe=image_classification trains on images, not on {type(data).__name__}; try data=digits"
-        )
-    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        raise ConfigError(
-            f"recipe=image_classification needs a model with an image-classification head, not {config.model_type}; "
-            "try model=vit_micro or model=resnet18"
-        )
-    channels, height, width = data.ready.train.pixels.shape[1:]
-    patch = getattr(config, "patch_size", 1)
-    if height % patch or width % patch:
-        raise ConfigError(f"model.config.patch_size={patch} does not divide the images of {width} x {height} pixels")
-    config.num_channels, config.image_size = channels, height
-    config.id2label = dict(enumerate(data.ready.classes))
-    config.label2id = {name: index for index, name in config.id2label.items()}
-    return AutoModelForImageClassification.from_config(config)
-
-
-def build_augmentation(size: Sequence[int], crop_padding: int, flip: bool) -> nn.Module | None:
-    """Kornia's random crop and mirror on batches in [0, 1]; None if neither is wanted."""
-    steps: list[Any] = []
-    if crop_padding:
-        steps.append(RandomCrop((size[0], size[1]), padding=crop_padding))
-    if flip:
-        steps.append(RandomHorizontalFlip(p=0.5))
-    return AugmentationSequential(*steps, data_keys=["input"]) if steps else None
+    def _mistakes(self) -> tuple[int, list[Mistake]]:
+        """Images looked at, and the surest mistakes of the last validation; or of a look at some images now."""
+        count = len(self.data.val_set)  # type: ignore[arg-type]
+        if self.validated is not None:
+            return count, self.validated.mistakes
+        worst, count = WorstMistakes().to(self.device), min(count, LOOKED_AT)
+        for start in range(0, count, AT_A_TIME):
+            pairs = [(index, index) for index in range(start, min(start + AT_A_TIME, count))]
+            batch = self.data.val_set.__getitems__(pairs)  # type: ignore[attr-defined]
+            with torch.no_grad():
+                shares = self(batch["pixels"].to(self.device)).softmax(-1)
+            worst.update(shares, batch["labels"].to(self.device), batch["sample"])
+        return count, worst.compute()

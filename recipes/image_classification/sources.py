@@ -1,52 +1,47 @@
-"""Image sources: each yields decoded images of one size, as uint8 arrays with labels and class names.
+"""Image sources: the embedded digits, pictures on disk, and data sets of the Hugging Face hub.
 
-Adding a source is a class with `fingerprint()` and `load()`, and a file in conf/data/.
+Adding a source is a class with `fingerprint()` and `open()`, and a file in conf/data/.
 """
 
-import io
-import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
-from PIL import Image as Picture
+from datasets import DatasetDict, Image, load_dataset
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from lion_lightning.training.errors import ConfigError
+from recipes.image_classification.arrays import Images, ImageSplits, held_out
+from recipes.image_classification.decoding import Pictures
+from recipes.image_classification.labels import class_indices, class_names, class_notes, find_columns
 
-log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-MAX_PIXELS = 64_000_000  # a larger picture is a mistake or an attack; it is skipped and counted
-VAL_SHARE_SEED = 20_230_213
+IMAGE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS)
+VALIDATION_NAMES = ("validation", "val", "test")
+ABOUT_IMAGES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # that the loader of folders reads
 
 
 @dataclass(frozen=True)
-class Images:
-    """Decoded images.
+class PictureSplits:
+    """Pictures for training and validation that are not decoded yet.
 
     Attributes:
-        pixels: uint8 (count, channels, height, width).
-        labels: int64 (count,).
+        size: pixels on each side once they are.
+        max_broken: so many that cannot be decoded are left out; more are an error.
+        share: of the shorter side that validation sees, where pictures are decoded when asked for.
+        notes: what was noticed about the data, as lines for people.
     """
 
-    pixels: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True)
-class ImageSplits:
-    """A training and a validation set of the same classes."""
-
-    train: Images
-    val: Images
+    train: Pictures
+    val: Pictures
     classes: tuple[str, ...]
+    size: int
+    max_broken: int
+    share: float
+    notes: Mapping[str, str]
 
 
 class ImageSource(Protocol):
@@ -56,8 +51,8 @@ class ImageSource(Protocol):
         """A string that changes whenever the images would."""
         ...
 
-    def load(self) -> ImageSplits:
-        """Decode everything; the same images in the same order each time."""
+    def open(self) -> ImageSplits | PictureSplits:
+        """The images, decoded or not; the same in the same order each time."""
         ...
 
 
@@ -74,12 +69,13 @@ class Digits:
     def fingerprint(self) -> str:
         return f"digits {self.val_fraction}"
 
-    def load(self) -> ImageSplits:
+    def open(self) -> ImageSplits:
         with np.load(HERE / "digits.npz") as stored:
             # As RGB, since that is what the models' image processors make of any picture.
-            everything = Images(np.repeat(stored["pixels"][:, None], 3, axis=1), stored["labels"].astype(np.int64))
-        train, val = hold_out(everything, self.val_fraction)
-        return ImageSplits(train, val, tuple(str(digit) for digit in range(10)))
+            pixels, labels = np.repeat(stored["pixels"][:, None], 3, axis=1), stored["labels"].astype(np.int64)
+        kept, held = held_out(len(labels), self.val_fraction)
+        classes = tuple(str(digit) for digit in range(10))
+        return ImageSplits(Images(pixels[kept], labels[kept]), Images(pixels[held], labels[held]), classes)
 
 
 class ImageFiles:
@@ -92,148 +88,180 @@ class ImageFiles:
         path: the folder, or one parquet file.
         image_size: pictures are resized to this many pixels on the shorter side, and the middle square is taken.
         val_fraction: share held out where there is no validation set.
-        max_broken: so many pictures that cannot be decoded are skipped; more are an error.
+        max_broken: so many pictures that cannot be decoded are left out; more are an error.
+        label: the label column; None finds it.
+        val_share: of the shorter side that validation sees, where pictures are decoded when asked for.
 
     Raises:
         ConfigError: nothing usable is there.
     """
 
     def __init__(
-        self, path: str | None, image_size: int = 32, val_fraction: float = 0.1, max_broken: int = 100
+        self,
+        path: str | None,
+        image_size: int = 32,
+        val_fraction: float = 0.1,
+        max_broken: int = 100,
+        label: str | None = None,
+        val_share: float = 1.0,
     ) -> None:
         if not path:
-            raise ConfigError(
-                "data=image_files needs data.path=: an image folder, or parquet files in the hub's schema"
-            )
+            raise ConfigError("data.path=null: it must be an image folder, or parquet files in the hub's schema")
+        if not isinstance(image_size, int) or image_size < 1:
+            raise ConfigError(f"data.image_size must be a whole number of at least 1, got {image_size!r}")
+        if not 0 < val_share <= 1:
+            raise ConfigError(f"data.source.val_share must be in (0, 1], got {val_share}")
         self.path = Path(path).expanduser()
-        if not self.path.exists():
-            raise ConfigError(f"data.path={path}: there is no such file or folder")
         self.image_size, self.val_fraction, self.max_broken = image_size, val_fraction, max_broken
-        self.files = sorted(self.path.rglob("*.parquet")) if self.path.is_dir() else [self.path]
-        self.is_parquet = bool(self.files)
-        if not self.is_parquet:
-            self.files = sorted(file for file in self.path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        self.label, self.val_share = label, val_share
+        self._find_files()
+
+    def _find_files(self) -> None:
+        if not self.path.exists():
+            raise ConfigError(f"data.path={self.path}: there is no such file or folder")
+        found = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
+        parquet = [file for file in found if file.suffix == ".parquet" and file.name not in ABOUT_IMAGES]
+        self.is_parquet = bool(parquet) or self.path.is_file()
+        self.files = parquet or [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
         if not self.files:
-            raise ConfigError(f"data.path={path}: no parquet file and no image in it")
+            raise ConfigError(f"data.path={self.path}: no parquet file and no image in it")
+        known = {*self.files, *(file for file in found if file.name in ABOUT_IMAGES or file.name.startswith("."))}
+        self.others = [file for file in found if file.is_file() and file not in known]
 
     def fingerprint(self) -> str:
         stats = ((file.resolve(), file.stat()) for file in self.files)
         listed = " ".join(f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats)
-        return f"image_files {self.image_size} {self.val_fraction} {self.max_broken} {listed}"
+        settings = f"{self.image_size} {self.val_fraction} {self.max_broken} {self.label} {len(self.others)}"
+        return f"image_files {settings} {listed}"
 
-    def load(self) -> ImageSplits:
-        splits = self._open()
-        train_name, val_name = "train" if "train" in splits else next(iter(splits)), _validation_name(splits)
-        image, label = _columns(splits[train_name])
-        classes = _class_names(splits[train_name], label)
-        train = self._decode(splits[train_name], image, label, classes)
-        if val_name is None or val_name == train_name:
-            train, val = hold_out(train, self.val_fraction)
-        else:
-            val = self._decode(splits[val_name], image, label, classes)
-        if not len(train) or not len(val):
-            raise ConfigError(
-                f"data.path={self.path}: {len(train)} training and {len(val)} validation images; need both"
-            )
-        return ImageSplits(train, val, classes)
+    def open(self) -> PictureSplits:
+        notes = {}
+        if self.others:
+            name = self.others[0].relative_to(self.path)
+            notes["not read"] = f"{len(self.others):,} files that are no images, the first of them {name}"
+        try:
+            return self._pictures(self._load(), notes)
+        except ConfigError as error:
+            raise ConfigError(f"data.path={self.path}: {error}") from error
 
-    def _open(self) -> DatasetDict:
-        if not self.is_parquet:
-            return load_dataset("imagefolder", data_dir=str(self.path), drop_labels=False)
+    def _load(self) -> DatasetDict:
         files: dict[str, list[str]] = {}
         for file in self.files:
-            files.setdefault(_split_of(file), []).append(str(file))
-        return load_dataset("parquet", data_files=files)
+            inside = file.relative_to(self.path) if self.path.is_dir() else Path(file.name)
+            files.setdefault(_split_of(inside), []).append(str(file))
+        try:
+            if not self.is_parquet:
+                return load_dataset("imagefolder", data_dir=str(self.path), drop_labels=False)
+            return load_dataset("parquet", data_files=files)
+        except Exception as error:  # of pyarrow, fsspec and datasets, none with a common base
+            raise ConfigError(f"cannot be read: {_root_cause(error)}") from error
 
-    def _decode(self, dataset: Dataset, image: str, label: str, classes: Sequence[str]) -> Images:
-        pixels: list[np.ndarray] = []
-        labels: list[int] = []
-        broken: list[str] = []
-        for number, row in enumerate(dataset.cast_column(image, Image(decode=False))):
-            try:
-                decoded = _square(row[image], self.image_size)
-            except (OSError, ValueError, Picture.DecompressionBombError) as error:
-                broken.append(f"{(row[image] or {}).get('path') or f'image {number}'}: {error}")
-                self._check_broken(broken)
-            else:
-                pixels.append(decoded)
-                labels.append(_class_index(row[label], classes, number, label))
-        if broken:
-            log.warning("%d of %d images are left out: %s", len(broken), len(dataset), "; ".join(broken[:3]))
-        shape = (0, 3, self.image_size, self.image_size)
-        return Images(np.stack(pixels) if pixels else np.empty(shape, np.uint8), np.array(labels, np.int64))
-
-    def _check_broken(self, broken: Sequence[str]) -> None:
-        if len(broken) > self.max_broken:
-            raise ConfigError(
-                f"data.path={self.path}: over {self.max_broken} images cannot be read, the last of them {broken[-1]}"
-            )
+    def _pictures(self, splits: DatasetDict, notes: Mapping[str, str]) -> PictureSplits:
+        return pictures_of(
+            splits, self.image_size, self.val_fraction, self.max_broken, self.label, self.val_share, notes
+        )
 
 
-def hold_out(images: Images, fraction: float) -> tuple[Images, Images]:
-    """Split off a share of the images, always the same ones: (kept, held out)."""
-    if not 0 < fraction < 1:
-        raise ConfigError(f"data.val_fraction must be between 0 and 1, got {fraction}")
-    order = np.random.default_rng(VAL_SHARE_SEED).permutation(len(images))
-    held, kept = np.sort(order[: round(fraction * len(images))]), np.sort(order[round(fraction * len(images)) :])
-    return Images(images.pixels[kept], images.labels[kept]), Images(images.pixels[held], images.labels[held])
+class HubImages(ImageFiles):
+    """A data set of the Hugging Face hub, or its parquet files in a folder.
+
+    Args:
+        dataset: its name, such as `uoft-cs/cifar10`.
+        path: a folder with its parquet files; None fetches them, once.
+        gated: whether its terms must be accepted first, by a person who is logged in.
+        revision: a commit, tag or branch of it.
+        image_size, max_broken, label, val_share: see `ImageFiles`.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        path: str | None = None,
+        image_size: int = 32,
+        max_broken: int = 100,
+        label: str | None = None,
+        val_share: float = 1.0,
+        gated: bool = False,
+        revision: str = "main",
+    ) -> None:
+        self.dataset, self.gated, self.revision, self.fetched = dataset, gated, revision, path is None
+        super().__init__(path or dataset, image_size, max_broken=max_broken, label=label, val_share=val_share)
+
+    def _find_files(self) -> None:
+        self.others: list[Path] = []
+        if not self.fetched:
+            super()._find_files()
+
+    def fingerprint(self) -> str:
+        if not self.fetched:
+            return super().fingerprint()
+        return f"hub {self.dataset} {self.revision} {self.image_size} {self.max_broken} {self.label}"
+
+    def open(self) -> PictureSplits:
+        if not self.fetched:
+            return super().open()
+        try:
+            splits = load_dataset(self.dataset, revision=self.revision)
+        except Exception as error:  # of the network, the hub and the cache, none with a common base
+            raise ConfigError(self._advice(error)) from error
+        return self._pictures(splits, {})
+
+    def _advice(self, error: Exception) -> str:
+        login = f"accept its terms at huggingface.co/datasets/{self.dataset} and run `hf auth login`, or "
+        return (
+            f"data: {self.dataset} cannot be had from the Hugging Face hub ({_root_cause(error)}); "
+            f"{login if self.gated else ''}set data.path= to a folder with its parquet files"
+        )
+
+
+def pictures_of(
+    splits: DatasetDict,
+    size: int,
+    val_fraction: float,
+    max_broken: int,
+    label: str | None,
+    share: float,
+    notes: Mapping[str, str],
+) -> PictureSplits:
+    """The pictures of a dataset with a training set and, if it has one, a validation set.
+
+    Raises:
+        ConfigError: a column is missing, an image has no class, or nothing is left for one of the two sets.
+    """
+    train_name = "train" if "train" in splits else next(iter(splits))
+    val_name = next((name for name in VALIDATION_NAMES if name in splits and name != train_name), None)
+    image, label = find_columns(splits[train_name], label)
+    classes = class_names(splits[train_name], label)
+
+    def pictures(name: str) -> Pictures:
+        if {image, label} - set(splits[name].column_names):
+            raise ConfigError(f"the {name} files have no column {image} or {label}, which the training files have")
+        rows = splits[name].cast_column(image, Image(decode=False))
+        return Pictures(rows, image, class_indices(rows, label, classes, name))
+
+    train = pictures(train_name)
+    if val_name is None:
+        kept, held = held_out(len(train), val_fraction)
+        train, val = train.subset(kept), train.subset(held)
+    else:
+        val = pictures(val_name)
+    if not len(train) or not len(val):
+        raise ConfigError(f"{len(train)} training and {len(val)} validation images; need both")
+    told = {**notes, **class_notes(train.labels, val.labels, classes)}
+    return PictureSplits(train, val, classes, size, max_broken, share, told)
 
 
 def _split_of(file: Path) -> str:
-    found = re.match(r"(test|validation|val)(?![a-z])", file.name.lower())
-    return found[1] if found else "train"
+    """By the name of the file, else of the folder it is in: `test-00000.parquet`, `default/test/0000.parquet`."""
+    for name in reversed(file.parts):
+        found = re.match(r"(train|test|validation|val)(?![a-z])", name.lower())
+        if found:
+            return found[1]
+    return "train"
 
 
-def _validation_name(splits: Mapping[str, Any]) -> str | None:
-    return next((name for name in ("validation", "val", "test") if name in splits), None)
-
-
-def _columns(dataset: Dataset) -> tuple[str, str]:
-    """The names of the image and of the label column."""
-    images = [name for name, feature in dataset.features.items() if _is_image(feature)]
-    labels = [name for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
-    labels += [name for name in ("label", "labels", "fine_label") if name in dataset.features and name not in labels]
-    if not images or not labels:
-        raise ConfigError(f"needs an image column and a label column, found {', '.join(dataset.column_names)}")
-    return images[0], labels[0]
-
-
-def _is_image(feature: Any) -> bool:
-    return isinstance(feature, Image) or (isinstance(feature, dict) and {"bytes", "path"} <= feature.keys())
-
-
-def _class_names(dataset: Dataset, label: str) -> tuple[str, ...]:
-    feature = dataset.features[label]
-    if isinstance(feature, ClassLabel):
-        return tuple(feature.names)
-    values = {value for value in dataset[label] if value is not None}
-    if isinstance(feature, Value) and feature.dtype.startswith(("int", "uint")):
-        return tuple(str(value) for value in range(max(values) + 1))
-    return tuple(sorted(str(value) for value in values))
-
-
-def _class_index(value: Any, classes: Sequence[str], number: int, column: str) -> int:
-    index = value if isinstance(value, int) else classes.index(value) if value in classes else -1
-    if not 0 <= index < len(classes):
-        raise ConfigError(
-            f"image {number} has {column}={value!r}, which is none of the {len(classes)} training classes"
-        )
-    return index
-
-
-def _square(stored: Mapping[str, Any] | None, size: int) -> np.ndarray:
-    """Decode to uint8 (3, size, size): shorter side resized, middle square."""
-    if not stored or not (stored["bytes"] or stored["path"]):
-        raise ValueError("there is no picture")
-    source = io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]
-    with Picture.open(source) as opened:
-        if opened.width * opened.height > MAX_PIXELS:
-            raise ValueError(f"{opened.width}x{opened.height} is over {MAX_PIXELS:,} pixels")
-        picture = opened.convert("RGB")
-    if picture.size != (size, size):
-        scale = size / min(picture.size)
-        width, height = (max(size, round(side * scale)) for side in picture.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        resized = picture.resize((width, height), Picture.Resampling.BICUBIC)
-        picture = resized.crop((left, top, left + size, top + size))
-    return np.asarray(picture).transpose(2, 0, 1).copy()
+def _root_cause(error: BaseException) -> str:
+    """The first line of what lies at the bottom: the libraries wrap it in sentences about themselves."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (f"{type(error).__name__}: {error}".splitlines() or [type(error).__name__])[0]

@@ -14,9 +14,10 @@ from lion_lightning.schedules import cosine
 from lion_lightning.training.errors import ConfigError
 from recipes.bert_mlm.corpus import PythonDocs
 from recipes.bert_mlm.data import TextBlocks
+from recipes.image_classification.arrays import Images, ImageSplits
 from recipes.image_classification.data import ImageArrays
 from recipes.image_classification.module import ImageClassifier
-from recipes.image_classification.sources import Digits, Images, ImageSplits
+from recipes.image_classification.sources import Digits
 
 
 class Noise:
@@ -28,7 +29,7 @@ class Noise:
     def fingerprint(self) -> str:
         return f"noise {self.size}"
 
-    def load(self) -> ImageSplits:
+    def open(self) -> ImageSplits:
         draw = np.random.default_rng(0)
         pixels = draw.integers(0, 256, (40, 3, self.size, self.size), dtype=np.uint8)
         labels = np.arange(40) % 4
@@ -91,30 +92,30 @@ def test_the_input_has_zero_mean_and_unit_deviation(digits: ImageArrays) -> None
 def test_augmentation_is_a_function_of_seed_and_position(noise: ImageArrays) -> None:
     module = build(vit(), noise, crop_padding=2, flip=True, seed=1)
     before = torch.random.get_rng_state()
-    first = module.augment(batch_of(noise))
+    first = module.augment(batch_of(noise))[0]
     torch.manual_seed(5)
-    assert torch.equal(module.augment(batch_of(noise)), first)
-    assert not torch.equal(module.augment(batch_of(noise, position=8)), first)
-    assert not torch.equal(build(vit(), noise, crop_padding=2, flip=True, seed=2).augment(batch_of(noise)), first)
+    assert torch.equal(module.augment(batch_of(noise))[0], first)
+    assert not torch.equal(module.augment(batch_of(noise, position=8))[0], first)
+    assert not torch.equal(build(vit(), noise, crop_padding=2, flip=True, seed=2).augment(batch_of(noise))[0], first)
     torch.random.set_rng_state(before)
-    module.augment(batch_of(noise))
+    module.augment(batch_of(noise))[0]
     assert torch.equal(torch.random.get_rng_state(), before), "augmentation draws from the global generator"
 
 
 def test_augmentation_moves_and_mirrors_pictures_within_their_range(noise: ImageArrays) -> None:
     batch = batch_of(noise, 32)
     plain = batch["pixels"].float() / 255
-    mirrored = build(vit(), noise, flip=True).augment(batch)
+    mirrored = build(vit(), noise, flip=True).augment(batch)[0]
     flips = [torch.allclose(seen, kept.flip(-1)) for seen, kept in zip(mirrored, plain, strict=True)]
     stays = [torch.allclose(seen, kept) for seen, kept in zip(mirrored, plain, strict=True)]
     assert all(flip != stay for flip, stay in zip(flips, stays, strict=True))
     assert 5 < sum(flips) < 27
-    cropped = build(vit(), noise, crop_padding=2).augment(batch)
+    cropped = build(vit(), noise, crop_padding=2).augment(batch)[0]
     assert cropped.shape == plain.shape
     assert not torch.allclose(cropped, plain)
     assert cropped.min() >= 0
     assert cropped.max() <= 1
-    assert torch.equal(build(vit(), noise).augment(batch), plain)
+    assert torch.equal(build(vit(), noise).augment(batch)[0], plain)
 
 
 def test_the_loss_is_smoothed_cross_entropy(noise: ImageArrays) -> None:
@@ -133,7 +134,7 @@ def test_validation_counts_right_answers_over_uneven_batches(noise: ImageArrays)
         for start in (0, 5, 10, 15, 20, 25, 30):
             pairs = [(index, index) for index in range(start, min(start + 5, 32))]
             module.validation_step(noise.train_set.__getitems__(pairs), 0)
-    assert float(module.val_top1.compute()) == pytest.approx((guesses.numpy() == images.labels).mean())
+    assert float(module.metrics.compute()["val/top1"]) == pytest.approx((guesses.numpy() == images.labels).mean())
 
 
 @pytest.mark.parametrize("config", [vit(2), resnet()], ids=["vit", "resnet"])

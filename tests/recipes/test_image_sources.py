@@ -1,85 +1,30 @@
-"""Image sources: digits, folders and parquet files in the hub's schema, and pictures that cannot be read."""
+"""Image sources: digits, folders and parquet files in the hub's schema, and what is kept of them."""
 
-import io
-import logging
-import struct
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from lion_lightning.training.errors import ConfigError
+from recipes.image_classification.arrays import held_out
 from recipes.image_classification.data import ImageArrays
-from recipes.image_classification.sources import Digits, ImageFiles, Images, ImageSplits, hold_out
-
-CLASSES = ("cat", "dog", "owl")
-COLORS = {"cat": (200, 10, 10), "dog": (10, 200, 10), "owl": (10, 10, 200)}
-
-
-def picture(name: str, size: tuple[int, int] = (10, 10), mode: str = "RGB") -> Image.Image:
-    return Image.new("RGB", size, COLORS[name]).convert(mode)
-
-
-def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind)
-    return stream.getvalue()
-
-
-def giant() -> bytes:
-    """A valid PNG of 100 million pixels in a hundred kilobytes."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 10_000, 10_000, 1, 0, 0, 0, 0)
-    rows = zlib.compress(bytes(10_000 * (1 + 1250)), 9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
-def colors_agree(images: Images, classes: Sequence[str]) -> bool:
-    """Whether each picture has the color of the class that its label names."""
-    expected = np.array([COLORS[classes[label]] for label in images.labels])
-    return bool(np.abs(images.pixels.mean((2, 3)) - expected).max() < 3)
-
-
-def write_folder(root: Path, counts: dict[str, int], size: tuple[int, int] = (10, 10), kind: str = "png") -> Path:
-    for name, count in counts.items():
-        (root / name).mkdir(parents=True, exist_ok=True)
-        for number in range(count):
-            picture(name, size).save(root / name / f"{number}.{kind}")
-    return root
-
-
-def hub_dataset(names: Sequence[str], column: str = "label") -> datasets.Dataset:
-    """What `push_to_hub` uploads for an image classification set: an Image and a ClassLabel column."""
-    features = datasets.Features({"image": datasets.Image(), column: datasets.ClassLabel(names=list(CLASSES))})
-    rows = {"image": [picture(name) for name in names], column: [CLASSES.index(name) for name in names]}
-    return datasets.Dataset.from_dict(rows, features=features)
-
-
-def write_parquet(file: Path, blobs: Sequence[bytes | None], labels: Any, column: str = "label") -> Path:
-    """A parquet file without the hub's notes on its columns, as pandas or Spark would leave it."""
-    image = pa.array(
-        [{"bytes": blob, "path": None} for blob in blobs], pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    )
-    pq.write_table(pa.table({"image": image, column: labels}), file)
-    return file
-
-
-def load(path: Path, **settings: Any) -> ImageSplits:
-    return ImageFiles(str(path), **{"image_size": 8, "val_fraction": 0.25, **settings}).load()
+from recipes.image_classification.sources import Digits, ImageFiles
+from tests.recipes.written_images import (
+    CLASSES,
+    colors_agree,
+    encoded,
+    hub_dataset,
+    load,
+    picture,
+    write_folder,
+    write_parquet,
+)
 
 
 def test_digits_are_the_embedded_1797() -> None:
-    splits = Digits(0.2).load()
+    splits = Digits(0.2).open()
     assert (len(splits.train), len(splits.val)) == (1438, 359)
     assert splits.train.pixels.shape[1:] == (3, 8, 8)
     assert (splits.train.pixels == splits.train.pixels[:, :1]).all(), "grey, as RGB"
@@ -91,20 +36,19 @@ def test_digits_are_the_embedded_1797() -> None:
 
 
 def test_held_out_images_are_the_same_each_time_and_no_others() -> None:
-    everything = Images(np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1), np.arange(100))
-    kept, held = hold_out(everything, 0.3)
-    again_kept, again_held = hold_out(everything, 0.3)
-    assert sorted([*kept.labels, *held.labels]) == list(range(100))
+    kept, held = held_out(100, 0.3)
+    again_kept, again_held = held_out(100, 0.3)
+    assert sorted([*kept, *held]) == list(range(100))
     assert len(held) == 30
-    assert np.array_equal(held.labels, again_held.labels)
-    assert np.array_equal(kept.pixels.ravel(), kept.labels)
-    assert np.array_equal(again_kept.labels, kept.labels)
+    assert sorted(held) == held.tolist() != list(range(30))
+    assert np.array_equal(held, again_held)
+    assert np.array_equal(again_kept, kept)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2.0])
 def test_a_bad_share_is_named(fraction: float) -> None:
     with pytest.raises(ConfigError, match=f"data.val_fraction must be between 0 and 1, got {fraction}"):
-        Digits(fraction).load()
+        Digits(fraction).open()
 
 
 def test_a_folder_of_class_folders(tmp_path: Path) -> None:
@@ -185,84 +129,6 @@ def test_parquet_with_bare_numbers_for_labels(tmp_path: Path, dtype: pa.DataType
     assert sorted([*splits.train.labels, *splits.val.labels]) == sorted(numbers)
 
 
-def test_a_class_that_only_validation_has_is_an_error(tmp_path: Path) -> None:
-    blobs = [encoded(picture("cat"))] * 4
-    write_parquet(tmp_path / "train.parquet", blobs, pa.array(["cat", "dog"] * 2))
-    write_parquet(tmp_path / "test.parquet", blobs, pa.array(["cat", "dog", "owl", "cat"]))
-    with pytest.raises(ConfigError, match="image 2 has label='owl', which is none of the 2 training classes"):
-        load(tmp_path)
-
-
-def test_a_class_folder_that_only_validation_has_keeps_its_name(tmp_path: Path) -> None:
-    write_folder(tmp_path / "train", {"cat": 4, "owl": 4})
-    write_folder(tmp_path / "test", {"cat": 1, "dog": 1, "owl": 1})
-    splits = load(tmp_path)
-    assert splits.classes == CLASSES
-    assert colors_agree(splits.val, splits.classes)
-    assert colors_agree(splits.train, splits.classes)
-
-
-def test_a_missing_label_column_is_an_error_that_lists_the_columns(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "train.parquet", [encoded(picture("cat"))] * 4, pa.array([1.0] * 4), column="weight")
-    with pytest.raises(ConfigError, match="needs an image column and a label column, found image, weight"):
-        load(tmp_path)
-
-
-def test_a_parquet_file_without_images_is_an_error(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": ["a"], "label": [0]}), tmp_path / "train.parquet")
-    with pytest.raises(ConfigError, match="needs an image column and a label column, found text, label"):
-        load(tmp_path)
-
-
-def test_an_unlabelled_image_is_an_error(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "train.parquet", [encoded(picture("cat"))] * 4, pa.array([0, 1, None, 0]))
-    with pytest.raises(ConfigError, match="image 2 has label=None"):
-        load(tmp_path)
-
-
-BROKEN = {
-    "no picture": b"this is no picture",
-    "cut off": encoded(Image.effect_noise((64, 64), 80))[:900],
-    "only a header": encoded(picture("cat"))[:20],
-    "a wrong checksum": encoded(picture("cat"))[:-20] + bytes(20),
-    "empty": b"",
-    "null": None,
-    "100 million pixels": giant(),
-}
-
-
-@pytest.mark.parametrize("kind", BROKEN)
-@pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")
-def test_a_broken_picture_is_skipped_and_counted(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    names = ["cat", "dog", "owl", "dog"] * 3
-    blobs: list[bytes | None] = [encoded(picture(name)) for name in names]
-    blobs[5] = BROKEN[kind]
-    write_parquet(tmp_path / "train.parquet", blobs, pa.array(names))
-    with caplog.at_level(logging.WARNING):
-        splits = load(tmp_path)
-    assert len(splits.train) + len(splits.val) == 11
-    assert colors_agree(splits.train, CLASSES), "labels slipped by one"
-    assert colors_agree(splits.val, CLASSES)
-    assert "1 of 12 images" in caplog.text
-
-
-def test_broken_files_in_a_folder_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_folder(tmp_path, {"cat": 6, "dog": 6})
-    (tmp_path / "dog" / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    with caplog.at_level(logging.WARNING):
-        splits = load(tmp_path)
-    assert "3.png" in caplog.text
-    assert colors_agree(splits.train, splits.classes)
-
-
-def test_too_many_broken_pictures_are_an_error(tmp_path: Path) -> None:
-    blobs = [b"broken"] * 3 + [encoded(picture("cat"))] * 9
-    write_parquet(tmp_path / "train.parquet", blobs, pa.array(["cat"] * 12))
-    assert len(load(tmp_path, max_broken=3).train) > 0
-    with pytest.raises(ConfigError, match=r"2 images cannot be read, the last .*image 2"):
-        load(tmp_path, max_broken=2)
-
-
 @pytest.mark.parametrize("size", [(40, 10), (10, 40), (3, 3), (8, 8), (9, 8), (1000, 3)])
 def test_the_middle_square_of_a_picture_is_taken(tmp_path: Path, size: tuple[int, int]) -> None:
     """White in the middle square, black beside it."""
@@ -292,18 +158,6 @@ def test_pictures_of_any_mode_become_rgb(tmp_path: Path, mode: str) -> None:
     assert pixels.min() == 255
 
 
-@pytest.mark.parametrize("path", [None, "", "/nowhere"])
-def test_a_missing_path_is_named(path: str | None) -> None:
-    with pytest.raises(ConfigError, match=r"data\.path="):
-        ImageFiles(path)
-
-
-def test_an_empty_folder_is_named(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(ConfigError, match="no parquet file and no image in it"):
-        ImageFiles(str(tmp_path))
-
-
 def test_decoded_images_are_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path / "pictures", {"cat": 8, "dog": 8})
 
@@ -319,7 +173,7 @@ def test_decoded_images_are_kept_and_found_again(tmp_path: Path, monkeypatch: py
     picture("cat").save(tmp_path / "pictures" / "cat" / "new.png")
     changed = prepared()
     assert len(changed.ready.train) + len(changed.ready.val) == 17
-    monkeypatch.setattr(ImageFiles, "load", None)
+    monkeypatch.setattr(ImageFiles, "open", None)
     second = prepared()
     assert np.array_equal(second.ready.train.pixels, changed.ready.train.pixels)
     assert second.ready.classes == first.ready.classes == ("cat", "dog")
@@ -336,6 +190,6 @@ def test_pixel_statistics_are_those_of_the_training_images() -> None:
     data = ImageArrays(Digits(), batch_size=4)
     data.setup("fit")
     mean, std = data.pixel_statistics()
-    pixels = Digits().load().train.pixels.astype(np.float64) / 255
+    pixels = Digits().open().train.pixels.astype(np.float64) / 255
     assert mean == pytest.approx([pixels.mean()] * 3, rel=1e-4)
     assert std == pytest.approx([pixels.std()] * 3, rel=1e-4)

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lion_lightning.training.checkpoint_io import load
 from lion_lightning.training.redaction import HIDDEN, redacted, redacted_argument, redacted_text
 from lion_lightning.training.sharded_files import load_sharded
-from recipes.image_classification.sources import _square
+from recipes.image_classification.pictures import square
 
 CANARY = "canary" + "9d4f" * 6
 SECRETS = {  # how a secret gets on a command line
@@ -185,7 +185,7 @@ def test_a_picture_bomb_is_refused_before_it_is_decoded(side: int) -> None:
     assert len(data) < 10_000
     tracemalloc.start()
     with pytest.raises((ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        _square({"bytes": data, "path": None}, 32)
+        square({"bytes": data, "path": None}, 32)
     assert tracemalloc.get_traced_memory()[1] < 50_000_000
     tracemalloc.stop()
     assert Image.open(io.BytesIO(bomb(100))).size == (100, 100), "the pictures are none"
