@@ -6,7 +6,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lion_lightning.training.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +47,46 @@ def cached_folder(cache: Path, key: str, write: Callable[[Path], None]) -> tuple
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder, False
+
+
+def resumable_folder(cache: Path, key: str, write: Callable[[Path], None]) -> tuple[Path, bool]:
+    """Like `cached_folder`, for what takes long: an interrupted `write` is called again and finds what it had written.
+
+    Only one process at a time writes, the others wait for it: its lock ends with the process, however that ends.
+
+    Args:
+        cache: made if missing.
+        key: everything the content depends on, in one string.
+        write: fills the folder it is given, which may hold a part of it already. After a ConfigError nothing is kept.
+
+    Returns:
+        The folder, and whether it was there already.
+    """
+    name = hashlib.blake2b(key.encode(), digest_size=10).hexdigest()
+    folder, unfinished = cache / name, cache / f"unfinished-{name}"
+    if folder.is_dir():
+        return folder, True
+    (cache / "locks").mkdir(parents=True, exist_ok=True)
+    with _locked(cache / "locks" / name):
+        if folder.is_dir():
+            return folder, True
+        unfinished.mkdir(exist_ok=True)
+        try:
+            write(unfinished)
+        except ConfigError:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        os.rename(unfinished, folder)
+    return folder, False
+
+
+def _locked(path: Path) -> AbstractContextManager[Any]:
+    lock = FileLock(path)
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        log.info("waiting for another process that prepares the same data")
+        return lock.acquire()
 
 
 def _publish(temporary: Path, folder: Path) -> None:

@@ -1,13 +1,13 @@
 """StreamDataModule: what the data modules of all recipes share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lion_lightning.training.errors import ConfigError
-from lion_lightning.training.sampler import StreamBatchSampler
+from lion_lightning.training.sampler import StepValues, StreamBatchSampler, StreamOrder
 from lion_lightning.training.signals import outlive_stop_signals
 
 VAL_BATCH_FACTOR = 2  # validation keeps no gradients, so twice the batch fits
@@ -25,13 +25,20 @@ class StreamDataModule(pl.LightningDataModule):
         num_workers: processes that load; 0 loads in the main process, the fastest for memory-mapped data.
         seed: keys the order of the training samples.
         limit_train_samples: train on the first so many samples only; None for all.
+        batch_schedule: (first optimizer step, samples per micro-batch and rank) from step 0 on, up to `batch_size`;
+            None for `batch_size` from the start.
     """
 
     train_set: Dataset
     val_set: Dataset
 
     def __init__(
-        self, batch_size: int, num_workers: int = 0, seed: int = 1, limit_train_samples: int | None = None
+        self,
+        batch_size: int,
+        num_workers: int = 0,
+        seed: int = 1,
+        limit_train_samples: int | None = None,
+        batch_schedule: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
         _check_whole("batch_size", batch_size, 1)
@@ -40,6 +47,7 @@ class StreamDataModule(pl.LightningDataModule):
             _check_whole("limit_train_samples", limit_train_samples, 1)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.limit_train_samples = limit_train_samples
+        self.batch_schedule = read_schedule("batch_schedule", batch_schedule, "batch_size", batch_size)
 
     @property
     def num_train_samples(self) -> int:
@@ -55,20 +63,33 @@ class StreamDataModule(pl.LightningDataModule):
                 f"{self.num_train_samples}; lower data.batch_size={self.batch_size} or give more data"
             )
 
-    def train_dataloader(self) -> DataLoader:
+    def samples_before(self, step: int) -> int:
+        """Samples that all ranks have consumed before optimizer step `step`."""
+        trainer = self._trainer()
+        return self.batch_schedule.before(step) * trainer.accumulate_grad_batches * trainer.world_size
+
+    def train_dataloader(self) -> Any:
         trainer = self._trainer()
         num_batches = trainer.max_steps * trainer.accumulate_grad_batches
-        done = trainer.global_step * trainer.accumulate_grad_batches  # above 0 when a run is resumed
         sampler = StreamBatchSampler(
             dataset_size=self.num_train_samples,
-            batch_size=self.batch_size,
+            batch_size=self._batch_sizes(),
             num_batches=num_batches,
             seed=self.seed,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
-            start=done * self.batch_size * trainer.world_size,
+            start=self.samples_before(trainer.global_step),  # above 0 when a run is resumed
+            order=self._order(),
         )
         return StreamLoader(self.train_set, batch_sampler=sampler, num_batches=num_batches, **self._options())
+
+    def _batch_sizes(self) -> StepValues:
+        """Samples of each micro-batch of a rank."""
+        accumulate = self._trainer().accumulate_grad_batches
+        return StepValues(tuple((step * accumulate, size) for step, size in self.batch_schedule.changes))
+
+    def _order(self) -> StreamOrder:
+        return StreamOrder([self.num_train_samples], self.seed)
 
     def val_dataloader(self) -> DataLoader:
         trainer = self._trainer()
@@ -126,6 +147,23 @@ class FixedBatches(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for start in range(0, len(self.indices), self.batch_size):
             yield [(index, index) for index in self.indices[start : start + self.batch_size]]
+
+
+def read_schedule(name: str, changes: Sequence[Sequence[int]] | None, end: str, value: int) -> StepValues:
+    """The setting `data.<name>`, which has to end with `value`, that of `data.<end>`; always `value` if it is None.
+
+    Raises:
+        ConfigError: it is no list of [step, value] that begins with step 0, rises, and ends so.
+    """
+    if changes is None:
+        return StepValues(((0, value),))
+    try:
+        schedule = StepValues(tuple((step, at) for step, at in changes))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"data.{name}={changes} must be a list like [[0, 16], [200, 64]]: {error}") from error
+    if schedule.last != value:
+        raise ConfigError(f"data.{name}={changes} must end with data.{end}={value}")
+    return schedule
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -6,61 +6,187 @@ resume needs no more than the count of the samples it has consumed. Batches run 
 sample is ever dropped.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate, pairwise
 
 import torch
 from torch.utils.data import Sampler
+
+MAX_TURNS = 10_000  # weights of several sources are rounded to this precision
+MAX_SOURCES = 100
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """A whole number for each step, which changes at a few of them.
+
+    Attributes:
+        changes: (first step, value), the first one from step 0 on.
+
+    Raises:
+        ValueError: the steps do not begin with 0 and rise, or a value is below 1.
+    """
+
+    changes: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        steps = [step for step, _ in self.changes]
+        if not steps or steps[0] != 0 or any(later <= step for step, later in pairwise(steps)):
+            raise ValueError(f"the steps must begin with 0 and rise, got {steps}")
+        for _, value in self.changes:
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"every value must be a whole number of at least 1, got {value!r}")
+
+    @property
+    def last(self) -> int:
+        return self.changes[-1][1]
+
+    def at(self, step: int) -> int:
+        """The value of `step`."""
+        return next(value for first, value in reversed(self.changes) if first <= step)
+
+    def before(self, step: int) -> int:
+        """The sum of the values of all steps before `step`."""
+        ends = [first for first, _ in self.changes[1:]] + [step]
+        return sum(
+            value * max(0, min(end, step) - first) for (first, value), end in zip(self.changes, ends, strict=True)
+        )
+
+    def steps_in(self, total: int) -> int:
+        """How many steps can be taken until the sum of their values is more than `total`."""
+        taken = 0
+        for (first, value), end in zip(self.changes, [*(first for first, _ in self.changes[1:]), None], strict=True):
+            fit = total // value
+            if end is None or fit < end - first:
+                return taken + fit
+            taken, total = end, total - value * (end - first)
+        return taken
+
+
+class SourceTurns:
+    """Whose turn it is at each position, when several sources share a stream by weights.
+
+    The turns repeat in a fixed pattern in which every stretch is as near to the weights as can be.
+
+    Args:
+        weights: of the sources, above 0; they are rounded to whole turns out of at most 10,000.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        if not 1 <= len(weights) <= MAX_SOURCES:
+            raise ValueError(f"there must be 1 to {MAX_SOURCES} weights, got {len(weights)}")
+        if not all(0 < weight < float("inf") for weight in weights):
+            raise ValueError(f"weights must be numbers above 0, got {list(weights)}")
+        self.counts = _turns(weights)
+        self.pattern: list[int] = []
+        self.earlier: list[int] = []  # turns that the same source has had before, in the pattern
+        taken = [0] * len(self.counts)
+        total = sum(self.counts)
+        for turn in range(1, total + 1):
+            owed = [count * turn - total * had for count, had in zip(self.counts, taken, strict=True)]
+            source = owed.index(max(owed))
+            self.pattern.append(source)
+            self.earlier.append(taken[source])
+            taken[source] += 1
+
+    def at(self, position: int) -> tuple[int, int]:
+        """The source at `position`, and how many turns it has had before."""
+        cycle, offset = divmod(position, len(self.pattern))
+        source = self.pattern[offset]
+        return source, cycle * self.counts[source] + self.earlier[offset]
+
+
+def _turns(weights: Sequence[float]) -> list[int]:
+    shares = [Fraction(str(weight)) for weight in weights]
+    exact = [share / min(shares) for share in shares]
+    scale = next((n for n in range(1, 101) if all((share * n).denominator == 1 for share in exact)), None)
+    if scale is not None and sum(exact) * scale <= MAX_TURNS:
+        return [int(share * scale) for share in exact]
+    return [max(1, round(MAX_TURNS * share / sum(shares))) for share in shares]
+
+
+class StreamOrder:
+    """Which item comes at which position: of one dataset, or of several laid end to end and drawn by weights.
+
+    Args:
+        sizes: items of each source.
+        weights: shares of the stream that each source has.
+        seed: keys every permutation.
+    """
+
+    def __init__(self, sizes: Sequence[int], seed: int, weights: Sequence[float] | None = None) -> None:
+        self.sizes, self.seed = list(sizes), seed
+        self.turns = SourceTurns([1.0] * len(self.sizes) if weights is None else weights)
+        self.begins = [0, *accumulate(self.sizes)]
+        self._orders = [(-1, torch.empty(0, dtype=torch.int64)) for _ in self.sizes]
+
+    def index(self, position: int) -> int:
+        """The dataset item at `position` of the stream."""
+        source, ordinal = self.turns.at(position)
+        epoch, offset = divmod(ordinal, self.sizes[source])
+        if epoch != self._orders[source][0]:
+            key = self.seed * 1_000_003 + epoch + (source << 56)
+            order = torch.randperm(self.sizes[source], generator=torch.Generator().manual_seed(key))
+            self._orders[source] = epoch, order
+        return self.begins[source] + int(self._orders[source][1][offset])
 
 
 class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (position, index) pairs: the sample's number in the run, and which item of the dataset it is.
 
-    Global batch `b` holds positions `[b * batch_size * world_size, (b + 1) * batch_size * world_size)`; each rank takes
-    its own consecutive part.
+    Each rank takes its own consecutive part of each global batch: where batches have one size, global batch `b` holds
+    positions `[b * batch_size * world_size, (b + 1) * batch_size * world_size)`.
 
     Args:
         dataset_size: number of items in the dataset.
-        batch_size: samples per batch on this rank.
+        batch_size: samples per batch on this rank; may differ from batch to batch.
         num_batches: batches on this rank from position 0 to the end of the run.
         seed: keys every permutation.
         rank, world_size: which part of each global batch is ours.
         start: samples of the whole run, over all ranks, that are already consumed.
+        order: in place of `dataset_size` and `seed`.
     """
 
     def __init__(
         self,
         dataset_size: int,
-        batch_size: int,
+        batch_size: int | StepValues,
         num_batches: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,
+        order: StreamOrder | None = None,
     ) -> None:
         for name, value in (("dataset_size", dataset_size), ("batch_size", batch_size), ("num_batches", num_batches)):
-            if value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
         if start < 0:
             raise ValueError(f"start must not be negative, got {start}")
-        self.dataset_size, self.batch_size, self.num_batches, self.seed = dataset_size, batch_size, num_batches, seed
-        self.rank, self.world_size, self.start = rank, world_size, start
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self.batch_sizes = StepValues(((0, batch_size),)) if isinstance(batch_size, int) else batch_size
+        self.num_batches, self.rank, self.world_size, self.start = num_batches, rank, world_size, start
+        self.order = order or StreamOrder([dataset_size], seed)
+
+    @property
+    def first_batch(self) -> int:
+        """Batches on this rank that are already consumed."""
+        return self.batch_sizes.steps_in(self.start // self.world_size)
 
     def __len__(self) -> int:
-        return max(0, self.num_batches - self.start // (self.batch_size * self.world_size))
+        return max(0, self.num_batches - self.first_batch)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        first = self.start + self.rank * self.batch_size
-        for batch in range(len(self)):
-            position = first + batch * self.batch_size * self.world_size
-            yield [(p, self.index(p)) for p in range(position, position + self.batch_size)]
+        position = self.start
+        for batch in range(self.first_batch, self.num_batches):
+            size = self.batch_sizes.at(batch)
+            mine = position + self.rank * size
+            yield [(p, self.index(p)) for p in range(mine, mine + size)]
+            position += size * self.world_size
 
     def index(self, position: int) -> int:
         """The dataset item at `position` of the stream."""
-        epoch, offset = divmod(position, self.dataset_size)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._order, self._epoch = torch.randperm(self.dataset_size, generator=generator), epoch
-        return int(self._order[offset])
+        return self.order.index(position)

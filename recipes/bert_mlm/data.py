@@ -1,6 +1,8 @@
 """Text for masked language modelling, as a LightningDataModule."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,19 +10,30 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lion_lightning.training.cache import default_cache
-from lion_lightning.training.data import StreamDataModule
+from lion_lightning.training.data import StreamDataModule, read_schedule
 from lion_lightning.training.errors import ConfigError
+from lion_lightning.training.sampler import StepValues, StreamOrder
 from recipes.bert_mlm.corpus import Corpus
-from recipes.bert_mlm.tokens import SPECIAL_TOKENS, Blocks, BlockSettings, prepare_blocks
+from recipes.bert_mlm.mixture import Mixture, Source
+from recipes.bert_mlm.tokenizer import first_normal_id, starts_word
+from recipes.bert_mlm.tokens import Blocks, BlockSettings, prepare_blocks
 
 MIN_VOCAB_SIZE, MIN_SEQUENCE_LENGTH = 256, 8
 
 
-class BlockDataset(Dataset):
-    """Packed blocks of tokens, a batch at a time."""
+SUB_BLOCK = 2**40  # the parts of a cut block are numbered far from all whole ones
 
-    def __init__(self, blocks: np.ndarray) -> None:
-        self.blocks = blocks
+
+class BlockDataset(Dataset):
+    """Packed blocks of tokens, a batch at a time.
+
+    Args:
+        blocks: integer (blocks, length).
+        lengths: tokens of the blocks at each position of the run, where they begin shorter than they are.
+    """
+
+    def __init__(self, blocks: np.ndarray, lengths: StepValues | None = None) -> None:
+        self.blocks, self.lengths = blocks, lengths
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -28,48 +41,78 @@ class BlockDataset(Dataset):
     def __getitems__(self, pairs: list[tuple[int, int]]) -> dict[str, Tensor]:
         """`input_ids` int64 (batch, length) and `sample` int64 (batch,), the number of each in the run."""
         positions, indices = zip(*pairs, strict=True)
-        tokens = self.blocks[list(indices)].astype(np.int64)
-        return {"input_ids": torch.from_numpy(tokens), "sample": torch.tensor(positions)}
+        return as_batch(self.blocks[list(indices)], positions, self.lengths)
+
+
+def as_batch(blocks: np.ndarray, positions: Sequence[int], lengths: StepValues | None = None) -> dict[str, Tensor]:
+    """A batch of `blocks`, whole or each cut into as many shorter ones as it is longer.
+
+    A part begins with the token that its block begins with, `[CLS]`, which takes the place of one token of the text;
+    so the number of tokens in a batch stays.
+    """
+    tokens, samples = torch.from_numpy(blocks.astype(np.int64)), torch.tensor(positions)
+    length = tokens.shape[1] if lengths is None else lengths.at(positions[0])
+    parts = tokens.shape[1] // length
+    if parts > 1:
+        start = tokens[:, :1].repeat_interleave(parts, 0)
+        tokens = torch.cat([start, tokens.reshape(-1, length)[:, 1:]], 1)
+        samples = (samples[:, None] + SUB_BLOCK * torch.arange(parts)).flatten()
+    return {"input_ids": tokens, "sample": samples}
 
 
 class TextBlocks(StreamDataModule):
     """Packed blocks of a corpus, tokenised once and cached.
 
     Args:
-        corpus: where the documents come from.
+        corpus: where the documents come from; several, with weights, are a `Mixture`.
         sequence_length: tokens in a block, `[CLS]` included.
         vocab_size: size of the WordPiece vocabulary that is trained on the corpus.
         val_fraction: share of the documents held out, by their content.
         lowercase: whether the tokenizer folds case.
-        batch_size, num_workers, seed, limit_train_samples: see `StreamDataModule`.
+        tokenizer: folder or name on the hub of a tokenizer that is used in place of a trained one.
+        length_schedule: (first optimizer step, tokens per block) from step 0 on, up to `sequence_length`: blocks are
+            cut into shorter ones at the beginning of a run; None for whole blocks from the start.
+        batch_size, num_workers, seed, limit_train_samples, batch_schedule: see `StreamDataModule`.
         cache_dir: where blocks are kept; None for `lion_lightning` in the user's cache folder.
         path: what the corpus reads, for the summary.
     """
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: Corpus | Mixture,
         *,
         batch_size: int,
         sequence_length: int = 128,
         vocab_size: int = 8192,
         val_fraction: float = 0.05,
         lowercase: bool = True,
+        tokenizer: str | None = None,
+        length_schedule: Sequence[Sequence[int]] | None = None,
+        batch_schedule: Sequence[Sequence[int]] | None = None,
         num_workers: int = 0,
         seed: int = 1,
         limit_train_samples: int | None = None,
         cache_dir: str | None = None,
         path: str | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, limit_train_samples)
+        super().__init__(batch_size, num_workers, seed, limit_train_samples, batch_schedule)
         if sequence_length < MIN_SEQUENCE_LENGTH:
             raise ConfigError(f"data.sequence_length must be at least {MIN_SEQUENCE_LENGTH}, got {sequence_length}")
         if vocab_size < MIN_VOCAB_SIZE:
             raise ConfigError(f"data.vocab_size must be at least {MIN_VOCAB_SIZE}, got {vocab_size}")
         if not 0 < val_fraction < 1:
             raise ConfigError(f"data.val_fraction must be between 0 and 1, got {val_fraction}")
-        self.corpus = corpus
-        self.settings = BlockSettings(sequence_length, vocab_size, val_fraction, lowercase)
+        self.sources = corpus.sources if isinstance(corpus, Mixture) else [Source("text", corpus, 1.0)]
+        if limit_train_samples is not None and len(self.sources) > 1:
+            raise ConfigError("data.limit_train_samples is for one source; with several, give them less text")
+        self.length_schedule = read_schedule("length_schedule", length_schedule, "sequence_length", sequence_length)
+        for _, length in self.length_schedule.changes:
+            if length < MIN_SEQUENCE_LENGTH or sequence_length % length:
+                raise ConfigError(
+                    f"data.length_schedule: {length} must be at least {MIN_SEQUENCE_LENGTH} and divide "
+                    f"data.sequence_length={sequence_length}"
+                )
+        self.settings = BlockSettings(sequence_length, vocab_size, val_fraction, lowercase, tokenizer)
         self.cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
         self.path = path
         self.blocks: Blocks | None = None
@@ -79,8 +122,23 @@ class TextBlocks(StreamDataModule):
 
     def setup(self, stage: str) -> None:
         if self.blocks is None:
-            self.blocks = prepare_blocks(self.corpus, self.settings, self.cache)
+            corpora = [source.corpus for source in self.sources]
+            self.blocks = prepare_blocks(corpora, self.settings, self.cache)
             self.train_set, self.val_set = BlockDataset(self.blocks.train), BlockDataset(self.blocks.val)
+
+    def train_dataloader(self) -> Any:
+        self.train_set = BlockDataset(self.ready.train, self._lengths())
+        return super().train_dataloader()
+
+    def _lengths(self) -> StepValues:
+        """Tokens per block at each position of the run."""
+        changes = self.length_schedule.changes
+        return StepValues(tuple((self.samples_before(step), length) for step, length in changes))
+
+    def _order(self) -> StreamOrder:
+        if len(self.sources) == 1:
+            return super()._order()
+        return StreamOrder(self.ready.rows, self.seed, [source.weight for source in self.sources])
 
     @property
     def ready(self) -> Blocks:
@@ -89,6 +147,15 @@ class TextBlocks(StreamDataModule):
             raise RuntimeError("call setup('fit') first")
         return self.blocks
 
+    @property
+    def first_normal_id(self) -> int:
+        """The lowest id above those of all special tokens."""
+        return first_normal_id(self.ready.tokenizer)
+
+    def starts_word(self) -> Tensor:
+        """Which tokens begin a word: bool (vocabulary,)."""
+        return starts_word(self.ready.tokenizer)
+
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start of a run."""
         blocks = self.ready
@@ -96,21 +163,38 @@ class TextBlocks(StreamDataModule):
         made = "from the cache" if blocks.reused else "tokenised just now"
         return {
             "tokens": f"{blocks.train.size:,} for training, {blocks.val.size:,} for validation ({made})",
+            "documents": _told(blocks.counts),
+            **self._shares(),
             "blocks": f"{len(blocks.train):,} + {len(blocks.val):,} of {self.settings.sequence_length} tokens",
             "vocabulary": f"{len(blocks.tokenizer):,} WordPieces",
             "a sample": f"{sample[:120]} ...",
             "unigram entropy": f"{self.unigram_entropy():.3f} nats, what val/loss has to get under",
         }
 
+    def _shares(self) -> dict[str, str]:
+        if len(self.sources) == 1:
+            return {}
+        total = sum(source.weight for source in self.sources)
+        pairs = zip(self.sources, self.ready.rows, strict=True)
+        told = (f"{source.weight / total:.1%} of the tokens from {source.label} ({rows:,})" for source, rows in pairs)
+        return {"sources (blocks)": ", ".join(told)}
+
     def unigram_entropy(self) -> float:
         """Entropy of the validation tokens in nats: the loss of the best model that looks at no context at all."""
         counts = np.bincount(self.ready.val.ravel()).astype(np.float64)
-        counts[: len(SPECIAL_TOKENS)] = 0
+        counts[: self.first_normal_id] = 0
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
 
     def log_unigram_shares(self) -> Tensor:
         """Logarithm of each token's share of the training text, one occurrence added to each: float32 (vocabulary,)."""
         counts = np.bincount(self.ready.train.ravel(), minlength=len(self.ready.tokenizer)).astype(np.float64)
-        counts[: len(SPECIAL_TOKENS)] = 0
+        counts[: self.first_normal_id] = 0
         return torch.from_numpy(np.log((counts + 1) / (counts + 1).sum())).float()
+
+
+def _told(counts: dict[str, int]) -> str:
+    """What was kept, and what was left out, of which nothing is left unsaid."""
+    kept, held_out, *left_out = counts.items()
+    told = ", ".join(f"{count:,} {what}" for what, count in left_out if count)
+    return f"{kept[1]:,} + {held_out[1]:,} held out" + (f"; left out: {told}" if told else "")

@@ -9,17 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import recipes.bert_mlm.shards as shards_module
+import recipes.bert_mlm.survey as survey_module
 import recipes.bert_mlm.tokens as tokens_module
 from lion_lightning.training.errors import ConfigError
-from recipes.bert_mlm.corpus import TextFiles, is_held_out
+from recipes.bert_mlm.corpus import Corpus, TextFiles, is_held_out
 from recipes.bert_mlm.data import TextBlocks
-from recipes.bert_mlm.tokens import SPECIAL_TOKENS, BlockSettings, pack, prepare_blocks, train_tokenizer
+from recipes.bert_mlm.shards import token_dtype
+from recipes.bert_mlm.tokenizer import SPECIAL_TOKENS, first_normal_id, starts_word, train_tokenizer
+from recipes.bert_mlm.tokens import BlockSettings, prepare_blocks
 
 SETTINGS = BlockSettings(sequence_length=16, vocab_size=400, val_fraction=0.2, lowercase=True)
 PAD, UNK, CLS, SEP, MASK = range(5)
 
 
-class Listed:
+class Listed(Corpus):
     """A corpus of given documents, which counts how often it is read."""
 
     def __init__(self, documents: list[str], label: str = "listed") -> None:
@@ -41,53 +45,133 @@ def documents(prose: Path) -> list[str]:
     return long[:200]
 
 
-def test_packing_keeps_every_token_in_order_with_separators_between_documents(documents: list[str]) -> None:
-    tokenizer = train_tokenizer(documents, 400, lowercase=True)
-    blocks = pack(tokenizer, iter(documents), 16)
-    assert blocks.dtype == np.uint16
-    assert blocks.shape[1] == 16
-    assert (blocks[:, 0] == CLS).all()
-    expected = list(
-        chain.from_iterable([*tokenizer.encode(text, add_special_tokens=False).ids, SEP] for text in documents)
+def packed(prepared, documents: list[str], length: int) -> list[list[int]]:  # type: ignore[no-untyped-def]
+    """Blocks of `documents` by the definition: one text, a separator after each document, cut, with a start each."""
+    encoded = (prepared.tokenizer(text, add_special_tokens=False).input_ids for text in documents)
+    stream = list(chain.from_iterable([*ids, SEP] for ids in encoded))
+    width = length - 1
+    return [[CLS, *stream[at : at + width]] for at in range(0, len(stream) - width + 1, width)]
+
+
+def split(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
+    unique = list(dict.fromkeys(documents))
+    return [t for t in unique if not is_held_out(t, fraction)], [t for t in unique if is_held_out(t, fraction)]
+
+
+def test_blocks_hold_every_token_in_order_with_separators_between_documents(
+    documents: list[str], tmp_path: Path
+) -> None:
+    prepared = prepare_blocks([Listed(documents)], SETTINGS, tmp_path)
+    train, val = split(documents, SETTINGS.val_fraction)
+    assert prepared.train.dtype == np.uint16
+    assert prepared.train.tolist() == packed(prepared, train, 16)
+    assert prepared.val.tolist() == packed(prepared, val, 16)
+    assert not np.isin(prepared.train[:, 1:], [PAD, CLS, MASK]).any()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_shards_batches_and_memory_do_not_change_the_blocks(
+    monkeypatch: pytest.MonkeyPatch, documents: list[str], tmp_path: Path, whole: bool
+) -> None:
+    expected = prepare_blocks([Listed(documents)], SETTINGS, tmp_path / "one")
+    trained = train_tokenizer(split(documents, SETTINGS.val_fraction)[0], 400, lowercase=True)
+    monkeypatch.setattr(tokens_module, "train_tokenizer", lambda *_: trained)
+    monkeypatch.setattr(shards_module, "SHARD_CHARACTERS", 5000)
+    monkeypatch.setattr(shards_module, "BATCH_DOCUMENTS", 3)
+    if not whole:
+        monkeypatch.setattr(survey_module, "SAMPLE_CHARACTERS", 4000)
+    corpus = Listed(documents)
+    found = prepare_blocks([corpus], SETTINGS, tmp_path / "many")
+    assert corpus.reads == (1 if whole else 2)
+    assert np.array_equal(found.train, expected.train)
+    assert np.array_equal(found.val, expected.val)
+    assert sorted(file.name for file in found.folder.iterdir()) == sorted(
+        ["held_out.npy", "report.json", "tokenizer.json", "tokenizer_config.json", "train.npy", "val.npy"]
     )
-    packed = blocks[:, 1:].ravel().tolist()
-    assert packed == expected[: len(packed)]
-    assert len(expected) - len(packed) < 15, "more than the last, unfilled block is missing"
-    assert not np.isin(blocks[:, 1:], [PAD, CLS, MASK]).any()
 
 
-def test_packing_more_documents_than_a_batch_loses_none(monkeypatch: pytest.MonkeyPatch, documents: list[str]) -> None:
-    tokenizer = train_tokenizer(documents, 400, lowercase=True)
-    whole = pack(tokenizer, iter(documents), 16)
-    monkeypatch.setattr(tokens_module, "DOCUMENTS_PER_BATCH", 7)
-    assert np.array_equal(pack(tokenizer, iter(documents), 16), whole)
+def test_a_tokenizer_learns_from_a_bounded_sample_of_the_training_documents(
+    monkeypatch: pytest.MonkeyPatch, documents: list[str]
+) -> None:
+    monkeypatch.setattr(survey_module, "SAMPLE_CHARACTERS", 20_000)
+    found = survey_module.survey([Listed(documents)], 0.2)
+    train, _ = split(documents, 0.2)
+    assert found.whole is None
+    assert 5_000 < sum(map(len, found.sample)) <= 20_000
+    assert set(found.sample) <= set(train)
+    backwards = survey_module.survey([Listed(documents[::-1])], 0.2)
+    assert set(backwards.sample) == set(found.sample), "which documents it is does not depend on their order"
 
 
-def test_packing_nothing_is_no_block(documents: list[str]) -> None:
-    tokenizer = train_tokenizer(documents, 400, lowercase=True)
-    assert pack(tokenizer, iter([]), 16).shape == (0, 16)
-    assert pack(tokenizer, iter(["short"]), 16).shape == (0, 16)
+def test_whatever_is_left_out_is_counted(documents: list[str], tmp_path: Path) -> None:
+    given = [*documents, "", *documents[:30], " \n"]
+    found = prepare_blocks([Listed(given)], SETTINGS, tmp_path)
+    train, val = split(documents, SETTINGS.val_fraction)
+    tokens = sum(len(found.tokenizer(text, add_special_tokens=False).input_ids) + 1 for text in documents)
+    assert found.counts == {
+        "documents": len(train),
+        "held-out documents": len(val),
+        "exact duplicates": 30,
+        "empty documents": 2,
+        "tokens that fill no block": tokens - 15 * (len(found.train) + len(found.val)),
+    }
+    assert len(found.held_out()) == len(val)
+
+
+class WithOwnValidation(Listed):
+    def held_out(self) -> Iterator[str]:
+        yield from self.texts[:40]
+
+
+def test_a_source_with_a_validation_set_keeps_it_and_trains_on_none_of_it(documents: list[str], tmp_path: Path) -> None:
+    found = prepare_blocks([WithOwnValidation(documents)], SETTINGS, tmp_path)
+    assert found.val.tolist() == packed(found, documents[:40], 16)
+    assert found.train.tolist() == packed(found, documents[40:], 16)
+    assert found.counts["exact duplicates"] == 40
+
+
+def test_the_blocks_of_several_sources_lie_end_to_end(documents: list[str], tmp_path: Path) -> None:
+    found = prepare_blocks([Listed(documents[:120], "one"), Listed(documents[100:], "two")], SETTINGS, tmp_path)
+    one, two = (packed(found, split(texts, 0.2)[0], 16) for texts in (documents[:120], documents[120:]))
+    assert found.rows == (len(one), len(two))
+    assert found.train.tolist() == one + two
+    assert found.counts["exact duplicates"] == 20
+    assert found.val.tolist() == packed(found, split(documents, 0.2)[1], 16)
 
 
 def test_a_large_vocabulary_gets_wider_integers() -> None:
-    class Wide:
-        def get_vocab_size(self) -> int:
-            return 2**16 + 1
+    assert token_dtype(2**16) is np.uint16
+    assert token_dtype(2**16 + 1) is np.uint32
 
-        def token_to_id(self, token: str) -> int:
-            return 2**16
 
-        def encode_batch(self, batch: list[str], add_special_tokens: bool) -> list["Wide"]:
-            return [self for _ in batch]
+def test_a_named_tokenizer_is_used_as_it_is(documents: list[str], tmp_path: Path) -> None:
+    trained = prepare_blocks([Listed(documents)], SETTINGS, tmp_path)
+    named = BlockSettings(16, 999, 0.2, lowercase=False, tokenizer=str(trained.folder))
+    found = prepare_blocks([Listed(documents)], named, tmp_path / "other")
+    assert np.array_equal(found.train, trained.train)
+    assert found.tokenizer.get_vocab() == trained.tokenizer.get_vocab()
+    assert prepare_blocks([Listed(documents)], named, tmp_path / "other").reused
 
-        ids = (70_000,) * 9
 
-    blocks = pack(Wide(), iter(["text"]), 5)  # type: ignore[arg-type]
-    assert blocks[:, 1:].tolist() == [[70_000] * 4, [70_000] * 4]
+def test_a_tokenizer_that_is_not_there_is_named(documents: list[str], tmp_path: Path) -> None:
+    settings = BlockSettings(16, 400, 0.2, True, tokenizer=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=") as error:
+        prepare_blocks([Listed(documents)], settings, tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_pieces_that_go_on_with_a_word_are_known(documents: list[str], tmp_path: Path) -> None:
+    tokenizer = prepare_blocks([Listed(documents)], SETTINGS, tmp_path).tokenizer
+    table = starts_word(tokenizer)
+    assert table.shape == (len(tokenizer),)
+    for text in ("the", "[SEP]", "##s", "."):
+        assert bool(table[tokenizer.convert_tokens_to_ids(text)]) is not text.startswith("##")
+    assert first_normal_id(tokenizer) == len(SPECIAL_TOKENS)
 
 
 def test_the_special_tokens_come_first(documents: list[str], tmp_path: Path) -> None:
-    tokenizer = prepare_blocks(Listed(documents), SETTINGS, tmp_path).tokenizer
+    tokenizer = prepare_blocks([Listed(documents)], SETTINGS, tmp_path).tokenizer
     assert tokenizer.convert_ids_to_tokens(list(range(5))) == list(SPECIAL_TOKENS)
     assert (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.cls_token_id) == (PAD, UNK, CLS)
     assert (tokenizer.sep_token_id, tokenizer.mask_token_id) == (SEP, MASK)
@@ -106,7 +190,7 @@ def test_the_kept_tokenizer_is_the_trained_one(
 ) -> None:
     trained = train_tokenizer([text for text in documents if not is_held_out(text, 0.2)], 400, lowercase)
     monkeypatch.setattr(tokens_module, "train_tokenizer", lambda *_: trained)
-    kept = prepare_blocks(Listed(documents), BlockSettings(16, 400, 0.2, lowercase), tmp_path).tokenizer
+    kept = prepare_blocks([Listed(documents)], BlockSettings(16, 400, 0.2, lowercase), tmp_path).tokenizer
     for text in [*documents[:50], "Naïve CAFÉ in München, 東京!", "unbelievably\tLONG\n\nspaces"]:
         assert kept(text).input_ids == trained.encode(text).ids
     assert "the" in kept.get_vocab()
@@ -117,14 +201,14 @@ def test_the_second_preparation_reads_the_cache_and_tokenises_nothing(
     documents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = Listed(documents)
-    first = prepare_blocks(corpus, SETTINGS, tmp_path)
+    first = prepare_blocks([corpus], SETTINGS, tmp_path)
 
     def must_not_run(*_: object) -> None:
         raise AssertionError("tokenised again")
 
     monkeypatch.setattr(tokens_module, "train_tokenizer", must_not_run)
-    monkeypatch.setattr(tokens_module, "pack", must_not_run)
-    second = prepare_blocks(corpus, SETTINGS, tmp_path)
+    monkeypatch.setattr(tokens_module, "tokenise", must_not_run)
+    second = prepare_blocks([corpus], SETTINGS, tmp_path)
     assert (first.reused, second.reused, corpus.reads) == (False, True, 1)
     assert np.array_equal(first.train, second.train)
     assert np.array_equal(first.val, second.val)
@@ -142,11 +226,11 @@ def test_the_second_preparation_reads_the_cache_and_tokenises_nothing(
     ],
 )
 def test_every_setting_is_part_of_the_key(documents: list[str], tmp_path: Path, other: BlockSettings) -> None:
-    first = prepare_blocks(Listed(documents), SETTINGS, tmp_path)
-    second = prepare_blocks(Listed(documents), other, tmp_path)
+    first = prepare_blocks([Listed(documents)], SETTINGS, tmp_path)
+    second = prepare_blocks([Listed(documents)], other, tmp_path)
     assert not second.reused
     assert second.folder != first.folder
-    assert not prepare_blocks(Listed(documents, "another corpus"), SETTINGS, tmp_path).reused
+    assert not prepare_blocks([Listed(documents, "another corpus")], SETTINGS, tmp_path).reused
 
 
 def test_changing_a_file_prepares_again(documents: list[str], tmp_path: Path) -> None:
@@ -155,7 +239,7 @@ def test_changing_a_file_prepares_again(documents: list[str], tmp_path: Path) ->
         (tmp_path / "text" / f"{number}.txt").write_text(document, encoding="utf-8")
 
     def prepared():  # type: ignore[no-untyped-def]
-        return prepare_blocks(TextFiles(str(tmp_path / "text")), SETTINGS, tmp_path / "cache")
+        return prepare_blocks([TextFiles(str(tmp_path / "text"))], SETTINGS, tmp_path / "cache")
 
     assert [prepared().reused, prepared().reused] == [False, True]
     (tmp_path / "text" / "0.txt").write_text(documents[0] + " And one more sentence.", encoding="utf-8")
@@ -163,8 +247,8 @@ def test_changing_a_file_prepares_again(documents: list[str], tmp_path: Path) ->
 
 
 def test_training_and_validation_share_no_document_whatever_the_order(documents: list[str], tmp_path: Path) -> None:
-    forwards = prepare_blocks(Listed(documents, "forwards"), SETTINGS, tmp_path)
-    backwards = prepare_blocks(Listed(documents[::-1], "backwards"), SETTINGS, tmp_path)
+    forwards = prepare_blocks([Listed(documents, "forwards")], SETTINGS, tmp_path)
+    backwards = prepare_blocks([Listed(documents[::-1], "backwards")], SETTINGS, tmp_path)
 
     def texts(blocks: np.ndarray, tokenizer) -> list[str]:  # type: ignore[no-untyped-def]
         stream = tokenizer.decode(blocks[:, 1:].ravel().tolist())
@@ -185,17 +269,17 @@ def test_a_document_that_comes_twice_counts_once(
 ) -> None:
     tokenizer = train_tokenizer(documents, 400, lowercase=True)
     monkeypatch.setattr(tokens_module, "train_tokenizer", lambda *_: tokenizer)
-    once = prepare_blocks(Listed(documents, "once"), SETTINGS, tmp_path)
-    twice = prepare_blocks(Listed([*documents, *documents, "", "  \n"], "twice"), SETTINGS, tmp_path)
+    once = prepare_blocks([Listed(documents, "once")], SETTINGS, tmp_path)
+    twice = prepare_blocks([Listed([*documents, *documents, "", "  \n"], "twice")], SETTINGS, tmp_path)
     assert np.array_equal(once.train, twice.train)
     assert np.array_equal(once.val, twice.val)
 
 
 def test_too_little_text_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"split has .* fills no block of 16 tokens") as error:
-        prepare_blocks(Listed(["three short words"]), SETTINGS, tmp_path)
+        prepare_blocks([Listed(["three short words"])], SETTINGS, tmp_path)
     assert "\n" not in str(error.value)
-    assert not list(tmp_path.iterdir()), "a failed preparation stays in the cache"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["locks"], "a failed preparation stays in the cache"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,104 @@
+"""The tokenizer: trained on the corpus in BERT's conventions, or one that is there already."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
+
+from lion_lightning.training.errors import ConfigError
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MAX_CHARACTERS = 500  # rarer ones become [UNK]; each takes two places of the vocabulary
+CONTINUES, BEGINS = "##", ("Ġ", "▁", "Ċ")  # WordPiece marks pieces that go on with a word, the others those that begin
+
+
+def train_tokenizer(documents: Sequence[str], vocab_size: int, lowercase: bool) -> Tokenizer:
+    """A WordPiece tokenizer in BERT's conventions, trained on `documents`; the same one each time."""
+    learner = _tokenizer(models.WordPiece(unk_token="[UNK]"), lowercase)
+    # The trainer breaks ties by the ids of the pieces, and gives the single characters theirs in the order of a hash
+    # map that differs from run to run. Naming them first, as if they were special, makes it repeat itself.
+    characters = _characters(learner, documents)
+    first = [*SPECIAL_TOKENS, *characters, *(f"##{character}" for character in characters)]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=max(vocab_size, len(first)), special_tokens=first, show_progress=False, min_frequency=2
+    )
+    learner.train_from_iterator(documents, trainer)
+    tokenizer = _tokenizer(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"), lowercase)
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.decoder = decoders.WordPiece()
+    separator, start = SPECIAL_TOKENS.index("[SEP]"), SPECIAL_TOKENS.index("[CLS]")
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", separator), ("[CLS]", start))
+    return tokenizer
+
+
+def _tokenizer(model: models.WordPiece, lowercase: bool) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+def _characters(tokenizer: Tokenizer, documents: Sequence[str]) -> list[str]:
+    """The most frequent characters of the normalised text, in alphabetical order."""
+    counts: Counter[str] = Counter()
+    for document in documents:
+        counts.update(tokenizer.normalizer.normalize_str(document))
+    frequent = sorted((character for character in counts if not character.isspace()), key=lambda c: (-counts[c], c))
+    return sorted(frequent[:MAX_CHARACTERS])
+
+
+def as_transformers(tokenizer: Tokenizer, lowercase: bool, sequence_length: int) -> PreTrainedTokenizerBase:
+    """`tokenizer` as one of `transformers`."""
+    return BertTokenizer(
+        tokenizer_object=tokenizer,
+        do_lower_case=lowercase,
+        model_max_length=sequence_length,
+        model_input_names=["input_ids", "attention_mask"],  # no token types: ModernBERT takes none, BERT needs none
+    )
+
+
+def open_tokenizer(place: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a Hugging Face folder, or of that name on the hub.
+
+    Raises:
+        ConfigError: there is none, it is not a fast one, lacks a token that masked language modelling needs, or has
+            special tokens in the midst of its words.
+    """
+    folder = Path(place).expanduser()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else place)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"data.tokenizer={place} cannot be opened, as a folder or from the hub: {reason}") from error
+    if not tokenizer.is_fast:
+        raise ConfigError(f"data.tokenizer={place} is not a fast tokenizer, which needs a tokenizer.json")
+    roles = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    missing = [role for role in roles if getattr(tokenizer, role) is None]
+    if missing:
+        raise ConfigError(f"data.tokenizer={place} has no {', '.join(missing)}")
+    if first_normal_id(tokenizer) > len(tokenizer) / 2:
+        raise ConfigError(f"data.tokenizer={place} has its special tokens behind its words; they must come first")
+    return tokenizer
+
+
+def identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A string that differs for tokenizers that differ."""
+    return hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=10).hexdigest()  # type: ignore[attr-defined]
+
+
+def first_normal_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The lowest id above those of all special tokens."""
+    return 1 + max(tokenizer.all_special_ids)
+
+
+def starts_word(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Which tokens begin a word, by the marks of WordPiece, byte-level BPE or SentencePiece: bool (vocabulary,)."""
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    if any(piece.startswith(BEGINS) for piece in pieces) and not any(piece.startswith(CONTINUES) for piece in pieces):
+        return torch.tensor([piece.startswith(BEGINS) for piece in pieces])
+    return torch.tensor([not piece.startswith(CONTINUES) for piece in pieces])
