@@ -1,0 +1,241 @@
+"""Sources of labeled text: each yields a training and a validation set, and can say what it is without reading it all.
+
+Adding a source is a class with `fingerprint()` and `load()`, and a file in conf/data/.
+"""
+
+import re
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from datasets import ClassLabel, DatasetDict, load_dataset
+
+from lion_lightning.training.errors import ConfigError
+from recipes.bert_mlm.corpus import PythonDocs, is_held_out
+from recipes.text_classification.labels import Row, TextSplits, label_splits
+from recipes.text_classification.tables import READERS, Columns, class_names, read_table
+
+
+class TextSource(Protocol):
+    """What the data module asks of a source of labeled text."""
+
+    def fingerprint(self) -> str:
+        """A string that changes whenever the texts would."""
+        ...
+
+    def load(self) -> TextSplits:
+        """Read everything; the same texts in the same order each time."""
+        ...
+
+
+class PythonPackages(PythonDocs):
+    """Which package of the standard library a docstring is from: real, and on every machine.
+
+    About 1,300 docstrings of 12 packages. Texts differ a little from one Python version to the next.
+
+    Args:
+        val_fraction: share held out, chosen by the texts' content. What `bert_mlm` holds out of the same texts with a
+            smaller share is held out here too.
+    """
+
+    PACKAGES = (
+        "asyncio", "_pydecimal", "email", "encodings", "http", "importlib", "inspect", "ipaddress", "logging",
+        "unittest", "urllib", "xml",
+    )  # fmt: skip
+
+    def __init__(self, val_fraction: float = 0.2) -> None:
+        self.val_fraction = _share(val_fraction)
+
+    def fingerprint(self) -> str:
+        return f"python_packages {self.PACKAGES} {self.val_fraction} {sys.version}"
+
+    def load(self) -> TextSplits:
+        rows = [Row(text, None, name, number) for number, (text, name) in enumerate(self._labeled(), 1)]
+        return label_splits(*held_out(rows, self.val_fraction))
+
+    def _labeled(self) -> Iterator[tuple[str, str]]:
+        root = Path(sysconfig.get_path("stdlib"))
+        seen: set[str] = set()
+        for package in self.PACKAGES:
+            module = root / f"{package}.py"
+            for path in [module] if module.is_file() else sorted((root / package).rglob("*.py")):
+                if self.SKIPPED_PACKAGES.intersection(path.relative_to(root).parts):
+                    continue
+                for text in self._docstrings(path):
+                    if text not in seen:  # the same words in two packages tell neither
+                        seen.add(text)
+                        yield text, package.removeprefix("_py")
+
+
+class LabeledFiles:
+    """Your own table: CSV, TSV (without quoting), JSON lines or parquet, with a text or a pair of texts in each row.
+
+    Args:
+        path: a file, or a folder with `train*` and `val*`, `validation*` or `dev*` files.
+        val_path: the validation file; without any, a share of the training rows is held out by their content.
+        text_column, second_text_column, label_column: names in the header; `second_text_column` is None for one text.
+        regression: whether the label is a value to predict.
+        val_fraction: the share.
+        max_left_out: so many rows without text or label are left out and counted; more are an error.
+
+    Raises:
+        ConfigError: nothing usable is there.
+    """
+
+    def __init__(
+        self,
+        path: str | None,
+        val_path: str | None = None,
+        text_column: str = "text",
+        second_text_column: str | None = None,
+        label_column: str = "label",
+        regression: bool = False,
+        val_fraction: float = 0.1,
+        max_left_out: int = 100,
+    ) -> None:
+        if not path:
+            raise ConfigError(f"data=labeled_files needs data.path=: a folder, or a {', '.join(READERS)} file")
+        self.columns = Columns(text_column, label_column, second_text_column)
+        self.regression, self.val_fraction, self.max_left_out = regression, _share(val_fraction), max_left_out
+        self.train_files, self.val_files = _find(path)
+        if val_path:
+            self.val_files = [_file(val_path, "data.val_path")]
+
+    def fingerprint(self) -> str:
+        files = [*self.train_files, None, *self.val_files]
+        stats = (f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" if file else "|" for file in files)
+        settings = (self.columns, self.regression, self.val_fraction, self.max_left_out)
+        return f"labeled_files {settings} {' '.join(stats)}"
+
+    def load(self) -> TextSplits:
+        train, val = self._rows(self.train_files), self._rows(self.val_files)
+        if not self.val_files:
+            train, val = held_out(train, self.val_fraction)
+        return label_splits(
+            train,
+            val,
+            pairs=self.columns.second is not None,
+            regression=self.regression,
+            names=None if self.regression else class_names(self.train_files[0], self.columns.label),
+            max_left_out=self.max_left_out,
+        )
+
+    def _rows(self, files: list[Path]) -> list[Row]:
+        return [row for file in files for row in read_table(file, self.columns)]
+
+
+class Task(NamedTuple):
+    """What a GLUE task is made of: its columns of text, the split to validate on, whether a value is predicted."""
+
+    columns: tuple[str, ...]
+    validation: str = "validation"
+    regression: bool = False
+
+
+class Glue:
+    """A task of GLUE (Wang et al., 2019, arXiv:1804.07461) in the schema of the hub's `nyu-mll/glue`.
+
+    Args:
+        task: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli. mnli is validated on its matched set.
+        path: a folder that has the hub's parquet files, as `FOLDER/TASK/train-*.parquet`; None downloads them.
+    """
+
+    REPOSITORY = "nyu-mll/glue"
+    TASKS = {  # noqa: RUF012, never changed
+        "cola": Task(("sentence",)),
+        "sst2": Task(("sentence",)),
+        "mrpc": Task(("sentence1", "sentence2")),
+        "stsb": Task(("sentence1", "sentence2"), regression=True),
+        "qqp": Task(("question1", "question2")),
+        "mnli": Task(("premise", "hypothesis"), validation="validation_matched"),
+        "qnli": Task(("question", "sentence")),
+        "rte": Task(("sentence1", "sentence2")),
+        "wnli": Task(("sentence1", "sentence2")),
+    }
+
+    def __init__(self, task: str, path: str | None = None) -> None:
+        if task not in self.TASKS:
+            raise ConfigError(f"data.task must be one of {', '.join(self.TASKS)}, got {task!r}")
+        self.name, self.task = task, self.TASKS[task]
+        self.files: dict[str, list[str]] = {}
+        if path:
+            folder = Path(path).expanduser() / task
+            for split in ("train", self.task.validation):
+                self.files[split] = sorted(str(file) for file in folder.glob(f"{split}-*.parquet"))
+                if not self.files[split]:
+                    raise ConfigError(f"data.path={path}: there is no {task}/{split}-*.parquet")
+
+    def fingerprint(self) -> str:
+        files = (Path(file) for split in self.files.values() for file in split)
+        stats = " ".join(f"{file.resolve()}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
+        return f"glue {self.name} {stats or self.REPOSITORY}"
+
+    def load(self) -> TextSplits:
+        splits = self._open()
+        label = splits["train"].features.get("label")
+        rows = [self._rows(splits[name]) for name in ("train", self.task.validation)]
+        return label_splits(
+            *rows,
+            pairs=len(self.task.columns) == 2,
+            regression=self.task.regression,
+            names=label.names if isinstance(label, ClassLabel) else None,
+        )
+
+    def _open(self) -> DatasetDict:
+        try:
+            if self.files:
+                return load_dataset("parquet", data_files=self.files)
+            return load_dataset(self.REPOSITORY, self.name)
+        except Exception as error:  # a dozen types of four libraries, all of which mean that there is no data
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(f"data.task={self.name} cannot be loaded: {reason}; data.path= takes a folder") from error
+
+    def _rows(self, dataset: Any) -> Iterator[Row]:
+        missing = [name for name in (*self.task.columns, "label") if name not in dataset.column_names]
+        if missing:
+            found = ", ".join(dataset.column_names)
+            raise ConfigError(f"data.task={self.name}: there is no column {', '.join(missing)}; there are {found}")
+        texts = [dataset[name] for name in self.task.columns]
+        seconds = texts[1] if len(texts) == 2 else [None] * len(dataset)
+        for number, (text, second, label) in enumerate(zip(texts[0], seconds, dataset["label"], strict=True), 1):
+            yield Row(text, second, label, number)
+
+
+def held_out(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
+    """(kept, held out): by content alone, so that copies of a text are on the same side, whatever the order."""
+    sides: tuple[list[Row], list[Row]] = ([], [])
+    for row in rows:
+        sides[is_held_out(f"{row.text}\n{row.second or ''}" if row.second else str(row.text), fraction)].append(row)
+    return sides
+
+
+def _share(fraction: float) -> float:
+    if not 0 < fraction < 1:
+        raise ConfigError(f"data.val_fraction must be between 0 and 1, got {fraction}")
+    return fraction
+
+
+def _find(path: str) -> tuple[list[Path], list[Path]]:
+    """Files of training and of validation."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return [_file(path, "data.path")], []
+    files = sorted(file.resolve() for file in folder.iterdir() if file.suffix.lower() in READERS and file.is_file())
+    named: Callable[[str], list[Path]] = lambda names: [  # noqa: E731
+        file for file in files if re.match(rf"({names})(?![a-z])", file.name.lower())
+    ]
+    train = named("train|training")
+    if not train:
+        raise ConfigError(f"data.path={path}: no train* file of {', '.join(READERS)} in it")
+    return train, named("val|valid|validation|dev")
+
+
+def _file(path: str, setting: str) -> Path:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"{setting}={path}: there is no such file or folder")
+    if file.suffix.lower() not in READERS:
+        raise ConfigError(f"{setting}={path} must be a file of {', '.join(READERS)}")
+    return file.resolve()
