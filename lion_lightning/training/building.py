@@ -69,6 +69,12 @@ def build_guard(cfg: DictConfig) -> list[Callback]:
         return [instantiate(cfg.guard)] if "_target_" in cfg.guard else []
 
 
+def build_callbacks(cfg: DictConfig) -> list[Callback]:
+    """Those that the command line adds: `callbacks=ema`."""
+    with configuring("callbacks"):
+        return [instantiate(node) for node in cfg.get("callbacks", {}).values()]
+
+
 def build_logger(cfg: DictConfig, goes_on: bool = False) -> Logger | None:
     """The logger; one of W&B goes on with the run that this folder has had, if `goes_on`."""
     if "_target_" not in cfg.logger:

@@ -17,6 +17,7 @@ from rich.console import Console
 from lion_lightning.tracking.costs import Costs
 from lion_lightning.training.bookkeeping import closing, log_config
 from lion_lightning.training.building import (
+    build_callbacks,
     build_data,
     build_guard,
     build_logger,
@@ -70,7 +71,7 @@ def run(cfg: DictConfig) -> float:
         shown = progress(console, ["train/loss", cfg.recipe.monitor])
         several = [Heartbeat(), ReplicaCheck(cfg.trainer.check_replicas_every)]
         watching = [*build_guard(cfg), throughput, Costs(), ValidateAtEnd()]
-        callbacks = [StepSeed(cfg.seed), *watching, checkpoint, *several, *shown]
+        callbacks = [StepSeed(cfg.seed), *watching, *build_callbacks(cfg), checkpoint, *several, *shown]
         trainer = _build_trainer(cfg, console, logger, callbacks)
         story = about(cfg, data, module, trainer, resumed)
         with closing(logger):

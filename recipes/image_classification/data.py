@@ -74,9 +74,6 @@ class ImageArrays(StreamDataModule):
         self.notes: dict[str, str] = {}
         self.unreadable = 0
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ImageArrays":
-        return self  # a copy of a model, such as an average of its weights, looks at the same images
-
     @override
     def prepare_data(self) -> None:
         self.setup("fit")
