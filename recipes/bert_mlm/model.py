@@ -101,7 +101,8 @@ def model_flops(model: Any, tokens: int, head_rows: int) -> int:
         tokens: length of the sequence.
         head_rows: so many of them go through the head.
     """
-    encoder = _matrix_weights(model.base_model)
+    pooler = getattr(model.base_model, "pooler", None)  # works on one token, like a head
+    encoder = _matrix_weights(model.base_model) - (_matrix_weights(pooler) if pooler is not None else 0)
     head = _matrix_weights(model) - encoder
     pairs = sum(_pairs(tokens, window) for window in _windows(model.config))
     return 6 * (encoder * tokens + head * head_rows) + 12 * model.config.hidden_size * pairs
