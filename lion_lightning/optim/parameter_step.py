@@ -68,7 +68,8 @@ class LionStep:
         update = views.tensor_update(param, state, place[1], settings, copies)
         sampled = self._sampled.get(place[1])
         if sampled is not None:
-            update.statistics, update.signs, update.sign_stride = sampled.statistics, sampled.signs, sampled.sign_stride
+            update.statistics, update.observed_below = sampled.statistics, sampled.observed_below
+            update.signs, update.sign_stride = sampled.signs, sampled.sign_stride
         if update.param.numel():
             choose(update, group["fused"]).step([update], self._nonfinite(update.param.device))
         for target, source in copies:

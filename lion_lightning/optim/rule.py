@@ -74,6 +74,8 @@ class TensorUpdate:
     """"scalar", "vector" or "matrix" (two dimensions and more), for telemetry."""
     statistics: Tensor | None = None
     """Where not None, a row of sums (float64; see telemetry.py) that the engine adds to."""
+    observed_below: int = 0
+    """With statistics: which blocks the sums are of (`telemetry.is_observed`)."""
     signs: Tensor | None = None
     """With statistics: int8 signs of u at the last sample, of every `sign_stride`-th element from `sign_start` on."""
     sign_stride: int = 1
@@ -97,6 +99,7 @@ class TensorUpdate:
             settings=self.settings,
             kind=self.kind,
             statistics=self.statistics,
+            observed_below=self.observed_below,
             signs=None if signs is None else signs[first:last],
             sign_stride=self.sign_stride,
             sign_start=self.sign_start + first * self.sign_stride - start,

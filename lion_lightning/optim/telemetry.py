@@ -5,6 +5,7 @@ sample and turns them into named figures.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,56 +25,75 @@ BOUND_SHARE = 0.9
 SAMPLED_SIGNS = 65_536
 """Signs of u kept from one sample to the next, spread evenly over all parameters, to tell how many flipped."""
 
-OBSERVED_BELOW = 1 << 28
-"""Of 2^32: a sixteenth of all blocks is observed."""
+OBSERVED_ELEMENTS = 1 << 19
+"""Of all elements so many are observed, or a sixteenth if that is fewer, and the first block of each tensor."""
 
 KINDS = ("scalar", "vector", "matrix")
 """Kinds of parameters by their number of dimensions, the last for two and more."""
 
 
-def is_observed(block: Tensor) -> Tensor:
+def observed_below(elements: int) -> int:
+    """The share of the blocks that are observed in a model of so many elements, of 2^32."""
+    return min(1 << 28, (OBSERVED_ELEMENTS << 32) // max(1, elements))
+
+
+def is_observed(block: Tensor, below: int) -> Tensor:
     """Whether the sums are to have a block of 256 elements, told by its place in the tensor; int64 to bool.
 
     Multiples of the golden ratio spread the observed blocks evenly, whatever the width of the matrix, and take the
     first. All of them would cost a third of the time of a step on a CPU, or twice all of it in the eager engine.
     """
-    return (block * bits.GOLDEN & bits.WORD_MASK) < OBSERVED_BELOW
+    return (block * bits.GOLDEN & bits.WORD_MASK) < below
 
 
-def observed(start: int, count: int, device: torch.device) -> Tensor:
+def observed(start: int, count: int, below: int, device: torch.device) -> Tensor:
     """Mask of the observed elements among `count` of a tensor, from `start` on, a multiple of 256; bool (count,)."""
     first, last = start // bits.BLOCK_ELEMENTS, -(-(start + count) // bits.BLOCK_ELEMENTS)
-    blocks = is_observed(torch.arange(first, last, device=device))
+    blocks = is_observed(torch.arange(first, last, device=device), below)
     return blocks.repeat_interleave(bits.BLOCK_ELEMENTS)[:count]
 
 
 @functools.lru_cache(maxsize=4096)
-def observed_count(count: int, start: int = 0) -> int:
+def observed_count(start: int, count: int, below: int) -> int:
     """How many of `count` elements of a tensor are observed, from `start` on, a multiple of 256."""
-    blocks = observed_blocks(start, count)
+    blocks = observed_blocks(start, count, below)
     missing = -count % bits.BLOCK_ELEMENTS
-    last = len(blocks) > 0 and int(blocks[-1]) == (count - 1) // bits.BLOCK_ELEMENTS
-    return len(blocks) * bits.BLOCK_ELEMENTS - missing * last
+    last = blocks.numel() > 0 and int(blocks[-1]) == (count - 1) // bits.BLOCK_ELEMENTS
+    return blocks.numel() * bits.BLOCK_ELEMENTS - missing * last
 
 
 @functools.lru_cache(maxsize=4096)
-def observed_blocks(start: int, count: int) -> Tensor:
+def observed_blocks(start: int, count: int, below: int) -> Tensor:
     """Places of the observed blocks of 256 among `count` elements of a tensor, from `start` on; int64 on the CPU."""
     first, last = start // bits.BLOCK_ELEMENTS, -(-(start + count) // bits.BLOCK_ELEMENTS)
-    return is_observed(torch.arange(first, last)).nonzero().flatten()
+    return is_observed(torch.arange(first, last), below).nonzero().flatten()
 
 
 def keep_signs(update: TensorUpdate, direction: Tensor) -> None:
-    """Refreshes the sampled signs of an update from its u, which is 0 where an element was skipped."""
+    """Refreshes the sampled signs of an update from those of its u, which are 0 where an element was skipped."""
     if update.signs is not None and update.signs.numel():
-        update.signs.copy_(direction[update.sign_start :: update.sign_stride].sign())
+        update.signs.copy_(direction[update.sign_start :: update.sign_stride])
 
 
-def add_flips(update: TensorUpdate, signs: Tensor) -> None:
-    """Adds to an update's sums how many sampled signs are not what they were at the last sample, as given."""
-    assert update.statistics is not None
-    assert update.signs is not None
-    update.statistics[FLIPPED] += (signs * update.signs < 0).sum()
+def joined_signs(updates: Sequence[TensorUpdate]) -> dict[torch.device, Tensor]:
+    """A copy of all sampled signs on each device."""
+    signs: dict[torch.device, list[Tensor]] = {}
+    for update in updates:
+        if update.signs is not None:
+            signs.setdefault(update.signs.device, []).append(update.signs)
+    return {device: torch.cat(several) for device, several in signs.items()}
+
+
+def add_flips(updates: Sequence[TensorUpdate], before: dict[torch.device, Tensor]) -> None:
+    """Adds to the rows how many sampled signs are not what they were, those of all updates to the first's.
+
+    Args:
+        before: what `joined_signs` gave before the step.
+    """
+    for device, after in joined_signs(updates).items():
+        first = next(update for update in updates if update.signs is not None and update.signs.device == device)
+        assert first.statistics is not None
+        first.statistics[FLIPPED] += (before[device] * after < 0).sum()
 
 
 def observe(
@@ -156,29 +176,31 @@ class Telemetry:
             return
         elements = sum(update.param.numel() for update in updates)
         stride = max(1, elements // SAMPLED_SIGNS) | 1  # odd, so as not to visit the same columns of every matrix
-        known = bool(self._signs)
+        known, below = bool(self._signs), observed_below(elements)
         self._rows = []
         for device in {update.param.device for update in updates}:
             here = [update for update in updates if update.param.device == device]
             dtype = torch.float32 if device.type == "mps" else torch.float64
             sums = torch.zeros(len(here), STATISTICS, dtype=dtype, device=device)
             for update, row in zip(here, sums, strict=True):
-                self._attach_one(update, row, stride)
+                self._attach_one(update, row, stride, below)
         self._samples = self._samples + 1 if known else 1
 
-    def _attach_one(self, update: TensorUpdate, row: Tensor, stride: int) -> None:
+    def _attach_one(self, update: TensorUpdate, row: Tensor, stride: int, below: int) -> None:
         length = -(-update.param.numel() // stride)
         signs = self._signs.get(update.index)
         if signs is None or signs.numel() != length or signs.device != update.param.device:
             signs = self._signs[update.index] = torch.zeros(length, dtype=torch.int8, device=update.param.device)
-        update.statistics, update.signs, update.sign_stride = row, signs, stride
-        self._rows.append(_Sample(row, observed_count(update.param.numel()), length, update.kind, update.settings))
+        update.statistics, update.observed_below = row, below
+        update.signs, update.sign_stride = signs, stride
+        count = observed_count(0, update.param.numel(), below)
+        self._rows.append(_Sample(row, count, length, update.kind, update.settings))
 
     def summary(self) -> dict[str, Tensor]:
         """Figures of the last sample as 0-d tensors under `lion/`; empty before the first.
 
-        Shares are of the observed elements of this process, a sixteenth of all. Local shards of
-        DTensors count alone: reduce over ranks outside.
+        Shares are of the observed elements of this process (`OBSERVED_ELEMENTS`). Local shards of DTensors count
+        alone: reduce over ranks outside.
         """
         if not self._rows:
             return {}

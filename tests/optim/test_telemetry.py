@@ -23,10 +23,10 @@ def set_gradients(tensors: list[nn.Parameter], seed: int) -> None:
         param.grad = torch.where(torch.rand(param.shape, generator=generator) < 0.1, 0.0, grad).to(param.dtype)
 
 
-def seen(param: torch.Tensor) -> torch.Tensor:
-    """The observed sixteenth of the blocks of 256 elements: where multiples of the golden ratio fall below 1/16."""
+def seen(param: torch.Tensor, share: float = 1 / 16) -> torch.Tensor:
+    """The observed blocks of 256 elements: where multiples of the golden ratio fall below the share, 1/16 at most."""
     blocks = torch.arange(param.numel()) // 256
-    return ((blocks.double() * (5**0.5 - 1) / 2) % 1 < 0.0625).view(param.shape)
+    return ((blocks.double() * (5**0.5 - 1) / 2) % 1 < share).view(param.shape)
 
 
 @pytest.mark.parametrize("fused", [None, False])
@@ -71,15 +71,31 @@ def test_the_figures_are_those_of_float64(dtype: torch.dtype, fused: bool | None
 @pytest.mark.parametrize("columns", [256, 768, 1024, 1280, 1792, 2560, 13_312])
 def test_observed_blocks_are_spread_over_every_column_of_a_matrix(columns: int) -> None:
     rows = seen(torch.empty(200, columns)).float()
-    assert torch.equal(rows.flatten().bool(), telemetry.observed(0, rows.numel(), torch.device("cpu")))
-    assert telemetry.observed_count(rows.numel()) == rows.sum()
+    assert torch.equal(rows.flatten().bool(), telemetry.observed(0, rows.numel(), 1 << 28, torch.device("cpu")))
+    assert telemetry.observed_count(0, rows.numel(), 1 << 28) == rows.sum()
     assert 0.06 < rows.mean() < 0.066
     assert 0.045 < rows.mean(0).min() <= rows.mean(0).max() < 0.08
 
 
 def test_elements_are_counted_in_a_shorter_last_block() -> None:
     for count in (1, 255, 256, 257, 1300, 5121, 70_001):
-        assert telemetry.observed_count(count) == seen(torch.empty(count)).sum() > 0
+        assert telemetry.observed_count(0, count, 1 << 28) == seen(torch.empty(count)).sum() > 0
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_of_a_large_model_half_a_million_elements_are_observed(fused: bool | None) -> None:
+    tensors = [nn.Parameter(torch.zeros(1 << 23)), nn.Parameter(torch.zeros(1 << 23)), nn.Parameter(torch.zeros(100))]
+    share = 2**19 / sum(param.numel() for param in tensors)
+    optimizer = Lion(tensors, lr=1e-3, fused=fused)
+    optimizer.telemetry_every = 1
+    for param in tensors:
+        param.grad = torch.rand(param.shape, generator=torch.Generator().manual_seed(3)).sub_(0.3).relu_()
+    optimizer.step()
+    looked_at = [seen(param, share) for param in tensors]
+    elements = sum(int(mask.sum()) for mask in looked_at)
+    assert 2**19 * 0.99 < elements < 2**19 * 1.01
+    zero = sum(int((param.grad == 0)[mask].sum()) for param, mask in zip(tensors, looked_at, strict=True))
+    assert float(optimizer.telemetry()["lion/zero_update"]) == pytest.approx(zero / elements, abs=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -37,7 +37,6 @@ enum { UNMOVED, ZERO, AGREE, MOMENTUM_SQUARED, WEIGHT_SQUARED, NEAR_BOUND, DECAY
 #define LEVELS 127
 #define LARGEST_LEVEL 247
 #define BOUND_SHARE 0.9
-#define OBSERVED_BELOW (1u << 28)
 
 /* One tensor: must match _TENSOR and _NUMBERS in cpu.py field for field. */
 typedef struct {
@@ -48,6 +47,7 @@ typedef struct {
     double *statistics; /* a row of STATISTICS numbers for each chunk, or NULL */
     int8_t *signs;
     int64_t sign_stride;
+    int64_t observed_below;
     int64_t count, first_chunk, offset;
     int64_t param_type, grad_type, exp_avg_type, weight_bits, flags;
     int64_t key1, key2;
@@ -121,7 +121,9 @@ INLINE void add_lanes(const Lanes *lanes, double *row) {
 }
 
 /* As in telemetry.py, for the block at element `start`. */
-INLINE int is_observed(int64_t start) { return (uint32_t)(start / BLOCK) * 0x9E3779B9u < OBSERVED_BELOW; }
+INLINE int is_observed(const Task *task, int64_t start) {
+    return (uint32_t)(start / BLOCK) * 0x9E3779B9u < task->observed_below;
+}
 
 /* What telemetry.py counts; `stored` is the new weight after rounding to its storage. */
 #define DEFINE_OBSERVE(real, name, magnitude)                                                                        \
@@ -199,7 +201,7 @@ INLINE int block_float(const Task *task, const Block *block, const Block *next, 
     prefetch(next->grad, BYTES[task->grad_type] * BLOCK);
     const float *grad = task->grad_type == FLOAT32 ? decode_float32(block->grad, paired, grads)
                                                    : decode_bfloat16(block->grad, grads);
-    const int observed = row && is_observed(start);
+    const int observed = row && is_observed(task, start);
     if (observed && !paired) { /* telemetry looks back at what is overwritten */
         weight = memcpy(weights, weight, sizeof weights);
         momentum = memcpy(momenta, momentum, sizeof momenta);
@@ -250,7 +252,7 @@ INLINE int block_double(const Task *task, int64_t start, int count, Lanes *lanes
         for (int i = 0; i < count; i++)
             if (!isfinite(grad[i])) new_weight[i] = weight[i], new_momentum[i] = momentum[i], update[i] = 0;
     if (row) flips_double(task, start, count, 0, row, update);
-    if (row && is_observed(start)) {
+    if (row && is_observed(task, start)) {
         observe_double(task, lanes, weight, grad, momentum, new_weight, new_momentum, update);
         row[UNMOVED] -= BLOCK - count, row[ZERO] -= BLOCK - count;
     }

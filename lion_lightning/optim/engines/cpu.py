@@ -18,7 +18,7 @@ CAUTIOUS_FLAG, SKIP_NONFINITE_FLAG = 1, 2
 GRAD_TYPES = (torch.float32, torch.bfloat16)
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.int8: 3}
 
-_TENSOR = struct.Struct("18q")
+_TENSOR = struct.Struct("19q")
 _NUMBERS = struct.Struct("7d")  # together the fields of Task in cpu.c, in order
 
 
@@ -100,6 +100,7 @@ def _tensor(update: TensorUpdate, first_chunk: int, row: Tensor | None) -> bytes
         _address(row),
         _address(update.signs),
         update.sign_stride,
+        update.observed_below,
         update.param.numel(),
         first_chunk,
         update.offset,

@@ -15,8 +15,8 @@ from lion_lightning.optim.rule import TensorUpdate
 CHUNK_ELEMENTS = 81_920
 """At most, for each thread: so much of a tensor, with gradient and state, stays in the 2 MB of cache of a core."""
 
-WATCHED_ELEMENTS = 8 * CHUNK_ELEMENTS
-"""At most, between copies for telemetry."""
+WATCHED_BLOCKS = 256
+"""Observed at most between copies for telemetry: `Observation` has room for a few more."""
 
 
 def kept(update: TensorUpdate, grad: Tensor, nonfinite: Tensor) -> Tensor:
@@ -107,10 +107,10 @@ def step_carefully(update: TensorUpdate, weight: Tensor, grad: Tensor, momentum:
     if update.statistics is None:
         return
     direction = torch.where(mask, direction, 0.0)
-    telemetry.keep_signs(update, direction)
+    telemetry.keep_signs(update, direction.sign())
     if not is_simple(update):
         new_weight = storage.decode(update)[0]
-        seen = telemetry.observed(update.start, weight.numel(), weight.device)
+        seen = telemetry.observed(update.start, weight.numel(), update.observed_below, weight.device)
         observed = [values[seen] for values in (weight, grad, momentum, new_weight, new_momentum, direction)]
         telemetry.observe(update.statistics, update.settings, observed[0].numel(), *observed)
 
@@ -143,20 +143,21 @@ class EagerEngine:
     def _step_watched(self, updates: Sequence[TensorUpdate], nonfinite: Tensor) -> None:
         """Steps of a sample for telemetry."""
         observations: dict[tuple[object, ...], Observation] = {}
+        signs = telemetry.joined_signs(updates)
         for update in updates:
-            signs = None if update.signs is None else update.signs.clone()
             if is_simple(update):
-                for part in parts(update, WATCHED_ELEMENTS):
+                for part in parts(
+                    update, (WATCHED_BLOCKS * bits.BLOCK_ELEMENTS << 32) // max(1, update.observed_below)
+                ):
                     observation = self._observation(observations, part)
                     observation.copy_before(part)
                     self._step(part, nonfinite)
                     observation.copy_after(part)
             else:
                 self._step(update, nonfinite)
-            if signs is not None:
-                telemetry.add_flips(update, signs)
         for observation in observations.values():
             observation.add_up()
+        telemetry.add_flips(updates, signs)
 
     def _observation(self, known: dict[tuple[object, ...], Observation], update: TensorUpdate) -> Observation:
         """The one that the update belongs to, with room for its blocks."""

@@ -40,10 +40,11 @@ LANE_COUNT = tl.constexpr(LANES)
 LANE_WIDTH = tl.constexpr(LANE_COLUMNS)
 STATISTICS_COUNT = tl.constexpr(telemetry.STATISTICS)
 CAUTIOUS_LIMIT = tl.constexpr(rule.CAUTIOUS_LIMIT)
-OBSERVED_BELOW = tl.constexpr(telemetry.OBSERVED_BELOW)
 
 # Columns of the tables.
-SUMS, SIGNS, SIGN_STRIDE = (tl.constexpr(tables.TENSOR.index(name)) for name in ("statistics", "signs", "sign_stride"))
+SUMS, SIGNS, SIGN_STRIDE, OBSERVED_BELOW = (
+    tl.constexpr(tables.TENSOR.index(name)) for name in ("statistics", "signs", "sign_stride", "observed_below")
+)
 COUNT, GROUP, FIRST_TILE = (tl.constexpr(tables.TENSOR.index(name)) for name in ("count", "group", "first_tile"))
 LR, BETA1, REST1, BETA2, REST2, DECAY, FACTOR, BOUND = (tl.constexpr(c) for c in range(len(tables.NUMBERS)))
 LR_ADDRESS, GRAD_SCALE_ADDRESS, FOUND_INF_ADDRESS, SKIP = (
@@ -82,11 +83,11 @@ def add_in(lane, COLUMN: tl.constexpr, values):
 
 @triton.jit
 def observe(
-    lane, group, start, inside, weight, grad, momentum, stored, new_momentum, update, lr, COMPUTE: tl.constexpr
+    tensor, lane, group, start, inside, weight, grad, momentum, stored, new_momentum, update, lr, COMPUTE: tl.constexpr
 ):
     """`telemetry.observe`, but for the sampled signs."""
     block = (start // BLOCK).to(tl.uint32) + tl.arange(0, ROWS)[:, None].to(tl.uint32)
-    seen = inside & (block * GOLDEN < OBSERVED_BELOW)
+    seen = inside & (block * GOLDEN < tl.load(tensor + OBSERVED_BELOW).to(tl.uint32))
     count_in(lane, UNMOVED, seen & (stored == weight))
     count_in(lane, ZERO, seen & (update == 0))
     count_in(lane, AGREE, seen & (momentum * grad > 0))
@@ -162,7 +163,7 @@ def update_tile(
     if STATISTICS:
         update = tl.where(frozen, 0.0, update)
         stored = tl.where(live, stored, weight)
-        observe(lane, group, start, inside, weight, grad, momentum, stored, new_momentum, update, lr, COMPUTE)
+        observe(tensor, lane, group, start, inside, weight, grad, momentum, stored, new_momentum, update, lr, COMPUTE)
         sample_signs(tensor, lane, start, local, inside, update)
         tl.atomic_add(lane + NONFINITE, broken_count.to(tl.float64), sem="relaxed")
 

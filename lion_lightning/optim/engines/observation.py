@@ -43,27 +43,27 @@ class Observation:
 
     def copy_before(self, update: TensorUpdate) -> None:
         """Keeps what a step overwrites."""
-        blocks = telemetry.observed_blocks(update.start, update.param.numel())
-        if self._blocks + len(blocks) > BLOCKS:
+        blocks = _blocks(update)
+        if self._blocks + blocks.numel() > BLOCKS:
             self.add_up()
         self._copy(update, self._before, ("param", "grad", "exp_avg", "weight_remainder"))
         scale = self._before.exp_avg_scale
         if scale is not None and update.exp_avg_scale is not None:
-            scale[self._blocks : self._blocks + len(blocks)] = update.exp_avg_scale[blocks]
+            scale[self._blocks : self._blocks + blocks.numel()] = update.exp_avg_scale[blocks]
 
     def copy_after(self, update: TensorUpdate) -> None:
         """Keeps what the step made of it."""
         self._copy(update, self._after, ("param", "weight_remainder"))
-        count = update.param.numel()
-        self._blocks += len(telemetry.observed_blocks(update.start, count))
-        self._elements += telemetry.observed_count(count, update.start)
+        self._blocks += _blocks(update).numel()
+        self._elements += telemetry.observed_count(update.start, update.param.numel(), update.observed_below)
 
     def _copy(self, update: TensorUpdate, room: TensorUpdate, names: tuple[str, ...]) -> None:
-        blocks = telemetry.observed_blocks(update.start, update.param.numel())
+        blocks = _blocks(update)
         for name in names:
             values, target = getattr(update, name), getattr(room, name)
-            if values is not None and len(blocks):
-                copy_blocks(values, blocks, target.view(-1, BLOCK_ELEMENTS)[self._blocks : self._blocks + len(blocks)])
+            if values is not None and blocks.numel():
+                start = self._blocks * BLOCK_ELEMENTS
+                copy_blocks(values, blocks, target[start : start + blocks.numel() * BLOCK_ELEMENTS])
 
     def add_up(self) -> None:
         """Adds the sums of what was copied to the row, and forgets it."""
@@ -88,15 +88,26 @@ class Observation:
         telemetry.observe(self._sums, settings, elements, weight, grad, momentum, stored, new_momentum, direction)
 
 
+def _blocks(update: TensorUpdate) -> Tensor:
+    return telemetry.observed_blocks(update.start, update.param.numel(), update.observed_below)
+
+
 def _room(values: Tensor) -> Tensor:
     return values.new_empty(BLOCKS * BLOCK_ELEMENTS)
 
 
-def copy_blocks(values: Tensor, blocks: Tensor, rows: Tensor) -> None:
-    """Writes the blocks with these numbers into rows; where the last one is shorter, it is filled up with zeros."""
+def copy_blocks(values: Tensor, blocks: Tensor, target: Tensor) -> None:
+    """Writes the blocks with these numbers one after the other; a shorter last one is filled up with zeros."""
+    if blocks.numel() == 1:  # of most biases and norms: plain slices take a third of the time
+        first = int(blocks) * BLOCK_ELEMENTS
+        piece = values[first : first + BLOCK_ELEMENTS]
+        if piece.numel() < BLOCK_ELEMENTS:
+            target.zero_()
+        target[: piece.numel()].copy_(piece)
+        return
     whole, rest = divmod(values.numel(), BLOCK_ELEMENTS)
+    rows = target.view(-1, BLOCK_ELEMENTS)
     if rest and blocks[-1] == whole:
         rows[-1].zero_()[:rest].copy_(values[whole * BLOCK_ELEMENTS :])
         blocks, rows = blocks[:-1], rows[:-1]
-    if len(blocks):
-        torch.index_select(values[: whole * BLOCK_ELEMENTS].view(-1, BLOCK_ELEMENTS), 0, blocks, out=rows)
+    torch.index_select(values[: whole * BLOCK_ELEMENTS].view(-1, BLOCK_ELEMENTS), 0, blocks, out=rows)
