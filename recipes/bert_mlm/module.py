@@ -16,7 +16,6 @@ from recipes.bert_mlm.data import TextBlocks
 from recipes.bert_mlm.masking import IGNORED, MaskedBatch, Masking, mask_tokens
 from recipes.bert_mlm.model import build_model, hidden_logits, hidden_loss, model_flops
 from recipes.bert_mlm.options import ModelOptions
-from recipes.bert_mlm.tokens import SPECIAL_TOKENS
 
 VALIDATION = Masking(rate=0.15)  # always, so that runs compare
 VALIDATION_SEED = 20_181_011
@@ -36,6 +35,8 @@ class BertMLM(LionMixin, LightningModule):
         options: how the model is computed, and the checkpoint it goes on from.
     """
 
+    starts_word: Tensor | None
+
     def __init__(
         self,
         config: PretrainedConfig,
@@ -50,6 +51,10 @@ class BertMLM(LionMixin, LightningModule):
         self.optimizer_factory, self.schedule = optimizer_factory, schedule
         self.masking, self.seed, self.data = masking, seed, data
         self.model = build_model(config, data, options)
+        self.first_normal_id = data.first_normal_id
+        # Not persistent: it belongs to the tokenizer, and checkpoints stay what they were.
+        words = None if masking.unit == "token" else data.starts_word()
+        self.register_buffer("starts_word", words, persistent=False)
         self.separator = data.ready.tokenizer.sep_token_id if options.within_documents else None
         # Two functions, so that each has its own graphs: training one for each shape, validation one for its full
         # batches and one for all others.
@@ -94,8 +99,9 @@ class BertMLM(LionMixin, LightningModule):
             masking=masking,
             seed=seed,
             mask_id=tokenizer.mask_token_id,
-            first_normal_id=len(SPECIAL_TOKENS),
+            first_normal_id=self.first_normal_id,
             vocab_size=len(tokenizer),
+            starts_word=self.starts_word,
         )
 
     # What `training.run` asks of every recipe.

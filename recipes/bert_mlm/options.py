@@ -45,7 +45,7 @@ class ModelOptions:
         for name in ("activation_checkpointing", "within_documents"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"model.{name} must be true or false, got {getattr(self, name)!r}")
-        backends = torch.compiler.list_backends(exclude_tags=())  # type: ignore[no-untyped-call]
+        backends = torch.compiler.list_backends(exclude_tags=())
         if not isinstance(self.compile, bool) and self.compile not in backends:
             raise ConfigError(
                 f"model.compile must be true, false or a backend such as inductor or aot_eager, got {self.compile!r}"

@@ -20,6 +20,7 @@ def build(
     data: TextBlocks,
     seed: int = 1,
     rate: float = 0.15,
+    unit: str = "token",
     kind: type[PretrainedConfig] = BertConfig,
     options: ModelOptions | None = None,
     **sizes: Any,
@@ -28,7 +29,7 @@ def build(
     torch.manual_seed(0)
     tiny = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
     config = kind(**(tiny | sizes))
-    masking, options = Masking(rate=rate), options or ModelOptions()
+    masking, options = Masking(rate=rate, unit=unit), options or ModelOptions()
     return BertMLM(config, data, partial(Lion, lr=1e-3), cosine, masking, seed=seed, options=options).eval()
 
 

@@ -84,6 +84,22 @@ def test_training_masks_follow_the_seed_the_sample_and_the_rate(data: TextBlocks
     assert build(data, rate=0.5)._mask(batch, Masking(rate=0.5), 1).positions.shape[1] == LENGTH // 2
 
 
+def test_whole_words_are_hidden_in_training_and_tokens_in_validation(data: TextBlocks) -> None:
+    module, batch = build(data, unit="word", rate=0.3), batch_of(data, 16)
+    starts = data.starts_word()[batch["input_ids"]]
+    word = starts.cumsum(1)
+    for masking, cut in ((module.masking, False), (VALIDATION, True)):
+        masked = module._mask(batch, masking, seed=1)
+        kept = masked.targets != -100
+        hidden = torch.zeros_like(starts).scatter(1, masked.positions, kept)
+        pieces = [
+            {(row, int(word[row, place])) for row, place in where.nonzero().tolist()} for where in (hidden, ~hidden)
+        ]
+        special = {(row, int(word[row, 0])) for row in range(16)}
+        assert bool((pieces[0] & pieces[1]) - special) == cut
+    assert "starts_word" not in module.state_dict()
+
+
 def test_an_untrained_model_is_about_as_good_as_word_frequencies(data: TextBlocks) -> None:
     """The head starts from the corpus' log frequencies, so the first loss is near the unigram entropy."""
     loss, _ = validate(build(data), data, 16)
