@@ -1,6 +1,6 @@
 """Text for masked language modelling, as a LightningDataModule."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from lion_lightning.training.data import StreamDataModule, read_schedule
 from lion_lightning.training.errors import ConfigError
 from lion_lightning.training.sampler import StepValues, StreamOrder
 from recipes.bert_mlm.corpus import Corpus
-from recipes.bert_mlm.mixture import Mixture, Source
+from recipes.bert_mlm.mixture import Mixture, Source, mixture_of
 from recipes.bert_mlm.tokenizer import first_normal_id, starts_word
 from recipes.bert_mlm.tokens import Blocks, BlockSettings, prepare_blocks
 
@@ -64,7 +64,8 @@ class TextBlocks(StreamDataModule):
     """Packed blocks of a corpus, tokenised once and cached.
 
     Args:
-        corpus: where the documents come from; several, with weights, are a `Mixture`.
+        corpus: where the documents come from.
+        sources: several, in place of `corpus`: see `mixture_of`.
         sequence_length: tokens in a block, `[CLS]` included.
         vocab_size: size of the WordPiece vocabulary that is trained on the corpus.
         val_fraction: share of the documents held out, by their content.
@@ -79,9 +80,10 @@ class TextBlocks(StreamDataModule):
 
     def __init__(
         self,
-        corpus: Corpus | Mixture,
+        corpus: Corpus | Mixture | None = None,
         *,
         batch_size: int,
+        sources: Sequence[Mapping[str, Any]] | None = None,
         sequence_length: int = 128,
         vocab_size: int = 8192,
         val_fraction: float = 0.05,
@@ -102,7 +104,8 @@ class TextBlocks(StreamDataModule):
             raise ConfigError(f"data.vocab_size must be at least {MIN_VOCAB_SIZE}, got {vocab_size}")
         if not 0 < val_fraction < 1:
             raise ConfigError(f"data.val_fraction must be between 0 and 1, got {val_fraction}")
-        self.sources = corpus.sources if isinstance(corpus, Mixture) else [Source("text", corpus, 1.0)]
+        corpus = mixture_of(sources) if corpus is None else corpus
+        self.sources = corpus.sources if isinstance(corpus, Mixture) else (Source("text", corpus, 1.0),)
         if limit_train_samples is not None and len(self.sources) > 1:
             raise ConfigError("data.limit_train_samples is for one source; with several, give them less text")
         self.length_schedule = read_schedule("length_schedule", length_schedule, "sequence_length", sequence_length)

@@ -4,13 +4,13 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-import datasets
-from datasets.exceptions import DatasetsError
+from typing import TYPE_CHECKING, Any
 
 from lion_lightning.training.errors import ConfigError
 from recipes.bert_mlm.corpus import Corpus
+
+if TYPE_CHECKING:
+    import datasets
 
 ROWS_PER_READ = 1000
 
@@ -20,7 +20,7 @@ class HubText(Corpus):
 
     Args:
         path: name on the hub, or a folder or file of parquet, JSON lines, CSV or text.
-        name: configuration of the dataset.
+        config: configuration of the dataset.
         split: what is trained on.
         val_split: what is validated on; None holds out a share of the documents.
         column: where the text is; a row is a document.
@@ -34,7 +34,7 @@ class HubText(Corpus):
     def __init__(
         self,
         path: str | None,
-        name: str | None = None,
+        config: str | None = None,
         split: str = "train",
         val_split: str | None = None,
         column: str = "text",
@@ -43,7 +43,7 @@ class HubText(Corpus):
     ) -> None:
         if not path:
             raise ConfigError("data=hub_text needs data.path=: a dataset's name on the hub, or a folder of its files")
-        self.path, self.name, self.revision = path, name, revision
+        self.path, self.config, self.revision = path, config, revision
         self.split, self.val_split, self.column = split, val_split, column
         self.document_start = document_start
 
@@ -68,8 +68,8 @@ class HubText(Corpus):
         rows = (row for batch in data.iter(ROWS_PER_READ) for row in batch[self.column].to_pylist())
         return join_rows(rows, self.document_start)
 
-    def _load(self, split: str) -> datasets.Dataset:
-        return load(self.path, self.name, split, self.column, self.revision, streaming=False)
+    def _load(self, split: str) -> "datasets.Dataset":
+        return load(self.path, self.config, split, self.column, self.revision, streaming=False)
 
 
 def join_rows(rows: Iterable[str | None], document_start: str | None) -> Iterator[str]:
@@ -91,15 +91,18 @@ def join_rows(rows: Iterable[str | None], document_start: str | None) -> Iterato
         yield "\n".join(kept)
 
 
-def load(path: str, name: str | None, split: str, column: str, revision: str | None, streaming: bool) -> Any:
+def load(path: str, config: str | None, split: str, column: str, revision: str | None, streaming: bool) -> Any:
     """The dataset, whose `column` is text.
 
     Raises:
         ConfigError: it is not there, cannot be reached or read, or has no such configuration, split or text column.
     """
+    import datasets  # here: half a second and 80 MB that text files do without
+    from datasets.exceptions import DatasetsError
+
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    asked = ", ".join(str(part) for part in (path, name, split, revision) if part)
+    asked = ", ".join(str(part) for part in (path, config, split, revision) if part)
     place = Path(path).expanduser()
     if path.startswith((".", "/", "~")) and not place.exists():
         raise ConfigError(f"data.path={path}: there is no such file or folder")
@@ -107,10 +110,10 @@ def load(path: str, name: str | None, split: str, column: str, revision: str | N
         source, files = (place.suffix.lstrip("."), str(place)) if place.is_file() else (str(place), None)
         source = {"jsonl": "json", "txt": "text"}.get(source, source)
         found = datasets.load_dataset(
-            source if place.exists() else path, name, data_files=files, split=split, revision=revision,
+            source if place.exists() else path, config, data_files=files, split=split, revision=revision,
             streaming=streaming,
         )  # fmt: skip
-        features = found.features or next(iter(found), {})
+        features: Any = found.features or next(iter(found), {})
     except (OSError, ValueError, RuntimeError, KeyError, DatasetsError) as error:
         raise ConfigError(f"{_what_is_wrong(error, place.exists())} ({asked}): {_one_line(error)}") from error
     if column not in features:

@@ -27,10 +27,18 @@ class Source:
     weight: float
 
 
+@dataclass(frozen=True)
 class Mixture:
     """Text sources that share the training stream by weights.
 
     A source that is smaller than its share is repeated more often. Validation holds the held-out documents of all.
+    """
+
+    sources: tuple[Source, ...]
+
+
+def mixture_of(sources: Sequence[Mapping[str, Any]] | None) -> Mixture:
+    """The mixture that the setting `data.sources` describes.
 
     Args:
         sources: of each, `weight` (1 if left out) and where it is: `path` as for data=text_files, `hub` with the
@@ -39,13 +47,11 @@ class Mixture:
     Raises:
         ConfigError: none, or one without a place or with a weight that is not above 0.
     """
-
-    def __init__(self, sources: Sequence[Mapping[str, Any]] | None) -> None:
-        if not sources:
-            raise ConfigError(
-                f"data=mixture needs {SETTING}=, such as '[{{path: books, weight: 3}}, {{path: letters, weight: 1}}]'"
-            )
-        self.sources = [_source(dict(source)) for source in sources]
+    if not sources:
+        raise ConfigError(
+            f"data=mixture needs {SETTING}=, such as '[{{path: books, weight: 3}}, {{path: letters, weight: 1}}]'"
+        )
+    return Mixture(tuple(_source(dict(source)) for source in sources))
 
 
 def check_weight(source: Mapping[str, Any]) -> float:

@@ -106,7 +106,7 @@ def _write(file: Path, arrays: dict[str, np.ndarray]) -> None:
     """Whole or not at all, however the process ends."""
     temporary = file.with_suffix(".writing")
     with temporary.open("wb") as out:
-        np.savez(out, **arrays)
+        np.savez(out, **arrays)  # type: ignore[arg-type]  # names, which it takes for options
     os.replace(temporary, file)
 
 

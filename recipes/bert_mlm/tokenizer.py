@@ -88,7 +88,7 @@ def open_tokenizer(place: str) -> PreTrainedTokenizerBase:
 
 def identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """A string that differs for tokenizers that differ."""
-    return hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=10).hexdigest()  # type: ignore[attr-defined]
+    return hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=10).hexdigest()
 
 
 def first_normal_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -120,7 +120,7 @@ def _trained(sample: list[str], settings: BlockSettings, folder: Path) -> PreTra
 
 
 def _tokenise(corpora: Sequence[Corpus], found: Survey, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     documents = found.whole or ((source, document) for source, _, document in read(corpora))
