@@ -12,6 +12,7 @@ typedef struct {
 /* Words and floats at any address. */
 typedef uint32_t __attribute__((aligned(1), may_alias)) Word;
 typedef float __attribute__((aligned(1), may_alias)) Float;
+typedef uint16_t __attribute__((aligned(1), may_alias)) Half;
 
 INLINE uint32_t pattern(float value) {
     uint32_t word;
@@ -78,15 +79,18 @@ INLINE float *decode_weight(const Task *task, const Block *block, int paired, fl
     if (task->param_type == FLOAT32) return decode_float32(block->param, paired, weight);
     if (task->weight_bits == 16) return decode_bfloat16(block->param, weight);
     const Word *high = (const Word *)block->param, *low = (const Word *)block->remainder;
-    uint16_t wide[BLOCK];
-    if (task->weight_bits == 24) {
-        for (int i = 0; i < BLOCK; i++) wide[i] = (uint16_t)(((const uint8_t *)block->remainder)[i] << 8);
-        low = (const Word *)wide;
-    }
-    for (int i = 0; i < HALF; i++) {
-        weight[i] = number((high[i] << 16) + (uint32_t)((int32_t)(low[i] << 16) >> 16));
-        weight[HALF + i] = number((high[i] & UPPER) + (uint32_t)((int32_t)low[i] >> 16));
-    }
+    const Half *bytes = (const Half *)block->remainder;
+    if (task->weight_bits == 24)
+        for (int i = 0; i < HALF; i++) {
+            uint32_t pair = bytes[i];
+            weight[i] = number((high[i] << 16) + (uint32_t)((int32_t)(pair << 24) >> 16));
+            weight[HALF + i] = number((high[i] & UPPER) + ((uint32_t)((int32_t)(pair << 16) >> 16) & ~0xFFu));
+        }
+    else
+        for (int i = 0; i < HALF; i++) {
+            weight[i] = number((high[i] << 16) + (uint32_t)((int32_t)(low[i] << 16) >> 16));
+            weight[HALF + i] = number((high[i] & UPPER) + (uint32_t)((int32_t)low[i] >> 16));
+        }
     return weight;
 }
 
@@ -111,15 +115,17 @@ INLINE void encode_weight(const Task *task, const Block *block, int paired, floa
         for (int i = 0; i < BLOCK; i++) weight[i] = number((pattern(weight[i]) + (random[i] >> 24)) & ~0xFFu);
     if (task->weight_bits == 16)
         for (int i = 0; i < BLOCK; i++) weight[i] = number((pattern(weight[i]) + (random[i] >> 16)) & UPPER);
-    uint16_t wide[BLOCK];
-    Word *high = (Word *)block->param, *low = (Word *)(task->weight_bits == 32 ? block->remainder : (char *)wide);
+    Word *high = (Word *)block->param, *low = (Word *)block->remainder;
+    Half *bytes = (Half *)block->remainder;
     for (int i = 0; i < HALF; i++) {
         uint32_t even = pattern(weight[i]), odd = pattern(weight[HALF + i]);
         high[i] = ((even + 0x8000u) >> 16) | ((odd + 0x8000u) & UPPER);
-        low[i] = (even & ~UPPER) | (odd << 16);
     }
+    if (task->weight_bits == 32)
+        for (int i = 0; i < HALF; i++) low[i] = (pattern(weight[i]) & ~UPPER) | (pattern(weight[HALF + i]) << 16);
     if (task->weight_bits == 24)
-        for (int i = 0; i < BLOCK; i++) ((uint8_t *)block->remainder)[i] = (uint8_t)(wide[i] >> 8);
+        for (int i = 0; i < HALF; i++)
+            bytes[i] = (uint16_t)(((pattern(weight[i]) >> 8) & 0xFFu) | (pattern(weight[HALF + i]) & 0xFF00u));
 }
 
 /* |x| - 1 with the sign of x. */
