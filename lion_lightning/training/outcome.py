@@ -90,8 +90,14 @@ def conclude(
 
 
 def _speed(speed: dict[str, float]) -> str:
+    if not speed:
+        return ""
     unit = "tokens" if "perf/tokens_per_second" in speed else "samples"
-    return f", {speed[f'perf/{unit}_per_second']:,.0f} {unit}/s, {speed['perf/step_ms']:.0f} ms a step" if speed else ""
+    parts = [f"{speed[f'perf/{unit}_per_second']:,.0f} {unit}/s", f"{speed['perf/step_ms']:.0f} ms a step"]
+    if "perf/mfu" in speed:
+        parts.append(f"MFU {speed['perf/mfu']:.0%}")
+    parts.append(f"{speed['perf/data_wait']:.1%} of it waiting for data")
+    return ", ".join(["", *parts, f"{speed['perf/peak_memory_gib']:.1f} GiB at most"])
 
 
 def _near(path: str | Path) -> str:

@@ -65,7 +65,7 @@ def run(cfg: DictConfig) -> float:
     cfg.trainer.max_steps = max_steps(cfg, data)
     module = build_module(cfg, data)
     logger = build_logger(cfg, goes_on=cfg.resume == AUTO and resumed is not None)
-    throughput = Throughput(module.tokens_per_sample())
+    throughput = Throughput()
     with StopFlag(alone=not started_by_launcher()) as stop:
         checkpoint = _build_checkpoint(cfg, folder, stop)
         shown = progress(console, ["train/loss", cfg.recipe.monitor])

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
+from torch import Tensor
 from typing_extensions import override
+
+from lion_lightning.training.peak_flops import peak_flops
 
 WINDOW_BATCHES = 1000  # bounds what a median costs, however long the run
 WARMUP_BATCHES = 5  # allocation, compilation and caches: not what the run will be like
@@ -20,24 +23,29 @@ BYTES_PER_GIB = 2**30
 class Throughput(Callback):
     """Logs `perf/*` and how much data the run has seen.
 
-    Under `perf/`: `step_ms` (one optimizer step), `samples_per_second`, `tokens_per_second` (over all ranks),
-    `data_wait` (share of the time spent waiting for a batch), `peak_memory_gib` (device, or the process on a CPU),
-    `seconds` (since training began). Under `data/`: `samples_seen`, `tokens_seen`.
-
-    Args:
-        tokens_per_sample: None where a sample is not made of tokens.
+    Under `perf/`: `step_ms` (one optimizer step), `samples_per_second`, `tokens_per_second` (over all ranks, where a
+    batch has `input_ids`), `mfu` (model FLOPs utilisation: what the module's `flops_per_sample` asks for, over
+    `peak_flops`; recomputed activations do not count), `data_wait` (share of the time spent waiting for a batch),
+    `peak_memory_gib` (device, or the process on a CPU), `seconds` (since training began). Under `data/`:
+    `samples_seen`, `tokens_seen`.
     """
 
-    def __init__(self, tokens_per_sample: int | None = None) -> None:
-        self.tokens_per_sample = tokens_per_sample
-        self.samples_seen = 0
+    def __init__(self) -> None:
+        self.samples_seen = self.tokens_seen = 0
+        self._peak_flops: float | None = None
+        self._flops_per_sample = self._tokens_per_sample = 0
         self._samples: deque[float] = deque(maxlen=WINDOW_BATCHES)
+        self._tokens: deque[float] = deque(maxlen=WINDOW_BATCHES)
         self._waits: deque[float] = deque(maxlen=WINDOW_BATCHES)
         self._durations: deque[float] = deque(maxlen=WINDOW_BATCHES)
         self._batches = 0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        flops = getattr(pl_module, "flops_per_sample", None)
+        if flops is not None:
+            self._flops_per_sample, self._tokens_per_sample = flops(), pl_module.tokens_per_sample() or 0  # type: ignore[operator]
+            self._peak_flops = peak_flops(trainer.strategy.root_device, str(trainer.precision))
         self._began = self._mark = time.perf_counter()
 
     @override
@@ -54,12 +62,15 @@ class Throughput(Callback):
     ) -> None:
         now = time.perf_counter()
         samples = extract_batch_size(batch) * trainer.world_size
+        tokens = _tokens_in(batch) * trainer.world_size
         self.samples_seen += samples
+        self.tokens_seen += tokens
         self._batches += 1
         if self._batches > WARMUP_BATCHES:
             self._durations.append(now - self._mark)
             self._waits.append(self._wait)
             self._samples.append(samples)
+            self._tokens.append(tokens)
         self._mark = now
         if self._durations and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log_dict({**self.measured(trainer), **self._seen(), "perf/seconds": now - self._began})
@@ -69,30 +80,38 @@ class Throughput(Callback):
         if not self._durations:
             return {}
         duration = statistics.median(self._durations)
-        samples_per_second = statistics.median(self._samples) / duration
+        samples, tokens = (statistics.median(seen) / duration for seen in (self._samples, self._tokens))
         figures = {
             "perf/step_ms": 1000 * duration * trainer.accumulate_grad_batches,
-            "perf/samples_per_second": samples_per_second,
+            "perf/samples_per_second": samples,
             "perf/data_wait": statistics.median(self._waits) / duration,
             "perf/peak_memory_gib": _peak_memory_bytes(trainer.strategy.root_device) / BYTES_PER_GIB,
         }
-        if self.tokens_per_sample:
-            figures["perf/tokens_per_second"] = samples_per_second * self.tokens_per_sample
+        if tokens:
+            figures["perf/tokens_per_second"] = tokens
+        if self._peak_flops:
+            # A schedule of lengths cuts samples up: what they cost goes by their tokens.
+            whole_samples = tokens / self._tokens_per_sample if tokens and self._tokens_per_sample else samples
+            figures["perf/mfu"] = whole_samples * self._flops_per_sample / (self._peak_flops * trainer.world_size)
         return figures
 
     def _seen(self) -> dict[str, float]:
         seen = {"data/samples_seen": float(self.samples_seen)}
-        if self.tokens_per_sample:
-            seen["data/tokens_seen"] = float(self.samples_seen * self.tokens_per_sample)
-        return seen
+        return seen | ({"data/tokens_seen": float(self.tokens_seen)} if self.tokens_seen else {})
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"samples_seen": self.samples_seen}
+        return {"samples_seen": self.samples_seen, "tokens_seen": self.tokens_seen}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.samples_seen = state_dict["samples_seen"]
+        self.samples_seen, self.tokens_seen = state_dict["samples_seen"], state_dict["tokens_seen"]
+
+
+def _tokens_in(batch: Any) -> int:
+    """Tokens of a micro-batch, padding included; 0 where it has none."""
+    tokens = batch.get("input_ids") if isinstance(batch, dict) else None
+    return tokens.numel() if isinstance(tokens, Tensor) else 0
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

@@ -1,0 +1,113 @@
+"""What a run says of its speed, against numbers put in by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lion_lightning.training import peak_flops as module_under_test
+from lion_lightning.training import throughput
+from lion_lightning.training.peak_flops import peak_flops
+from lion_lightning.training.throughput import WARMUP_BATCHES, Throughput
+
+FLOPS_PER_SAMPLE, TOKENS_PER_SAMPLE, PEAK = 6e6, 32, 1e12
+
+
+class Module:
+    def __init__(self):
+        self.logged = {}
+
+    def flops_per_sample(self):
+        return FLOPS_PER_SAMPLE
+
+    def tokens_per_sample(self):
+        return TOKENS_PER_SAMPLE
+
+    def log_dict(self, figures):
+        self.logged = figures
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes only when it is told to."""
+    now = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: PEAK)
+    return now
+
+
+def trainer(world_size=1):
+    return SimpleNamespace(
+        world_size=world_size, global_step=10, log_every_n_steps=10, accumulate_grad_batches=2, precision="32-true",
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )  # fmt: skip
+
+
+def train(callback, batches, clock, world_size=1, wait=0.01, work=0.04):
+    module, owner = Module(), trainer(world_size)
+    callback.on_train_start(owner, module)
+    for batch in batches:
+        clock.seconds += wait
+        callback.on_train_batch_start(owner, module, batch, 0)
+        clock.seconds += work
+        callback.on_train_batch_end(owner, module, None, batch, 0)
+    return module.logged
+
+
+def text(rows, length=TOKENS_PER_SAMPLE):
+    return {"input_ids": torch.zeros(rows, length, dtype=torch.int64)}
+
+
+def test_tokens_steps_waiting_and_utilisation(clock):
+    logged = train(Throughput(), [text(8)] * (WARMUP_BATCHES + 3), clock, world_size=2)
+    assert logged["perf/samples_per_second"] == pytest.approx(2 * 8 / 0.05)
+    assert logged["perf/tokens_per_second"] == pytest.approx(2 * 8 * TOKENS_PER_SAMPLE / 0.05)
+    assert logged["perf/step_ms"] == pytest.approx(2 * 50), "two micro-batches are a step"
+    assert logged["perf/data_wait"] == pytest.approx(0.2)
+    assert logged["perf/mfu"] == pytest.approx(8 * FLOPS_PER_SAMPLE / 0.05 / PEAK), "two devices do twice as much"
+    assert logged["data/tokens_seen"] == (WARMUP_BATCHES + 3) * 2 * 8 * TOKENS_PER_SAMPLE
+
+
+def test_shorter_sequences_count_for_what_they_are(clock):
+    whole, cut = Throughput(), Throughput()
+    left = train(whole, [text(8)] * (WARMUP_BATCHES + 1), clock)
+    right = train(cut, [text(32, TOKENS_PER_SAMPLE // 4)] * (WARMUP_BATCHES + 1), clock)
+    for name in ("perf/tokens_per_second", "perf/mfu", "data/tokens_seen"):
+        assert left[name] == pytest.approx(right[name])
+    assert right["perf/samples_per_second"] == pytest.approx(4 * left["perf/samples_per_second"])
+
+
+def test_images_have_no_tokens(clock):
+    logged = train(Throughput(), [{"pixels": torch.zeros(4, 3, 8, 8)}] * (WARMUP_BATCHES + 1), clock)
+    assert "perf/tokens_per_second" not in logged
+    assert "data/tokens_seen" not in logged
+    assert logged["perf/mfu"] == pytest.approx(4 * FLOPS_PER_SAMPLE / 0.05 / PEAK)
+
+
+def test_a_device_that_nobody_knows_has_no_utilisation(clock, monkeypatch):
+    monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: None)
+    assert "perf/mfu" not in train(Throughput(), [text(8)] * (WARMUP_BATCHES + 1), clock)
+
+
+def test_what_was_seen_goes_on_after_a_resume(clock):
+    first, second = Throughput(), Throughput()
+    train(first, [text(8)] * 3, clock)
+    second.load_state_dict(first.state_dict())
+    logged = train(second, [text(8)] * (WARMUP_BATCHES + 1), clock)
+    assert logged["data/samples_seen"] == (3 + WARMUP_BATCHES + 1) * 8
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16), ("64-true", torch.float64)]
+)
+def test_the_peak_of_a_cpu_is_the_best_of_some_matrix_products(monkeypatch, precision, dtype):
+    ticks = iter([0.0, 0.4, 1.0, 1.1, 2.0, 2.3, 3.0, 3.2])
+    multiplied = []
+    monkeypatch.setattr(module_under_test.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(torch, "mm", lambda left, right: multiplied.append(left.dtype))
+    assert peak_flops(torch.device("cpu"), precision) == pytest.approx(2 * 1024**3 / 0.1)
+    assert multiplied == [dtype] * 4
+
+
+def test_of_other_devices_nothing_is_said():
+    assert peak_flops(torch.device("meta"), "32-true") is None
