@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lion_lightning.training.errors import ConfigError
+from recipes.image_classification.arrays import UNREADABLE
 from recipes.image_classification.pictures import random_resized_crop, square
 
 log = logging.getLogger(__name__)
 CHUNK = 256  # pictures a process decodes before it says how it went
 PICTURES_PER_PROCESS = 2_000  # with fewer, starting one costs more than it saves
-UNREADABLE = -1  # the label of a validation picture that cannot be decoded; no metric counts it
 Broken = list[tuple[int, str]]
 
 

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
 
-from recipes.image_classification.decoding import UNREADABLE
+from recipes.image_classification.arrays import UNREADABLE
 
 WORST = 20  # mistakes that are kept
 CALIBRATION_BINS = 15
@@ -56,9 +56,9 @@ class WorstMistakes(Metric):
 
     def compute(self) -> list[Mistake]:
         """The surest first; only as many as there are."""
-        order = [place for place in self.share.argsort(descending=True).tolist() if self.share[place] > 0]
-        numbers = [getattr(self, name).tolist() for name in ("image", "label", "guess", "share")]
-        return [Mistake(*(column[place] for column in numbers)) for place in order[: self.count]]
+        columns = [getattr(self, name).flatten().tolist() for name in Mistake._fields]  # of all processes, side by side
+        found = [Mistake(*row) for row in zip(*columns, strict=True)]
+        return sorted((one for one in found if one.share > 0), key=lambda one: -one.share)[: self.count]
 
 
 class ValidationMetrics(nn.Module):

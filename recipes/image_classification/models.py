@@ -46,7 +46,13 @@ def _timm(config: PretrainedConfig) -> Any:
         raise ConfigError(f"model=timm needs {' and '.join(missing)}: pip install 'lion-lightning[timm]'")
     try:
         return AutoModelForImageClassification.from_config(config)
-    except (ImportError, RuntimeError, TypeError, ValueError, AssertionError) as error:  # what timm makes of a name or an argument
+    except (
+        ImportError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AssertionError,
+    ) as error:  # what timm makes of a name or an argument
         raise ConfigError(f"model.architecture={config.architecture}: {error}".splitlines()[0]) from error
 
 

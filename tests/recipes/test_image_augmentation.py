@@ -136,14 +136,14 @@ def test_everything_is_a_function_of_seed_and_first_sample() -> None:
 
 
 def test_nothing_is_read_back_from_the_device() -> None:
-    """Whatever would wait for a device raises on the one without storage; 40 batches draw every operation."""
+    """Whatever would wait for a device raises on the one without storage."""
     augment = Augmentation((16, 16), seed=1, **STRONG)  # type: ignore[arg-type]
-    for first in range(0, 40 * 32, 32):
-        images, share = augment(torch.empty(32, 3, 16, 16, device="meta"), first)
+    for first in (0, 1):
+        images, share = augment(torch.empty(3, 3, 16, 16, device="meta"), first)
         assert images.device.type == "meta"
         assert isinstance(share, float)
     for operation in OPERATIONS.values():
-        assert operation(torch.empty(4, 3, 16, 16, device="meta"), 1.5).device.type == "meta"
+        assert operation(torch.empty(2, 3, 16, 16, device="meta"), 1.5).device.type == "meta"
 
 
 def test_mixup_and_cutmix_mix_neighbours_by_their_share() -> None:

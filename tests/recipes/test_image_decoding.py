@@ -12,8 +12,9 @@ from PIL import Image
 
 import recipes.image_classification.decoding as decoding
 from lion_lightning.training.errors import ConfigError
+from recipes.image_classification.arrays import UNREADABLE
 from recipes.image_classification.data import ImageArrays
-from recipes.image_classification.decoding import UNREADABLE, DecodedWhenAsked, decode
+from recipes.image_classification.decoding import DecodedWhenAsked, decode
 from recipes.image_classification.pictures import random_resized_crop, square
 from recipes.image_classification.sources import HubImages, ImageFiles
 from tests.recipes.written_images import encoded, hub_dataset, load, write_parquet
