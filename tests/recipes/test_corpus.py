@@ -1,12 +1,14 @@
 """Text sources: real English, in the same order each time, and mistakes that say what they are."""
 
 import os
+import re
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
+import recipes.bert_mlm.corpus as corpus_module
 from lion_lightning.training.errors import ConfigError
 from recipes.bert_mlm.corpus import PythonDocs, TextFiles, is_held_out, passages
 
@@ -138,3 +140,52 @@ def test_what_is_held_out_is_a_share_decided_by_content_alone() -> None:
     assert set(held) <= {document for document in documents if is_held_out(document, 0.2)}
     assert not any(is_held_out(document, 0.0) for document in documents)
     assert all(is_held_out(document, 1.0) for document in documents)
+
+
+def at_once(text: str, size: int) -> list[str]:
+    """Passages by the definition, of a text that is there as a whole."""
+    found: list[str] = []
+    kept: list[str] = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        kept.append(paragraph)
+        if sum(map(len, kept)) >= size:
+            found.append("\n\n".join(kept))
+            kept = []
+    return found + (["\n\n".join(kept)] if kept else [])
+
+
+@pytest.mark.parametrize("piece", [1, 2, 7, 64])
+def test_where_a_text_is_cut_for_reading_changes_nothing(prose: Path, piece: int) -> None:
+    text = "\n\n \n begin\n\n\n\n" + prose.read_text(encoding="utf-8")[:4000] + "end\n \n\t\nlast\n\n"
+    pieces = [text[at : at + piece] for at in range(0, len(text), piece)]
+    assert list(passages(pieces, size=100)) == list(passages(text, size=100)) == at_once(text, 100)
+
+
+def test_one_enormous_line_is_cut_and_nothing_of_it_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "MAX_PARAGRAPH_CHARACTERS", 1000)
+    monkeypatch.setattr(corpus_module, "CHARACTERS_PER_READ", 300)
+    for text in ("word " * 5000, "x" * 25_000):
+        (tmp_path / "line.txt").write_text(text)
+        found = read(tmp_path)
+        assert len(found) > 1
+        assert "".join("".join(found).split()) == "".join(text.split())
+        assert max(map(len, found)) <= 20_000 + 1300
+
+
+def test_the_byte_is_counted_from_the_beginning_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "CHARACTERS_PER_READ", 64)
+    for place in (0, 63, 64, 1000):
+        (tmp_path / "bad.txt").write_bytes("é".encode() * (place // 2) + b"a" * (place % 2) + b"\xff rest")
+        with pytest.raises(ConfigError, match=rf"\(byte {place} is 0xff\)"):
+            read(tmp_path)
+
+
+def test_an_unfinished_character_at_the_end_is_told_too(tmp_path: Path) -> None:
+    (tmp_path / "cut.txt").write_bytes("naïve é".encode()[:-1])
+    with pytest.raises(ConfigError, match=r"cut\.txt is not UTF-8 \(byte 7 is 0xc3\)"):
+        read(tmp_path)
+
+
+def test_an_empty_file_is_an_empty_document(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    assert [document.strip() for document in read(tmp_path)] == [""]

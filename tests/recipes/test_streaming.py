@@ -312,7 +312,9 @@ def test_a_stream_from_a_dataset_resumes_too(hub_folder: Path, cache: str, worke
 
 def test_a_row_group_that_is_too_long_says_what_to_do(hub_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces_module, "MAX_PIECE_CHARACTERS", 500)
-    with pytest.raises(ConfigError, match=r"piece 3 is longer than 500 characters; stream parquet .*refs/convert/parquet"):
+    with pytest.raises(
+        ConfigError, match=r"piece 3 is longer than 500 characters; stream parquet .*refs/convert/parquet"
+    ):
         list(HubPieces(str(hub_folder)).documents(3))
 
 

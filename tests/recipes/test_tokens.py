@@ -1,10 +1,15 @@
 """Documents -> tokens -> packed blocks: nothing lost, made once, and a validation set of its own."""
 
 import math
+import multiprocessing
+import os
+import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +18,9 @@ import recipes.bert_mlm.shards as shards_module
 import recipes.bert_mlm.survey as survey_module
 import recipes.bert_mlm.tokens as tokens_module
 from lion_lightning.training.errors import ConfigError
+from lion_lightning.training.sampler import StepValues
 from recipes.bert_mlm.corpus import Corpus, TextFiles, is_held_out
-from recipes.bert_mlm.data import TextBlocks
+from recipes.bert_mlm.data import BlockDataset, TextBlocks
 from recipes.bert_mlm.shards import token_dtype
 from recipes.bert_mlm.tokenizer import SPECIAL_TOKENS, first_normal_id, starts_word, train_tokenizer
 from recipes.bert_mlm.tokens import BlockSettings, prepare_blocks
@@ -350,3 +356,102 @@ def test_bad_settings_are_named(wrong: dict[str, float], named: str) -> None:
 def test_asking_before_setup_says_what_to_call() -> None:
     with pytest.raises(RuntimeError, match="setup"):
         TextBlocks(Listed([]), batch_size=4).describe()  # type: ignore[arg-type]
+
+
+class Endless(Listed):
+    """Stops for good after so many documents, as a machine does that is about to be killed."""
+
+    def __init__(self, documents: list[str], stop: int) -> None:
+        super().__init__(documents)
+        self.stop = stop
+
+    def documents(self) -> Iterator[str]:
+        for number, document in enumerate(super().documents()):
+            if self.reads == 2 and number == self.stop:
+                time.sleep(600)
+            yield document
+
+
+def prepare_slowly(documents: list[str], cache: Path) -> None:
+    prepare_blocks([Endless(documents, 150)], SETTINGS, cache)
+
+
+def test_a_killed_start_is_resumed_without_tokenising_again_what_it_had_done(
+    documents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = prepare_blocks([Listed(documents)], SETTINGS, tmp_path / "other")
+    trained = train_tokenizer(split(documents, SETTINGS.val_fraction)[0], 400, lowercase=True)
+    monkeypatch.setattr(tokens_module, "train_tokenizer", lambda *_: trained)
+    monkeypatch.setattr(shards_module, "SHARD_CHARACTERS", 5000)
+    monkeypatch.setattr(survey_module, "SAMPLE_CHARACTERS", 4000)  # so that the documents are read a second time
+    cache = tmp_path / "cache"
+    process = multiprocessing.get_context("fork").Process(target=prepare_slowly, args=(documents, cache))
+    process.start()
+    deadline = time.monotonic() + 60
+    while len(list(cache.glob("unfinished-*/shard-*.npz"))) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    done = {file.name for file in cache.glob("unfinished-*/shard-*.npz")}
+    written: list[str] = []
+    write = shards_module._write
+    monkeypatch.setattr(shards_module, "_write", lambda file, *rest: (written.append(file.name), write(file, *rest)))
+    monkeypatch.setattr(tokens_module, "train_tokenizer", None)
+    found = prepare_blocks([Listed(documents)], SETTINGS, cache)
+    assert len(done) >= 5
+    assert written
+    assert not done & set(written)
+    assert np.array_equal(found.train, expected.train)
+    assert np.array_equal(found.val, expected.val)
+    assert not list(cache.glob("unfinished-*"))
+
+
+def test_short_blocks_are_cut_from_whole_ones_at_the_same_number_of_tokens(blocks: TextBlocks) -> None:
+    pairs = [(100, 3), (101, 0), (102, 7)]
+    whole = BlockDataset(blocks.ready.train).__getitems__(pairs)
+    cut = BlockDataset(blocks.ready.train, StepValues(((0, 4), (100, 8), (200, 16)))).__getitems__(pairs)
+    assert cut["input_ids"].shape == (6, 8)
+    assert (cut["input_ids"][:, 0] == CLS).all()
+    text = whole["input_ids"].reshape(6, 8)
+    assert cut["input_ids"][:, 1:].tolist() == text[:, 1:].tolist()
+    assert cut["sample"][::2].tolist() == [100, 101, 102]
+    assert len(set(cut["sample"].tolist())) == 6
+    later = BlockDataset(blocks.ready.train, StepValues(((0, 8), (100, 16)))).__getitems__(pairs)
+    assert later["input_ids"].tolist() == whole["input_ids"].tolist()
+    assert later["sample"].tolist() == whole["sample"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ([[0, 8], [5, 10], [9, 16]], "length_schedule: 10 must be at least 8 and divide data.sequence_length=16"),
+        ([[0, 4], [9, 16]], "length_schedule: 4 must be at least 8"),
+        ([[0, 8]], r"data\.length_schedule=\[\[0, 8\]\] must end with data\.sequence_length=16"),
+        ([[2, 8], [9, 16]], r"data\.length_schedule=.* begin with 0 and rise"),
+    ],
+)
+def test_a_length_schedule_that_cannot_be_is_named(wrong: list[list[int]], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        TextBlocks(Listed([]), batch_size=4, sequence_length=16, length_schedule=wrong)
+
+
+@pytest.mark.parametrize("done", [0, 1, 3, 5, 9])
+def test_schedules_are_exact_after_a_resume(blocks: TextBlocks, done: int) -> None:
+    def batches(step: int) -> list[tuple[list[int], list[list[int]]]]:
+        data = TextBlocks(
+            Listed([]), batch_size=4, sequence_length=16, batch_schedule=[[0, 1], [2, 3], [7, 4]],
+            length_schedule=[[0, 8], [5, 16]],
+        )  # fmt: skip
+        data.blocks, data.train_set = blocks.ready, blocks.train_set
+        data.trainer = SimpleNamespace(  # type: ignore[assignment]
+            global_step=step, max_steps=10, accumulate_grad_batches=2, global_rank=0, world_size=1,
+            strategy=SimpleNamespace(root_device=SimpleNamespace(type="cpu")),
+        )  # fmt: skip
+        return [(batch["sample"].tolist(), batch["input_ids"].tolist()) for batch in data.train_dataloader()]
+
+    whole = batches(0)
+    assert batches(done) == whole[2 * done :]
+    sizes = [(len(rows), len(rows[0])) for _, rows in whole[::2]]
+    assert sizes == [(2, 8)] * 2 + [(6, 8)] * 3 + [(3, 16)] * 2 + [(4, 16)] * 3

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lion_lightning.training.cache import cached_folder, default_cache
+from lion_lightning.training.cache import cached_folder, default_cache, resumable_folder
+from lion_lightning.training.errors import ConfigError
 
 PARTS = 20
 
@@ -102,3 +103,62 @@ def test_the_default_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_cache() == tmp_path / ".cache" / "lion_lightning"
+
+
+def write_and_wait(folder: Path) -> None:
+    (folder / "part").write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def test_an_interrupted_writer_goes_on_with_what_it_had(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(
+        target=resumable_folder, args=(tmp_path, "key", write_and_wait)
+    )
+    process.start()
+    deadline = time.monotonic() + 60
+    while not [file for file in tmp_path.glob("unfinished-*/part") if file.read_text()]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    found = []
+    folder, reused = resumable_folder(tmp_path, "key", lambda folder: found.append((folder / "part").read_text()))
+    assert found == [str(process.pid)]
+    assert not reused
+    assert resumable_folder(tmp_path, "key", must_not_write) == (folder, True)
+
+
+def test_only_one_of_two_processes_prepares_and_the_other_waits(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    barrier, answers = fork.Barrier(2), fork.Queue()
+
+    def prepare() -> None:
+        barrier.wait()
+        folder, reused = resumable_folder(tmp_path, "key", write_slowly)
+        answers.put((reused, {file.read_text() for file in folder.iterdir()}))
+
+    processes = [fork.Process(target=prepare) for _ in range(2)]
+    for process in processes:
+        process.start()
+    found = [answers.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert sorted(reused for reused, _ in found) == [False, True]
+    assert found[0][1] == found[1][1]
+    assert len(found[0][1]) == 1, "both have written"
+
+
+def test_a_setting_that_cannot_work_leaves_nothing_and_a_full_disk_leaves_what_is_there(tmp_path: Path) -> None:
+    def fails(error: Exception):  # type: ignore[no-untyped-def]
+        def write(folder: Path) -> None:
+            (folder / "half").touch()
+            raise error
+
+        return write
+
+    with pytest.raises(ConfigError):
+        resumable_folder(tmp_path, "key", fails(ConfigError("too little text")))
+    assert not list(tmp_path.glob("*/half"))
+    with pytest.raises(OSError, match="disk full"):
+        resumable_folder(tmp_path, "key", fails(OSError("disk full")))
+    assert list(tmp_path.glob("unfinished-*/half"))

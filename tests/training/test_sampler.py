@@ -6,7 +6,7 @@ import pytest
 
 from lion_lightning.training.data import FixedBatches
 from lion_lightning.training.errors import ConfigError
-from lion_lightning.training.sampler import StreamBatchSampler
+from lion_lightning.training.sampler import StepValues, StreamBatchSampler
 
 SIZE = 23  # a prime, so that no batch ends with an epoch
 
@@ -118,3 +118,57 @@ def test_a_data_module_names_bad_settings(wrong: dict[str, int], named: str) -> 
 
     with pytest.raises(ConfigError, match=named):
         StreamDataModule(**{"batch_size": 2, **wrong})
+
+
+STEPS = StepValues(((0, 2), (3, 5), (10, 8)))
+
+
+def test_values_change_at_their_steps() -> None:
+    values = [STEPS.at(step) for step in range(14)]
+    assert values == [2] * 3 + [5] * 7 + [8] * 4
+    assert [STEPS.before(step) for step in range(15)] == [sum(values[:step]) for step in range(15)]
+    assert STEPS.last == 8
+
+
+def test_a_sum_is_turned_back_into_steps() -> None:
+    for total in range(80):
+        steps = STEPS.steps_in(total)
+        assert STEPS.before(steps) <= total < STEPS.before(steps + 1)
+
+
+@pytest.mark.parametrize("changes", [(), ((1, 4),), ((0, 4), (0, 5)), ((0, 4), (9, 5), (3, 6)), ((0, 0),), ((0, 1.5),)])
+def test_bad_changes_are_named(changes: tuple[tuple[int, int], ...]) -> None:
+    with pytest.raises(ValueError, match=r"steps must begin with 0 and rise|whole number of at least 1"):
+        StepValues(changes)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("done", [0, 2, 3, 7, 10, 13, 20])
+def test_growing_batches_share_and_resume_the_same_stream(world_size: int, done: int) -> None:
+    start = STEPS.before(done) * world_size
+    ranks = [
+        list(StreamBatchSampler(SIZE, STEPS, 20, seed=1, rank=rank, world_size=world_size, start=start))
+        for rank in range(world_size)
+    ]
+    assert [len(batch) for batch in ranks[0]] == [STEPS.at(batch) for batch in range(done, 20)]
+    together = list(chain.from_iterable(chain.from_iterable(batches) for batches in zip(*ranks, strict=True)))
+    whole = stream(1, batches=STEPS.before(20) * world_size)
+    assert together == whole[start:]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ([[0, 1], [5, 3]], r"data\.batch_schedule=.* must end with data\.batch_size=2"),
+        ([[1, 2]], r"data\.batch_schedule=.* begin with 0 and rise, got \[1\]"),
+        ([[0, 0], [1, 2]], r"data\.batch_schedule=.* whole number of at least 1, got 0"),
+        ([4], r"data\.batch_schedule=\[4\] must be a list like"),
+        ([[0, "2"]], r"data\.batch_schedule=.* whole number"),
+        (7, r"data\.batch_schedule=7 must be a list like"),
+    ],
+)
+def test_a_bad_schedule_is_named(wrong: object, named: str) -> None:
+    from lion_lightning.training.data import StreamDataModule
+
+    with pytest.raises(ConfigError, match=named):
+        StreamDataModule(2, batch_schedule=wrong)  # type: ignore[arg-type]
