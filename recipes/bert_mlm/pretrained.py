@@ -60,22 +60,24 @@ def load_model(auto_class: Any, place: str, config: PretrainedConfig, attention:
         raise ConfigError(f"{SETTING}={place}: {len(encoder)} weights of the encoder are missing, such as {encoder[0]}")
     if drawn:
         log.warning("%s: drawn afresh, since the checkpoint has none that fits: %s", place, ", ".join(drawn))
-    return model
+    return model.train()  # the library gives it for use, without dropout and without activation checkpointing
 
 
 def load_tokenizer(
-    place: str, roles: Collection[str] = ("cls_token", "sep_token", "pad_token", "mask_token")
+    place: str, roles: Collection[str] = ("cls_token", "sep_token", "pad_token"), setting: str = "data.tokenizer"
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer kept with the checkpoint at `place`.
+    """The tokenizer kept at `place`, which `setting` gave.
 
     Raises:
         ConfigError: there is none, or it has no token for one of `roles`.
     """
-    with _opening(place):
-        tokenizer = AutoTokenizer.from_pretrained(existing(place))
+    with _opening(place, setting):
+        tokenizer = AutoTokenizer.from_pretrained(existing(place, setting))
     missing = [role for role in roles if getattr(tokenizer, role, None) is None]
     if missing or len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ConfigError(f"{place}: no tokenizer that a BERT can use ({', '.join(missing) or 'it is empty'})")
+        raise ConfigError(
+            f"{setting}={place} has no tokenizer that a BERT can use ({', '.join(missing) or 'it is empty'})"
+        )
     return tokenizer
 
 
@@ -90,7 +92,7 @@ def check_vocabulary(place: str, config: PretrainedConfig, tokenizer: PreTrained
             f"{len(tokenizer):,}; set data.tokenizer={place}"
         )
     try:
-        own = load_tokenizer(place)
+        own = load_tokenizer(place, setting=SETTING)
     except ConfigError as error:
         log.warning("the tokenizer of the data cannot be compared with the model's: %s", error)
         return
@@ -101,7 +103,7 @@ def check_vocabulary(place: str, config: PretrainedConfig, tokenizer: PreTrained
         )
 
 
-def existing(place: str) -> str:
+def existing(place: str, setting: str = SETTING) -> str:
     """`place` as the library wants it: a folder that is there, or a name as the hub has them (`name`, `owner/name`).
 
     Raises:
@@ -111,21 +113,21 @@ def existing(place: str) -> str:
     if folder.is_dir():
         return str(folder)
     if folder.exists():
-        raise ConfigError(f"{SETTING}={place} is a file; give the folder it is in")
+        raise ConfigError(f"{setting}={place} is a file; give the folder it is in")
     if place.count("/") > 1 or place.startswith((".", "~", "/")):
-        raise ConfigError(f"{SETTING}={place}: there is no such folder")
+        raise ConfigError(f"{setting}={place}: there is no such folder")
     return place
 
 
 @contextmanager
-def _opening(place: str) -> Iterator[None]:
+def _opening(place: str, setting: str = SETTING) -> Iterator[None]:
     try:
         yield
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{SETTING}={place} cannot be opened, as a folder or from the hub: {reason}") from error
+        raise ConfigError(f"{setting}={place} cannot be opened, as a folder or from the hub: {reason}") from error
 
 
 @contextmanager

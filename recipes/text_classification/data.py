@@ -24,7 +24,7 @@ FORMAT_VERSION = 1  # raise it when what is written to the cache changes
 MIN_SEQUENCE_LENGTH, MIN_VOCAB_SIZE = 8, 256
 PADDINGS = ("longest", "fixed")
 TEXTS_PER_BATCH = 2048
-TOKEN_TYPES, ROLES = "token_type_ids", ("cls_token", "sep_token", "pad_token")
+TOKEN_TYPES = "token_type_ids"
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class LabeledTexts(StreamDataModule):
     def setup(self, stage: str) -> None:
         if self._tokenizer is not None:
             return
-        named = load_tokenizer(self.named, ROLES) if self.named else None
+        named = load_tokenizer(self.named) if self.named else None
         made = identity(named) if named else [self.vocab_size, self.lowercase]
         key = json.dumps([FORMAT_VERSION, self.source.fingerprint(), self.sequence_length, made])
         folder, self._reused = cached_folder(self.cache, key, lambda folder: self._write(folder, named))
@@ -138,6 +138,7 @@ class LabeledTexts(StreamDataModule):
         self.classes: tuple[str, ...] = tuple(about["classes"])
         self.left_out: dict[str, int] = about["left_out"]
         self._tokenizer = named or AutoTokenizer.from_pretrained(folder)
+        self._tokenizer.model_max_length = self.sequence_length  # pre-training may have had another
         length = self.sequence_length if self.padding == "fixed" else None
         self.train_set, self.val_set = (
             TextDataset(_read(folder, name), self.tokenizer.pad_token_id, length) for name in ("train", "val")

@@ -16,6 +16,7 @@ from transformers import BertConfig, BertModel, ModernBertConfig, ResNetConfig
 from lion_lightning.training.errors import ConfigError
 from recipes.bert_mlm.data import TextBlocks
 from recipes.bert_mlm.masking import Masking
+from recipes.bert_mlm.model import build_model
 from recipes.bert_mlm.module import BertMLM
 from recipes.bert_mlm.options import ModelOptions
 from recipes.bert_mlm.pretrained import load_tokenizer
@@ -49,7 +50,14 @@ def test_an_export_goes_on_bit_for_bit(trained: BertMLM, export: Path, blocks: T
     assert torch.equal(module.eval().hidden_logits(masked), trained.hidden_logits(masked))
 
 
+def test_a_checkpoint_goes_on_in_training_mode(trained: BertMLM, export: Path, blocks: TextBlocks) -> None:
+    model = build_model(trained.model.config, blocks, ModelOptions(pretrained=str(export)))
+    assert all(part.training for part in model.modules())
+
+
 def test_a_checkpoint_in_half_precision_is_trained_in_full(trained: BertMLM, export: Path, blocks: TextBlocks) -> None:
+    config = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
     weights = load_file(export / "model.safetensors")
     halved = {name: weight.bfloat16() for name, weight in weights.items()}
     save_file(halved, export / "model.safetensors", metadata={"format": "pt"})
@@ -153,5 +161,5 @@ def test_a_run_goes_on_from_the_export_of_another(compose: Any, prose: Path, tmp
     again = run(train(f"run_dir={tmp_path / 'two'}", f"model.pretrained={export}", *still))
     assert again == pytest.approx(first, rel=1e-4), "steps that move nothing leave the loss where it was"
     shutil.rmtree(export)
-    with pytest.raises(ConfigError, match="no such folder"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=.*export cannot be opened"):
         run(train(f"run_dir={tmp_path / 'three'}", f"model.pretrained={export}"))
