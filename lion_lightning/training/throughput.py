@@ -37,7 +37,8 @@ class Throughput(Callback):
         self._samples: deque[float] = deque(maxlen=WINDOW_BATCHES)
         self._tokens: deque[float] = deque(maxlen=WINDOW_BATCHES)
         self._waits: deque[float] = deque(maxlen=WINDOW_BATCHES)
-        self._durations: deque[float] = deque(maxlen=WINDOW_BATCHES)
+        self.durations: deque[float] = deque(maxlen=WINDOW_BATCHES)
+        """Seconds of the latest batches."""
         self._batches = 0
 
     @override
@@ -67,19 +68,19 @@ class Throughput(Callback):
         self.tokens_seen += tokens
         self._batches += 1
         if self._batches > WARMUP_BATCHES:
-            self._durations.append(now - self._mark)
+            self.durations.append(now - self._mark)
             self._waits.append(self._wait)
             self._samples.append(samples)
             self._tokens.append(tokens)
         self._mark = now
-        if self._durations and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if self.durations and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log_dict({**self.measured(trainer), **self._seen(), "perf/seconds": now - self._began})
 
     def measured(self, trainer: Trainer) -> dict[str, float]:
         """The `perf/*` figures so far; empty before the first measured batch."""
-        if not self._durations:
+        if not self.durations:
             return {}
-        duration = statistics.median(self._durations)
+        duration = statistics.median(self.durations)
         samples, tokens = (statistics.median(seen) / duration for seen in (self._samples, self._tokens))
         figures = {
             "perf/step_ms": 1000 * duration * trainer.accumulate_grad_batches,

@@ -1,0 +1,143 @@
+"""What a recipe's loop costs: our recipe, a raw PyTorch loop over its module, and the usual way, in one run.
+
+    python scripts/bench_recipe.py data=text_files data.path=FOLDER model=bert_mini optim=adamw
+    python scripts/bench_recipe.py recipe=image_classification data=cifar10 data.path=FOLDER model=resnet18 optim=adamw
+
+All three train the same configuration of model on the same data in the same batches, precision and with the same
+optimizer, in turns; printed are medians over all steps but the first of each turn. The usual way is, for text, the
+Trainer of Hugging Face with DataCollatorForLanguageModeling, and for images a torch loop whose batches the image
+processor of transformers makes. Our recipe is `train.py` as it is, guard and logger included.
+"""
+
+import argparse
+import contextlib
+import io
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, open_dict
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the modules beside this one
+
+from lion_lightning.__main__ import CONFIG_FOLDER
+from lion_lightning.training import run as training_run
+from lion_lightning.training.building import build_data, build_module
+from lion_lightning.training.throughput import WARMUP_BATCHES, Throughput
+from scripts.bench_usual import Clock, Turn, usual_way
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    turns: dict[str, Turn] = {"recipe": recipe, "raw loop": raw_loop, **usual_way(_configuration(options.overrides, 1))}
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    for number in range(options.rounds):
+        for name, turn in turns.items():
+            cfg = _configuration(options.overrides, WARMUP_BATCHES + options.steps)
+            times[name] += turn(cfg, WARMUP_BATCHES + options.steps)
+            print(f"round {number + 1}/{options.rounds}: {name}", file=sys.stderr)
+    text = report(options, times, per_step(_configuration(options.overrides, 1)))
+    print(text)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(text + "\n", encoding="utf-8")
+
+
+def recipe(cfg: DictConfig, steps: int) -> list[float]:
+    """`train.py` as it is; what it takes to validate and to save is not part of a step."""
+    kept = Throughput()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(training_run, "Throughput", return_value=kept),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        cfg.run_dir = folder
+        training_run.run(cfg)
+    return list(kept.durations)
+
+
+def raw_loop(cfg: DictConfig, steps: int) -> list[float]:
+    """The recipe's data, `training_step`, optimizer and schedule, and nothing else."""
+    torch.manual_seed(cfg.seed)
+    data = build_data(cfg)
+    module = build_module(cfg, data)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stand_in: Any = SimpleNamespace(
+        max_steps=steps, accumulate_grad_batches=1, global_step=0, global_rank=0, world_size=1,
+        estimated_stepping_batches=steps, strategy=SimpleNamespace(root_device=device),
+    )  # fmt: skip
+    data.trainer = module.trainer = stand_in
+    module.log = lambda *_, **__: None
+    made = module.to(device).configure_optimizers()
+    optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    clock = Clock()
+    for number, batch in enumerate(data.train_dataloader()):
+        batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+        loss = module.training_step(batch, number)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        clock.tick()
+    return clock.durations
+
+
+def per_step(cfg: DictConfig) -> tuple[int, str]:
+    """What a step takes in, and its unit."""
+    if "sequence_length" in cfg.data:
+        return cfg.data.batch_size * cfg.data.sequence_length, "tokens/s"
+    return cfg.data.batch_size, "images/s"
+
+
+def report(options: argparse.Namespace, times: dict[str, list[float]], step: tuple[int, str]) -> str:
+    """Markdown."""
+    amount, unit = step
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    lines = [
+        f"`python scripts/bench_recipe.py {' '.join(options.overrides)}`",
+        f"{time.strftime('%Y-%m-%d')}, {_hardware()}, torch {torch.__version__}, "
+        f"{options.rounds} rounds of {options.steps} steps after {WARMUP_BATCHES} in each",
+        "",
+        f"| | ms a step | {unit} | the recipe is faster by |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, seconds in medians.items():
+        ratio = f"{seconds / medians['recipe']:.2f}x" if name != "recipe" else ""
+        lines.append(f"| {name} | {1000 * seconds:.1f} | {amount / seconds:,.0f} | {ratio} |")
+    return "\n".join(lines)
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _configuration(overrides: Sequence[str], steps: int) -> DictConfig:
+    ours = [f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}", "export=false", "run_dir=none"]
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        cfg = compose("train", [*overrides, *ours])
+    with open_dict(cfg):
+        return cfg
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="as for train.py")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of a turn (default %(default)s)")
+    parser.add_argument("--output", type=Path, help="a Markdown file for the table")
+    return parser.parse_intermixed_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
