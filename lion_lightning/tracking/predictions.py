@@ -1,4 +1,4 @@
-"""What a trained model makes of some validation samples, as a table in W&B: MLM fills, the worst images."""
+"""What a trained model makes of validation, in W&B: a table of samples (MLM fills, the worst images) and pictures."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,8 +20,20 @@ class Predicting(Protocol):
         ...
 
 
+@runtime_checkable
+class Picturing(Protocol):
+    """A module that can draw what validation found."""
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Pictures by name, uint8 (height, width, channels)."""
+        ...
+
+
 def log_predictions(logger: RunLogger, module: Any) -> int:
-    """Log the table of `module`, if it has one, under `predictions`; returns its number of rows."""
+    """Log the pictures of `module`, if it has any, and its table under `predictions`; returns the table's rows."""
+    if isinstance(module, Picturing):
+        for name, pixels in module.pictures().items():
+            logger.log_image(name, [pixels])
     if not isinstance(module, Predicting):
         return 0
     columns, rows = module.predictions()

@@ -2,16 +2,20 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import one_hot
 from transformers import BertConfig, PretrainedConfig, ResNetConfig, ViTConfig, pipeline
 
 from lion_lightning.optim import Lion
 from lion_lightning.schedules import cosine
+from lion_lightning.training.checkpoint_io import load
 from lion_lightning.training.errors import ConfigError
+from lion_lightning.training.run import run
 from recipes.bert_mlm.corpus import PythonDocs
 from recipes.bert_mlm.data import TextBlocks
 from recipes.image_classification.arrays import Images, ImageSplits
@@ -154,6 +158,69 @@ def test_the_export_opens_with_image_classification_and_agrees(
         picture = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
         answers = {answer["label"]: answer["score"] for answer in classify(picture, top_k=20)}
         assert answers == pytest.approx(dict(zip(data.ready.classes, expected.tolist(), strict=True)), abs=1e-4)
+
+
+def test_the_loss_of_mixed_images_is_that_of_soft_targets(noise: ImageArrays) -> None:
+    module = build(vit(), noise, mixup=1.0, label_smoothing=0.1)
+    batch = batch_of(noise)
+    images, share = module.augment(batch)
+    assert share < 1
+    logs = module.model(pixel_values=module.normalize(images)).logits.log_softmax(-1)
+    targets = share * one_hot(batch["labels"], 4) + (1 - share) * one_hot(batch["labels"].roll(1), 4)
+    direct = -((0.9 * targets + 0.1 / 4) * logs).sum(1).mean()
+    torch.testing.assert_close(module.training_step(batch, 0), direct, rtol=1e-4, atol=1e-5)
+
+
+def test_the_sample_number_that_was_seen_on_the_host_is_used_once(noise: ImageArrays) -> None:
+    module = build(vit(), noise, crop_padding=2)
+    expected = module.augment(batch_of(noise, position=8))[0]
+    module.on_train_batch_start(batch_of(noise, position=8), 0)
+    away = {**batch_of(noise, position=8), "sample": torch.empty(8, dtype=torch.long, device="meta")}
+    assert torch.equal(module.augment(away)[0], expected), "read from where it cannot be read"
+    assert not torch.equal(module.augment(batch_of(noise))[0], expected)
+
+
+def test_test_time_flip_takes_the_mean_of_the_shares(noise: ImageArrays) -> None:
+    plain, flipped = build(vit(), noise), build(vit(), noise, test_time_flip=True)
+    batch = batch_of(noise)
+    with torch.no_grad():
+        both = [plain(pixels).softmax(-1) for pixels in (batch["pixels"], batch["pixels"].flip(-1))]
+        flipped.validation_step(batch, 0)
+    shares = (both[0] + both[1]) / 2
+    expected = -shares.gather(1, batch["labels"][:, None]).log().mean()
+    assert not torch.allclose(shares, both[0], atol=1e-4)
+    assert float(flipped.metrics.compute()["val/loss"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+STRONG = (
+    "recipe.module.randaugment_layers=2", "recipe.module.mixup=0.5", "recipe.module.cutmix=1.0",
+    "recipe.module.random_erasing=0.25", "recipe.module.flip=true",
+)  # fmt: skip
+TINY = (
+    "recipe=image_classification", "logger=none", "data.batch_size=16", "trainer.max_steps=4",
+    "trainer.val_check_interval=4", "model.config.num_hidden_layers=1", "model.config.hidden_size=32",
+    "model.config.num_attention_heads=2", "model.config.intermediate_size=32",
+)  # fmt: skip
+
+
+def test_a_resumed_run_augments_as_the_whole_run_did(compose: Any, tmp_path: Path) -> None:
+    def trained(name: str, *overrides: str) -> dict[str, torch.Tensor]:
+        run(compose(*TINY, *STRONG, f"run_dir={tmp_path / name}", "export=false", *overrides))
+        return load(tmp_path / name / "checkpoints/last.ckpt")["state_dict"]
+
+    whole = trained("whole", "checkpoint.every_n_steps=2")
+    resumed = trained("resumed", f"resume={tmp_path}/whole/checkpoints/step-000000002.ckpt")
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_a_run_leaves_figures_and_pictures(compose: Any, tmp_path: Path) -> None:
+    where = [f"run_dir={tmp_path}", "logger=csv", "callbacks=ema", "recipe.module.test_time_flip=true"]
+    run(compose(*TINY[:1], *TINY[2:], *where))
+    logged = "".join(file.read_text() for file in tmp_path.rglob("metrics.csv"))
+    assert all(name in logged for name in ("val/loss", "val/top1", "val/top5", "val/ece"))
+    for name in ("confusion_matrix", "worst_mistakes"):
+        with Image.open(tmp_path / "export" / f"{name}.png") as picture:
+            assert min(picture.size) > 100
 
 
 def test_the_worst_mistakes_are_shown(digits: ImageArrays) -> None:

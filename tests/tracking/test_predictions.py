@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lion_lightning.tracking.offline import find_runs, read_run
 from lion_lightning.tracking.predictions import log_predictions
@@ -41,3 +42,16 @@ def test_the_table_is_in_the_run(logger, tmp_path):
 
 def test_a_module_without_predictions_logs_nothing(logger):
     assert log_predictions(logger, object()) == 0
+
+
+class Draughtsman:
+    def pictures(self):
+        return {"confusion_matrix": np.full((20, 30, 3), 200, dtype="uint8")}
+
+
+def test_pictures_are_in_the_run(logger, tmp_path):
+    assert log_predictions(logger, Draughtsman()) == 0
+    logger.finish(0)
+    (file,) = tmp_path.rglob("media/images/confusion_matrix*.png")
+    with Image.open(file) as picture:
+        assert picture.size == (30, 20)
