@@ -182,7 +182,7 @@ class ImageClassifier(LionMixin, LightningModule):
         if self.validated.confusion is not None:
             drawn["confusion_matrix"] = draw_confusion(self.validated.confusion, classes, after)
         if mistakes := self.validated.mistakes:
-            captions = [(f"class {classes[m.label]}", f"guess {classes[m.guess]}, {m.share:.0%}") for m in mistakes]
+            captions = [(f"class {classes[m.label]}", f"guess {m.share:.0%} {classes[m.guess]}") for m in mistakes]
             pixels = self.data.validation_pixels([found.image for found in mistakes])
             drawn["worst_mistakes"] = draw_mistakes(pixels, captions, f"surest mistakes, {after}")
         return drawn
