@@ -1,5 +1,6 @@
 """Streams: every byte of the text, the same order each time, and a resume that no batch can tell."""
 
+import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -14,13 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import recipes.bert_mlm.pieces as pieces_module
 from lion_lightning.training.errors import ConfigError
+from lion_lightning.training.sampler import SourceTurns, StepValues
 from recipes.bert_mlm.corpus import digest
 from recipes.bert_mlm.pieces import FilePieces, HubPieces, SampleOf, _read
-from recipes.bert_mlm.streaming import StreamedText, pack_all
+from recipes.bert_mlm.streaming import StreamedBatches, StreamedText, pack_all
 
 LENGTH, BATCH = 16, 4
 
@@ -131,13 +134,24 @@ def test_an_epoch_has_every_token_of_the_training_documents(library: Path, cache
     assert [pools[pool].tolist() for pool in range(5)] != [pools[pool].tolist() for pool in range(5, 10)]
 
 
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
+def test_batches_are_the_pools_of_the_rank_one_after_the_other(
+    library: Path, cache: str, rank: int, world_size: int
+) -> None:
+    data = streamed(cache, path=str(library), rank=rank, world_size=world_size, batch_size=40, steps=12)
+    rows = [row for _, batch in plain(iter(data.train_dataloader())) for row in batch]
+    pools = data._pools(0)
+    expected = chain.from_iterable(pools[pool].tolist() for pool in range(rank, 9, world_size))
+    assert rows == list(islice(expected, len(rows)))
+    assert len(rows) == 480
+
+
 def test_blocks_are_shuffled_within_a_pool(library: Path, cache: str) -> None:
     data = streamed(cache, path=str(library))
     pools = data._pools(0)
     text = pools[0][:, 1:]
     running = np.concatenate(list(pools_text(data, 0)))
     in_order = [running[at : at + LENGTH - 1].tolist() for at in range(0, len(running) - LENGTH, LENGTH - 1)]
-    assert sorted(text.tolist())[: len(in_order)] != text.tolist()[: len(in_order)]
     assert {tuple(row) for row in in_order} <= {tuple(row) for row in text.tolist()}
     assert text.tolist()[: len(in_order)] != in_order
 
@@ -244,6 +258,32 @@ def test_a_trainer_goes_on_in_mid_stream(library: Path, cache: str, tmp_path: Pa
     sizes = [len(blocks) for _, blocks in whole.seen[::accumulate]]
     assert sizes == [2] * 3 + [4] * 4 + [2] + [4] * 4  # twice as many blocks of half the length in the first 7 steps
     assert [len(blocks[0]) for _, blocks in whole.seen[::accumulate]] == [8] * 7 + [16] * 5
+
+
+def ask_places(rank: int, file: str, answers) -> None:  # type: ignore[no-untyped-def]
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    sources = [SimpleNamespace(pool=rank, block=7 + rank), SimpleNamespace(pool=5, block=rank)]
+    once = StepValues(((0, 1),))
+    loader = StreamedBatches(sources, SourceTurns([1, 1]), once, None, 9, 0, rank, 2)  # type: ignore[arg-type]
+    state = loader.state_dict()
+    for source in sources:
+        source.pool = source.block = -1
+    loader.load_state_dict(state)
+    answers.put((rank, state, [(source.pool, source.block) for source in sources]))
+    dist.destroy_process_group()
+
+
+def test_the_places_of_all_ranks_are_in_the_state_of_each_and_each_finds_its_own(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    answers = fork.Queue()
+    processes = [fork.Process(target=ask_places, args=(rank, str(tmp_path / "store"), answers)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = sorted(answers.get(timeout=100) for _ in processes)
+    for process in processes:
+        process.join(60)
+    places = {"places": [[[0, 7], [5, 0]], [[1, 8], [5, 1]]]}
+    assert found == [(0, places, [(0, 7), (5, 0)]), (1, places, [(1, 8), (5, 1)])]
 
 
 def test_another_number_of_processes_cannot_go_on(library: Path, cache: str) -> None:
