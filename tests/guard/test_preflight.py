@@ -1,6 +1,7 @@
 """Preflight finds what is wrong with settings, and nothing wrong with any that are shipped or published."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -72,6 +73,14 @@ def test_thirty_times_a_published_rate_is_found(compose, tuned):
 def test_a_rate_of_adamw_is_found_and_a_tenth_of_it_is_not(rate):
     assert "lr" in found(lion(lr=rate))
     assert "lr" not in found(lion(**from_adamw(rate, 0.01)))
+
+
+def test_a_trial_bears_a_higher_rate_than_a_run():
+    trial = replace(LONG, total_steps=1000)
+    assert "lr" in found(lion(lr=8e-4))
+    assert "lr" in found(lion(lr=8e-4), replace(LONG, total_steps=1001))
+    assert "lr" not in found(lion(lr=8e-4), trial)
+    assert "limit 2" in found(lion(lr=2e-3), trial)["lr"]
 
 
 def test_a_rate_that_is_only_somewhat_too_high_is_called_one_of_adamw():
