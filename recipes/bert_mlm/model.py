@@ -30,38 +30,57 @@ def build_model(config: PretrainedConfig, data: TextBlocks, options: ModelOption
     """
     if not isinstance(data, TextBlocks):
         raise ConfigError(f"recipe=bert_mlm trains on text, not on {type(data).__name__}; try data=python_docs")
+    config = usable_config("bert_mlm", config, data.settings.sequence_length, options)
+    model = load_or_build(AutoModelForMaskedLM, config, data.ready.tokenizer, options)
+    if not options.pretrained:
+        with torch.no_grad():
+            # Start from the corpus' word frequencies instead of learning them: a sign optimizer moves a bias by lr a
+            # step, and log frequencies span a dozen nats, so a short run would spend itself on this alone.
+            model.get_output_embeddings().bias.copy_(data.log_unigram_shares())
+    return model
+
+
+def usable_config(
+    recipe: str, config: PretrainedConfig, sequence_length: int, options: ModelOptions
+) -> PretrainedConfig:
+    """The configuration of `options.pretrained`, or else `config`.
+
+    Raises:
+        ConfigError: `recipe` does not know the type of the model, or it takes fewer tokens than `sequence_length`.
+    """
     if options.pretrained:
         config = read_config(options.pretrained, VOCABULARY_HEADS)
     if config.model_type not in VOCABULARY_HEADS:
         raise ConfigError(
-            f"recipe=bert_mlm needs a model of type {' or '.join(VOCABULARY_HEADS)}, not {config.model_type}; "
+            f"recipe={recipe} needs a model of type {' or '.join(VOCABULARY_HEADS)}, not {config.model_type}; "
             "try model=bert_mini"
         )
-    check_positions(config, data.settings.sequence_length)
-    tokenizer = data.ready.tokenizer
-    if options.pretrained:
-        check_vocabulary(options.pretrained, config, tokenizer)
-        return options.apply(load_model(AutoModelForMaskedLM, options.pretrained, config, options.attention))
-    match_vocabulary(config, tokenizer)
-    model = AutoModelForMaskedLM.from_config(config, attn_implementation=options.attention)
-    with torch.no_grad():
-        # Start from the corpus' word frequencies instead of learning them: a sign optimizer moves a bias by lr a step,
-        # and log frequencies span a dozen nats, so a short run would spend itself on this alone.
-        model.get_output_embeddings().bias.copy_(data.log_unigram_shares())
-    return options.apply(model)
-
-
-def check_positions(config: PretrainedConfig, sequence_length: int) -> None:
-    """ConfigError if the model of `config` takes fewer tokens."""
     if sequence_length > config.max_position_embeddings:
         raise ConfigError(
             f"data.sequence_length={sequence_length} is longer than the model's {config.max_position_embeddings} "
             "positions"
         )
+    return config
 
 
-def match_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give `config` the size and the special tokens of `tokenizer`."""
+def load_or_build(
+    auto_class: Any, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, options: ModelOptions
+) -> Any:
+    """The model of `config`: with the weights of `options.pretrained`, or from scratch for the tokenizer.
+
+    Raises:
+        ConfigError: the checkpoint has another vocabulary, or cannot be read.
+    """
+    if options.pretrained:
+        check_vocabulary(options.pretrained, config, tokenizer)
+        model = load_model(auto_class, options.pretrained, config, options.attention)
+    else:
+        _match_vocabulary(config, tokenizer)
+        model = auto_class.from_config(config, attn_implementation=options.attention)
+    return options.apply(model)
+
+
+def _match_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
     config.bos_token_id = config.cls_token_id = tokenizer.cls_token_id
     config.eos_token_id = config.sep_token_id = tokenizer.sep_token_id

@@ -21,9 +21,8 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 from lion_lightning.mixin import LionMixin, OptimizerFactory
 from lion_lightning.schedules import Schedule
 from lion_lightning.training.errors import ConfigError
-from recipes.bert_mlm.model import VOCABULARY_HEADS, check_positions, match_vocabulary, model_flops
+from recipes.bert_mlm.model import load_or_build, model_flops, usable_config
 from recipes.bert_mlm.options import ModelOptions
-from recipes.bert_mlm.pretrained import check_vocabulary, load_model, read_config
 from recipes.text_classification.data import TOKEN_TYPES, LabeledTexts, decode
 
 INPUTS = ("input_ids", "attention_mask", TOKEN_TYPES)
@@ -190,22 +189,9 @@ def build_model(config: PretrainedConfig, data: LabeledTexts, dropout: float, op
         raise ConfigError("model.within_documents=true is for packed blocks; here every text has a row of its own")
     if not 0 <= dropout < 1:
         raise ConfigError(f"recipe.module.classifier_dropout must be in [0, 1), got {dropout}")
-    if options.pretrained:
-        config = read_config(options.pretrained, VOCABULARY_HEADS)
-    if config.model_type not in VOCABULARY_HEADS:
-        raise ConfigError(
-            f"recipe=text_classification needs a model of type {' or '.join(VOCABULARY_HEADS)}, not "
-            f"{config.model_type}; try model=bert_mini"
-        )
-    check_positions(config, data.sequence_length)
+    config = usable_config("text_classification", config, data.sequence_length, options)
     config.classifier_dropout = dropout
     config.problem_type = "single_label_classification" if data.classes else "regression"
     config.id2label = dict(enumerate(data.classes or ("value",)))
     config.label2id = {name: number for number, name in config.id2label.items()}
-    if options.pretrained:
-        check_vocabulary(options.pretrained, config, data.tokenizer)
-        model = load_model(AutoModelForSequenceClassification, options.pretrained, config, options.attention)
-    else:
-        match_vocabulary(config, data.tokenizer)
-        model = AutoModelForSequenceClassification.from_config(config, attn_implementation=options.attention)
-    return options.apply(model)
+    return load_or_build(AutoModelForSequenceClassification, config, data.tokenizer, options)
