@@ -1,8 +1,11 @@
 """Processes that belong together, started and waited for."""
 
+import json
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def run_together(
@@ -26,3 +29,16 @@ def run_together(
     for rank, (process, output) in enumerate(zip(started, outputs, strict=True)):
         assert process.returncode == 0, f"rank {rank}:\n{output[-4000:]}"
     return outputs
+
+
+def torchrun(
+    processes: int, jobs: list[dict[str, Any]], folder: Path, root: Path, *options: str, fails: bool = False
+) -> str:
+    """What jobs of `tests.reliability.ranks` printed. Fails with the end of it if they do not end as they should."""
+    file = folder / f"jobs-{processes}-{jobs[0]['name']}.json"
+    file.write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [*options, "-m", "tests.reliability.ranks", str(file), str(folder)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode != 0) == fails, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr

@@ -1,7 +1,7 @@
 """How a run's checkpoints get to the disk and back: whole, marked, of plain types, at once or in the background."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lion_lightning.training.durable import link_marked, remove_marked, write_durably, write_marked
-from lion_lightning.training.errors import ConfigError
 from lion_lightning.training.plain import plain, with_names_of, without_compiled_prefix
+from lion_lightning.training.sharded_state import whole_checkpoint
 
 WEIGHTS_SUFFIX = ".safetensors"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
@@ -69,11 +69,21 @@ class DurableCheckpointIO(CheckpointIO):
         """Write `checkpoint` to `path`, then do what the `Placement` in `storage_options` says."""
         self.wait()
         placement = storage_options or Placement()
+        state = copied_to_cpu(checkpoint) if self.background else checkpoint
+        self.run(lambda: write(state, Path(path), placement))
+
+    @property
+    def background(self) -> bool:
+        """Whether a thread writes while training goes on."""
+        return self._executor is not None
+
+    def run(self, task: Callable[[], None]) -> None:
+        """Do `task`, at once or in the background; its failure is kept in `error`."""
+        self.wait()
         if self._executor is None:
-            self._attempt(checkpoint, Path(path), placement)
-            return
-        snapshot = apply_to_collection(checkpoint, Tensor, _copy_to_cpu)
-        self._pending = self._executor.submit(self._attempt, snapshot, Path(path), placement)
+            self.attempt(task)
+        else:
+            self._pending = self._executor.submit(self.attempt, task)
 
     def wait(self) -> None:
         """Return when nothing is being written any more."""
@@ -81,9 +91,10 @@ class DurableCheckpointIO(CheckpointIO):
             self._pending.result()
             self._pending = None
 
-    def _attempt(self, checkpoint: dict[str, Any], path: Path, placement: Placement) -> None:
+    def attempt(self, task: Callable[[], None]) -> None:
+        """Do `task` here and now; its failure is kept in `error`."""
         try:
-            write(checkpoint, path, placement)
+            task()
         except Exception as error:
             self.error = error
 
@@ -91,10 +102,9 @@ class DurableCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: _PATH, map_location: Any | None = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Read `path`; code in it is refused whatever `weights_only` says."""
-        if Path(refuse_url(path)).is_dir():
-            raise ConfigError(f"resume={path}: a sharded checkpoint, which only trainer.strategy=fsdp2 goes on from")
-        checkpoint = load(Path(path))
+        """Read `path`, a file or the folder that FSDP2 writes; code is refused whatever `weights_only` says."""
+        file = Path(refuse_url(path))
+        checkpoint = whole_checkpoint(file) if file.is_dir() else load(file)
         if self.model is not None:
             checkpoint["state_dict"] = with_names_of(checkpoint["state_dict"], self.model.state_dict())
         return checkpoint
@@ -114,12 +124,18 @@ def write(checkpoint: Mapping[str, Any], path: Path, placement: Placement) -> No
     kept = plain(dict(checkpoint))
     kept["state_dict"] = without_compiled_prefix(kept["state_dict"])
     write_marked(path, _saving(kept), int(kept["global_step"]))
-    for name in placement.weights:
-        write_durably(name.with_suffix(WEIGHTS_SUFFIX), _writing(safetensors_bytes(_unshared(kept["state_dict"]))))
+    write_weights(kept["state_dict"], placement.weights)
     for link in placement.links:
         link_marked(path, link)
     for old in placement.remove:
         remove_marked(old)
+
+
+def write_weights(state: Mapping[str, Any], beside: Sequence[Path]) -> None:
+    """Write the weights alone as safetensors, beside each of these names of a checkpoint."""
+    for name in beside:
+        data = safetensors_bytes(_unshared(without_compiled_prefix(state)))
+        write_durably(name.with_suffix(WEIGHTS_SUFFIX), _writing(data))
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -144,6 +160,11 @@ def _saving(checkpoint: Mapping[str, Any]) -> Callable[[IO[bytes]], None]:
 
 def _writing(data: bytes) -> Callable[[IO[bytes]], Any]:
     return lambda file: file.write(data)
+
+
+def copied_to_cpu(state: Any) -> Any:
+    """A copy of nested containers whose tensors are copied too."""
+    return apply_to_collection(state, Tensor, _copy_to_cpu)
 
 
 def _copy_to_cpu(tensor: Tensor) -> Tensor:

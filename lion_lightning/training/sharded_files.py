@@ -5,6 +5,7 @@ torch 2.13 reads the `.metadata` of such a folder with `pickle.load` and its non
 """
 
 import pickle
+import warnings
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from typing_extensions import override
 
+META_FILE = "meta.pt"  # as in Lightning's own sharded checkpoints: what is no state of a model or an optimizer
 _METADATA, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 _ALLOWED = {
     (_METADATA, "Metadata"),
@@ -74,8 +76,55 @@ def load_sharded(state: dict[str, Any], folder: Path, alone: bool = False) -> No
         RuntimeError: it cannot be loaded, or holds more than tensors and plain values. (torch's own exception is no
             `Exception`, and passes by whoever catches those.)
     """
+    if alone:
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     try:
         dcp.load(state, storage_reader=_PlainReader(folder), planner=_PlainPlanner(), no_dist=alone)
     except CheckpointException as error:
         told = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
         raise RuntimeError(f"{folder} cannot be loaded: {told}") from error
+
+
+def read_whole(folder: Path, part: str = "") -> dict[str, Any]:
+    """What a sharded checkpoint holds, in one piece on the CPU, by this process alone and without a model.
+
+    Args:
+        folder: the checkpoint; from any number of ranks.
+        part: one of the parts it was saved in; else all of them.
+
+    Raises:
+        RuntimeError: see `load_sharded`.
+    """
+    metadata = _PlainReader(folder).read_metadata()
+    flat: dict[str, Any] = {}
+    for name, stored in metadata.state_dict_metadata.items():
+        if part in ("", metadata.planner_data[name][0]):
+            flat[name] = None
+            if isinstance(stored, TensorStorageMetadata):
+                flat[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
+    load_sharded(flat, folder, alone=True)
+    whole: dict[str, Any] = {}
+    for name, value in flat.items():
+        _place(whole, metadata.planner_data[name], value)
+    return _with_lists(whole)
+
+
+def shards_of(folder: Path) -> dict[str, int]:
+    """In how many parts each tensor of a sharded checkpoint was saved, by its full name."""
+    stored = _PlainReader(folder).read_metadata().state_dict_metadata
+    return {name: len(kept.chunks) for name, kept in stored.items() if isinstance(kept, TensorStorageMetadata)}
+
+
+def _place(tree: dict[Any, Any], path: tuple[str | int, ...], value: Any) -> None:
+    """Put `value` at `path` into nested dicts; positions in lists are keys too."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def _with_lists(tree: Any) -> Any:
+    """Nested dicts with lists again where all keys are positions."""
+    if not isinstance(tree, dict) or not tree:
+        return tree
+    items = {key: _with_lists(value) for key, value in tree.items()}
+    return [items[key] for key in sorted(items)] if all(isinstance(key, int) for key in items) else items

@@ -29,7 +29,7 @@ def build_strategy(cfg: DictConfig) -> Strategy | str:
     """The strategy that `trainer.strategy` names; other names are Lightning's own.
 
     Raises:
-        ConfigError: a strategy of several processes, and nothing has started them; or one that cannot do what is asked.
+        ConfigError: a strategy of several processes, and nothing has started them.
     """
     name = cfg.trainer.strategy
     if name not in MULTI_PROCESS:
@@ -42,10 +42,6 @@ def build_strategy(cfg: DictConfig) -> Strategy | str:
     options: dict[str, Any] = {"timeout": timedelta(minutes=cfg.trainer.timeout_minutes)}
     if name == "ddp":
         return ReplicatedStrategy(gradient_as_bucket_view=True, **options)
-    if cfg.checkpoint.background:
-        raise ConfigError(
-            "checkpoint.background=true: trainer.strategy=fsdp2 writes its shards at once; set it to false"
-        )
     return ShardedStrategy(**options)
 
 

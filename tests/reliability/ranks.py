@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, Trainer
 import lion_lightning.training.run as run_module
 from lion_lightning.__main__ import _report
 from lion_lightning.training.signals import TrainingInterrupted
+from tests.reliability import resharding
 
 LIMIT_SECONDS = 40
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -27,8 +28,9 @@ class Observer(Callback):
 
     Args:
         job: `signal`, `diverge`, `fail`, `hang` and `kill` as (rank, step): send SIGTERM to itself, change a weight,
-            raise, sleep for ever, send SIGKILL to itself unless torchrun has restarted it. With `fatal` an error ends
-            the process as it does at the door.
+            raise, sleep for ever, send SIGKILL to itself unless torchrun has restarted it; `lose`: the folder of the
+            checkpoints. With `fatal` an error ends the process as it does at the door. One with a `mode` is of
+            `resharding`.
     """
 
     def __init__(self, job: dict[str, Any], rank: int) -> None:
@@ -52,6 +54,11 @@ class Observer(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
         if self.job.get("kill") == [self.rank, step] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.job.get("lose") == [self.rank, step]:
+            trainer.strategy.checkpoint_io.wait()  # for the step before, if a thread writes it
+            folder = Path(trainer.default_root_dir) / "checkpoints"
+            folder.rename(folder.with_name("before"))
+            folder.write_text("a file where the folder was")
         if self.job.get("diverge") == [self.rank, step]:
             with torch.no_grad():
                 next(module.parameters()).view(-1)[0] += 1e-3
@@ -92,7 +99,7 @@ def main(jobs: Path, folder: Path) -> None:
     rank = int(os.environ.get("RANK", "0"))
     for job in json.loads(jobs.read_text()):
         faulthandler.dump_traceback_later(LIMIT_SECONDS, exit=True)  # a deadlock says where
-        seen = carry_out(job, rank)
+        seen = resharding.carry_out(job, rank) if "mode" in job else carry_out(job, rank)
         faulthandler.cancel_dump_traceback_later()
         (folder / f"{job['name']}-rank{rank}.json").write_text(json.dumps(seen))
 

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from lion_lightning.training.checkpoint_io import load
 from lion_lightning.training.durable import verify
 from lion_lightning.training.resume import newest_valid
+from tests.processes import torchrun
 from tests.reliability import ranks
 
 WHOLE = os.environ.get("LION_LIGHTNING_WHOLE_MATRIX") == "1"
@@ -66,16 +65,12 @@ def jobs_of_one(folder: Path) -> list[dict[str, Any]]:
     return made
 
 
-def torchrun(
-    processes: int, jobs: list[dict[str, Any]], folder: Path, root: Path, *options: str, fails: bool = False
-) -> str:
-    file = folder / f"jobs-{processes}-{jobs[0]['name']}.json"
-    file.write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [*options, "-m", "tests.reliability.ranks", str(file), str(folder)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
-    assert (done.returncode != 0) == fails, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout + done.stderr
+def jobs_of_two_again(folder: Path) -> list[dict[str, Any]]:
+    made = []
+    for strategy in ("ddp", "fsdp2"):
+        resumed = (*TWO, f"trainer={strategy}", "resume=auto")
+        made.append(job(folder, f"{strategy}-half-on-two", *resumed, where=f"{strategy}-half"))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     torchrun(2, jobs_of_two(folder), folder, root)
     torchrun(1, jobs_of_one(folder), folder, root)
-    back = [
-        job(folder, f"{s}-half-on-two", *TWO, f"trainer={s}", "resume=auto", where=f"{s}-half")
-        for s in ("ddp", "fsdp2")
-    ]
-    torchrun(2, back, folder, root)
+    torchrun(2, jobs_of_two_again(folder), folder, root)
     return folder
 
 
