@@ -56,9 +56,12 @@ SUMMARIES: dict[str, Any] = {
     "val/perplexity": "min",
     "val/accuracy": "max",
     "val/top1": "max",
+    "val/top5": "max",
+    "val/ece": "min",
     "perf/samples_per_second": "last",
     "perf/tokens_per_second": "last",
     "perf/step_ms": "last",
+    "perf/mfu": "last",
     "perf/peak_memory_gib": "max",
 }
 

@@ -321,7 +321,7 @@ def test_a_run_folder_is_made_where_it_is_missing(compose: Any, tmp_path: Path) 
         (["schedule.final=2"], "final .*2"),
         (["guard.warmup_steps=-1"], "warmup_steps .*-1"),
         (["guard.min_batch_size=-1"], "min_batch_size .*-1"),
-        (["data=image_files"], "data=image_files needs data.path="),
+        (["data=image_files"], "data.path=null: it must be an image folder"),
         (["data=image_files", "data.path=/nowhere"], "data.path=/nowhere: there is no such file or folder"),
         (["logger=wandb", "logger.mode=sometimes"], "mode must be one of .* got 'sometimes'"),
     ],
