@@ -11,12 +11,13 @@ from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from lion_lightning.training import run_stamp
+from lion_lightning.training.secret_overrides import carried_in_environment, is_sweep
 
 EXIT_USAGE = 2
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -53,6 +54,8 @@ def main() -> None:
     # Without this Hydra prints an excerpt of its own and hides the exception from us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        if is_sweep(sys.argv[1:]):
+            sys.argv[1:] = carried_in_environment(sys.argv[1:])
         train()
     except Exception as error:
         _report(error)
@@ -81,6 +84,8 @@ def _rank() -> str:
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, MissingConfigException) and "hydra/launcher/submitit" in str(error):
+        return "hydra/launcher=slurm needs a plugin that is not installed: pip install hydra-submitit-launcher"
     text = str(error).split("Config search path")[0].split("set HYDRA_FULL_ERROR")[0]
     return " ".join(text.split())
 

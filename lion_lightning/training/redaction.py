@@ -51,9 +51,10 @@ def redacted_text(text: str) -> str:
 def redacted_argument(argument: str) -> str:
     """A command-line override with its secret hidden: by the last part of its name, or by the look of its value."""
     found = _OVERRIDE.fullmatch(argument)
-    if found and names_a_secret(re.split(r"[./@]", found["name"])[-1]):
+    name = re.split(r"[./@]", found["name"])[-1] if found else ""
+    if found and names_a_secret(name):
         return argument[: found.start("value")] + HIDDEN
-    return redacted_text(argument)
+    return argument if name in _PINS else redacted_text(argument)
 
 
 def names_a_secret(name: str) -> bool:

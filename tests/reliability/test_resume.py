@@ -20,6 +20,7 @@ from lightning.pytorch import Callback, Trainer
 import lion_lightning.training.run as run_module
 from lion_lightning.training.checkpoint_io import load
 from lion_lightning.training.signals import TrainingInterrupted
+from recipes.bert_mlm import pieces
 
 WHOLE = os.environ.get("LION_LIGHTNING_WHOLE_MATRIX") == "1"
 STEPS, STEPS_PER_EPOCH, VALIDATION_INTERVAL, WARMUP_STEPS, BATCH = 12, 6, 4, 5, 16
@@ -40,6 +41,12 @@ BERT = (
     "model.config.intermediate_size=32", "model.config.hidden_dropout_prob=0.1",
     *(setting for setting in DIGITS if setting.startswith(("logger", "export", "data.", "trainer."))),
 )  # fmt: skip
+STREAM = (
+    *(setting for setting in BERT if not setting.startswith(("data=", "data.limit", "data.val_fraction"))),
+    "data=streaming", "data.num_workers=0", "data.val_fraction=0.2",
+)  # fmt: skip
+SMALL_PIECES, SMALL_POOL = 500, 1
+"""Bytes in a piece and pieces in a pool, so that a dozen steps of a stream see several pools."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ CASES = [
     Case("after a step that the guard skipped, before and after it knows", (7, 8), nan_step=7),
     Case("bf16, 16-bit weights, int8 momentum", (5,),
          ("trainer.precision=bf16-true", "optim.weight_bits=16", "optim.momentum_dtype=int8")),
+    Case("a stream, twice", (3, 7), base=STREAM),
 ]  # fmt: skip
 CASES_OF_THE_WHOLE = [
     Case("in warm-up", (3,)),
@@ -102,6 +110,11 @@ CASES_OF_THE_WHOLE = [
     Case("BERT, mid-epoch", (5,), base=BERT),
     Case("BERT, before a validation", (8,), base=BERT),
     Case("BERT, in validation", (8,), base=BERT, in_validation=True),
+    Case("a stream, after every step", tuple(range(1, STEPS)), base=STREAM),
+    Case("a stream, in validation", (8,), base=STREAM, in_validation=True),
+    Case("a stream, 2 workers", (5,), ("data.num_workers=2",), base=STREAM),
+    Case("a stream, accumulation, before a validation", (4,), ("trainer.accumulate_grad_batches=2",), base=STREAM),
+    Case("a stream, after a skipped step", (7,), base=STREAM, nan_step=7),
 ]
 
 
@@ -146,6 +159,8 @@ def train(
 ) -> Callable[..., tuple[dict[str, Any], dict[tuple[str, int], dict[str, float]]]]:
     """Train a case to its end, with its stops or without, and return the last checkpoint and all metrics."""
     build = run_module.progress
+    monkeypatch.setattr(pieces, "PIECE_BYTES", SMALL_PIECES)
+    monkeypatch.setattr(pieces.FilePieces, "in_pool", SMALL_POOL)
 
     def trained(case: Case, folder: Path, stops: set[int]) -> tuple[dict[str, Any], dict[Any, Any]]:
         recorder = Recorder(case, set(stops))
