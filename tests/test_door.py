@@ -53,8 +53,14 @@ def test_a_misspelt_override_is_named(root: Path, tmp_path: Path, mistake: str, 
     ],
 )
 def test_a_setting_that_cannot_work_is_named_at_either_entry(
-    root: Path, tmp_path: Path, entry: str, arguments: list[str], named: tuple[str, ...]
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    entry: str,
+    arguments: list[str],
+    named: tuple[str, ...],
 ) -> None:
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "fonts"))  # as on a machine that matplotlib does not know yet
     assert_one_line(call(root, tmp_path, arguments, entry), *named)
 
 
