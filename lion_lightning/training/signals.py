@@ -4,9 +4,14 @@ Nothing else happens in a handler: it may run inside `optimizer.step`, a save or
 SIGTERM handler broadcasts from inside it, which deadlocks when the other ranks are elsewhere; `StopFlag` takes its
 place.
 
+submitit's own signal, SIGUSR2 before a time limit, is one more: its handler puts the job back into the queue and ends
+the process at once, so it waits until the run is saved.
+
 Exit codes: 143 after SIGTERM, 130 after SIGINT, 138 after SIGUSR1 (128 + the signal's number, as shells have it).
 """
 
+import logging
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -14,7 +19,9 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+log = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # one of them, by SUBMITIT_PREEMPT_SIGNAL
 EXIT_CODE_OFFSET = 128
 WORKER_GRACE_SECONDS = 20
 
@@ -52,6 +59,7 @@ class StopFlag:
 
     def __init__(self, alone: bool = True) -> None:
         self.signal, self.alone = 0, alone
+        self._signals: tuple[signal.Signals, ...] = STOP_SIGNALS
         self._before: dict[int, Any] = {}
 
     @property
@@ -61,7 +69,7 @@ class StopFlag:
     def install(self) -> None:
         """Handle the stop signals here; nothing in a thread that is not the main one, where Python forbids it."""
         if threading.current_thread() is threading.main_thread():
-            for signum in STOP_SIGNALS:
+            for signum in self._signals:
                 signal.signal(signum, self._on_signal)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
@@ -70,7 +78,9 @@ class StopFlag:
         self.signal = signum
 
     def __enter__(self) -> "StopFlag":
-        self._before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+        if is_submitits(signal.getsignal(signal.SIGUSR2)):
+            self._signals = (*STOP_SIGNALS, signal.SIGUSR2)
+        self._before = {signum: signal.getsignal(signum) for signum in self._signals}
         self.install()
         return self
 
@@ -80,6 +90,25 @@ class StopFlag:
         if threading.current_thread() is threading.main_thread():
             for signum, handler in self._before.items():
                 signal.signal(signum, handler)
+            if isinstance(error, TrainingInterrupted):
+                self._requeue(error)
+
+    def _requeue(self, stop: TrainingInterrupted) -> None:
+        """Hand the signal that ended the run on to submitit, if it is the one that it waits for.
+
+        On the first rank, submitit puts the job back into the queue and exits; on the others it does nothing.
+        """
+        signum = stop.exit_code - EXIT_CODE_OFFSET
+        handler: Any = self._before.get(signum)
+        if signum in REQUEUE_SIGNALS and is_submitits(handler):
+            log.warning("%s", stop)  # the door, which would say it, is not reached
+            handler(signum, None)
+
+
+def is_submitits(handler: Any) -> bool:
+    """Whether a signal's handler was set by submitit, inside one of its jobs."""
+    module = getattr(handler, "__module__", None) or ""
+    return "SUBMITIT_EXECUTOR" in os.environ and module.partition(".")[0] == "submitit"
 
 
 def replace_lightnings_handlers(trainer: Trainer, stop: StopFlag) -> None:
