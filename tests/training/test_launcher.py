@@ -86,7 +86,7 @@ def test_a_job_out_of_time_is_saved_and_requeued_and_goes_on(root: Path, tmp_pat
     (folder,) = tmp_path.iterdir()
     for process in jobs_of(folder):
         os.kill(process, signal.SIGUSR2)
-    _, told = sweep.communicate(timeout=200)
+    _, told = sweep.communicate(timeout=400)
     assert sweep.returncode == 0, told
     assert list(tmp_path.iterdir()) == [folder], "every job in the folder of the sweep, also when it is requeued"
     for number in (0, 1):
