@@ -109,7 +109,7 @@ def _compare(
     show(comparison, console)
     for line in unreadable:
         console.print(f"! {line}", highlight=False, style="yellow")
-    command = "python scripts/compare.py " + shlex.join(sys.argv[1:])
+    command = f"python scripts/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}"  # experiments.py compares, too
     files = write(comparison, folder, command, datetime.date.today().isoformat(), unreadable)
     console.print(f"{relative(str(folder))}: {', '.join(file.name for file in files)}", highlight=False, soft_wrap=True)
     if options.report:

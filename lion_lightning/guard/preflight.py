@@ -63,7 +63,13 @@ def inspect(optimizer: Optimizer, run: RunSettings) -> list[Finding]:
     """Findings for one optimizer; what is special to Lion is left out for others."""
     checks = [_bf16(optimizer), _batch_size(run)]
     if isinstance(optimizer, Lion):
-        checks += [_lr(optimizer, run), _decay(optimizer, run), _warmup(optimizer, run), _betas(optimizer), _clipping(run)]
+        checks += [
+            _lr(optimizer, run),
+            _decay(optimizer, run),
+            _warmup(optimizer, run),
+            _betas(optimizer),
+            _clipping(run),
+        ]
     return [finding for finding in checks if finding is not None]
 
 

@@ -34,8 +34,8 @@ class WorstMistakes(Metric):
     guess: Tensor
     share: Tensor
 
-    def __init__(self, count: int = WORST) -> None:
-        super().__init__()
+    def __init__(self, count: int = WORST, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         self.count = count
         for name in ("image", "label", "guess"):
             self.add_state(name, torch.full((count,), -1), dist_reduce_fx="cat")

@@ -192,7 +192,8 @@ class ImageClassifier(LionMixin, LightningModule):
         count = len(self.data.val_set)  # type: ignore[arg-type]
         if self.validated is not None:
             return count, self.validated.mistakes
-        worst, count = WorstMistakes().to(self.device), min(count, LOOKED_AT)
+        # One rank alone asks: there is nobody to gather from.
+        worst, count = WorstMistakes(sync_on_compute=False).to(self.device), min(count, LOOKED_AT)
         for start in range(0, count, AT_A_TIME):
             pairs = [(index, index) for index in range(start, min(start + AT_A_TIME, count))]
             batch = self.data.val_set.__getitems__(pairs)  # type: ignore[attr-defined]
