@@ -184,10 +184,9 @@ def compose(search: Search, params: dict[str, Any], seed: int, folder: str = "ou
 def _write_winner(search: Search, study: optuna.Study, folder: Path) -> None:
     best = study.best_trial
     cfg = compose(search, best.params, search.seeds[0])
-    full = compose(replace(search, overrides=()), {}, search.seeds[0]).trainer.max_steps
     file = folder / f"{search.recipe}_{search.optim}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(tuned_file(best.params, _evidence(search, study, cfg), full), encoding="utf-8")
+    file.write_text(tuned_file(best.params, _evidence(search, study, cfg)), encoding="utf-8")
     print(f"{search.optim}: {cfg.recipe.monitor} {best.value:.4f} with {_words(best.params)} -> {relative(str(file))}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lion_lightning.tracking.compare import Mode
-from scripts.tune_spaces import WARM_UP, rounded, warmup_steps
+from scripts.tune_spaces import DEFAULT, WARM_UP, rounded
 
 LINE_WIDTH = 118
 NEAR_THE_BEST = 0.05  # a cell is near the best within 5 % of it (of the error where more is better)
@@ -25,21 +25,15 @@ COMMENTS = {
 }
 
 
-def tuned_file(params: Mapping[str, Any], evidence: str, recipe_steps: int) -> str:
-    """The YAML of conf/tuned for the values of a trial.
-
-    Args:
-        recipe_steps: optimizer steps of the recipe at its full length, which a share of warm-up is taken of.
-    """
+def tuned_file(params: Mapping[str, Any], evidence: str) -> str:
+    """The YAML of conf/tuned for the values of a trial."""
     lines = ["# @package _global_", *(f"# {line}" for line in textwrap.wrap(evidence, LINE_WIDTH)), "optim:"]
     for key, value in rounded({key: value for key, value in params.items() if key != WARM_UP}).items():
         name = key.removeprefix("optim.")
         written = f"{value:g}" if isinstance(value, float) else str(value).replace(",", ", ")
         lines.append(f"  {name}: {written}".ljust(26) + f"# {COMMENTS[name]}")
-    steps = warmup_steps(params, recipe_steps)
-    if steps is not None:
-        share = f"{float(params[WARM_UP]):.0%} of the recipe's {recipe_steps:,}"
-        lines += ["guard:", f"  warmup_steps: {steps}".ljust(26) + f"# optimizer steps; {share}"]
+    if params.get(WARM_UP, DEFAULT) != DEFAULT:
+        lines += ["guard:", f"  warmup_steps: {params[WARM_UP]}".ljust(26) + "# share of the run"]
     return "\n".join(lines) + "\n"
 
 

@@ -70,7 +70,7 @@ def _short(key: str) -> str:
     return key.removeprefix("optim.").replace("_", " ")
 
 
-_DEFAULT = "default"  # the guard's own warm-up
+DEFAULT = "default"  # the guard's own warm-up
 _SHARES = ("default", "0.03", "0.2")
 SPACES: Mapping[str, Space] = MappingProxyType({
     "lion": Space(
@@ -115,5 +115,5 @@ def overrides_of(params: Mapping[str, Any]) -> list[str]:
 
 def warmup_steps(params: Mapping[str, Any], max_steps: int) -> int | None:
     """Optimizer steps of warm-up; None: what the guard does by itself."""
-    share = params.get(WARM_UP, _DEFAULT)
-    return None if share == _DEFAULT else round(float(share) * max_steps)
+    share = params.get(WARM_UP, DEFAULT)
+    return None if share == DEFAULT else round(float(share) * max_steps)

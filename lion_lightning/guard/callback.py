@@ -20,7 +20,7 @@ from lion_lightning.guard.readings import Reading
 from lion_lightning.guard.recovery import ON_DIVERGENCE, OnDivergence, Remedy
 from lion_lightning.guard.thresholds import Thresholds
 from lion_lightning.guard.trace import Trace
-from lion_lightning.guard.trainer import clip_norm, default_warmup_steps, run_settings, settle_batch
+from lion_lightning.guard.trainer import clip_norm, run_settings, settle_batch, warmup_length
 from lion_lightning.guard.treatment import Treatment
 from lion_lightning.guard.warmup import LinearWarmup
 from lion_lightning.guard.watch import Losses, OptimizerWatch, Reduce
@@ -56,9 +56,9 @@ class LionGuard(Callback):
     Readings reach the host one step late, so nothing waits for the device; every rank decides from the same sums.
 
     Args:
-        warmup_steps: optimizer steps of linear warm-up. None: long enough for the momentum to fill, `2 / (1 - beta2)`
-            of Lion, or 1 % of the run if that is more, but never more than 10 % of the run. The same for every
-            optimizer.
+        warmup_steps: optimizer steps of linear warm-up, or below 1 a share of the run. None: long enough for the
+            momentum to fill, `2 / (1 - beta2)` of Lion, or 1 % of the run if that is more, but never more than 10 % of
+            the run. The same for every optimizer.
         min_batch_size: samples that an optimizer step should have.
         on_small_batch: below it, "warn" once, "accumulate" more micro-batches, or "error".
         on_divergence: "recover" (rewind, rewind at half the rate, stop), "stop" or "warn".
@@ -77,7 +77,7 @@ class LionGuard(Callback):
 
     def __init__(
         self,
-        warmup_steps: int | None = None,
+        warmup_steps: float | None = None,
         min_batch_size: int = MIN_BATCH_SIZE,
         on_small_batch: OnSmallBatch = "warn",
         on_divergence: OnDivergence = "recover",
@@ -89,6 +89,8 @@ class LionGuard(Callback):
         trace: str | Path | None = None,
     ) -> None:
         _check_count("min_batch_size", min_batch_size)
+        if warmup_steps is not None:
+            _check_count("warmup_steps", warmup_steps)
         _check_count("telemetry_every", telemetry_every)
         _check_choice("on_small_batch", on_small_batch, ON_SMALL_BATCH)
         _check_choice("on_divergence", on_divergence, ON_DIVERGENCE)
@@ -103,7 +105,7 @@ class LionGuard(Callback):
         self._start_afresh()
 
     def _start_afresh(self) -> None:
-        self.warmup = LinearWarmup(self.warmup_steps or 0)  # of the first optimizer
+        self.warmup = LinearWarmup(0)  # of the first optimizer
         self.batch, self.noise, self.losses = EffectiveBatch(self.min_batch_size), NoiseScale(), Losses()
         self.treatment = Treatment(self.thresholds, self.on_divergence, acts=self.acts, gates=self.gates)
         self.diary, self.steps = Diary(), 0
@@ -138,8 +140,9 @@ class LionGuard(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         restored, self._restored = self._restored, None
-        if restored is None and self.warmup_steps is None:
-            self.warmup = LinearWarmup(default_warmup_steps(trainer.optimizers, trainer.estimated_stepping_batches))
+        if restored is None:
+            steps = trainer.estimated_stepping_batches
+            self.warmup = LinearWarmup(warmup_length(self.warmup_steps, trainer.optimizers, steps))
         warmups = [self.warmup, *(LinearWarmup(self.warmup.warmup_steps) for _ in trainer.optimizers[1:])]
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         self.watches = [
@@ -363,7 +366,7 @@ class LionGuard(Callback):
             self._telemetry.load_state_dict(state["telemetry"])
 
 
-def _check_count(name: str, value: int) -> None:
+def _check_count(name: str, value: float) -> None:
     if value < 0:
         raise ValueError(f"{name} must be at least 0, got {value}")
 

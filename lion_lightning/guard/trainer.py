@@ -13,6 +13,19 @@ WARMUP_SHARE, MAX_WARMUP_SHARE = 0.01, 0.1  # of the run's optimizer steps
 LION_BETA2 = 0.99
 
 
+def warmup_length(given: float | None, optimizers: list[Optimizer], total_steps: float) -> int:
+    """Optimizer steps of warm-up.
+
+    Args:
+        given: a number of steps, below 1 a share of the run, None for `default_warmup_steps`.
+        optimizers: of the run.
+        total_steps: of the run, infinite if nobody knows: then there is no share of it, and the default is taken.
+    """
+    if given is None or (0 < given < 1 and not math.isfinite(total_steps)):
+        return default_warmup_steps(optimizers, total_steps)
+    return round(given * total_steps if given < 1 else given)
+
+
 def default_warmup_steps(optimizers: list[Optimizer], total_steps: float) -> int:
     """Steps for Lion's momentum to fill, or 1 % of the run if that is more; at most 10 % of the run.
 

@@ -1,6 +1,7 @@
 """LionGuard inside a Lightning run of a module that is not ours."""
 
 import logging
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -10,7 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lion_lightning import Lion, LionGuard, LionMixin
-from lion_lightning.guard.callback import TrainingStopped, default_warmup_steps
+from lion_lightning.guard.callback import TrainingStopped
+from lion_lightning.guard.trainer import default_warmup_steps, warmup_length
 from tests.guard.memory_logger import MemoryLogger
 
 
@@ -140,6 +142,23 @@ def test_default_warm_up_fills_the_momentum_but_takes_at_most_a_tenth_of_the_run
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -3"):
         LionGuard(warmup_steps=-3)
+
+
+def test_a_warm_up_below_one_is_a_share_of_the_run():
+    lion = [Lion([nn.Parameter(torch.ones(2))], lr=1e-3)]
+    assert [warmup_length(given, lion, 400) for given in (0, 0.03, 0.2, 1, 30)] == [0, 12, 80, 1, 30]
+    assert warmup_length(None, lion, 400) == default_warmup_steps(lion, 400)
+    assert warmup_length(0.2, lion, math.inf) == default_warmup_steps(lion, math.inf), "there is no share of it"
+
+
+def test_a_share_of_the_run_is_warmed_up_and_a_resumed_run_keeps_it(tmp_path):
+    guard, again = LionGuard(warmup_steps=0.5), LionGuard(warmup_steps=0.5)
+    _, rows = fit(Regression(), guard, tmp_path)
+    assert guard.warmup.warmup_steps == 4, "of 8 steps"
+    assert [row["guard/warmup_factor"] for row in rows if "guard/warmup_factor" in row][:4] == [0.25, 0.5, 0.75, 1.0]
+    again.load_state_dict(guard.state_dict())
+    fit(Regression(), again, tmp_path, max_epochs=3)
+    assert again.warmup.warmup_steps == 4, "as it was, though the run is longer now"
     with pytest.raises(ValueError, match="min_batch_size must be at least 0, got -1"):
         LionGuard(min_batch_size=-1)
 

@@ -45,8 +45,8 @@ SECRETS = {  # how a secret gets on a command line
 @pytest.mark.slow
 def test_no_file_of_a_run_holds_a_secret(root: Path, tmp_path: Path) -> None:
     """A real run with W&B, its secrets on the command line and in the environment; every file it wrote is searched."""
-    settings = ["recipe=image_classification", "logger=wandb", "logger.mode=offline", "trainer.max_steps=2",
-                "trainer.val_check_interval=2", f"hydra.run.dir={tmp_path / 'run'}"]  # fmt: skip
+    settings = ["recipe=image_classification", "optim.lr=5e-4", "logger=wandb", "logger.mode=offline",
+                "trainer.max_steps=2", "trainer.val_check_interval=2", f"hydra.run.dir={tmp_path / 'run'}"]  # fmt: skip
     environment = {"WANDB_API_KEY": f"{CANARY}10", "HF_TOKEN": f"hf_{CANARY}11", "SECRET": f"{CANARY}12"}
     done = subprocess.run(
         [sys.executable, "train.py", *settings, *SECRETS.values()],

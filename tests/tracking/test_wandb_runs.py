@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from lion_lightning.tracking.wandb import RunLogger, choose_mode
 from lion_lightning.training.run import run
+
+TUNED = Path(__file__).parents[2] / "conf/tuned/image_classification_adamw.yaml"
 
 CLI = Path(sys.executable).with_name("wandb")
 QUICK = ("trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1", "export=false")
@@ -65,8 +68,8 @@ def test_a_finished_run_is_finished(finished: tuple[Path, float]) -> None:
 
 def test_the_configuration_is_nested_and_resolved(finished: tuple[Path, float]) -> None:
     config = summary(finished[0])["config"]
-    assert config["optim"]["lr"] == 1e-3
-    assert config["optim"]["betas"] == [0.9, 0.999]
+    tuned = OmegaConf.load(TUNED).optim
+    assert (config["optim"]["lr"], config["optim"]["betas"]) == (tuned.lr, tuned.betas)
     assert config["model"]["config"]["hidden_size"] == 64
     assert config["data"]["seed"] == config["seed"] == 3
     assert not [key for key in config if "/" in key or "." in key], "flattened"
