@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
@@ -89,3 +90,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     outcomes = {fault: run(sys.argv[1], fault, int(os.environ["WORLD_SIZE"])) for fault in FAULTS}
     Path(sys.argv[2]).write_text(json.dumps(outcomes))
+    if dist.is_initialized():  # a thread of gloo that outlives the interpreter would end the process with an abort
+        dist.barrier()
+        dist.destroy_process_group()
