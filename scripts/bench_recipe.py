@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the modules beside this one
 
@@ -125,9 +125,7 @@ def _hardware() -> str:
 def _configuration(overrides: Sequence[str], steps: int) -> DictConfig:
     ours = [f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}", "export=false", "run_dir=none"]
     with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        cfg = compose("train", [*overrides, *ours])
-    with open_dict(cfg):
-        return cfg
+        return compose("train", [*overrides, *ours])
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -192,8 +192,7 @@ class OptimizerWatch:
 
     def _grads(self) -> Grads:
         """Looked up once a step: in a small model that is what takes the time."""
-        params = [param for group in self.optimizer.param_groups for param in group["params"]]
-        return {param: grad for param in params if (grad := param.grad) is not None}
+        return {param: grad for param in self._params() if (grad := param.grad) is not None}
 
     def _sums(self, grads: Grads, losses: Losses) -> list[Any]:
         """Scalars, by the names of `readings.SUMS` and then one for each rank; numbers or tensors of shape ()."""

@@ -1,4 +1,4 @@
-"""Streams: every byte of the text, the same order each time, and a resume that no batch can tell."""
+"""Streams: the same order each time, and a resume that no batch can tell."""
 
 import multiprocessing
 import os
@@ -11,39 +11,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import recipes.bert_mlm.pieces as pieces_module
 from lion_lightning.training.errors import ConfigError
 from lion_lightning.training.sampler import SourceTurns, StepValues
 from recipes.bert_mlm.corpus import digest
-from recipes.bert_mlm.pieces import FilePieces, HubPieces, SampleOf, _read
+from recipes.bert_mlm.pieces import FilePieces
 from recipes.bert_mlm.streaming import StreamedBatches, StreamedText, pack_all
 
+pytestmark = pytest.mark.usefixtures("small_pieces")
 LENGTH, BATCH = 16, 4
-
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces_module, "PIECE_BYTES", 3000)
-    monkeypatch.setattr(pieces_module, "CUT_WITHIN_BYTES", 1000)
-    monkeypatch.setattr(FilePieces, "in_pool", 2)
-    monkeypatch.setattr(FilePieces, "in_sample", 8)
-
-
-@pytest.fixture(scope="module")
-def library(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three files of 30 KB in all."""
-    text = prose.read_text(encoding="utf-8").encode("ascii", "replace").decode()
-    folder = tmp_path_factory.mktemp("library")
-    for number, (first, last) in enumerate(((0, 20_000), (50_000, 50_500), (60_000, 69_500))):
-        (folder / f"{number}.txt").write_text(text[first:last], encoding="utf-8")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -69,44 +49,6 @@ def streamed(cache: str, rank: int = 0, world_size: int = 1, step: int = 0, step
 
 def plain(batches: Iterator[dict[str, Tensor]]) -> list[tuple[list[int], list[list[int]]]]:
     return [(batch["sample"].tolist(), batch["input_ids"].tolist()) for batch in batches]
-
-
-TEXTS = {
-    "paragraphs": "One paragraph.\n\nAnother one,\nof two lines.\n\n" * 300,
-    "lines": "A line with some words in it.\n" * 500,
-    "one line": "word " * 4000,
-    "no spaces": "x" * 20_000,
-    "many bytes a character": "漢字かな" * 2000,
-    "some": "naïve café — " * 900,
-}
-
-
-@pytest.mark.parametrize("kind", TEXTS)
-@pytest.mark.parametrize("size", [997, 1000, 1024, 3001])
-def test_pieces_of_a_file_are_the_whole_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, size: int
-) -> None:
-    monkeypatch.setattr(pieces_module, "CUT_WITHIN_BYTES", 500)
-    file = tmp_path / "text.txt"
-    file.write_bytes(TEXTS[kind].encode())
-    total = file.stat().st_size
-    read = [_read(file, first, min(first + size, total)) for first in range(0, total, size)]
-    assert "".join(read) == TEXTS[kind]
-    assert max(len(text.encode()) for text in read) <= size + 500
-
-
-def test_the_pieces_of_several_files_have_all_their_documents(library: Path) -> None:
-    pieces = FilePieces(str(library))
-    assert len(pieces) == 10
-    words = Counter(
-        word for piece in range(len(pieces)) for document in pieces.documents(piece) for word in document.split()
-    )
-    assert words == Counter(word for file in library.iterdir() for word in file.read_text().split())
-
-
-def test_byte_order_marks_and_windows_lines_are_no_text(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
-    assert list(FilePieces(str(tmp_path)).documents(0)) == ["one\ntwo"]
 
 
 def test_a_pool_has_every_token_and_reaches_back_for_its_last_block() -> None:
@@ -315,27 +257,6 @@ def test_sources_have_the_shares_of_their_weights(tmp_path: Path, library: Path,
     assert "75.0% of the tokens from" in data.describe()["sources (blocks)"]
 
 
-@pytest.fixture
-def hub_folder(tmp_path: Path, prose: Path) -> Path:
-    """A dataset in the hub's format: parquet files with row groups of ten documents."""
-    paragraphs = list(dict.fromkeys(p for p in prose.read_text(encoding="utf-8").split("\n\n") if len(p) > 100))
-    (tmp_path / "data").mkdir()
-    for number in range(2):
-        table = pa.table({"text": paragraphs[60 * number : 60 * number + 60], "likes": list(range(60))})
-        pq.write_table(table, tmp_path / "data" / f"train-0000{number}-of-00002.parquet", row_group_size=10)
-    return tmp_path
-
-
-def test_a_dataset_is_read_by_row_groups_and_never_whole(hub_folder: Path) -> None:
-    pieces = HubPieces(str(hub_folder))
-    assert len(pieces) == 12
-    documents = [list(pieces.documents(piece)) for piece in range(12)]
-    assert [len(piece) for piece in documents] == [10] * 12
-    assert len(set(chain.from_iterable(documents))) == 120
-    assert list(pieces.documents(7)) == documents[7]
-    assert list(SampleOf(pieces).documents()) == list(chain.from_iterable(documents))
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_from_a_dataset_resumes_too(hub_folder: Path, cache: str, workers: int) -> None:
     options = {"hub": str(hub_folder), "num_workers": workers, "steps": 30}
@@ -348,14 +269,6 @@ def test_a_stream_from_a_dataset_resumes_too(hub_folder: Path, cache: str, worke
     resumed = streamed(cache, step=13, **options).train_dataloader()
     resumed.load_state_dict(state)
     assert plain(iter(resumed)) == batches[13:]
-
-
-def test_a_row_group_that_is_too_long_says_what_to_do(hub_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces_module, "MAX_PIECE_CHARACTERS", 500)
-    with pytest.raises(
-        ConfigError, match=r"piece 3 is longer than 500 characters; stream parquet .*refs/convert/parquet"
-    ):
-        list(HubPieces(str(hub_folder)).documents(3))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

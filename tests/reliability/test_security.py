@@ -42,6 +42,12 @@ SECRETS = {  # how a secret gets on a command line
 }
 
 
+def with_canary(folder: Path) -> list[str]:
+    """Files below `folder` in which a secret can be read."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return [str(file.relative_to(folder)) for file in files if CANARY.encode() in file.read_bytes()]
+
+
 @pytest.mark.slow
 def test_no_file_of_a_run_holds_a_secret(root: Path, tmp_path: Path) -> None:
     """A real run with W&B, its secrets on the command line and in the environment; every file it wrote is searched."""
@@ -61,8 +67,7 @@ def test_no_file_of_a_run_holds_a_secret(root: Path, tmp_path: Path) -> None:
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert any(file.suffix == ".wandb" and b"val_check_interval" in file.read_bytes() for file in files)
     assert any(file.suffix == ".ckpt" for file in files)
-    found = [str(file.relative_to(tmp_path)) for file in files if CANARY.encode() in file.read_bytes()]
-    assert not found
+    assert not with_canary(tmp_path)
     kept = OmegaConf.load(tmp_path / "run/config.yaml")
     assert kept.hub.token == HIDDEN
     assert kept.mirror == f"https://{HIDDEN}@example.org/data"
@@ -89,9 +94,7 @@ def test_no_file_of_a_sweep_holds_a_secret(root: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert CANARY not in done.stdout + done.stderr
-    files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    found = [str(file.relative_to(tmp_path)) for file in files if CANARY.encode() in file.read_bytes()]
-    assert not found
+    assert not with_canary(tmp_path)
     assert "+hub.token=${oc.env:LION_LIGHTNING_SECRET_" in (tmp_path / "sweep/multirun.yaml").read_text()
     kept = OmegaConf.load(next(tmp_path.glob("sweep/0-*/config.yaml")))
     assert kept.hub.token == HIDDEN
