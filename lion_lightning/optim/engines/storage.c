@@ -26,13 +26,18 @@ INLINE float number(uint32_t word) {
     return value;
 }
 
+/* The random word of bits.py but for its last step, which leaves the upper half as it is: `lower_half` takes that step. */
 INLINE uint32_t random_word(uint32_t element, uint32_t key1, uint32_t key2) {
     uint32_t word = element ^ key1;
     word ^= word >> 16;
     word *= 0x7FEB352Du;
     word ^= word >> 15;
-    word = (word + key2) * 0x846CA68Bu;
-    return word ^ (word >> 16);
+    return (word + key2) * 0x846CA68Bu;
+}
+
+/* The lower half of a random word, moved up to where a level ends. */
+INLINE uint32_t lower_half(uint32_t word) {
+    return (word << LEVEL_SHIFT ^ word >> (16 - LEVEL_SHIFT)) & 0xFFFFu << LEVEL_SHIFT;
 }
 
 /* The decoders fill `value`, or return where the block lies as it is. */
@@ -82,9 +87,9 @@ INLINE float *decode_weight(const Task *task, const Block *block, int paired, fl
     const Half *bytes = (const Half *)block->remainder;
     if (task->weight_bits == 24)
         for (int i = 0; i < HALF; i++) {
-            uint32_t pair = bytes[i];
+            uint32_t pair = (uint32_t)(int16_t)bytes[i];
             weight[i] = number((high[i] << 16) + (uint32_t)((int32_t)(pair << 24) >> 16));
-            weight[HALF + i] = number((high[i] & UPPER) + ((uint32_t)((int32_t)(pair << 16) >> 16) & ~0xFFu));
+            weight[HALF + i] = number((high[i] & UPPER) + (pair & ~0xFFu));
         }
     else
         for (int i = 0; i < HALF; i++) {
@@ -111,21 +116,29 @@ INLINE void encode_weight(const Task *task, const Block *block, int paired, floa
         encode_float32(block->param, paired, weight);
         return;
     }
-    if (task->weight_bits == 24)
-        for (int i = 0; i < BLOCK; i++) weight[i] = number((pattern(weight[i]) + (random[i] >> 24)) & ~0xFFu);
-    if (task->weight_bits == 16)
-        for (int i = 0; i < BLOCK; i++) weight[i] = number((pattern(weight[i]) + (random[i] >> 16)) & UPPER);
     Word *high = (Word *)block->param, *low = (Word *)block->remainder;
     Half *bytes = (Half *)block->remainder;
-    for (int i = 0; i < HALF; i++) {
-        uint32_t even = pattern(weight[i]), odd = pattern(weight[HALF + i]);
-        high[i] = ((even + 0x8000u) >> 16) | ((odd + 0x8000u) & UPPER);
-    }
     if (task->weight_bits == 32)
-        for (int i = 0; i < HALF; i++) low[i] = (pattern(weight[i]) & ~UPPER) | (pattern(weight[HALF + i]) << 16);
-    if (task->weight_bits == 24)
-        for (int i = 0; i < HALF; i++)
-            bytes[i] = (uint16_t)(((pattern(weight[i]) >> 8) & 0xFFu) | (pattern(weight[HALF + i]) & 0xFF00u));
+        for (int i = 0; i < HALF; i++) {
+            uint32_t even = pattern(weight[i]), odd = pattern(weight[HALF + i]);
+            high[i] = ((even + 0x8000u) >> 16) | ((odd + 0x8000u) & UPPER);
+            low[i] = (even & ~UPPER) | (odd << 16);
+        }
+    else if (task->weight_bits == 24)
+        for (int i = 0; i < HALF; i++) {
+            uint32_t even = pattern(weight[i]) + (random[i] >> 24);
+            uint32_t odd = pattern(weight[HALF + i]) + (random[HALF + i] >> 24);
+            weight[i] = number(even & ~0xFFu), weight[HALF + i] = number(odd & ~0xFFu);
+            high[i] = ((even + 0x8000u) >> 16) | ((odd + 0x8000u) & UPPER);
+            bytes[i] = (uint16_t)((even >> 8 & 0xFFu) | (odd & 0xFF00u));
+        }
+    else
+        for (int i = 0; i < HALF; i++) {
+            uint32_t even = pattern(weight[i]) + (random[i] >> 16);
+            uint32_t odd = pattern(weight[HALF + i]) + (random[HALF + i] >> 16);
+            weight[i] = number(even & UPPER), weight[HALF + i] = number(odd & UPPER);
+            high[i] = (even >> 16) | (odd & UPPER);
+        }
 }
 
 /* |x| - 1 with the sign of x. */
@@ -137,8 +150,8 @@ INLINE float *decode_momentum(const Task *task, const Block *block, int paired, 
     uint16_t bfloat[BLOCK]; /* 1 + |m| / scale with the sign of m */
     for (int i = 0; i < BLOCK; i++) {
         int16_t level = ((const int8_t *)block->exp_avg)[i];
-        int16_t magnitude = (int16_t)(level < 0 ? -level : level);
-        bfloat[i] = (uint16_t)(((magnitude << LEVEL_SHIFT) + ONE_HALF) | (level & 0x8000));
+        int16_t sign = (int16_t)(level >> 15);
+        bfloat[i] = (uint16_t)((level << LEVEL_SHIFT ^ sign) + ((sign & 0x8001) ^ ONE_HALF));
     }
     const Word *pair = (const Word *)bfloat;
     const float scale = *block->scale;
@@ -149,7 +162,14 @@ INLINE float *decode_momentum(const Task *task, const Block *block, int paired, 
     return momentum;
 }
 
-/* int8: rounded stochastically to the top of the pattern of 1 + |m| / scale; see bits.py. `peak` is the largest |m|. */
+/* The pattern of 1 + |m| / scale less that of 1, with the sign of m, and noise of 19 bits below what is kept of it. */
+INLINE uint32_t noisy_ratio(float momentum, float inverse, uint32_t random) {
+    float ratio = momentum * inverse + number((pattern(momentum) & SIGN_BIT) | ONE_PATTERN);
+    return pattern(ratio) + (lower_half(random) | (4u - ONE_PATTERN));
+}
+
+/* int8: rounded stochastically to the top of the pattern of 1 + |m| / scale; see bits.py. `peak` is the largest |m|. No
+   level passes 127: the largest ratio is 248 and at most three units of its last place, the noise at most 2^19 - 4. */
 INLINE void quantize(const Block *block, int count, const float *momentum, uint32_t peak, const uint32_t *random) {
     int8_t *level = (int8_t *)block->exp_avg;
     float scale = number(peak) / LARGEST_LEVEL;
@@ -160,16 +180,12 @@ INLINE void quantize(const Block *block, int count, const float *momentum, uint3
     }
     float inverse = scale < 1.17549435e-38f ? 0.0f : 1.0f / scale;
     *block->scale = inverse == 0.0f ? 0.0f : scale;
-    uint32_t words[BLOCK];
-    for (int i = 0; i < BLOCK; i++) {
-        float ratio = number(pattern(momentum[i]) & ~SIGN_BIT) * inverse + 1.0f;
-        words[i] = (pattern(ratio) + ((random[i] & 0xFFFFu) << 3 | 4)) | (pattern(momentum[i]) & SIGN_BIT);
-    }
     uint16_t bfloat[BLOCK];
-    for (int i = 0; i < HALF; i++) ((Word *)bfloat)[i] = (words[i] >> 16) | (words[HALF + i] & UPPER);
+    for (int i = 0; i < HALF; i++)
+        ((Word *)bfloat)[i] = noisy_ratio(momentum[i], inverse, random[i]) >> 16 |
+                              (noisy_ratio(momentum[HALF + i], inverse, random[HALF + i]) & UPPER);
     for (int i = 0; i < BLOCK; i++) {
-        int16_t magnitude = (int16_t)((int16_t)((bfloat[i] & 0x7FFF) - ONE_HALF) >> LEVEL_SHIFT);
-        magnitude = magnitude > LEVELS ? LEVELS : magnitude;
+        uint16_t magnitude = (uint16_t)((bfloat[i] & 0x7FFF) >> LEVEL_SHIFT);
         level[i] = (int8_t)(bfloat[i] & 0x8000 ? -magnitude : magnitude);
     }
 }
