@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lion_lightning.optim import Lion, bits, views
-from lion_lightning.optim.engines import measures
+from lion_lightning.optim.engines import library, measures
 
 STRETCHES = 6
 STRETCH_ELEMENTS = 2048
@@ -54,17 +54,19 @@ class SampledCoordinates:
 
     def _aim(self) -> int | None:
         """Points the probe at what is to be measured; how many stretches that are, None where it is for torch."""
-        aimed = 0
+        if library.load() is None:
+            return None
+        aimed, states = 0, self.optimizer.state
         for index, (group, param, *_) in enumerate(self._stretches):
-            grad, state = param.grad, self.optimizer.state.get(param)
+            grad, state = param.grad, states.get(param)
             if grad is None or not state:
-                self._probe.aim(index, None, None, 0.0, 0.0)
+                self._probe.skip(index)
                 continue
             exp_avg = state["exp_avg"]
-            plain = "exp_avg_scale" not in state and type(exp_avg) in views.PLAIN_TYPES and param.is_contiguous()
-            if not (plain and measures.fits(grad) and measures.fits(exp_avg)):
+            if "exp_avg_scale" in state or type(exp_avg) not in views.PLAIN_TYPES or not param.is_contiguous():
                 return None
-            self._probe.aim(index, grad, exp_avg, float(group["betas"][0]), -1.0 if group["maximize"] else 1.0)
+            if not self._probe.aim(index, grad, exp_avg, float(group["betas"][0]), -1.0 if group["maximize"] else 1.0):
+                return None
             aimed += 1
         return aimed
 

@@ -2,7 +2,7 @@
 
 import math
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from lion_lightning.optim import Lion, views
 from lion_lightning.optim.engines import measures
 
 Reduce = Callable[[Tensor], Tensor]
-Grads = dict[Tensor, Tensor]
-"""Gradients by their parameters."""
+Grads = dict[int, Tensor]
+"""Gradients by the number of their parameter; by the parameter itself takes longer, as tensors hash in Python."""
 Judged = tuple[Any, Verdict, Any]
 """What the host will read, the verdict, and by how much the Trainer is still to clip."""
 SQUARES, BACKWARD_LOSS = SUMS.index("squares"), SUMS.index("backward_loss")
@@ -89,13 +89,13 @@ class OptimizerWatch:
         self.optimizer, self.rank, self.world_size, self.acts = optimizer, rank, world_size, acts
         self._scaled = scaled
         self.warmup = WarmupHook(optimizer, warmup)
-        self._device = views.local(next(iter(self._params()))).device
+        self._device = views.local(self._params()[0]).device
         self.gate: Any = (HostGate if self._device.type == "cpu" else DeviceGate)(thresholds)
         self.monitors, self.mailbox = Monitors(thresholds), Mailbox()
         self.sample = SampledCoordinates(optimizer) if isinstance(optimizer, Lion) else None
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         self._takes_scalars = (isinstance(optimizer, Lion) or fused) and not (fused and scaled)
-        self._sharded = {param for param in self._params() if views.is_sharded(param)}
+        self._sharded = {number for number, param in enumerate(self._params()) if views.is_sharded(param)}
         self._whole_squares, self._sharded_squares = SquareSum(), SquareSum()
         self.measures_noise = not scaled and not self._sharded
         self._clear = optimizer.register_step_post_hook(lambda *_: self._forget_verdict())
@@ -187,19 +187,19 @@ class OptimizerWatch:
         """Of the gradients of this process as they are now, a number or of shape ()."""
         return self._whole_squares(self._grads())
 
-    def _params(self) -> Iterable[Tensor]:
-        return (param for group in self.optimizer.param_groups for param in group["params"])
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.optimizer.param_groups for param in group["params"]]
 
     def _grads(self) -> Grads:
         """Looked up once a step: in a small model that is what takes the time."""
-        return {param: grad for param in self._params() if (grad := param.grad) is not None}
+        return {i: grad for i, param in enumerate(self._params()) if (grad := param.grad) is not None}
 
     def _sums(self, grads: Grads, losses: Losses) -> list[Any]:
         """Scalars, by the names of `readings.SUMS` and then one for each rank; numbers or tensors of shape ()."""
         whole, sharded = grads, Grads()
         if self._sharded:
-            whole = {param: grad for param, grad in grads.items() if param not in self._sharded}
-            sharded = {param: views.local_grad(grads[param], param) for param in grads if param in self._sharded}
+            whole, params = {i: grad for i, grad in grads.items() if i not in self._sharded}, self._params()
+            sharded = {i: views.local_grad(grads[i], params[i]) for i in grads if i in self._sharded}
         # On a GPU a tensor tells the device where there are no gradients at all.
         squares: Tensor | float = 0.0 if isinstance(self.gate, HostGate) else torch.zeros((), device=self._device)
         if sharded:
@@ -283,9 +283,9 @@ class SquareSum:
 
     def __call__(self, grads_of: Grads) -> Tensor | float:
         grads = list(grads_of.values())
-        if (seen := list(map(id, grads_of))) != self._known:
+        if (numbers := list(grads_of)) != self._known:
             self._sort(grads)
-            self._known = seen
+            self._known = numbers
         parts: list[Tensor | float] = []
         if self._large:
             parts += [norm.float().square() for norm in torch._foreach_norm([grads[i] for i in self._large], 2.0)]

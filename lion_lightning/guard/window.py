@@ -51,8 +51,10 @@ class Window:
                 first = half + 1
             else:
                 last = half
-        starts = (first, max(0, first - 1))
-        return center, min(max(center - ordered[i], ordered[i + middle] - center) for i in starts)
+        spread = max(center - ordered[first], ordered[first + middle] - center)
+        if first:
+            spread = min(spread, max(center - ordered[first - 1], ordered[first - 1 + middle] - center))
+        return center, spread
 
     def values(self) -> list[float]:
         """The numbers, oldest first."""

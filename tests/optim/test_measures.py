@@ -47,8 +47,10 @@ def test_one_bad_element_shows(bad, place):
     ],
     ids=lambda value: f"{value.dtype} {value.device}" if isinstance(value, torch.Tensor) else None,
 )
-def test_what_fits(tensor, expected):
-    assert measures.fits(tensor) == expected
+def test_what_a_probe_takes(tensor, expected):
+    plain = torch.ones(24)
+    assert measures.Probe([(0, 24)]).aim(0, tensor, plain, 0.9, 1.0) == expected
+    assert measures.Probe([(0, 24)]).aim(0, plain, tensor, 0.9, 1.0) == expected
 
 
 @pytest.mark.parametrize("by", ["measures.c", "torch"])
@@ -57,7 +59,7 @@ def test_the_norm_of_the_guard_is_that_of_float64(monkeypatch, by, shapes):
     if by == "torch":
         monkeypatch.setattr(measures, "square_sum", lambda *_: None)
     grads = [torch.randn(shape, generator=torch.Generator().manual_seed(2)) for shape in shapes]
-    assert float(SquareSum()({grad: grad for grad in grads})) == pytest.approx(exact(grads), rel=1e-5)
+    assert float(SquareSum()(dict(enumerate(grads)))) == pytest.approx(exact(grads), rel=1e-5)
 
 
 def test_what_is_no_float32_in_one_piece_is_left_to_torch():

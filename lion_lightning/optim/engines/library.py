@@ -47,7 +47,7 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.lion_task_bytes.restype = number
     library.lion_square_sum.argtypes = (pointer, pointer, number)
     library.lion_square_sum.restype = ctypes.c_double
-    library.lion_measure.argtypes = (pointer, number, pointer)
+    library.lion_measure.argtypes = (pointer, number, pointer, pointer)
     library.lion_measure.restype = None
     return library
 

@@ -7,7 +7,6 @@ enum { RUN = 512, FLIPS = 0, SIGNS, PROJECTION, UPDATE_SQUARES, GRAD_SQUARES, DE
 /* A stretch of one tensor's elements: must match _STRETCH in measures.py field for field. */
 typedef struct {
     const char *grad, *exp_avg; /* NULL where there is none: it has no sign */
-    float *signs;
     int64_t count, grad_type, exp_avg_type;
     double beta1, rest1, direction;
 } Stretch;
@@ -49,11 +48,10 @@ double lion_square_sum(const float *const *arrays, const int64_t *counts, int64_
     return total;
 }
 
-INLINE void measure_run(const Stretch *at, int64_t start, double *sums) {
+INLINE void measure_run(const Stretch *at, int64_t start, float *restrict signs, double *sums) {
     float beta1 = (float)at->beta1, rest1 = (float)at->rest1, direction = (float)at->direction, values[2][RUN];
     float agree = 0, both = 0, projection = 0, moved = 0, grad_squares = 0, alive = 0;
     int length = shorter(at->count - start);
-    float *restrict signs = at->signs + start;
     const float *restrict grads = decoded(at->grad, at->grad_type, start, length, values[0]);
     const float *restrict momenta = decoded(at->exp_avg, at->exp_avg_type, start, length, values[1]);
 #pragma omp simd reduction(+ : agree, both, projection, moved, grad_squares, alive)
@@ -72,14 +70,15 @@ INLINE void measure_run(const Stretch *at, int64_t start, double *sums) {
     sums[UPDATE_SQUARES] += moved, sums[GRAD_SQUARES] += grad_squares, sums[DEAD] += moved - alive;
 }
 
-CLONES static void measure(const Stretch *at, double *sums) {
-    for (int64_t start = 0; start < at->count; start += RUN) measure_run(at, start, sums);
+CLONES static void measure(const Stretch *at, float *signs, double *sums) {
+    for (int64_t start = 0; start < at->count; start += RUN) measure_run(at, start, signs + start, sums);
 }
 
-/* Adds to `sums`, and puts the signs of the coming update in the place of those of the one before. */
-void lion_measure(const Stretch *stretches, int64_t count, double *sums) {
-    for (const Stretch *at = stretches; at < stretches + count; at++) {
-        if (!at->grad) memset(at->signs, 0, sizeof(float) * (size_t)at->count);
-        else measure(at, sums);
+/* Adds to `sums`, and puts the signs of the coming update in the place of those of the one before: those of one stretch
+   after those of another. */
+void lion_measure(const Stretch *stretches, int64_t count, float *signs, double *sums) {
+    for (const Stretch *at = stretches; at < stretches + count; signs += at->count, at++) {
+        if (!at->grad) memset(signs, 0, sizeof(float) * (size_t)at->count);
+        else measure(at, signs, sums);
     }
 }

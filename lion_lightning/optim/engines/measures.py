@@ -1,6 +1,7 @@
 """What is asked about gradients on a CPU before a step, by measures.c: one call where torch takes a dozen."""
 
 import ctypes
+import struct
 from array import array
 from collections.abc import Sequence
 
@@ -12,22 +13,11 @@ from lion_lightning.optim.engines.cpu import TYPES
 
 MEASURES = ("flips", "signs", "projection", "update_squares", "grad_squares", "dead")
 """What a `Probe` sums up, in the order of measures.c."""
-_KNOWN_TYPES = (torch.float32, torch.bfloat16)
+_NOTHING = bytes(8 * len(MEASURES))
+_TYPES = {kind: TYPES[kind] for kind in (torch.float32, torch.bfloat16)}
 
 
-class _Stretch(ctypes.Structure):
-    """Stretch in measures.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("grad", "exp_avg", "signs")),
-        *((name, ctypes.c_int64) for name in ("count", "grad_type", "exp_avg_type")),
-        *((name, ctypes.c_double) for name in ("beta1", "rest1", "direction")),
-    )
-
-
-def fits(tensor: Tensor) -> bool:
-    """Whether measures.c can read it: contiguous float32 or bfloat16 in the host's memory, and there is a library."""
-    return tensor.dtype in _KNOWN_TYPES and tensor.is_cpu and tensor.is_contiguous() and library.load() is not None
+_STRETCH = struct.Struct("5q3d")  # Stretch in measures.c, field for field
 
 
 def square_sum(tensors: Sequence[Tensor], sizes: "array[int]") -> float | None:
@@ -36,12 +26,12 @@ def square_sum(tensors: Sequence[Tensor], sizes: "array[int]") -> float | None:
     Args:
         sizes: their numbers of elements, of type "q".
     """
-    if library.load() is None or not all(
-        tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous() for tensor in tensors
-    ):
+    compiled = library.load()
+    fitting = [t.data_ptr() for t in tensors if t.dtype is torch.float32 and t.is_cpu and t.is_contiguous()]
+    if compiled is None or len(fitting) < len(tensors):
         return None
-    addresses = array("q", [tensor.data_ptr() for tensor in tensors])
-    return float(_library().lion_square_sum(addresses.buffer_info()[0], sizes.buffer_info()[0], len(tensors)))
+    addresses = array("q", fitting)
+    return float(compiled.lion_square_sum(addresses.buffer_info()[0], sizes.buffer_info()[0], len(tensors)))
 
 
 class Probe:
@@ -52,28 +42,35 @@ class Probe:
     """
 
     def __init__(self, stretches: Sequence[tuple[int, int]]) -> None:
-        self._starts = [start for start, _ in stretches]
-        self._table = (_Stretch * len(stretches))()
-        for row, (start, stop) in zip(self._table, stretches, strict=True):
-            row.count = stop - start
+        self._stretches = list(stretches)
+        self._table = bytearray(_STRETCH.size * len(stretches))
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._table))
 
-    def aim(self, index: int, grad: Tensor | None, exp_avg: Tensor | None, beta1: float, direction: float) -> None:
+    def aim(self, index: int, grad: Tensor, exp_avg: Tensor, beta1: float, direction: float) -> bool:
         """Tells where one stretch's parameter has its gradient and momentum now.
 
         Args:
-            grad, exp_avg: tensors of one layout that `fits`; None where there is none: it has no sign.
+            grad, exp_avg: of one layout.
             beta1: weight of the momentum in the update.
             direction: -1 where the optimizer maximizes, else 1.
+
+        Returns:
+            Whether measures.c can read them: contiguous float32 or bfloat16 in the host's memory.
         """
-        row = self._table[index]
-        if grad is None or exp_avg is None:
-            row.grad = None
-            return
-        start = self._starts[index]
-        row.grad = grad.data_ptr() + start * grad.element_size()
-        row.exp_avg = exp_avg.data_ptr() + start * exp_avg.element_size()
-        row.grad_type, row.exp_avg_type = TYPES[grad.dtype], TYPES[exp_avg.dtype]
-        row.beta1, row.rest1, row.direction = beta1, 1 - beta1, direction
+        start, stop = self._stretches[index]
+        grad_type, exp_avg_type = _TYPES.get(grad.dtype), _TYPES.get(exp_avg.dtype)
+        if grad_type is None or exp_avg_type is None or not _is_plain(grad) or not _is_plain(exp_avg):
+            return False
+        grad_at = grad.data_ptr() + start * grad.element_size()
+        exp_avg_at = exp_avg.data_ptr() + start * exp_avg.element_size()
+        numbers = grad_at, exp_avg_at, stop - start, grad_type, exp_avg_type, beta1, 1 - beta1, direction
+        _STRETCH.pack_into(self._table, index * _STRETCH.size, *numbers)
+        return True
+
+    def skip(self, index: int) -> None:
+        """There is no gradient or momentum: no coordinate of the stretch has a sign."""
+        start, stop = self._stretches[index]
+        _STRETCH.pack_into(self._table, index * _STRETCH.size, 0, 0, stop - start, 0, 0, 0.0, 0.0, 0.0)
 
     def measure(self, signs: Tensor) -> dict[str, float]:
         """Sums over all stretches, by the names of `MEASURES`.
@@ -81,12 +78,9 @@ class Probe:
         Args:
             signs: float32 (coordinates,); those of the update before, and afterwards those of the coming one.
         """
-        place = signs.data_ptr()
-        for row in self._table:
-            row.signs = place
-            place += row.count * signs.element_size()
-        sums = (ctypes.c_double * len(MEASURES))()
-        _library().lion_measure(self._table, len(self._table), sums)
+        sums = array("d", _NOTHING)
+        sums_at, _ = sums.buffer_info()
+        _library().lion_measure(self._address, len(self._stretches), signs.data_ptr(), sums_at)
         return dict(zip(MEASURES, sums, strict=True))
 
 
@@ -94,3 +88,7 @@ def _library() -> ctypes.CDLL:
     compiled = library.load()
     assert compiled is not None, "fits() was not asked"
     return compiled
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.is_contiguous()
