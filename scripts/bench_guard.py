@@ -3,8 +3,9 @@
     python scripts/bench_guard.py                                  # digits, vit_micro
     python scripts/bench_guard.py --block-steps 4 --blocks 12 model=bert_mini  # anything that train.py takes
 
-Prints the median step of either kind, their difference and ratio. Everything else is the same: one process, one model,
-one optimizer, neighbouring blocks.
+Prints the median step of either kind, and the difference: that of the median steps of neighbouring blocks, its median
+and quartiles over all pairs. A machine's speed drifts by more than the guard costs, but little from one block to the
+next. Everything else is the same: one process, one model, one optimizer.
 """
 
 import argparse
@@ -33,7 +34,8 @@ class AlternatingGuard(LionGuard):
     def __init__(self, block_steps: int) -> None:
         super().__init__()
         self.block_steps = block_steps
-        self.times: dict[bool, list[float]] = {True: [], False: []}
+        self.times: dict[int, list[float]] = {}
+        """Seconds of the steps of each block; the guard is on in the even ones."""
         self._started = 0.0
         for name in HOOKS:
             setattr(self, name, self._alternating(getattr(self, name)))
@@ -53,13 +55,13 @@ class AlternatingGuard(LionGuard):
         now, step = time.perf_counter(), trainer.global_step
         # The step before belongs to its own block; the first of a block follows a change and is left out.
         if step >= SKIPPED_BLOCKS * self.block_steps and step % self.block_steps > 1:
-            self.times[self._is_on(step)].append(now - self._started)
+            self.times.setdefault(step // self.block_steps, []).append(now - self._started)
         self._started = now
         super().on_train_batch_start(trainer, *arguments)
 
 
-def measure(overrides: list[str], block_steps: int = 20, blocks: int = 16) -> dict[bool, list[float]]:
-    """Seconds of each step with (True) and without (False) the guard."""
+def measure(overrides: list[str], block_steps: int = 20, blocks: int = 16) -> dict[int, list[float]]:
+    """Seconds of each step by block; the guard is on in the even ones."""
     steps = block_steps * blocks
     with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         cfg = compose("train", [*overrides, f"run_dir={folder}", f"trainer.max_steps={steps}"])
@@ -67,7 +69,7 @@ def measure(overrides: list[str], block_steps: int = 20, blocks: int = 16) -> di
         return _fit(cfg, steps, block_steps)
 
 
-def _fit(cfg: DictConfig, steps: int, block_steps: int) -> dict[bool, list[float]]:
+def _fit(cfg: DictConfig, steps: int, block_steps: int) -> dict[int, list[float]]:
     data = build_data(cfg)
     with open_dict(cfg):
         module = build_module(cfg, data)
@@ -96,10 +98,14 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=16, help="blocks (default 16)")
     options = parser.parse_args()
     times = measure(options.overrides, options.block_steps, options.blocks)
-    on, off = (1000 * statistics.median(times[kind]) for kind in (True, False))
-    print(f"{' '.join(options.overrides)}: {torch.get_num_threads()} threads, {len(times[True])} steps of either kind")
-    print(f"without the guard  {off:8.3f} ms a step (median)")
-    print(f"with the guard     {on:8.3f} ms, {on - off:+.3f} ms, {on / off - 1:+.2%}")
+    medians = {block: 1000 * statistics.median(steps) for block, steps in times.items()}
+    pairs = [(medians[block], medians[block + 1]) for block in medians if block % 2 == 0 and block + 1 in medians]
+    on, off = (statistics.median(kind) for kind in zip(*pairs, strict=True))
+    first, cost, third = statistics.quantiles([with_it - without for with_it, without in pairs], n=4)
+    print(f"{' '.join(options.overrides)}: {torch.get_num_threads()} threads, {len(pairs)} pairs of blocks")
+    print(f"without the guard  {off:8.3f} ms a step (median of blocks)")
+    print(f"with the guard     {on:8.3f} ms a step")
+    print(f"difference in a pair {cost:+.3f} ms (quartiles {first:+.3f} to {third:+.3f}), {cost / off:+.2%}")
 
 
 if __name__ == "__main__":
