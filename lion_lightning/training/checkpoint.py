@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
+from lion_lightning import __version__
 from lion_lightning.training import progress_state
 from lion_lightning.training.checkpoint_io import CheckpointFailed, DurableCheckpointIO, Placement
 from lion_lightning.training.durable import InvalidCheckpoint, link_marked, read_marker, sweep_temporaries
 from lion_lightning.training.errors import ConfigError
+from lion_lightning.training.restoring import VERSION, check_counts, check_parts, counts, without_state
 from lion_lightning.training.resume import step_files, step_path
 from lion_lightning.training.signals import StopFlag, TrainingInterrupted, replace_lightnings_handlers
 
@@ -67,6 +69,7 @@ class RunCheckpoint(Checkpoint):
         self.best_step: int | None = None
         self._step = self._saved_step = 0
         self._validation_due = self._told_sick = False
+        self._restored_counts: dict[str, int] | None = None
 
     @property
     def best_path(self) -> Path:
@@ -89,6 +92,12 @@ class RunCheckpoint(Checkpoint):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         replace_lightnings_handlers(trainer, self.stop)
+        if trainer.ckpt_path is not None:
+            of_run: dict[str, Sized] = {
+                "optimizer_states": trainer.optimizers,
+                "lr_schedulers": trainer.lr_scheduler_configs,
+            }
+            check_counts(self._restored_counts, of_run)
         self._step = trainer.global_step
         self._saved_step = self._step if step_path(self.folder, self._step).exists() else -1
         self._saved_at = time.monotonic()
@@ -231,15 +240,23 @@ class RunCheckpoint(Checkpoint):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[progress_state.KEY] = {**self.facts, "accumulate_grad_batches": trainer.accumulate_grad_batches}
+        checkpoint[progress_state.KEY] = {
+            **self.facts,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            VERSION: __version__,
+        }
         if self._validation_due:
             progress_state.expect_validation(checkpoint)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        kept = checkpoint.get(progress_state.KEY, {})
+        check_parts(checkpoint, sharded=not trainer.strategy.lightning_restore_optimizer)
+        self._restored_counts = counts(checkpoint)
+        if trainer.is_global_zero and (fresh := without_state(checkpoint, _callbacks(trainer))):
+            log.warning("resume: the checkpoint has no state of %s, which start(s) afresh", ", ".join(fresh))
+        kept = checkpoint[progress_state.KEY]
         for name, value in self.facts.items():
-            if name in kept and kept[name] != value:
+            if kept[name] != value:
                 raise ConfigError(f"resume: {name} was {kept[name]!r} and is now {value!r}; a resumed run keeps it")
         progress_state.recount(checkpoint, trainer.accumulate_grad_batches)
 

@@ -33,6 +33,7 @@ from lion_lightning.training.heartbeat import Heartbeat
 from lion_lightning.training.outcome import about, conclude
 from lion_lightning.training.progress import progress
 from lion_lightning.training.replicas import ReplicaCheck
+from lion_lightning.training.restoring import restoring
 from lion_lightning.training.resume import AUTO, resolve
 from lion_lightning.training.signals import StopFlag
 from lion_lightning.training.step_seed import StepSeed
@@ -79,7 +80,8 @@ def run(cfg: DictConfig) -> float:
                 show(console, cfg.run_name, story)
             log_config(logger, cfg)
             started = time.perf_counter()
-            trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+            with restoring(resumed):
+                trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
             seconds = time.perf_counter() - started
             return conclude(
                 cfg, console, trainer, data, module, checkpoint, throughput.measured(trainer), seconds, story
