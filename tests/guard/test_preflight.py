@@ -18,8 +18,6 @@ from lion_lightning.training.instantiate import instantiate
 
 RECIPES = ("bert_mlm", "image_classification")
 OPTIMIZERS = ("lion", "adamw", "signum", "sgd", "adafactor", "lion_amos")
-RIGHTLY_FOUND = {("image_classification", "signum"): {"lr"}}
-"""The winner of eight trials is what the guard says it is, too high: docs/guard.md."""
 PAPER = ("paper_base", "paper_base_language", "paper_billion_language", "paper_vit_b16_imagenet")
 LONG = RunSettings(total_steps=300_000, warmup_steps=3_000, batch_size=4096)
 
@@ -54,7 +52,7 @@ def test_nothing_is_wrong_with_a_shipped_recipe(compose, tmp_path, recipe, optim
         gradient_clip_val=cfg.trainer.get("gradient_clip_val"),
         min_batch_size=cfg.guard.min_batch_size,
     )
-    assert found(optimizer, run).keys() == RIGHTLY_FOUND.get((recipe, optim), set())
+    assert found(optimizer, run) == {}
 
 
 @pytest.mark.parametrize("tuned", PAPER)
