@@ -15,12 +15,11 @@ from lion_lightning.training.errors import ConfigError
 from lion_lightning.training.sampler import StepValues, StreamOrder
 from recipes.bert_mlm.corpus import Corpus
 from recipes.bert_mlm.mixture import Mixture, Source, mixture_of
-from recipes.bert_mlm.tokenizer import first_normal_id, starts_word
+from recipes.bert_mlm.tokenizer import replacement_ids, special_tokens, starts_word
 from recipes.bert_mlm.tokens import Blocks, BlockSettings, prepare_blocks
 
 MIN_VOCAB_SIZE, MIN_SEQUENCE_LENGTH = 256, 8
-
-
+COUNTED_BLOCKS = 4096  # at once: numpy counts in a copy of eight bytes a token
 SUB_BLOCK = 2**40  # the parts of a cut block are numbered far from all whole ones
 
 
@@ -150,10 +149,13 @@ class TextBlocks(StreamDataModule):
             raise RuntimeError("call setup('fit') first")
         return self.blocks
 
-    @property
-    def first_normal_id(self) -> int:
-        """The lowest id above those of all special tokens."""
-        return first_normal_id(self.ready.tokenizer)
+    def special_tokens(self) -> Tensor:
+        """Which tokens are never hidden: bool (vocabulary,)."""
+        return special_tokens(self.ready.tokenizer)
+
+    def replacement_ids(self) -> Tensor:
+        """The tokens that a random one may be: int64."""
+        return replacement_ids(self.ready.tokenizer)
 
     def starts_word(self) -> Tensor:
         """Which tokens begin a word: bool (vocabulary,)."""
@@ -169,7 +171,7 @@ class TextBlocks(StreamDataModule):
             "documents": _told(blocks.counts),
             **self._shares(),
             "blocks": f"{len(blocks.train):,} + {len(blocks.val):,} of {self.settings.sequence_length} tokens",
-            "vocabulary": f"{len(blocks.tokenizer):,} WordPieces",
+            "vocabulary": f"{len(blocks.tokenizer):,} {'tokens' if self.settings.tokenizer else 'WordPieces'}",
             "a sample": f"{sample[:120]} ...",
             "unigram entropy": f"{self.unigram_entropy():.3f} nats, what val/loss has to get under",
         }
@@ -184,16 +186,28 @@ class TextBlocks(StreamDataModule):
 
     def unigram_entropy(self) -> float:
         """Entropy of the validation tokens in nats: the loss of the best model that looks at no context at all."""
-        counts = np.bincount(self.ready.val.ravel()).astype(np.float64)
-        counts[: self.first_normal_id] = 0
+        counts = self._text_counts(self.ready.val)
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
 
     def log_unigram_shares(self) -> Tensor:
         """Logarithm of each token's share of the training text, one occurrence added to each: float32 (vocabulary,)."""
-        counts = np.bincount(self.ready.train.ravel(), minlength=len(self.ready.tokenizer)).astype(np.float64)
-        counts[: self.first_normal_id] = 0
+        counts = self._text_counts(self.ready.train)
         return torch.from_numpy(np.log((counts + 1) / (counts + 1).sum())).float()
+
+    def _text_counts(self, blocks: np.ndarray) -> np.ndarray:
+        """How often each token comes that is no special one: float64 (vocabulary,)."""
+        counts = token_counts(blocks, len(self.ready.tokenizer)).astype(np.float64)
+        counts[self.special_tokens().numpy()] = 0
+        return counts
+
+
+def token_counts(blocks: np.ndarray, vocab_size: int) -> np.ndarray:
+    """How often each token comes in `blocks`, which may be larger than memory: int64 (vocab_size,)."""
+    counts = np.zeros(vocab_size, np.int64)
+    for first in range(0, len(blocks), COUNTED_BLOCKS):
+        counts += np.bincount(blocks[first : first + COUNTED_BLOCKS].ravel(), minlength=vocab_size)
+    return counts
 
 
 def _told(counts: dict[str, int]) -> str:

@@ -78,8 +78,8 @@ def mask_tokens(
     masking: Masking,
     seed: int,
     mask_id: int,
-    first_normal_id: int,
-    vocab_size: int,
+    special_tokens: Tensor,
+    replacement_ids: Tensor,
     starts_word: Tensor | None = None,
 ) -> MaskedBatch:
     """Hide the same tokens of the same sample every time.
@@ -93,16 +93,16 @@ def mask_tokens(
         masking: rate and shares.
         seed: keys the choice.
         mask_id: id of [MASK].
-        first_normal_id: ids below it are special tokens: never hidden, never drawn as a random token.
-        vocab_size: number of ids.
-        starts_word: bool (vocab_size,), False for pieces that go on with a word; only words and spans need it.
+        special_tokens: bool (vocabulary,), the ids that are never hidden.
+        replacement_ids: int64, the ids that are drawn as random tokens.
+        starts_word: bool (vocabulary,), False for pieces that go on with a word; only words and spans need it.
 
     Raises:
         ValueError: words or spans are to be hidden and `starts_word` is not given.
     """
     length = input_ids.shape[1]
     hidden = max(1, round(masking.rate * length))
-    special = input_ids < first_normal_id
+    special = special_tokens[input_ids]
     how = uniform(seed, _STREAM_HOW, sample, length)
     if masking.unit == "token":
         order = uniform(seed, _STREAM_WHICH, sample, length).masked_fill(special, -1.0)
@@ -116,7 +116,7 @@ def mask_tokens(
         how = how.gather(1, unit.gather(1, positions) if masking.unit == "span" else positions)
     targets = input_ids.gather(1, positions)
     drawn = uniform(seed, _STREAM_RANDOM_TOKEN, sample, length).gather(1, positions)
-    random_ids = first_normal_id + (drawn * (vocab_size - first_normal_id)).long()
+    random_ids = replacement_ids[(drawn * len(replacement_ids)).long()]
     replaced = torch.where(how < masking.mask_share + masking.random_share, random_ids, targets)
     replaced = torch.where(how < masking.mask_share, mask_id, replaced)
     replaced = torch.where(kept, replaced, targets)

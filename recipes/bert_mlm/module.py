@@ -35,6 +35,8 @@ class BertMLM(LionMixin, LightningModule):
         options: how the model is computed, and the checkpoint it goes on from.
     """
 
+    special_tokens: Tensor
+    replacement_ids: Tensor
     starts_word: Tensor | None
 
     def __init__(
@@ -51,8 +53,9 @@ class BertMLM(LionMixin, LightningModule):
         self.optimizer_factory, self.schedule = optimizer_factory, schedule
         self.masking, self.seed, self.data = masking, seed, data
         self.model = build_model(config, data, options)
-        self.first_normal_id = data.first_normal_id
-        # Not persistent: it belongs to the tokenizer, and checkpoints stay what they were.
+        # Not persistent: they belong to the tokenizer, and checkpoints stay what they were.
+        self.register_buffer("special_tokens", data.special_tokens(), persistent=False)
+        self.register_buffer("replacement_ids", data.replacement_ids(), persistent=False)
         words = None if masking.unit == "token" else data.starts_word()
         self.register_buffer("starts_word", words, persistent=False)
         self.separator = data.ready.tokenizer.sep_token_id if options.within_documents else None
@@ -99,8 +102,8 @@ class BertMLM(LionMixin, LightningModule):
             masking=masking,
             seed=seed,
             mask_id=tokenizer.mask_token_id,
-            first_normal_id=self.first_normal_id,
-            vocab_size=len(tokenizer),
+            special_tokens=self.special_tokens,
+            replacement_ids=self.replacement_ids,
             starts_word=self.starts_word,
         )
 

@@ -110,6 +110,10 @@ class SourceStream:
         self.block += 1
         return self._current[self.block - 1]
 
+    def close(self) -> None:
+        """End the loading processes; `take` begins new ones at the same place."""
+        self._rest = None
+
     def _next_pool(self) -> None:
         if self._rest is None:
             mine = _Every(self.pool * self.world_size + self.rank, self.world_size)
@@ -167,6 +171,13 @@ class StreamedBatches:
         return self.num_batches
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        try:
+            yield from self._batches()
+        finally:  # also when nobody wants the rest: Lightning ends the loading processes of a DataLoader only
+            for source in self.sources:
+                source.close()
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
         position = self.start
         for batch in range(self.batch_sizes.steps_in(self.start // self.world_size), self.num_batches):
             size = self.batch_sizes.at(batch)
@@ -256,7 +267,7 @@ class StreamedText(TextBlocks):
 
     def train_dataloader(self) -> StreamedBatches:
         trainer = self._trainer()
-        options = {key: value for key, value in self._options().items() if key != "pin_memory"}
+        options = {key: value for key, value in super()._options().items() if key != "pin_memory"}
         streams = [
             SourceStream(self._pools(number), trainer.global_rank, trainer.world_size, options)
             for number in range(len(self.pieces))
@@ -271,6 +282,10 @@ class StreamedText(TextBlocks):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
+
+    def _options(self) -> dict[str, Any]:
+        """Those of validation, whose blocks are memory-mapped: a process for them would only take memory."""
+        return {**super()._options(), "num_workers": 0, "persistent_workers": False}
 
     def _pools(self, number: int) -> Pools:
         tokenizer = self.ready.tokenizer

@@ -1,6 +1,7 @@
 """The tokenizer: trained on the corpus in BERT's conventions, or one that is there already."""
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from lion_lightning.training.errors import ConfigError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_CHARACTERS = 500  # rarer ones become [UNK]; each takes two places of the vocabulary
+UNUSED = re.compile(r"\[unused\d+\]")  # places that BERT's and ModernBERT's vocabularies keep free
 CONTINUES, BEGINS = "##", ("Ġ", "▁", "Ċ")  # WordPiece marks pieces that go on with a word, the others those that begin
 
 
@@ -66,8 +68,8 @@ def open_tokenizer(place: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a Hugging Face folder, or of that name on the hub.
 
     Raises:
-        ConfigError: there is none, it is not a fast one, lacks a token that masked language modelling needs, or has
-            special tokens in the midst of its words.
+        ConfigError: there is none, it is not a fast one, lacks a token that masked language modelling needs, or leaves
+            out ids.
     """
     folder = Path(place).expanduser()
     try:
@@ -81,8 +83,11 @@ def open_tokenizer(place: str) -> PreTrainedTokenizerBase:
     missing = [role for role in roles if getattr(tokenizer, role) is None]
     if missing:
         raise ConfigError(f"data.tokenizer={place} has no {', '.join(missing)}")
-    if first_normal_id(tokenizer) > len(tokenizer) / 2:
-        raise ConfigError(f"data.tokenizer={place} has its special tokens behind its words; they must come first")
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= len(tokenizer):
+        raise ConfigError(
+            f"data.tokenizer={place} has {len(tokenizer):,} tokens and ids up to {highest:,}: some are left out"
+        )
     return tokenizer
 
 
@@ -91,9 +96,24 @@ def identity(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=10).hexdigest()
 
 
-def first_normal_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The lowest id above those of all special tokens."""
-    return 1 + max(tokenizer.all_special_ids)
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Which ids are no text, wherever they lie: bool (vocabulary,)."""
+    table = torch.zeros(len(tokenizer), dtype=torch.bool)
+    named_so = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+    table[[*tokenizer.all_special_ids, *named_so]] = True
+    return table
+
+
+def replacement_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """What a random token may be, in rising order: int64.
+
+    Neither a special token, nor one that was added to the vocabulary, nor a place of it that is kept free.
+    """
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    barred = special_tokens(tokenizer)
+    barred[list(tokenizer.added_tokens_decoder)] = True
+    barred |= torch.tensor([UNUSED.fullmatch(piece) is not None for piece in pieces])
+    return (~barred).nonzero().flatten()
 
 
 def starts_word(tokenizer: PreTrainedTokenizerBase) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import BertTokenizer, PreTrainedTokenizerBase
 from lion_lightning.training.cache import resumable_folder
 from lion_lightning.training.errors import ConfigError
 from recipes.bert_mlm.corpus import Corpus
+from recipes.bert_mlm.memory import release_freed_memory
 from recipes.bert_mlm.shards import read_shards, token_dtype, tokenise
 from recipes.bert_mlm.survey import TRAIN, VAL, Survey, read, survey
 from recipes.bert_mlm.tokenizer import SPECIAL_TOKENS, as_transformers, identity, open_tokenizer, train_tokenizer
@@ -107,6 +108,8 @@ def _write(
     np.save(folder / HELD_OUT, found.held_out)
     for file in (*folder.glob("shard-*"), folder / TOKENIZER_DONE):
         file.unlink(missing_ok=True)
+    del found  # all documents, where they are few
+    release_freed_memory()
 
 
 def _trained(sample: list[str], settings: BlockSettings, folder: Path) -> PreTrainedTokenizerBase:

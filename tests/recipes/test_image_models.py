@@ -10,9 +10,9 @@ from transformers import AutoModelForImageClassification, TimmWrapperConfig, ViT
 from lion_lightning.training.errors import ConfigError
 from lion_lightning.training.instantiate import instantiate
 from recipes.image_classification import models
-from recipes.image_classification.data import ImageArrays
 from recipes.image_classification.models import build_model, forward_flops
 from recipes.image_classification.sources import Digits
+from tests.recipes.small_images import build, prepared
 
 # Millions of parameters with 1,000 classes at 224 x 224, and billions of multiplications and additions of one image:
 # Dosovitskiy et al., 2021; Touvron et al., 2021 (DeiT-S, 22 M and 4.6 G); torchvision's tables for the ResNets.
@@ -50,10 +50,7 @@ def test_the_cost_of_a_transformer_is_that_of_its_matrix_products() -> None:
 
 
 def test_the_cost_is_counted_once_and_quickly(compose: Any) -> None:
-    from tests.recipes.test_image_classification import build
-
-    data = ImageArrays(Digits(), batch_size=8)
-    data.setup("fit")
+    data = prepared(Digits())
     module = build(instantiate(compose("recipe=image_classification", "run_dir=out").model.config), data)
     first = module.flops_per_sample()
     assert first == 3 * forward_flops(module.model, (3, 8, 8))
@@ -63,8 +60,7 @@ def test_the_cost_is_counted_once_and_quickly(compose: Any) -> None:
 
 
 def test_timm_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = ImageArrays(Digits(), batch_size=8)
-    data.setup("fit")
+    data = prepared(Digits())
     monkeypatch.setattr(models, "find_spec", lambda name: None)
     with pytest.raises(
         ConfigError, match=r"model=timm needs timm and torchvision: pip install 'lion-lightning\[timm\]'"
@@ -76,8 +72,7 @@ def test_what_timm_says_of_a_name_is_one_line(monkeypatch: pytest.MonkeyPatch) -
     def refuse(config: Any) -> None:
         raise ImportError("The model architecture 'nope' is not supported\nin this version")
 
-    data = ImageArrays(Digits(), batch_size=8)
-    data.setup("fit")
+    data = prepared(Digits())
     monkeypatch.setattr(models, "find_spec", lambda name: True)
     monkeypatch.setattr(AutoModelForImageClassification, "from_config", refuse)
     with pytest.raises(ConfigError, match=r"model.architecture=nope: The model architecture 'nope' is not supported$"):

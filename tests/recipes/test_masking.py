@@ -6,31 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from recipes.bert_mlm.masking import IGNORED, MaskedBatch, Masking, mask_tokens, uniform
+from recipes.bert_mlm.masking import IGNORED, Masking, uniform
+from tests.recipes.hidden_text import FIRST, MASK, SIGMAS, Vocabulary, hidden_map
 
-MASK, FIRST, VOCABULARY = 4, 5, 105
+VOCABULARY = Vocabulary(105)
 BATCH, LENGTH = 500, 100
-SIGMAS = 5.0  # one false alarm in two million
+mask = VOCABULARY.mask
 
 
 def text(batch: int = BATCH, length: int = LENGTH) -> Tensor:
-    return torch.randint(FIRST, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
-
-
-def mask(input_ids: Tensor, sample: Tensor | None = None, seed: int = 1, **shares: float) -> MaskedBatch:
-    return mask_tokens(
-        input_ids,
-        torch.arange(len(input_ids)) if sample is None else sample,
-        masking=Masking(**shares),
-        seed=seed,
-        mask_id=MASK,
-        first_normal_id=FIRST,
-        vocab_size=VOCABULARY,
-    )
-
-
-def hidden_map(batch: MaskedBatch) -> Tensor:
-    return torch.zeros_like(batch.input_ids).scatter(1, batch.positions, 1).bool()
+    return VOCABULARY.text(batch, length)
 
 
 @pytest.mark.parametrize(("rate", "count"), [(0.15, 15), (0.3, 30), (0.404, 40), (0.001, 1)])
@@ -55,7 +40,7 @@ def test_shares_are_what_was_asked_for(shares: tuple[float, float]) -> None:
     batch = mask(before, mask_share=shares[0], random_share=shares[1])
     after = batch.input_ids.gather(1, batch.positions)
     count = after.numel()
-    same_by_chance = shares[1] / (VOCABULARY - FIRST)
+    same_by_chance = shares[1] / (VOCABULARY.size - FIRST)
     for seen, expected in (
         ((after == MASK).float().mean(), shares[0]),
         ((after == batch.targets).float().mean(), 1 - sum(shares) + same_by_chance),
@@ -67,9 +52,9 @@ def test_shares_are_what_was_asked_for(shares: tuple[float, float]) -> None:
 def test_random_tokens_are_drawn_evenly_from_the_whole_vocabulary() -> None:
     batch = mask(text(2000), mask_share=0.0, random_share=1.0, rate=0.5)
     drawn = batch.input_ids.gather(1, batch.positions)
-    counts = torch.bincount(drawn.flatten(), minlength=VOCABULARY).double()
+    counts = torch.bincount(drawn.flatten(), minlength=VOCABULARY.size).double()
     assert counts[:FIRST].sum() == 0
-    assert len(counts) == VOCABULARY
+    assert len(counts) == VOCABULARY.size
     assert abs(standardised_chi_square(counts[FIRST:])) < SIGMAS
 
 

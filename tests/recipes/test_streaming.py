@@ -147,6 +147,28 @@ def test_the_order_does_not_depend_on_the_number_of_loading_processes(library: P
     assert plain(iter(streamed(cache, path=str(library), seed=2).train_dataloader())) != alone
 
 
+def test_who_stops_reading_ends_the_loading_processes_and_may_go_on(library: Path, cache: str) -> None:
+    """Else they wait for the end of the interpreter, which waits for them."""
+    loader = streamed(cache, path=str(library), num_workers=2, batch_size=40).train_dataloader()
+    whole = plain(iter(streamed(cache, path=str(library), batch_size=40).train_dataloader()))
+    before = set(multiprocessing.active_children())
+    batches = iter(loader)
+    found = plain(islice(batches, 7))
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    batches.close()
+    assert set(multiprocessing.active_children()) <= before
+    loader.start = 7 * 40
+    loader.batch_sizes = StepValues(((0, 40),))
+    assert found + plain(iter(loader)) == whole
+
+
+def test_validation_reads_in_the_main_process(library: Path, cache: str) -> None:
+    data = streamed(cache, path=str(library), num_workers=2)
+    assert data.val_dataloader().num_workers == 0
+    streams = data.train_dataloader().sources
+    assert [stream.options["num_workers"] for stream in streams] == [2]
+
+
 def test_ranks_share_the_samples_and_read_different_pools(library: Path, cache: str) -> None:
     ranks = [
         plain(iter(streamed(cache, path=str(library), rank=rank, world_size=2, steps=6).train_dataloader()))

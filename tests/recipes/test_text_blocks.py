@@ -4,11 +4,13 @@ import math
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+import recipes.bert_mlm.data as data_module
 from lion_lightning.training.errors import ConfigError
 from lion_lightning.training.sampler import StepValues
-from recipes.bert_mlm.data import BlockDataset, TextBlocks
+from recipes.bert_mlm.data import BlockDataset, TextBlocks, token_counts
 from recipes.bert_mlm.tokenizer import SPECIAL_TOKENS
 from tests.recipes.listed import Listed
 
@@ -48,6 +50,16 @@ def test_log_unigram_shares_are_add_one_frequencies_of_the_training_tokens(block
     for token in (5, 50, size - 1):
         assert float(shares[token]) == pytest.approx(math.log((counts[token] + 1) / total), abs=1e-5)
     assert (shares[:5] == shares[0]).all()
+
+
+def test_tokens_are_counted_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).integers(0, 50, (23, 7), dtype=np.uint16)
+    monkeypatch.setattr(data_module, "COUNTED_BLOCKS", 5)
+    sizes: list[int] = []
+    count = np.bincount
+    monkeypatch.setattr(np, "bincount", lambda tokens, **options: sizes.append(tokens.size) or count(tokens, **options))
+    assert token_counts(rows, 60).tolist() == count(rows.ravel(), minlength=60).tolist()
+    assert sizes == [35, 35, 35, 35, 21]
 
 
 def test_a_batch_carries_tokens_and_the_number_of_each_sample(blocks: TextBlocks) -> None:

@@ -9,7 +9,7 @@ import recipes.bert_mlm.survey as survey_module
 import recipes.bert_mlm.tokens as tokens_module
 from lion_lightning.training.errors import ConfigError
 from recipes.bert_mlm.corpus import is_held_out
-from recipes.bert_mlm.tokenizer import SPECIAL_TOKENS, first_normal_id, starts_word, train_tokenizer
+from recipes.bert_mlm.tokenizer import SPECIAL_TOKENS, replacement_ids, special_tokens, starts_word, train_tokenizer
 from recipes.bert_mlm.tokens import BlockSettings, prepare_blocks
 from tests.recipes.listed import SETTINGS, Listed, split
 
@@ -39,7 +39,8 @@ def test_pieces_that_go_on_with_a_word_are_known(documents: list[str], tmp_path:
     assert table.shape == (len(tokenizer),)
     for text in ("the", "[SEP]", "##s", "."):
         assert bool(table[tokenizer.convert_tokens_to_ids(text)]) is not text.startswith("##")
-    assert first_normal_id(tokenizer) == len(SPECIAL_TOKENS)
+    assert special_tokens(tokenizer).tolist() == [True] * len(SPECIAL_TOKENS) + [False] * (len(tokenizer) - 5)
+    assert replacement_ids(tokenizer).tolist() == list(range(5, len(tokenizer)))
 
 
 def test_the_special_tokens_come_first(documents: list[str], tmp_path: Path) -> None:

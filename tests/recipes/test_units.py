@@ -7,36 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from recipes.bert_mlm.masking import IGNORED, MaskedBatch, Masking, mask_tokens
+from recipes.bert_mlm.masking import IGNORED, Masking
 from recipes.bert_mlm.units import span_numbers, whole_units, word_numbers
+from tests.recipes.hidden_text import FIRST, MASK, SIGMAS, Vocabulary, hidden_map
 
-MASK, FIRST, VOCABULARY = 4, 5, 205
+VOCABULARY = Vocabulary(205, starts_word=torch.arange(205) < 140)  # the rest goes on with a word: a third of the tokens
 BATCH, LENGTH = 400, 128
-STARTS = torch.arange(VOCABULARY) < 140  # the rest goes on with a word: about a third of the tokens
-SIGMAS = 5.0  # one false alarm in two million
+mask = VOCABULARY.mask
 
 
 def text(batch: int = BATCH, length: int = LENGTH) -> Tensor:
-    ids = torch.randint(FIRST, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
+    ids = VOCABULARY.text(batch, length)
     ids[:, 0], ids[:, 70] = 2, 3
     return ids
-
-
-def mask(input_ids: Tensor, sample: Tensor | None = None, seed: int = 1, **masking: float | str) -> MaskedBatch:
-    return mask_tokens(
-        input_ids,
-        torch.arange(len(input_ids)) if sample is None else sample,
-        masking=Masking(**masking),
-        seed=seed,
-        mask_id=MASK,
-        first_normal_id=FIRST,
-        vocab_size=VOCABULARY,
-        starts_word=STARTS,
-    )
-
-
-def hidden_map(batch: MaskedBatch) -> Tensor:
-    return torch.zeros_like(batch.input_ids).scatter(1, batch.positions, (batch.targets != IGNORED).long()).bool()
 
 
 def words_by_hand(row: list[int]) -> list[int]:
@@ -50,7 +33,7 @@ def words_by_hand(row: list[int]) -> list[int]:
 def test_words_are_numbered_as_by_hand() -> None:
     ids = text(20)
     ids[:, 1] = 150  # a block that begins in the middle of a word
-    found = word_numbers(ids, ids < FIRST, STARTS)
+    found = word_numbers(ids, ids < FIRST, VOCABULARY.starts_word)
     assert found.tolist() == [words_by_hand(row) for row in ids.tolist()]
 
 
@@ -142,7 +125,7 @@ def test_a_span_is_replaced_as_one_and_words_token_by_token() -> None:
 def test_every_place_is_hidden_about_equally_often(unit: str) -> None:
     rows = 4000
     ids = text(1, LENGTH).expand(rows, -1).clone()
-    ids[:, 1:] = torch.randint(FIRST, VOCABULARY, (rows, LENGTH - 1), generator=torch.Generator().manual_seed(2))
+    ids[:, 1:] = torch.randint(FIRST, VOCABULARY.size, (rows, LENGTH - 1), generator=torch.Generator().manual_seed(2))
     hidden = hidden_map(mask(ids, unit=unit)).double()
     per_place = hidden.sum(0)[1:]
     mean = float(per_place.mean())
@@ -191,9 +174,7 @@ def test_units_of_one_token_are_taken_by_their_keys() -> None:
 
 def test_words_need_to_be_known() -> None:
     with pytest.raises(ValueError, match="unit='word' needs starts_word"):
-        mask_tokens(
-            text(2), torch.arange(2), masking=Masking(unit="word"), seed=1, mask_id=4, first_normal_id=5, vocab_size=205
-        )
+        Vocabulary(205).mask(text(2), unit="word")
 
 
 @pytest.mark.parametrize(
