@@ -17,8 +17,9 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 
-# --kill-on-bad-exit ends the other tasks when one fails. The signal goes to the tasks, and not to this script.
-srun --kill-on-bad-exit=1 "${PYTHON:-python}" train.py resume=auto "$@"
+# --kill-on-bad-exit ends the other tasks when one fails; --label says which task a line is from. The signal goes to the
+# tasks, and not to this script.
+srun --kill-on-bad-exit=1 --label "${PYTHON:-python}" train.py resume=auto "$@"
 code=$?
 
 if [ "$code" -eq 138 ]; then
