@@ -3,21 +3,26 @@
     python scripts/bench_recipe.py data=text_files data.path=FOLDER model=bert_mini optim=adamw
     python scripts/bench_recipe.py recipe=image_classification data=cifar10 data.path=FOLDER model=resnet18 optim=adamw
 
-All three train the same configuration of model on the same data in the same batches, precision and with the same
-optimizer, in turns; printed are medians over all steps but the first of each turn. The usual way is, for text, the
-Trainer of Hugging Face with DataCollatorForLanguageModeling, and for images a torch loop whose batches the image
-processor of transformers makes. Our recipe is `train.py` as it is, guard and logger included.
+All train the same configuration of model on the same data in the same batches, precision and with the same optimizer,
+in turns, each in a process of its own; printed are medians over all steps but the first of each turn. The usual way is,
+for text, the Trainer of Hugging Face with DataCollatorForLanguageModeling, and for images a torch loop whose batches
+the image processor of transformers makes. Our recipe is `train.py` as it is, guard and logger included. On a CPU it
+keeps freed memory (lion_lightning/training/host_memory.py), and so does the raw loop; the usual way comes as it is, and
+once more with that.
 """
 
 import argparse
 import contextlib
 import io
+import multiprocessing
 import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,18 +37,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the modules 
 from lion_lightning.__main__ import CONFIG_FOLDER
 from lion_lightning.training import run as training_run
 from lion_lightning.training.building import build_data, build_module
+from lion_lightning.training.host_memory import keep_freed_memory
 from lion_lightning.training.throughput import WARMUP_BATCHES, Throughput
 from scripts.bench_usual import Clock, Turn, usual_way
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
-    turns: dict[str, Turn] = {"recipe": recipe, "raw loop": raw_loop, **usual_way(_configuration(options.overrides, 1))}
+    turns: dict[str, Turn] = {"recipe": recipe, "raw loop": partial(kept, raw_loop)}
+    for name, turn in usual_way(_configuration(options.overrides, 1)).items():
+        turns[name] = turn
+        if not torch.cuda.is_available():
+            turns[f"{name}, memory kept"] = partial(kept, turn)
     times: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(options.rounds):
         for name, turn in turns.items():
             cfg = _configuration(options.overrides, WARMUP_BATCHES + options.steps)
-            times[name] += turn(cfg, WARMUP_BATCHES + options.steps)
+            times[name] += alone(turn, cfg, WARMUP_BATCHES + options.steps)
             print(f"round {number + 1}/{options.rounds}: {name}", file=sys.stderr)
     text = report(options, times, per_step(_configuration(options.overrides, 1)))
     print(text)
@@ -52,17 +62,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.output.write_text(text + "\n", encoding="utf-8")
 
 
+def alone(turn: Turn, cfg: DictConfig, steps: int) -> list[float]:
+    """A turn in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(turn, cfg, steps).result()
+
+
+def kept(turn: Turn, cfg: DictConfig, steps: int) -> list[float]:
+    """A turn that keeps freed memory, as the recipe does on a CPU."""
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    return turn(cfg, steps)
+
+
 def recipe(cfg: DictConfig, steps: int) -> list[float]:
     """`train.py` as it is; what it takes to validate and to save is not part of a step."""
-    kept = Throughput()
+    throughput = Throughput()
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(training_run, "Throughput", return_value=kept),
+        mock.patch.object(training_run, "Throughput", return_value=throughput),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         cfg.run_dir = folder
         training_run.run(cfg)
-    return list(kept.durations)
+    return list(throughput.durations)
 
 
 def raw_loop(cfg: DictConfig, steps: int) -> list[float]:

@@ -30,6 +30,7 @@ from lion_lightning.training.checkpoint_io import DurableCheckpointIO
 from lion_lightning.training.checks import check
 from lion_lightning.training.errors import ConfigError, configuring
 from lion_lightning.training.heartbeat import Heartbeat
+from lion_lightning.training.host_memory import keep_freed_memory
 from lion_lightning.training.outcome import about, conclude
 from lion_lightning.training.progress import progress
 from lion_lightning.training.replicas import ReplicaCheck
@@ -42,7 +43,8 @@ from lion_lightning.training.summary import show
 from lion_lightning.training.throughput import Throughput
 
 TRAINER_KEYS_OF_OURS = (
-    "name", "max_steps", "max_epochs", "val_check_interval", "strategy", "timeout_minutes", "check_replicas_every"
+    "name", "max_steps", "max_epochs", "val_check_interval", "strategy", "timeout_minutes", "check_replicas_every",
+    "keep_freed_memory",
 )  # fmt: skip
 
 
@@ -79,6 +81,8 @@ def run(cfg: DictConfig) -> float:
             if trainer.is_global_zero:
                 show(console, cfg.run_name, story)
             log_config(logger, cfg)
+            if cfg.trainer.keep_freed_memory and trainer.strategy.root_device.type == "cpu":
+                keep_freed_memory()
             started = time.perf_counter()
             with restoring(resumed):
                 trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)

@@ -1,6 +1,8 @@
-"""bench_recipe.py trains all three on a few small batches; no timing is asserted."""
+"""bench_recipe.py trains all of them on a few small batches; no timing is asserted."""
 
+import operator
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,23 +14,28 @@ SMALL = {
     "bert_mlm": ["data.batch_size=4", "data.sequence_length=16"],
     "image_classification": ["data.batch_size=4"],
 }
+ROUND = ["--rounds", "1", "--steps", "2"]
 PEERS = {"bert_mlm": "Hugging Face Trainer", "image_classification": "torch loop with image processor"}
 
 
 @pytest.mark.parametrize("recipe", SMALL)
-def test_all_three_are_timed_and_compared(recipe, tmp_path, monkeypatch):
-    counted = {}
-    for name in ("recipe", "raw_loop"):
-        real = getattr(bench_recipe, name)
-        monkeypatch.setattr(bench_recipe, name, lambda *a, real=real, name=name: counted.setdefault(name, real(*a)))
+def test_all_are_timed_and_compared(recipe, tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr(bench_recipe, "keep_freed_memory", lambda: None)  # this process is not to change
+    monkeypatch.setattr(bench_recipe, "alone", lambda turn, *a: counted.append(turn(*a)) or counted[-1])
     table = tmp_path / "deep" / "table.md"
     overrides = [f"recipe={recipe}", "optim=adamw", "logger=none", *SMALL[recipe]]
-    bench_recipe.main([*overrides, "--rounds", "1", "--steps", "2", "--output", str(table)])
+    bench_recipe.main([*overrides, "trainer.keep_freed_memory=false", *ROUND, "--output", str(table)])
     rows = dict(re.findall(r"^\| ([^|]+?) \| ([\d.,]+) \|", table.read_text(), re.MULTILINE))
-    assert set(rows) == {"recipe", "raw loop", PEERS[recipe]}
+    assert set(rows) == {"recipe", "raw loop", PEERS[recipe], f"{PEERS[recipe]}, memory kept"}
     assert all(float(value) > 0 for value in rows.values())
     assert " ".join(overrides) in table.read_text()
-    assert [len(seconds) for seconds in counted.values()] == [2, 2], "the first batches are left out, no other"
+    assert [len(seconds) for seconds in counted] == [2] * 4, "the first batches are left out, no other"
+
+
+def test_a_turn_has_a_process_of_its_own(monkeypatch):
+    monkeypatch.setattr(bench_recipe, "keep_freed_memory", lambda: pytest.fail("not in this process"))
+    assert bench_recipe.alone(partial(bench_recipe.kept, operator.add), [0.1], [0.2]) == [0.1, 0.2]
 
 
 def test_rates_and_ratios_are_worked_out_from_medians():

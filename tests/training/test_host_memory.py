@@ -1,0 +1,40 @@
+import ctypes
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from lion_lightning.training import host_memory
+
+CHURN = """
+import resource, sys
+import torch
+from lion_lightning.training.host_memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+torch.set_num_threads(1)
+def churn():
+    for _ in range(20):
+        torch.ones(12_000_000) + 1
+churn()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+churn()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(how):
+    done = subprocess.run([sys.executable, "-c", CHURN, how], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc of another C library")
+def test_large_tensors_are_mapped_once():
+    assert page_faults("keep") < 100 < 10_000 < page_faults("leave")  # of 4 KiB, for 40 tensors of 48 MB
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: pytest.fail("nothing is to be called"))
+    assert not host_memory.keep_freed_memory()
