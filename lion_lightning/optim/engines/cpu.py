@@ -13,7 +13,7 @@ from lion_lightning.optim import bits, rule, telemetry
 from lion_lightning.optim.engines import library
 from lion_lightning.optim.rule import Settings, TensorUpdate
 
-CHUNK_ELEMENTS = 65_536
+CHUNK_ELEMENTS = 262_144
 CAUTIOUS_FLAG, SKIP_NONFINITE_FLAG = 1, 2
 GRAD_TYPES = (torch.float32, torch.bfloat16)
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.int8: 3}
