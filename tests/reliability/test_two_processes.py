@@ -31,11 +31,15 @@ EVERY_MODE = {
     "fp32-bf16-momentum": ("optim.momentum_dtype=bfloat16",),
     "fp32-int8-momentum": ("optim.momentum_dtype=int8",),
     "bf16-32": ("trainer.precision=bf16-true",),
+    "bf16-32-int8-momentum": ("trainer.precision=bf16-true", "optim.momentum_dtype=int8"),
     "bf16-24": ("trainer.precision=bf16-true", "optim.weight_bits=24"),
+    "bf16-24-int8-momentum": ("trainer.precision=bf16-true", "optim.weight_bits=24", "optim.momentum_dtype=int8"),
+    "bf16-16-bf16-momentum": ("trainer.precision=bf16-true", "optim.weight_bits=16"),
     "bf16-16": ("trainer.precision=bf16-true", "optim.weight_bits=16", "optim.momentum_dtype=int8"),
 }
 MODES = EVERY_MODE if WHOLE else {mode: EVERY_MODE[mode] for mode in ("fp32", "bf16-16")}
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.01}
+VALIDATION_TOLERANCE = {"fp32": 1e-4, "bf16": 0.02}  # bf16-true keeps its mean in bf16: steps of 1/64 at 2.3
 
 
 def job(folder: Path, name: str, *settings: str, where: str | None = None, **more: Any) -> dict[str, Any]:
@@ -108,7 +112,7 @@ def test_two_processes_have_the_loss_curve_of_one(
     assert len(two["losses"]) == STEPS
     tolerance = TOLERANCE[mode[:4]]
     assert two["losses"] == pytest.approx(one["losses"], rel=tolerance)
-    assert two["validation"] == pytest.approx(one["validation"], rel=tolerance)
+    assert two["validation"] == pytest.approx(one["validation"], rel=VALIDATION_TOLERANCE[mode[:4]])
     assert one["losses"]["6"] < 0.97 * one["losses"]["1"], "nothing was learned, so equal curves say nothing"
 
 
@@ -193,8 +197,9 @@ def test_sharded_checkpoints_are_folders_that_are_whole_or_refused(folder: Path)
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_a_rank_that_fails_is_named_and_ends_the_others(tmp_path: Path, root: Path) -> None:
-    broken = job(tmp_path, "broken", *TWO, "trainer=ddp", "checkpoint.every_n_steps=1", fail=[1, 3], fatal=True)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"] if WHOLE else ["ddp"])
+def test_a_rank_that_fails_is_named_and_ends_the_others(tmp_path: Path, root: Path, strategy: str) -> None:
+    broken = job(tmp_path, "broken", *TWO, f"trainer={strategy}", "checkpoint.every_n_steps=1", fail=[1, 3], fatal=True)
     began = time.monotonic()
     told = torchrun(2, [broken], tmp_path, root, fails=True)
     assert time.monotonic() - began < 90
@@ -224,8 +229,9 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(folder: Path, tmp_path: Path, 
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.skipif(not WHOLE, reason="waits for a time-out; make test-resume")
-def test_a_rank_that_hangs_is_named_and_ends_the_others(tmp_path: Path, root: Path) -> None:
-    settings = (*TWO, "trainer=ddp", "checkpoint.every_n_steps=1", "trainer.timeout_minutes=0.1")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_rank_that_hangs_is_named_and_ends_the_others(tmp_path: Path, root: Path, strategy: str) -> None:
+    settings = (*TWO, f"trainer={strategy}", "checkpoint.every_n_steps=1", "trainer.timeout_minutes=0.1")
     told = torchrun(2, [job(tmp_path, "stuck", *settings, hang=[1, 3], fatal=True)], tmp_path, root, fails=True)
     assert re.search(r"\[rank 0\] waited in vain for rank 1, last seen \d+ s ago at step 2, in the backward pass", told)
     assert verify(tmp_path / "stuck/checkpoints/last.ckpt").global_step == 2
