@@ -64,11 +64,31 @@ def test_every_table_is_read_as_it_was_written(suffix: str, tmp_path: Path) -> N
     assert not splits.left_out
 
 
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_first_column(suffix: str, tmp_path: Path) -> None:
+    train = WRITERS[suffix](tmp_path / f"train.{suffix}", ROWS)
+    plain = LabeledFiles(str(train), val_path=str(train)).load()
+    train.write_bytes(b"\xef\xbb\xbf" + train.read_bytes())
+    assert LabeledFiles(str(train), val_path=str(train)).load() == plain
+
+
+def test_the_names_of_classes_that_a_parquet_file_declares_are_kept(tmp_path: Path) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["spam", "ham"])})
+    columns = {"text": ["buy now", "see you", "free"], "label": [0, 1, 0]}
+    Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "mail.parquet")
+    mail = str(tmp_path / "mail.parquet")
+    splits = LabeledFiles(mail, val_path=mail).load()
+    assert splits.classes == ("spam", "ham")
+    assert splits.train.labels == [0, 1, 0]
+
+
 def test_a_folder_says_by_its_names_what_is_validation(tmp_path: Path) -> None:
     write_csv(tmp_path / "train-1.csv", ROWS[:3])
     write_csv(tmp_path / "train-2.csv", ROWS[3:])
     write_csv(tmp_path / "dev.csv", ROWS[:2])
     write_csv(tmp_path / "test.csv", [("secret", "")])
+    for name in ("trainers", "values", "developers"):  # words that only begin like those
+        write_csv(tmp_path / f"{name}.csv", [("another table", "good")])
     splits = LabeledFiles(str(tmp_path)).load()
     assert (len(splits.train), len(splits.val)) == (6, 2)
 
@@ -176,6 +196,12 @@ def test_a_path_that_cannot_be_is_named(tmp_path: Path, path: str | None, told: 
     place = {"FOLDER": str(tmp_path), "notes.doc": str(tmp_path / "notes.doc")}.get(path or "", path)
     with pytest.raises(ConfigError, match=told):
         LabeledFiles(place)
+
+
+def test_another_validation_file_has_another_fingerprint(tmp_path: Path) -> None:
+    tables = [str(write_csv(tmp_path / f"{name}.csv", ROWS[:count])) for name, count in (("a", 6), ("b", 5), ("c", 4))]
+    prints = [LabeledFiles(tables[0], val).fingerprint() for val in (None, *tables[1:])]
+    assert len(set(prints)) == 3
 
 
 def test_a_changed_table_has_another_fingerprint(tmp_path: Path) -> None:
