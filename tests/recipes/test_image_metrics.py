@@ -145,3 +145,16 @@ def test_mistakes_are_drawn_in_a_grid() -> None:
     assert picture[31 + 60, 8 + 2 * 120 + 60].tolist() == [60, 60, 60], "the third of the first row"
     assert picture[31 + 150 + 60, 8 + 120 + 60].tolist() == [180, 180, 180], "the second of the second row"
     assert picture[31 + 150 + 60, 8 + 4 * 120 + 60].tolist() == [255, 255, 255], "an empty place"
+
+
+def test_after_a_reset_the_next_validation_starts_afresh() -> None:
+    draw = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(30, 8, generator=draw), torch.randint(0, 8, (30,), generator=draw)) for _ in range(2)]
+    both, second = ValidationMetrics(8), ValidationMetrics(8)
+    for logits, labels in batches:
+        both.reset()
+        both.update(logits, labels, torch.arange(30))
+    second.update(*batches[1], torch.arange(30))
+    assert both.compute() == second.compute()
+    assert both.worst.compute() == second.worst.compute()
+    assert np.array_equal(both.confusion_matrix(), second.confusion_matrix())  # type: ignore[arg-type]

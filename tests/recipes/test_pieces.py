@@ -67,3 +67,13 @@ def test_a_row_group_that_is_too_long_says_what_to_do(hub_folder: Path, monkeypa
         ConfigError, match=r"piece 3 is longer than 500 characters; stream parquet .*refs/convert/parquet"
     ):
         list(HubPieces(str(hub_folder)).documents(3))
+
+
+def test_a_sample_is_spread_evenly_over_the_text(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = FilePieces(str(library))
+    monkeypatch.setattr(FilePieces, "in_sample", 4)
+    assert len(pieces) == 10
+    sample = SampleOf(pieces)
+    assert list(sample.documents()) == [text for piece in (0, 3, 6, 9) for text in pieces.documents(piece)]
+    monkeypatch.setattr(FilePieces, "in_sample", 99)
+    assert SampleOf(pieces).chosen == list(range(10))
