@@ -83,9 +83,8 @@ class Run:
 
         The place of a row that lacks the axis (a validation) is interpolated between those that have it.
         """
-        points = dict(self._points(metric))
-        steps = np.array(sorted(points), dtype=float)
-        return self.place(steps, axis), np.array([points[int(step)] for step in steps], dtype=float)
+        steps, values = self._arrays(metric)
+        return self.place(steps, axis), values
 
     def place(self, steps: np.ndarray | Sequence[float], axis: str) -> np.ndarray:
         """Where on `axis` the optimizer steps `steps` lie. Past the last known place the run's mean rate goes on."""
@@ -93,11 +92,10 @@ class Run:
         name = AXES[axis]
         if name is None:
             return wanted
-        known = dict(self._points(name))
-        if not known:
+        steps, places = self._arrays(name)
+        if not len(steps):
             return np.full_like(wanted, math.nan)
-        at = np.array([0.0, *sorted(known)])
-        values = np.array([0.0, *(known[int(step)] for step in at[1:])])
+        at, values = np.append(0.0, steps), np.append(0.0, places)
         rate = values[-1] / at[-1] if at[-1] else 0.0
         return np.interp(wanted, at, values) + np.maximum(wanted - at[-1], 0) * rate
 
@@ -112,6 +110,21 @@ class Run:
 
     def _points(self, metric: str) -> list[tuple[int, float]]:
         return self._series.get(metric, [])
+
+    def _arrays(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps in order and the last value of each, not to be written to; kept, as a report asks for them often."""
+        if metric not in self._kept_arrays:
+            points = dict(self._points(metric))
+            steps = np.array(sorted(points), dtype=float)
+            values = np.array([points[int(step)] for step in steps], dtype=float)
+            for array in (steps, values):
+                array.flags.writeable = False
+            self._kept_arrays[metric] = steps, values
+        return self._kept_arrays[metric]
+
+    @cached_property
+    def _kept_arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        return {}
 
     @cached_property
     def _series(self) -> dict[str, list[tuple[int, float]]]:
