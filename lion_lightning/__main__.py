@@ -80,7 +80,10 @@ def _report(error: Exception) -> NoReturn:
 
 def _rank() -> str:
     """Who speaks, where there are several."""
-    return f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    for rank, world_size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):  # of torchrun, of srun
+        if rank in os.environ and int(os.environ.get(world_size, "1")) > 1:
+            return f"[rank {os.environ[rank]}] "
+    return ""
 
 
 def _one_line(error: Exception) -> str:

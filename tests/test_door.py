@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lion_lightning import __main__
+
 ENTRIES = {"train.py": ["train.py"], "the package": ["-m", "lion_lightning"]}
 
 
@@ -129,3 +131,24 @@ def test_a_sweep_over_several_devices_is_refused(root: Path, tmp_path: Path) -> 
     assert answer.returncode == 2
     assert "-m with trainer.devices=2" in answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, ""),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "[rank 1] "),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, ""),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, "[rank 3] "),
+        ({"SLURM_NTASKS": "4"}, ""),  # inside an allocation, but not started by srun
+        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, "[rank 1] "),
+    ],
+)
+def test_who_speaks_is_said_where_there_are_several(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], said: str
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert __main__._rank() == said
