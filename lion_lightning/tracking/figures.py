@@ -22,6 +22,7 @@ AXIS_TITLES = {
 }
 SIZE_INCHES, DOTS_PER_INCH = (7, 4), 150
 RUNS_SHOWN_ONE_BY_ONE = 5
+CURVES_WITH_A_LEGEND_INSIDE = 7  # the legend of more would lie over the curves
 
 
 def write_pictures(comparison: Comparison, folder: Path, metric: str | None = None) -> list[Path]:
@@ -54,7 +55,10 @@ def write_picture(comparison: Comparison, file: Path, *, axis: str = "steps", me
     axes.set(xlabel=AXIS_TITLES[axis], ylabel=metric or comparison.goal.metric)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small")
+    if len(bands) > CURVES_WITH_A_LEGEND_INSIDE:
+        axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    else:
+        axes.legend(frameon=False, fontsize="small")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, bbox_inches="tight")
     plt.close(figure)
