@@ -15,8 +15,8 @@ from transformers import BertTokenizer, PreTrainedTokenizerBase
 
 from lion_lightning.training.cache import resumable_folder
 from lion_lightning.training.errors import ConfigError
+from lion_lightning.training.host_memory import release_freed_memory
 from recipes.bert_mlm.corpus import Corpus
-from recipes.bert_mlm.memory import release_freed_memory
 from recipes.bert_mlm.shards import read_shards, token_dtype, tokenise
 from recipes.bert_mlm.survey import TRAIN, VAL, Survey, read, survey
 from recipes.bert_mlm.tokenizer import SPECIAL_TOKENS, as_transformers, identity, open_tokenizer, train_tokenizer

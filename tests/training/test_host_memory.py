@@ -38,3 +38,4 @@ def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(ctypes, "CDLL", lambda _: pytest.fail("nothing is to be called"))
     assert not host_memory.keep_freed_memory()
+    host_memory.release_freed_memory()
