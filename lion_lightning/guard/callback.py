@@ -145,6 +145,8 @@ class LionGuard(Callback):
             self.warmup = LinearWarmup(warmup_length(self.warmup_steps, trainer.optimizers, steps))
         warmups = [self.warmup, *(LinearWarmup(self.warmup.warmup_steps) for _ in trainer.optimizers[1:])]
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        # With a GradScaler the loss comes scaled; with several optimizers nobody knows whose it is.
+        self._judges_loss = not scaled and len(trainer.optimizers) == 1 and pl_module.automatic_optimization
         self.watches = [
             OptimizerWatch(
                 optimizer,
@@ -154,11 +156,10 @@ class LionGuard(Callback):
                 world_size=trainer.world_size,
                 acts=self.acts and self.gates,
                 scaled=scaled,
+                joins_step=self._judges_loss and trainer.world_size == 1,
             )
             for optimizer, warmup in zip(trainer.optimizers, warmups, strict=True)
         ]
-        # With a GradScaler the loss comes scaled; with several optimizers nobody knows whose it is.
-        self._judges_loss = not scaled and len(self.watches) == 1 and pl_module.automatic_optimization
         lion = next((optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Lion)), None)
         self._telemetry = TelemetryReader(lion, self.telemetry_every) if lion and self.telemetry_every else None
         foreign = {type(optimizer).__name__ for optimizer in trainer.optimizers if not isinstance(optimizer, Lion)}
@@ -197,7 +198,9 @@ class LionGuard(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        number = next(index for index, watch in enumerate(self.watches) if watch.optimizer is optimizer)
+        number = 0
+        while self.watches[number].optimizer is not optimizer:
+            number += 1
         if number == 0:
             self.batch.close()
             self.steps += 1
@@ -207,9 +210,10 @@ class LionGuard(Callback):
         facts = (self.steps, self.batch.last, self._micro_samples)
         if not self.watches[number].before_step(self.losses, self._sum(trainer), clip_norm(trainer), facts):
             self._tell_once(trainer, "no_gradients", NO_GRADIENTS)
-        self.losses.nonfinite = 0.0  # it is this optimizer's, not the next one's
         if number == len(self.watches) - 1 or pl_module.automatic_optimization:
             self.losses = Losses()
+        else:
+            self.losses.nonfinite = 0.0  # it is this optimizer's, not the next one's
 
     @override
     def on_train_batch_end(
@@ -226,7 +230,7 @@ class LionGuard(Callback):
         if self.batch.is_small:
             self._tell_once(trainer, "batch_size", self.batch.advice())
         self.treatment.keep(self.steps)
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if self.steps % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log(trainer)
 
     @override
@@ -294,7 +298,7 @@ class LionGuard(Callback):
         """The first Lion's."""
         figures = self._telemetry.read(self.steps) if self._telemetry is not None else {}
         self._lion_figures |= figures
-        for name in ("unmoved", "near_bound"):
+        for name in ("unmoved", "near_bound") if figures else ():
             gauges = self.watches[0].monitors.gauges
             if symptom := gauges.observe(name, figures.get(f"lion/{name}", math.nan)):
                 self._act(trainer, self.watches[0], symptom, self.steps)

@@ -53,20 +53,19 @@ class TelemetryReader:
 
     def __init__(self, optimizer: Lion, every: int) -> None:
         self.optimizer, self.every = optimizer, every
-        self._is_ours = not optimizer.telemetry_every
+        self._is_ours, self._is_on = not optimizer.telemetry_every, False
         self._mail, self._names = Mailbox(), list[str]()
 
     def before_step(self, step: int) -> None:
         """Switches sampling on for the steps that are due."""
-        if self._is_ours:
-            self.optimizer.telemetry_every = int(self._is_due(step))
+        if self._is_ours and self._is_on != (due := self._is_due(step)):
+            self.optimizer.telemetry_every, self._is_on = int(due), due
 
     def read(self, step: int) -> dict[str, float]:
         """What was sent a step ago, if anything; sends what a sampled step has left. Call it after every step."""
         values = self._mail.take(flush=True)
         arrived: dict[str, Any] = {} if values is None else dict(zip(self._names, values, strict=True))
-        figures = self.optimizer.telemetry() if self._is_due(step) else {}
-        if figures:
+        if self._is_due(step) and (figures := self.optimizer.telemetry()):
             self._names = list(figures)
             self._mail.post(torch.stack([figure.float() for figure in figures.values()]))
         return arrived
@@ -77,7 +76,7 @@ class TelemetryReader:
     def remove(self) -> None:
         """Leaves the optimizer as it was found."""
         if self._is_ours:
-            self.optimizer.telemetry_every = 0
+            self.optimizer.telemetry_every, self._is_on = 0, False
 
     def state_dict(self) -> dict[str, Any]:
         return {"mail": self._mail.state_dict(), "names": list(self._names)}

@@ -1,6 +1,7 @@
 """A fixed sample of coordinates of a Lion optimizer: does the sign of its update still flip, and does it agree?"""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from lion_lightning.optim import Lion, bits, views
 from lion_lightning.optim.engines import library, measures
+from lion_lightning.optim.engines.cpu import Tasks
 
 STRETCHES = 6
 STRETCH_ELEMENTS = 2048
@@ -34,11 +36,14 @@ class SampledCoordinates:
         dice = random.Random(0)
         self._stretches = [(group, param, *_stretch(param, dice)) for group, param in chosen]
         self._probe = measures.Probe([(start, stop) for *_, start, stop in self._stretches])
+        numbers = {param: n for n, param in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+        self._survey = measures.Survey([(numbers[param], start, stop) for _, param, start, stop in self._stretches])
+        self._param_count = len(numbers)
         self._signs: Tensor | None = None
 
     @torch.no_grad()
-    def measure(self) -> dict[str, Tensor] | dict[str, float]:
-        """Sums over the sample, by the names of `MEASURES`, numbers or float32 of shape ().
+    def measure(self) -> Sequence[float] | Sequence[Tensor]:
+        """Sums over the sample, in the order of `MEASURES`, numbers or float32 of shape ().
 
         Empty without gradients or momentum. To be called when gradients are final and the step is still to come.
         """
@@ -47,10 +52,18 @@ class SampledCoordinates:
             return self._measure()
         if not aimed:
             self._signs = None
-            return {}
+            return ()
+        return self._probe.measure(self._known_signs())
+
+    def survey(self, tasks: Tasks) -> Sequence[float] | None:
+        """The sum of squares of all gradients and then what `measure` gives; None where the tasks do not tell."""
+        # Where a parameter has no gradient or no elements, tasks have other numbers than parameters.
+        return self._survey.measure(tasks, self._known_signs()) if tasks.count == self._param_count else None
+
+    def _known_signs(self) -> Tensor:
         if self._signs is None:
             self._signs = torch.zeros(sum(stop - start for *_, start, stop in self._stretches))
-        return self._probe.measure(self._signs)
+        return self._signs
 
     def _aim(self) -> int | None:
         """Points the probe at what is to be measured; how many stretches that are, None where it is for torch."""
@@ -70,13 +83,13 @@ class SampledCoordinates:
             aimed += 1
         return aimed
 
-    def _measure(self) -> dict[str, Tensor]:
+    def _measure(self) -> Sequence[Tensor]:
         """With torch."""
         pieces = [self._piece(*stretch) for stretch in self._stretches]
         known = next((piece[0] for piece in pieces if piece is not None), None)
         if known is None:
             self._signs = None
-            return {}
+            return ()
         # A parameter that has no gradient or momentum counts as one at rest: it has no sign.
         rest = [known.new_zeros(stop - start) for *_, start, stop in self._stretches] if None in pieces else []
         filled = [piece or (rest[number], rest[number]) for number, piece in enumerate(pieces)]
@@ -89,14 +102,8 @@ class SampledCoordinates:
         moved, had_gradient = update * update, grad.sign().square_()
         both = moved.dot(old * old)
         squares = moved.sum()
-        return {
-            "flips": (both - update.dot(old)) / 2,
-            "signs": both,
-            "projection": update.dot(grad),
-            "update_squares": squares,
-            "grad_squares": grad.dot(grad),
-            "dead": squares - moved.dot(had_gradient),
-        }
+        flips, dead = (both - update.dot(old)) / 2, squares - moved.dot(had_gradient)
+        return flips, both, update.dot(grad), squares, grad.dot(grad), dead
 
     def _piece(self, group: dict[str, Any], param: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
         state, grad = self.optimizer.state.get(param), param.grad

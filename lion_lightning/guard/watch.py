@@ -1,8 +1,8 @@
 """The guard's eyes and hands on one optimizer: it measures a step on the device and gates it there."""
 
 import math
-from array import array
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,20 +11,19 @@ from torch.optim import Optimizer
 
 from lion_lightning.guard.gate import DeviceGate, HostGate, Verdict
 from lion_lightning.guard.monitors import Monitors, Poison
+from lion_lightning.guard.norms import Grads, SquareSum
 from lion_lightning.guard.readings import FACTS, SUMS, VERDICT, Mailbox, Reading
 from lion_lightning.guard.sampling import SampledCoordinates
 from lion_lightning.guard.thresholds import Thresholds
 from lion_lightning.guard.warmup import LinearWarmup, WarmupHook
 from lion_lightning.optim import Lion, views
-from lion_lightning.optim.engines import measures
+from lion_lightning.optim.engines.cpu import Tasks
+from lion_lightning.optim.engines.measures import NOTHING
 
 Reduce = Callable[[Tensor], Tensor]
-Grads = dict[int, Tensor]
-"""Gradients by the number of their parameter; by the parameter itself takes longer, as tensors hash in Python."""
-Judged = tuple[Any, Verdict, Any]
-"""What the host will read, the verdict, and by how much the Trainer is still to clip."""
+Judged = tuple[Verdict, Any]
+"""The verdict, and by how much the Trainer is still to clip."""
 SQUARES, BACKWARD_LOSS = SUMS.index("squares"), SUMS.index("backward_loss")
-SMALL_ELEMENTS = 32_768
 
 
 class Losses:
@@ -74,6 +73,8 @@ class OptimizerWatch:
         rank, world_size: of this process.
         acts: whether the gate's verdicts are carried out.
         scaled: whether a GradScaler steps the optimizer: it then owns `grad_scale` and `found_inf` of fused ones.
+        joins_step: whether a Lion on a CPU may be judged inside its step: it has looked up all gradients there, which
+            is most of the work in a small model. For a process that is alone and optimizers that step in turn.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class OptimizerWatch:
         world_size: int = 1,
         acts: bool = True,
         scaled: bool = False,
+        joins_step: bool = False,
     ) -> None:
         self.optimizer, self.rank, self.world_size, self.acts = optimizer, rank, world_size, acts
         self._scaled = scaled
@@ -98,6 +100,8 @@ class OptimizerWatch:
         self._sharded = {number for number, param in enumerate(self._params()) if views.is_sharded(param)}
         self._whole_squares, self._sharded_squares = SquareSum(), SquareSum()
         self.measures_noise = not scaled and not self._sharded
+        self._joins_step = joins_step and self.sample is not None and self._device.type == "cpu"
+        self._witness = next((param for param in self._params() if param.requires_grad), self._params()[0])
         self._clear = optimizer.register_step_post_hook(lambda *_: self._forget_verdict())
 
     def remove(self) -> None:
@@ -105,10 +109,12 @@ class OptimizerWatch:
         self.warmup.remove()
         self._clear.remove()
         self._forget_verdict()
+        if self._joins_step:
+            self.optimizer.before_update = None  # type: ignore[attr-defined]
 
-    @torch.no_grad()
     def before_step(self, losses: Losses, reduce: Reduce, clip_val: float | None, facts: Sequence[float]) -> bool:
-        """Measures the final gradients, adds up over ranks, judges, and gates the coming step.
+        """Measures the final gradients, adds up over ranks, judges, and gates the coming step; or sees to it that this
+        is done inside the step.
 
         Args:
             losses: of the micro-batches since the last reading.
@@ -119,15 +125,34 @@ class OptimizerWatch:
         Returns:
             Whether there were gradients to judge.
         """
-        grads = self._grads()
-        judge = self._judge_on_host if isinstance(self.gate, HostGate) else self._judge_on_device
-        vector, verdict, still_to_clip = judge(self._sums(grads, losses), reduce, clip_val)
-        self.mailbox.post(vector, facts)
-        if grads and self.acts:
-            self._gate(verdict, still_to_clip)
-        return bool(grads)
+        # Gradients that were released in backward are not there in the step either, which may be no step then.
+        if self._joins_step and clip_val is None and self.optimizer.state and self._witness.grad is not None:
+            self.optimizer.before_update = partial(self._inside_step, losses, facts)  # type: ignore[attr-defined]
+            return True
+        return self._outside_step(losses, reduce, clip_val, facts)[0]
 
-    def _judge_on_host(self, sums: list[Any], reduce: Reduce, clip_val: float | None) -> Judged:
+    def _inside_step(self, losses: Losses, facts: Sequence[float], tasks: Tasks | None) -> bool:
+        """Whether the step is to be another one than it would have been."""
+        surveyed = self.sample.survey(tasks) if tasks is not None and self.sample is not None else None
+        if surveyed is None:
+            return self._outside_step(losses, _alone, None, facts)[1]
+        squares, *measured = surveyed
+        verdict, still_to_clip = self._judge_on_host(self._sums(losses, squares, measured, True), _alone, None, facts)
+        return self.acts and self._gate(verdict, still_to_clip)
+
+    @torch.no_grad()
+    def _outside_step(
+        self, losses: Losses, reduce: Reduce, clip_val: float | None, facts: Sequence[float]
+    ) -> tuple[bool, bool]:
+        """Whether there were gradients to judge, and whether the step is to be another one than it would have been."""
+        grads = self._grads()
+        measured = self.sample.measure() if self.sample is not None else NOTHING
+        sums = self._sums(losses, self._squares(grads), measured, bool(grads))
+        judge = self._judge_on_host if isinstance(self.gate, HostGate) else self._judge_on_device
+        verdict, still_to_clip = judge(sums, reduce, clip_val, facts)
+        return bool(grads), bool(grads) and self.acts and self._gate(verdict, still_to_clip)
+
+    def _judge_on_host(self, sums: list[Any], reduce: Reduce, clip_val: float | None, facts: Sequence[float]) -> Judged:
         numbers = [float(value) for value in sums]
         if self.world_size > 1:
             numbers = reduce(torch.tensor(numbers, dtype=torch.float64)).tolist()
@@ -135,16 +160,19 @@ class OptimizerWatch:
         # The clamp would hide an infinite norm.
         judged = min(norm, clip_val) if clip_val is not None and math.isfinite(norm) else norm
         verdict = self.gate.judge(judged, numbers[BACKWARD_LOSS])
-        numbers += [norm, verdict.factor, verdict.skip, verdict.norm_z, verdict.loss_z]
-        return numbers, verdict, norm / judged if judged else 1.0
+        self.mailbox.post([*numbers, norm, verdict.factor, verdict.skip, verdict.norm_z, verdict.loss_z], facts)
+        return verdict, norm / judged if judged else 1.0
 
-    def _judge_on_device(self, sums: list[Any], reduce: Reduce, clip_val: float | None) -> Judged:
+    def _judge_on_device(
+        self, sums: list[Any], reduce: Reduce, clip_val: float | None, facts: Sequence[float]
+    ) -> Judged:
         vector = reduce(torch.stack([_scalar(value, self._device) for value in sums]))
         norm = vector[SQUARES].sqrt()
         judged = norm if clip_val is None else torch.where(norm.isfinite(), norm.clamp(max=clip_val), norm)
         verdict = self.gate.judge(judged, vector[BACKWARD_LOSS])
         judgement = torch.stack([norm, verdict.factor, verdict.skip, verdict.norm_z, verdict.loss_z])
-        return torch.cat([vector, judgement]), verdict, norm / judged
+        self.mailbox.post(torch.cat([vector, judgement]), facts)
+        return verdict, norm / judged
 
     def read(self, flush: bool = False) -> Reading | None:
         """The reading of the step before the latest, if it was not read yet; with `flush` also the latest."""
@@ -194,8 +222,8 @@ class OptimizerWatch:
         """Looked up once a step: in a small model that is what takes the time."""
         return {i: grad for i, param in enumerate(self._params()) if (grad := param.grad) is not None}
 
-    def _sums(self, grads: Grads, losses: Losses) -> list[Any]:
-        """Scalars, by the names of `readings.SUMS` and then one for each rank; numbers or tensors of shape ()."""
+    def _squares(self, grads: Grads) -> Tensor | float:
+        """Their sum is, over all ranks, the square of the norm."""
         whole, sharded = grads, Grads()
         if self._sharded:
             whole, params = {i: grad for i, grad in grads.items() if i not in self._sharded}, self._params()
@@ -206,27 +234,35 @@ class OptimizerWatch:
             squares = squares + self._sharded_squares(sharded)
         if whole:  # every rank has it
             squares = squares + self._whole_squares(whole) / self.world_size
+        return squares
+
+    def _sums(self, losses: Losses, squares: Any, measured: Sequence[Any], has_gradients: bool) -> list[Any]:
+        """Scalars, in the order of `readings.SUMS` and then one for each rank; numbers or tensors of shape ()."""
         share = losses.share or 1.0
-        parts: dict[str, Any] = {
-            "loss": losses.total,
-            "samples": losses.samples,
-            "squares": squares,
-            # Gradients of a tail are divided by more than there is: nothing to compare with that of one micro-batch.
-            "micro_squares": losses.micro_square / self.world_size if share > 0.999 else math.nan,
-            # Without gradients there is no step to gate: the loss of the step before is what divergence goes by.
-            "backward_loss": losses.backward / (share * self.world_size) if grads else math.nan,
-            **(self.sample.measure() if self.sample is not None else {}),
-        }
         bad: list[Any] = [0.0] * self.world_size
         bad[self.rank] = losses.nonfinite
-        return [*(parts.get(name, 0.0) for name in SUMS), *bad]
+        return [
+            losses.total,
+            losses.samples,
+            squares,
+            # Gradients of a tail are divided by more than there is: nothing to compare with that of one micro-batch.
+            losses.micro_square / self.world_size if share > 0.999 else math.nan,
+            # Without gradients there is no step to gate: the loss of the step before is what divergence goes by.
+            losses.backward / (share * self.world_size) if has_gradients else math.nan,
+            *(measured if len(measured) else NOTHING),
+            *bad,
+        ]
 
-    def _gate(self, verdict: Verdict, still_to_clip: Any) -> None:
-        """Hands the verdict to the optimizer, or carries it out on gradients that the Trainer has yet to clip."""
+    def _gate(self, verdict: Verdict, still_to_clip: Any) -> bool:
+        """Hands the verdict to the optimizer, or carries it out on gradients that the Trainer has yet to clip.
+
+        Returns:
+            False where the step is known to be taken as it is.
+        """
         self._forget_verdict()  # of a step that a GradScaler did not make
         on_host = not isinstance(verdict.factor, Tensor)
         if on_host and not verdict.skip and verdict.factor == 1:
-            return
+            return False
         if self._takes_scalars:
             self.optimizer.found_inf = _scalar(verdict.skip, self._device)  # type: ignore[attr-defined]
             self.optimizer.grad_scale = _scalar(verdict.factor, self._device)  # type: ignore[attr-defined]
@@ -235,6 +271,7 @@ class OptimizerWatch:
                 param.grad = None
         elif float(verdict.factor) != 1:
             torch._foreach_div_(list(self._grads().values()), verdict.factor * still_to_clip)
+        return True
 
     def _forget_verdict(self) -> None:
         if self._takes_scalars:
@@ -272,43 +309,8 @@ class OptimizerWatch:
             self.sample.forget()
 
 
-class SquareSum:
-    """Sum of squares of many tensors, a number or of shape (). Small ones are done together: one call for all."""
-
-    def __init__(self) -> None:
-        self._known: list[int] = []
-        self._small: list[int] = []
-        self._large: list[int] = []
-        self._small_sizes = array("q")
-
-    def __call__(self, grads_of: Grads) -> Tensor | float:
-        grads = list(grads_of.values())
-        if (numbers := list(grads_of)) != self._known:
-            self._sort(grads)
-            self._known = numbers
-        parts: list[Tensor | float] = []
-        if self._large:
-            parts += [norm.float().square() for norm in torch._foreach_norm([grads[i] for i in self._large], 2.0)]
-        if self._small:
-            parts.append(self._of_small([grads[i] for i in self._small]))
-        if len(parts) == 1:
-            return parts[0]
-        device = grads[0].device
-        return torch.stack([_scalar(part, device) for part in parts]).sum()
-
-    def _sort(self, grads: list[Tensor]) -> None:
-        fits = [grad.numel() < SMALL_ELEMENTS and grad.dtype == torch.float32 for grad in grads]
-        one_device = len({grad.device for grad in grads}) == 1
-        self._small = [i for i, small in enumerate(fits) if small and one_device]
-        self._large = [i for i, small in enumerate(fits) if not (small and one_device)]
-        self._small_sizes = array("q", [grads[i].numel() for i in self._small])
-
-    def _of_small(self, grads: list[Tensor]) -> Tensor | float:
-        squares = measures.square_sum(grads, self._small_sizes)
-        if squares is not None:
-            return squares
-        together = torch._utils._flatten_dense_tensors(grads)
-        return together.dot(together)
+def _alone(vector: Tensor) -> Tensor:
+    return vector
 
 
 def _scalar(value: Tensor | float, device: torch.device) -> Tensor:

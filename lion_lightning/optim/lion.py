@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lion_lightning.optim import options, precision, views
 from lion_lightning.optim.engines import Engine, choose
+from lion_lightning.optim.engines.cpu import CpuEngine, Tasks
 from lion_lightning.optim.rule import Settings, TensorUpdate
 from lion_lightning.optim.state import loaded, prepare
 from lion_lightning.optim.telemetry import Telemetry
@@ -50,11 +51,14 @@ class Lion(Optimizer):
 
     Two tensors may be set as attributes, named and meant as in torch's fused optimizers: `grad_scale` divides the
     gradients and a `found_inf` other than 0 makes the step change nothing. Both act inside the update, without a wait
-    for the device.
+    for the device. And a function: `before_update` is called once, by the next step, when it has looked up all
+    gradients and before anything changes; it may set those two, and says whether it has. It is given the tasks of the
+    cpu engine, or None where another one has something to do.
     """
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    before_update: Callable[[Tasks | None], bool] | None = None
 
     def __init__(
         self,
@@ -192,14 +196,20 @@ class Lion(Optimizer):
                     updates.append((choose(update, group["fused"]), update))
                     stepped.append(param)
             counts.append((group, [now for now in settings.values() if now is not None]))
-        self._run([pair for pair in updates if pair[1].param.numel()])
+        updates = [pair for pair in updates if pair[1].param.numel()]
+        look, self.before_update = self.before_update, None
+        tasks = None if look is None else _tasks(updates)
+        if look is not None and look(tasks):
+            self._update()  # with other settings
+            return
+        self._run(updates, tasks)
         torch.autograd.graph.increment_version(stepped)  # engines that write memory do not tell autograd
         for group, used in counts:
             self._count_step(group, used)
         for target, source in copies:
             target.copy_(source)
 
-    def _run(self, updates: list[tuple[Engine, TensorUpdate]]) -> None:
+    def _run(self, updates: list[tuple[Engine, TensorUpdate]], tasks: Tasks | None) -> None:
         self._telemetry.attach([update for _, update in updates])
         batches: dict[tuple[str, torch.device], list[TensorUpdate]] = {}
         engines = {}
@@ -209,7 +219,11 @@ class Lion(Optimizer):
         for (name, device), batch in batches.items():
             if device not in self._nonfinite:
                 self._nonfinite[device] = torch.zeros((), dtype=torch.int64, device=device)
-            engines[name].step(batch, self._nonfinite[device])
+            engine = engines[name]
+            if isinstance(engine, CpuEngine):
+                engine.step(batch, self._nonfinite[device], tasks)
+            else:
+                engine.step(batch, self._nonfinite[device])
 
     def _settings(self, group: dict[str, Any], device: torch.device) -> Settings | None:
         """The group's settings for one step on a device; None where the host knows that the step is to be skipped."""
@@ -297,6 +311,15 @@ class Lion(Optimizer):
         self.__setstate__(fresh)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+
+def _tasks(updates: list[tuple[Engine, TensorUpdate]]) -> Tasks | None:
+    """Those of the cpu engine, if it has all to do."""
+    engines = {id(engine): engine for engine, _ in updates}
+    engine = next(iter(engines.values()), None)
+    if len(engines) != 1 or not isinstance(engine, CpuEngine):
+        return None
+    return engine.tasks([update for _, update in updates])
 
 
 def _once(params: Any) -> Any:

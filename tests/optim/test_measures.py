@@ -5,7 +5,7 @@ from array import array
 import pytest
 import torch
 
-from lion_lightning.guard.watch import SMALL_ELEMENTS, SquareSum
+from lion_lightning.guard.norms import SMALL_ELEMENTS, SquareSum
 from lion_lightning.optim.engines import measures
 
 LENGTHS = (0, 1, 15, 16, 17, 255, 256, 257, 10_000)

@@ -5,6 +5,7 @@ import os
 import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +21,18 @@ TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.int8: 3}
 
 _TENSOR = struct.Struct("19q")
 _NUMBERS = struct.Struct("7d")  # together the fields of Task in cpu.c, in order
+
+
+@dataclass
+class Tasks:
+    """The updates of a step as cpu.c reads them. Good for as long as the tensors stay where they are."""
+
+    table: bytes
+    """One Task for each update."""
+    count: int
+    chunks: int
+    rows: list[tuple[TensorUpdate, Tensor]]
+    """Sums of chunks, to be added up for telemetry."""
 
 
 class CpuEngine:
@@ -41,8 +54,18 @@ class CpuEngine:
             return "cpu.c could not be compiled"
         return None
 
-    def step(self, updates: Sequence[TensorUpdate], nonfinite: Tensor) -> None:
-        tasks, chunks = bytearray(), 0
+    def step(self, updates: Sequence[TensorUpdate], nonfinite: Tensor, tasks: "Tasks | None" = None) -> None:
+        """Takes the step; `tasks` are those of the same updates, where they have been written before."""
+        if tasks is None or updates[0].statistics is not None:  # which came later
+            tasks = self.tasks(updates)
+        self._run(tasks, nonfinite)
+        for update, row in tasks.rows:
+            assert update.statistics is not None
+            update.statistics += row.sum(0)
+
+    def tasks(self, updates: Sequence[TensorUpdate]) -> "Tasks":
+        """What cpu.c is to do for the updates."""
+        table, chunks = bytearray(), 0
         rows: list[tuple[TensorUpdate, Tensor]] = []
         numbers: dict[tuple[int, torch.dtype], bytes] = {}
         for update in updates:
@@ -54,21 +77,18 @@ class CpuEngine:
             key = id(update.settings), update.param.dtype
             if key not in numbers:
                 numbers[key] = _numbers(update.settings, update.param.dtype)
-            tasks += _tensor(update, chunks, row)
-            tasks += numbers[key]
+            table += _tensor(update, chunks, row)
+            table += numbers[key]
             chunks += count
-        self._run(bytes(tasks), len(updates), chunks, nonfinite)
-        for update, row in rows:
-            assert update.statistics is not None
-            update.statistics += row.sum(0)
+        return Tasks(bytes(table), len(updates), chunks, rows)
 
-    def _run(self, tasks: bytes, task_count: int, chunk_count: int, nonfinite: Tensor) -> None:
+    def _run(self, tasks: "Tasks", nonfinite: Tensor) -> None:
         """Calls cpu.c from every thread; the calling one takes its share."""
         compiled = library.load()
         assert compiled is not None, "objection() was not asked"
         next_chunk = ctypes.c_int64(0)
-        arguments = tasks, task_count, chunk_count, ctypes.addressof(next_chunk), nonfinite.data_ptr()
-        threads = min(torch.get_num_threads(), chunk_count)
+        arguments = tasks.table, tasks.count, tasks.chunks, ctypes.addressof(next_chunk), nonfinite.data_ptr()
+        threads = min(torch.get_num_threads(), tasks.chunks)
         others = [self._pool(threads - 1).submit(compiled.lion_step, *arguments) for _ in range(threads - 1)]
         compiled.lion_step(*arguments)
         for other in others:

@@ -49,6 +49,8 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.lion_square_sum.restype = ctypes.c_double
     library.lion_measure.argtypes = (pointer, number, pointer, pointer)
     library.lion_measure.restype = None
+    library.lion_survey.argtypes = (pointer, number, pointer, number, pointer, pointer)
+    library.lion_survey.restype = number
     return library
 
 

@@ -2,7 +2,7 @@
  *
  * Sums are taken in float over short runs of elements, and added up in double. */
 
-enum { RUN = 512, FLIPS = 0, SIGNS, PROJECTION, UPDATE_SQUARES, GRAD_SQUARES, DEAD, MEASURES };
+enum { RUN = 512, SURVEYED = 1 << 20, FLIPS = 0, SIGNS, PROJECTION, UPDATE_SQUARES, GRAD_SQUARES, DEAD, MEASURES };
 
 /* A stretch of one tensor's elements: must match _STRETCH in measures.py field for field. */
 typedef struct {
@@ -81,4 +81,47 @@ void lion_measure(const Stretch *stretches, int64_t count, float *signs, double 
         if (!at->grad) memset(signs, 0, sizeof(float) * (size_t)at->count);
         else measure(at, signs, sums);
     }
+}
+
+/* A stretch of one task's elements: must match _PLACE in measures.py field for field. */
+typedef struct {
+    int64_t task, start, count;
+} Place;
+
+INLINE int64_t bytes_of(int64_t type) { return type == FLOAT32 ? 4 : 2; }
+
+INLINE Stretch stretch_at(const Task *task, const Place *place) {
+    return (Stretch){
+        .grad = task->grad + place->start * bytes_of(task->grad_type),
+        .exp_avg = task->exp_avg + place->start * bytes_of(task->exp_avg_type),
+        .count = place->count,
+        .grad_type = task->grad_type,
+        .exp_avg_type = task->exp_avg_type,
+        .beta1 = task->beta1,
+        .rest1 = task->rest1,
+        .direction = task->grad_scale < 0 ? -1 : 1,
+    };
+}
+
+static int is_surveyable(const Task *tasks, int64_t count) {
+    int64_t elements = 0;
+    for (const Task *task = tasks; task < tasks + count; task++) {
+        int momentum = task->exp_avg_type == FLOAT32 || task->exp_avg_type == BFLOAT16;
+        elements += task->count;
+        if (task->grad_type != FLOAT32 || !momentum || elements > SURVEYED) return 0;
+    }
+    return 1;
+}
+
+/* Before the tasks are done: the sum of squares of their gradients, then what lion_measure sums up over the places.
+   Returns 0, and has done nothing, where they are more than one thread should read, or not of these types. */
+int64_t lion_survey(const Task *tasks, int64_t count, const Place *places, int64_t place_count, float *signs,
+                    double *sums) {
+    if (!is_surveyable(tasks, count)) return 0;
+    for (int64_t i = 0; i < count; i++) sums[0] += squares((const float *)tasks[i].grad, tasks[i].count);
+    for (const Place *place = places; place < places + place_count; signs += place->count, place++) {
+        Stretch stretch = stretch_at(tasks + place->task, place);
+        measure(&stretch, signs, sums + 1);
+    }
+    return 1;
 }

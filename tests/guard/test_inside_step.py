@@ -1,0 +1,145 @@
+"""Judged inside Lion's step, on a CPU: the same figures and decisions as before the step, with fewer look-ups."""
+
+import csv
+
+import pytest
+import torch
+from torch import nn
+
+from lion_lightning import Lion, LionGuard
+from lion_lightning.gradient_release import GradientRelease
+from lion_lightning.guard.sampling import SampledCoordinates
+from lion_lightning.guard.thresholds import Thresholds
+from lion_lightning.guard.warmup import LinearWarmup
+from lion_lightning.guard.watch import Losses, OptimizerWatch
+from lion_lightning.optim.engines import library
+from lion_lightning.optim.engines.measures import MEASURES
+from tests.faults.injected import NaNBatch, Outlier
+from tests.faults.task import train
+from tests.guard.test_sampling import Oracle, give_gradients, parameters
+
+pytestmark = pytest.mark.skipif(library.load() is None, reason="no C compiler")
+MANY = 1 << 20
+
+
+def survey(optimizer, sample):
+    """What the sample reads off the tasks of one step."""
+    seen = []
+    optimizer.before_update = lambda tasks: seen.append(None if tasks is None else sample.survey(tasks))
+    optimizer.step()
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"betas": (0.5, 0.98)}, {"maximize": True}, {"momentum_dtype": "bfloat16"}, {"cautious": True}],
+    ids=str,
+)
+def test_the_sums_are_those_of_float64(options):
+    params = parameters()
+    optimizer = Lion([{"params": params[:2]}, {"params": params[2:], **options}], lr=1e-3)
+    sample = SampledCoordinates(optimizer)
+    oracle, flips = Oracle(sample), 0
+    for number in range(6):
+        give_gradients(params, number)
+        if number == 0:  # there is no momentum
+            optimizer.step()
+            continue
+        expected = oracle.measure()
+        expected_square = sum(float(param.grad.double().square().sum()) for param in params)
+        square, *measured = survey(optimizer, sample)
+        assert square == pytest.approx(expected_square, rel=1e-6)
+        for name, value in zip(MEASURES, measured, strict=True):
+            assert value == pytest.approx(expected[name], rel=1e-4, abs=1.5), name
+        flips += expected["flips"]
+    assert flips > 100
+
+
+def test_a_transposed_weight_is_sampled_as_before_the_step():
+    weight = nn.Parameter(torch.randn(64, 96).t())
+    optimizer = Lion([weight], lr=1e-3)
+    weight.grad = torch.randn(96, 64)
+    optimizer.step()
+    weight.grad = torch.randn(96, 64)  # laid out otherwise than the weight
+    before, inside = SampledCoordinates(optimizer), SampledCoordinates(optimizer)
+    expected = [float(value) for value in before.measure()]
+    assert list(survey(optimizer, inside))[1:] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "options"),
+    [
+        ("float32", torch.float32, {}),
+        ("bf16 gradients", torch.bfloat16, {}),
+        ("int8 momentum", torch.float32, {"momentum_dtype": "int8"}),
+        ("too much for one thread", torch.float32, {}),
+        ("a parameter without a gradient", torch.float32, {}),
+        ("another engine", torch.float32, {"fused": False}),
+    ],
+)
+def test_what_is_left_to_the_way_before_the_step(case, kind, options):
+    shapes = [(64, 96), (4096,)] + [(MANY, 1)] * (case == "too much for one thread")
+    params = parameters(shapes=shapes, dtype=kind)
+    optimizer = Lion(params, lr=1e-3, **options)
+    sample = SampledCoordinates(optimizer)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    if case == "a parameter without a gradient":
+        params[1].grad = None
+    assert (survey(optimizer, sample) is not None) == (case == "float32")
+
+
+def outcome_of(monkeypatch, tmp_path, inside, **options):
+    """Weights, every reading and every event of a run with an outlier and a NaN batch; how many steps were joined."""
+    joined, step = [], OptimizerWatch._inside_step
+    with monkeypatch.context() as patch:
+        patch.setattr(OptimizerWatch, "_inside_step", lambda self, *args: joined.append(1) or step(self, *args))
+        if not inside:
+            made = OptimizerWatch.__init__
+            patch.setattr(
+                OptimizerWatch, "__init__", lambda self, *args, **kw: made(self, *args, **{**kw, "joins_step": False})
+            )
+        trace = tmp_path / f"{inside}.csv"
+        guard = LionGuard(trace=trace, warmup_steps=0)
+        run = train(1, guard, [Outlier(step=50, factor=1e4), NaNBatch(steps=[60])], steps=70, **options)
+    with trace.open() as file:
+        readings = list(csv.reader(file))
+    events = [(event.step, event.kind, event.remedy) for event in guard.events]
+    return [param.detach().clone() for param in run.model.parameters()], readings, events, len(joined)
+
+
+def test_a_run_is_the_same_judged_inside_the_step_or_before_it(monkeypatch, tmp_path):
+    weights, readings, events, joined = outcome_of(monkeypatch, tmp_path, inside=True)
+    other_weights, other_readings, other_events, others = outcome_of(monkeypatch, tmp_path, inside=False)
+    assert (joined, others) == (69, 0), "the first step has no momentum to sample"
+    assert {kind for _, kind, _ in events} >= {"outlier", "nonfinite"}
+    assert events == other_events
+    assert readings == other_readings
+    assert len(readings) == 71
+    assert all(torch.equal(left, right) for left, right in zip(weights, other_weights, strict=True))
+
+
+@pytest.mark.parametrize("options", [{"gradient_clip_val": 0.3}, {"accumulate_grad_batches": 2}], ids=str)
+def test_gradients_that_are_clipped_later_are_judged_before(monkeypatch, tmp_path, options):
+    *_, joined = outcome_of(monkeypatch, tmp_path, inside=True, **options)
+    assert (joined > 0) == ("gradient_clip_val" not in options)
+
+
+def test_with_gradients_released_in_backward_the_loss_is_still_read():
+    guard = LionGuard(warmup_steps=0)
+    run = train(1, guard, [GradientRelease()], steps=20)
+    assert "no_gradients" in {event.kind for event in guard.events}
+    fast_average = guard.state_dict()["watches"][0]["rules"]["monitors"]["rules"]["divergence"]["fast"]
+    assert fast_average[0] == len(run.losses) - 1, "it goes by the loss of the step before"
+
+
+def test_a_guard_that_has_gone_leaves_nothing_for_the_next_step():
+    params = parameters()
+    optimizer = Lion(params, lr=1e-3)
+    watch = OptimizerWatch(optimizer, Thresholds(), LinearWarmup(0), joins_step=True)
+    give_gradients(params, 0)
+    optimizer.step()
+    assert watch.before_step(Losses(), lambda vector: vector, None, (1, 4, 4))
+    assert optimizer.before_update is not None
+    watch.remove()
+    assert optimizer.before_update is None
