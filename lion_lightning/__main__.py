@@ -31,6 +31,9 @@ run_stamp.register()
 @hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name="train")
 def train(cfg: DictConfig) -> float:
     """Run what `cfg` describes; returns the best value of the recipe's metric, which Hydra's sweepers optimise."""
+    from lion_lightning.training.libraries import load_libraries
+
+    load_libraries()
     from lion_lightning.training.run import run
     from lion_lightning.training.signals import TrainingInterrupted
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from lion_lightning.training.errors import ConfigError
 from recipes.bert_mlm.data import TextBlocks
+from recipes.bert_mlm.loss import mean_cross_entropy
 from recipes.bert_mlm.masking import IGNORED
 from recipes.bert_mlm.options import ModelOptions, document_inputs
 from recipes.bert_mlm.pretrained import check_vocabulary, load_model, read_config
@@ -104,7 +104,7 @@ def hidden_logits(model: Any, input_ids: Tensor, positions: Tensor, separator: i
 def hidden_loss(model: Any, input_ids: Tensor, positions: Tensor, targets: Tensor, separator: int | None) -> Tensor:
     """Mean cross-entropy in nats of the hidden tokens, whose `targets` are int64 (batch, hidden)."""
     logits = hidden_logits(model, input_ids, positions, separator)
-    return cross_entropy(logits.float(), targets.flatten(), ignore_index=IGNORED)
+    return mean_cross_entropy(logits.float(), targets.flatten(), IGNORED)
 
 
 def model_flops(model: Any, tokens: int, head_rows: int) -> int:

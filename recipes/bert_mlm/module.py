@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 from transformers import PretrainedConfig
 
 from lion_lightning.mixin import LionMixin, OptimizerFactory
 from lion_lightning.schedules import Schedule
 from recipes.bert_mlm.data import TextBlocks
+from recipes.bert_mlm.loss import row_cross_entropy
 from recipes.bert_mlm.masking import IGNORED, MaskedBatch, Masking, mask_tokens
 from recipes.bert_mlm.model import build_model, hidden_logits, hidden_loss, model_flops
 from recipes.bert_mlm.options import ModelOptions
@@ -80,9 +80,8 @@ class BertMLM(LionMixin, LightningModule):
         targets = masked.targets.flatten()
         kept = targets != IGNORED
         logits = self._logits(self.model, masked.input_ids, masked.positions, self.separator)
-        logits, targets = logits.float()[kept], targets[kept]
-        self.val_loss.update(cross_entropy(logits, targets, reduction="none"))
-        self.val_accuracy.update((logits.argmax(-1) == targets).float())
+        self.val_loss.update(row_cross_entropy(logits, targets, IGNORED)[kept])
+        self.val_accuracy.update((logits.argmax(-1) == targets)[kept].float())
 
     def on_validation_epoch_end(self) -> None:
         loss = self.val_loss.compute()
