@@ -115,6 +115,8 @@ class LionGuard(Callback):
         self._lion_figures: dict[str, float] = {}
         self._latest = Reading()
         self._samples = self._micro_samples = 0
+        self._loss: Tensor | float | None = None
+        """What backward was called on, where it is what `training_step` returned: read once, not twice."""
         self._stepped = self._judges_loss = False
 
     @property
@@ -187,7 +189,9 @@ class LionGuard(Callback):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self.losses.before_backward(loss, self._judges_loss, trainer.accumulate_grad_batches)
+        accumulate = trainer.accumulate_grad_batches
+        value = self.losses.before_backward(loss, self._judges_loss, accumulate)
+        self._loss = value if self._judges_loss and accumulate == 1 else None
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -221,7 +225,7 @@ class LionGuard(Callback):
     ) -> None:
         loss = loss_of(outputs)
         if loss is not None:
-            self.losses.add(loss, self._samples)
+            self.losses.add(loss if self._loss is None else self._loss, self._samples)
         if not self._stepped:
             return
         self._stepped = False

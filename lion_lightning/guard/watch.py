@@ -38,12 +38,13 @@ class Losses:
         self.is_first = True
         self.micro_square: Tensor | float = math.nan
 
-    def add(self, loss: Tensor, samples: int) -> None:
+    def add(self, loss: Tensor | float, samples: int) -> None:
+        """Takes in what `training_step` returned."""
         self.total = self.total + _mean(loss) * samples
         self.samples += samples
 
-    def before_backward(self, loss: Tensor, judged: bool, accumulate: int = 1) -> None:
-        """Takes in what backward is called on.
+    def before_backward(self, loss: Tensor, judged: bool, accumulate: int = 1) -> Tensor | float:
+        """Takes in what backward is called on, and returns its mean, a number where reading it is free.
 
         Args:
             judged: whether its size may be compared from step to step.
@@ -55,6 +56,7 @@ class Losses:
         if judged:
             self.backward = value if self.is_first else self.backward + value
         self.is_first = False
+        return value
 
     def state_dict(self) -> dict[str, float]:
         return {name: float(value) for name, value in vars(self).items()}
@@ -319,8 +321,10 @@ def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
     return torch.full((), float(value), device=device)
 
 
-def _mean(loss: Tensor) -> Tensor | float:
+def _mean(loss: Tensor | float) -> Tensor | float:
     """A number where reading it is free."""
+    if isinstance(loss, float):
+        return loss
     if loss.is_cpu and loss.numel() == 1:
         return loss.item()
     return loss.detach().float().mean()
