@@ -21,6 +21,7 @@ from typing import Any
 
 import hydra
 import optuna
+from filelock import FileLock
 from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the modules beside this one
@@ -32,6 +33,7 @@ from scripts.tune_report import draw_heat_map, flatness, tuned_file
 from scripts.tune_spaces import SPACES, Space, overrides_of, warmup_steps
 
 EXIT_USAGE = 2
+SQLITE = "sqlite:///"
 WARM_UP_TRIALS = 6  # drawn at random before TPE starts to choose
 Run = Callable[[DictConfig], float]
 
@@ -85,18 +87,27 @@ def explore(search: Search, run: Run) -> optuna.Study:
     """Run the trials that the study still lacks. A killed trial is run again; a diverged one counts, as the worst."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     mode = compose(search, {}, search.seeds[0]).recipe.mode
-    study = optuna.create_study(
-        study_name=search.name,
-        storage=search.storage,
-        direction="maximize" if mode == "max" else "minimize",
-        load_if_exists=True,
-    )
+    study = study_of(search, mode)
     step = _walk(search, run, mode) if search.heat_map else _search_on(search, run, mode)
     while (done := len(finished(study))) < search.wanted:
         step(study, done)
         last = study.trials[-1]
         print(f"{search.optim} {done + 1}/{search.wanted}: {last.value:.4f} with {_words(last.params)}", flush=True)
     return study
+
+
+def study_of(search: Search, mode: Mode) -> optuna.Study:
+    """The study of `search`, made if need be: by one process, while others that were started with it wait.
+
+    Optuna makes the tables of a new database one by one, and fails on those that another process made meanwhile.
+    """
+    with FileLock(f"{search.storage.removeprefix(SQLITE)}.lock"):
+        return optuna.create_study(
+            study_name=search.name,
+            storage=search.storage,
+            direction="maximize" if mode == "max" else "minimize",
+            load_if_exists=True,
+        )
 
 
 def _search_on(search: Search, run: Run, mode: Mode) -> Callable[[optuna.Study, int], None]:
@@ -234,7 +245,7 @@ def _search(optim: str, options: argparse.Namespace) -> Search:
         overrides=tuple(options.overrides),
         trials=options.trials,
         seeds=tuple(options.seeds),
-        storage=f"sqlite:///{storage}",
+        storage=f"{SQLITE}{storage}",
         heat_map=options.heat_map,
     )
 

@@ -1,6 +1,7 @@
 """scripts/tune.py on a made-up loss: equal budgets, searches that go on, winners that compose, an honest map."""
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lion_lightning.guard.callback import TrainingStopped
 from scripts import tune
 from scripts.tune_report import draw_heat_map, flatness, tuned_file
 from scripts.tune_spaces import SPACES, warmup_steps
+from tests.processes import run_together
 
 CONF = Path(__file__).parents[2] / "conf"
 RECIPE = "recipe=image_classification"
@@ -135,6 +137,36 @@ def test_the_winner_composes_and_says_where_it_comes_from(optim: str, tmp_path: 
     )
     assert max(map(len, text.splitlines())) <= 120
     assert all(" # " in line for line in text.splitlines() if line.startswith("  "))
+
+
+DATABASES = 5
+BESIDE_ANOTHER = f"""
+import sys
+from pathlib import Path
+from scripts.tune import SQLITE, Search, study_of
+own, other, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+flags = [folder / f"{{own}}-{{number}}" for number in range({DATABASES})]
+try:
+    for number, flag in enumerate(flags):
+        flag.touch()
+        while not (folder / f"{{other}}-{{number}}").exists():
+            pass
+        study_of(Search(own, "bert_mlm", (), 1, (1,), f"{{SQLITE}}{{folder / str(number)}}.db"), "min")
+finally:  # the other one does not wait for a process that failed
+    for flag in flags:
+        flag.touch()
+"""
+
+
+def test_two_searches_that_start_together_share_a_new_database(root: Path, tmp_path: Path) -> None:
+    names = ("lion", "adamw")
+    pairs = [names, names[::-1]]
+    run_together(
+        [[sys.executable, "-c", BESIDE_ANOTHER, *pair, str(tmp_path)] for pair in pairs], root, [None] * 2, 120
+    )
+    for number in range(DATABASES):
+        studies = optuna.get_all_study_names(f"{tune.SQLITE}{tmp_path / str(number)}.db")
+        assert {study.split()[2] for study in studies} == set(names)
 
 
 def test_nothing_tuned_before_leaks_into_a_search() -> None:
