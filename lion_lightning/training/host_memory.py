@@ -13,7 +13,7 @@ def keep_freed_memory() -> bool:
 
     Left alone, glibc maps the memory of a large tensor anew for each operation and gives it back afterwards, and the
     system clears every page that it hands out: a tenth of a training step of BERT-mini on two cores. Kept, the process
-    never gets smaller, and with the gaps between blocks larger at most: by 3 % for BERT-mini, 14 % for BERT-tiny on a
+    never gets smaller, and with the gaps between blocks larger at most: by 3 % for BERT-mini, 7 % for BERT-tiny on a
     stream.
 
     Returns:
