@@ -19,7 +19,7 @@ def accumulation(batch_size: int, accumulate: int, min_batch_size: int) -> int:
     return max(accumulate, -(-min_batch_size // batch_size))
 
 
-@dataclass
+@dataclass(slots=True)
 class EffectiveBatch:
     """Counts the samples that go into each optimizer step: every micro-batch, every rank, short tails as they are.
 

@@ -69,7 +69,7 @@ class History:
         self._places = torch.arange(self.size)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Verdict:
     """What to do with a step; float32 tensors of shape () from a `DeviceGate`, numbers from a `HostGate`.
 

@@ -62,6 +62,8 @@ class Poison:
 class Average:
     """Exponential moving average with a half-life in observations, without the bias of its start."""
 
+    __slots__ = ("_keep", "_sum", "_weight", "count")
+
     def __init__(self, half_life: float) -> None:
         self._keep = 0.5 ** (1 / half_life)
         self.count, self._sum, self._weight = 0, 0.0, 0.0

@@ -18,6 +18,8 @@ from lion_lightning.optim.rule import Settings, TensorUpdate
 from lion_lightning.optim.state import loaded, prepare
 from lion_lightning.optim.telemetry import Telemetry
 
+Batch = tuple[Engine, list[TensorUpdate]]
+"""What an engine is to do on one device."""
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
@@ -196,30 +198,25 @@ class Lion(Optimizer):
                     updates.append((choose(update, group["fused"]), update))
                     stepped.append(param)
             counts.append((group, [now for now in settings.values() if now is not None]))
-        updates = [pair for pair in updates if pair[1].param.numel()]
+        batches = _batches(updates)
         look, self.before_update = self.before_update, None
-        tasks = None if look is None else _tasks(updates)
+        tasks = None if look is None else _tasks(batches)
         if look is not None and look(tasks):
             self._update()  # with other settings
             return
-        self._run(updates, tasks)
+        self._run(batches, tasks)
         torch.autograd.graph.increment_version(stepped)  # engines that write memory do not tell autograd
         for group, used in counts:
             self._count_step(group, used)
         for target, source in copies:
             target.copy_(source)
 
-    def _run(self, updates: list[tuple[Engine, TensorUpdate]], tasks: Tasks | None) -> None:
-        self._telemetry.attach([update for _, update in updates])
-        batches: dict[tuple[str, torch.device], list[TensorUpdate]] = {}
-        engines = {}
-        for engine, update in updates:
-            engines[engine.name] = engine
-            batches.setdefault((engine.name, update.param.device), []).append(update)
-        for (name, device), batch in batches.items():
+    def _run(self, batches: list[Batch], tasks: Tasks | None) -> None:
+        self._telemetry.attach([update for _, batch in batches for update in batch])
+        for engine, batch in batches:
+            device = batch[0].param.device
             if device not in self._nonfinite:
                 self._nonfinite[device] = torch.zeros((), dtype=torch.int64, device=device)
-            engine = engines[name]
             if isinstance(engine, CpuEngine):
                 engine.step(batch, self._nonfinite[device], tasks)
             else:
@@ -313,13 +310,20 @@ class Lion(Optimizer):
             post_hook(self)
 
 
-def _tasks(updates: list[tuple[Engine, TensorUpdate]]) -> Tasks | None:
+def _batches(updates: list[tuple[Engine, TensorUpdate]]) -> list[Batch]:
+    """Those that have elements, by engine and device."""
+    batches: dict[tuple[str, torch.device], Batch] = {}
+    for engine, update in updates:
+        if update.param.numel():
+            batches.setdefault((engine.name, update.param.device), (engine, []))[1].append(update)
+    return list(batches.values())
+
+
+def _tasks(batches: list[Batch]) -> Tasks | None:
     """Those of the cpu engine, if it has all to do."""
-    engines = {id(engine): engine for engine, _ in updates}
-    engine = next(iter(engines.values()), None)
-    if len(engines) != 1 or not isinstance(engine, CpuEngine):
+    if len(batches) != 1 or not isinstance(engine := batches[0][0], CpuEngine):
         return None
-    return engine.tasks([update for _, update in updates])
+    return engine.tasks(batches[0][1])
 
 
 def _once(params: Any) -> Any:

@@ -3,6 +3,7 @@
 import math
 import random
 import statistics
+from dataclasses import astuple
 from collections.abc import Iterator
 
 import pytest
@@ -85,7 +86,7 @@ def judge(gate: Gate, norm: float, loss: float) -> Verdict:
 
 
 def numbers(verdict: Verdict) -> list[float]:
-    return [float(value) for value in vars(verdict).values()]
+    return [float(value) for value in astuple(verdict)]
 
 
 def fed(steps: int = 60, spread: float = 0.1, thresholds: Thresholds | None = None) -> Gate:
@@ -272,6 +273,6 @@ def test_it_judges_on_a_device_whose_values_nobody_can_read():
     gate, unreadable = DeviceGate(Thresholds()), torch.ones((), device="meta")
     for _ in range(3):
         verdict = gate.judge(unreadable, unreadable)
-        assert {value.device.type for value in vars(verdict).values()} == {"meta"}
+        assert {value.device.type for value in astuple(verdict)} == {"meta"}
     with pytest.raises(RuntimeError, match="meta"):
         float(verdict.factor)
