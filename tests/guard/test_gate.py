@@ -3,8 +3,8 @@
 import math
 import random
 import statistics
-from dataclasses import astuple
 from collections.abc import Iterator
+from dataclasses import astuple
 
 import pytest
 import torch
