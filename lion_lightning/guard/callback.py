@@ -158,7 +158,7 @@ class LionGuard(Callback):
                 world_size=trainer.world_size,
                 acts=self.acts and self.gates,
                 scaled=scaled,
-                joins_step=self._judges_loss and trainer.world_size == 1,
+                joins_step=self._judges_loss and trainer.world_size == 1 and not trainer.gradient_clip_val,
             )
             for optimizer, warmup in zip(trainer.optimizers, warmups, strict=True)
         ]

@@ -76,7 +76,7 @@ class OptimizerWatch:
         acts: whether the gate's verdicts are carried out.
         scaled: whether a GradScaler steps the optimizer: it then owns `grad_scale` and `found_inf` of fused ones.
         joins_step: whether a Lion on a CPU may be judged inside its step: it has looked up all gradients there, which
-            is most of the work in a small model. For a process that is alone and optimizers that step in turn.
+            is most of the work in a small model. For a process that is alone with one optimizer, and does not clip.
     """
 
     def __init__(

@@ -119,7 +119,15 @@ def test_a_run_is_the_same_judged_inside_the_step_or_before_it(monkeypatch, tmp_
     assert all(torch.equal(left, right) for left, right in zip(weights, other_weights, strict=True))
 
 
-@pytest.mark.parametrize("options", [{"gradient_clip_val": 0.3}, {"accumulate_grad_batches": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_clip_val": 0.3},
+        {"gradient_clip_val": 0.3, "gradient_clip_algorithm": "value"},
+        {"accumulate_grad_batches": 2},
+    ],
+    ids=str,
+)
 def test_gradients_that_are_clipped_later_are_judged_before(monkeypatch, tmp_path, options):
     *_, joined = outcome_of(monkeypatch, tmp_path, inside=True, **options)
     assert (joined > 0) == ("gradient_clip_val" not in options)
