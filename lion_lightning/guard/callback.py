@@ -20,7 +20,7 @@ from lion_lightning.guard.readings import Reading
 from lion_lightning.guard.recovery import ON_DIVERGENCE, OnDivergence, Remedy
 from lion_lightning.guard.thresholds import Thresholds
 from lion_lightning.guard.trace import Trace
-from lion_lightning.guard.trainer import clip_norm, run_settings, settle_batch, warmup_length
+from lion_lightning.guard.trainer import clip_norm, run_settings, sees_final_gradients, settle_batch, warmup_length
 from lion_lightning.guard.treatment import Treatment
 from lion_lightning.guard.warmup import LinearWarmup
 from lion_lightning.guard.watch import Losses, OptimizerWatch, Reduce
@@ -158,7 +158,7 @@ class LionGuard(Callback):
                 world_size=trainer.world_size,
                 acts=self.acts and self.gates,
                 scaled=scaled,
-                joins_step=self._judges_loss and trainer.world_size == 1 and not trainer.gradient_clip_val,
+                joins_step=self._judges_loss and trainer.world_size == 1 and sees_final_gradients(trainer, self),
             )
             for optimizer, warmup in zip(trainer.optimizers, warmups, strict=True)
         ]
@@ -234,7 +234,8 @@ class LionGuard(Callback):
         if self.batch.is_small:
             self._tell_once(trainer, "batch_size", self.batch.advice())
         self.treatment.keep(self.steps)
-        if self.steps % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and self.steps % every == 0:  # 0 is Lightning's word for never
             self._log(trainer)
 
     @override

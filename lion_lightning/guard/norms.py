@@ -1,7 +1,5 @@
 """Sum of squares of many gradients, fast where they are small and many: then looking them up takes the time."""
 
-from array import array
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,6 @@ class SquareSum:
         self._known: list[int] = []
         self._small: list[int] = []
         self._large: list[int] = []
-        self._small_sizes = array("q")
 
     def __call__(self, grads_of: Grads) -> Tensor | float:
         grads = list(grads_of.values())
@@ -31,8 +28,8 @@ class SquareSum:
             parts += [norm.float().square() for norm in torch._foreach_norm([grads[i] for i in self._large], 2.0)]
         if self._small:
             parts.append(self._of_small([grads[i] for i in self._small]))
-        if len(parts) == 1:
-            return parts[0]
+        if len(parts) < 2:
+            return parts[0] if parts else 0.0
         return torch.stack([torch.as_tensor(part, dtype=torch.float32, device=grads[0].device) for part in parts]).sum()
 
     def _sort(self, grads: list[Tensor]) -> None:
@@ -40,10 +37,9 @@ class SquareSum:
         one_device = len({grad.device for grad in grads}) == 1
         self._small = [i for i, small in enumerate(fits) if small and one_device]
         self._large = [i for i, small in enumerate(fits) if not (small and one_device)]
-        self._small_sizes = array("q", [grads[i].numel() for i in self._small])
 
     def _of_small(self, grads: list[Tensor]) -> Tensor | float:
-        squares = measures.square_sum(grads, self._small_sizes)
+        squares = measures.square_sum(grads)
         if squares is not None:
             return squares
         together = torch._utils._flatten_dense_tensors(grads)

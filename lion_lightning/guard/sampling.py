@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,19 +25,20 @@ class SampledCoordinates:
     def __init__(self, optimizer: Lion) -> None:
         self.optimizer = optimizer
         places = [
-            (group, param)
-            for group in optimizer.param_groups
+            (number, param)
+            for number, group in enumerate(optimizer.param_groups)
             for param in group["params"]
             if param.requires_grad and param.numel() >= bits.BLOCK_ELEMENTS
-        ] or [(group, param) for group in optimizer.param_groups for param in group["params"]]
+        ] or [(number, param) for number, group in enumerate(optimizer.param_groups) for param in group["params"]]
         spread = len(places) / min(STRETCHES, len(places))
         chosen = [places[int(number * spread)] for number in range(min(STRETCHES, len(places)))]
         dice = random.Random(0)
-        self._stretches = [(group, param, *_stretch(param, dice)) for group, param in chosen]
+        # With the numbers of groups: the groups themselves are new ones after a load_state_dict.
+        self._stretches = [(number, param, *_stretch(param, dice)) for number, param in chosen]
         self._probe = measures.Probe([(start, stop) for *_, start, stop in self._stretches])
         numbers = {param: n for n, param in enumerate(p for group in optimizer.param_groups for p in group["params"])}
         self._survey = measures.Survey([(numbers[param], start, stop) for _, param, start, stop in self._stretches])
-        self._param_count = len(numbers)
+        self._numbers = [numbers[param] for _, param, *_ in self._stretches]
         self._signs: Tensor | None = None
 
     @torch.no_grad()
@@ -56,9 +56,13 @@ class SampledCoordinates:
         return self._probe.measure(self._known_signs())
 
     def survey(self, tasks: Tasks) -> Sequence[float] | None:
-        """The sum of squares of all gradients and then what `measure` gives; None where the tasks do not tell."""
-        # Where a parameter has no gradient or no elements, tasks have other numbers than parameters.
-        return self._survey.measure(tasks, self._known_signs()) if tasks.count == self._param_count else None
+        """The sum of squares of all gradients and then what `measure` gives; None where the tasks do not tell.
+
+        A parameter with its first gradient counts here, as it has a momentum, of zeros, by then.
+        """
+        # Where a parameter has no gradient or no elements, tasks after it have other numbers than parameters.
+        known = len(tasks.updates) > max(self._numbers) and all(tasks.updates[n].index == n for n in self._numbers)
+        return self._survey.measure(tasks, self._known_signs()) if known else None
 
     def _known_signs(self) -> Tensor:
         if self._signs is None:
@@ -70,7 +74,8 @@ class SampledCoordinates:
         if library.load() is None:
             return None
         aimed, states = 0, self.optimizer.state
-        for index, (group, param, *_) in enumerate(self._stretches):
+        for index, (number, param, *_) in enumerate(self._stretches):
+            group = self.optimizer.param_groups[number]
             grad, state = param.grad, states.get(param)
             if grad is None or not state:
                 self._probe.skip(index)
@@ -105,7 +110,7 @@ class SampledCoordinates:
         flips, dead = (both - update.dot(old)) / 2, squares - moved.dot(had_gradient)
         return flips, both, update.dot(grad), squares, grad.dot(grad), dead
 
-    def _piece(self, group: dict[str, Any], param: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
+    def _piece(self, number: int, param: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
         state, grad = self.optimizer.state.get(param), param.grad
         if grad is None or not state:
             return None
@@ -118,15 +123,16 @@ class SampledCoordinates:
             weight, grad = views.local(param.detach()), views.local_grad(grad, param)
             grad = views.laid_out_like(grad, weight if views.is_dense(weight) else views.local(state["exp_avg"]))
         piece = views.flat(grad)[start:stop].float()
-        return -piece if group["maximize"] else piece, momentum.float()
+        return -piece if self.optimizer.param_groups[number]["maximize"] else piece, momentum.float()
 
     def _beta1(self, like: Tensor) -> Tensor | float:
         """beta1 of each coordinate; a number where all groups share one."""
         values = {float(group["betas"][0]) for group in self.optimizer.param_groups}
         if len(values) == 1:
             return values.pop()
-        pieces = [like.new_full((stop - start,), float(g["betas"][0])) for g, _, start, stop in self._stretches]
-        return torch.cat(pieces)
+        groups = self.optimizer.param_groups
+        sizes = [(float(groups[number]["betas"][0]), stop - start) for number, _, start, stop in self._stretches]
+        return torch.cat([like.new_full((size,), beta1) for beta1, size in sizes])
 
     def state_dict(self) -> Tensor | None:
         """Signs of the last update, int8 of shape (coordinates,); they belong to this process if it holds shards."""

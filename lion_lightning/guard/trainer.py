@@ -2,7 +2,8 @@
 
 import math
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 from lion_lightning.guard.batch_size import OnSmallBatch, accumulation
@@ -88,6 +89,14 @@ def run_settings(trainer: Trainer, warmup_steps: int, gate: bool, min_batch_size
         gate=gate,
         min_batch_size=min_batch_size,
     )
+
+
+def sees_final_gradients(trainer: Trainer, guard: Callback) -> bool:
+    """Whether nobody may change gradients between the guard's `on_before_optimizer_step` and the step."""
+    later = trainer.callbacks[trainer.callbacks.index(guard) + 1 :]  # type: ignore[attr-defined]
+    module, hook = trainer.lightning_module, "on_before_optimizer_step"
+    touched = is_overridden(hook, module) or is_overridden("configure_gradient_clipping", module)
+    return not (trainer.gradient_clip_val or touched or any(is_overridden(hook, other, Callback) for other in later))
 
 
 def clip_norm(trainer: Trainer) -> float | None:

@@ -127,11 +127,15 @@ class OptimizerWatch:
         Returns:
             Whether there were gradients to judge.
         """
-        # Gradients that were released in backward are not there in the step either, which may be no step then.
-        if self._joins_step and clip_val is None and self.optimizer.state and self._witness.grad is not None:
+        if self._joins_step and clip_val is None and self._will_look():
             self.optimizer.before_update = partial(self._inside_step, losses, facts)  # type: ignore[attr-defined]
             return True
         return self._outside_step(losses, reduce, clip_val, facts)[0]
+
+    def _will_look(self) -> bool:
+        """Whether the step is Lion's own, with gradients and momentum: not where they are released in backward."""
+        own = "_update" not in vars(self.optimizer)
+        return own and self._witness.grad is not None and bool(self.optimizer.state)
 
     def _inside_step(self, losses: Losses, facts: Sequence[float], tasks: Tasks | None) -> bool:
         """Whether the step is to be another one than it would have been."""

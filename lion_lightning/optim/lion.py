@@ -177,6 +177,7 @@ class Lion(Optimizer):
 
     @_disable_dynamo  # engines work on addresses: a compiled training step calls them as they are
     def _update(self) -> None:
+        look, self.before_update = self.before_update, None
         updates: list[tuple[Engine, TensorUpdate]] = []
         copies: list[tuple[Tensor, Tensor]] = []
         stepped: list[Tensor] = []
@@ -199,7 +200,6 @@ class Lion(Optimizer):
                     stepped.append(param)
             counts.append((group, [now for now in settings.values() if now is not None]))
         batches = _batches(updates)
-        look, self.before_update = self.before_update, None
         tasks = None if look is None else _tasks(batches)
         if look is not None and look(tasks):
             self._update()  # with other settings

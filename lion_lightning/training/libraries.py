@@ -3,10 +3,12 @@
 `torchmetrics` imports `scipy.signal` for a patch and `matplotlib` for type hints, `transformers` imports
 `scipy.optimize` for the losses of object detection, and `torch._dynamo` imports `triton`, which is for GPUs. The first
 three are stood in for while those libraries load, by modules that load the real ones as soon as somebody asks for more
-of them. Nothing is taken away: afterwards every import is as it always was.
+of them. Afterwards every import is as it always was, but that `scipy.signal.hamming`, which `torchmetrics` adds for a
+metric of speech, is not there.
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -107,7 +109,10 @@ def _style(style: Any) -> Iterator[None]:
 def _without_triton() -> Iterator[None]:
     """Import nothing of triton, on a machine that has nothing to run it on."""
     import torch
+    from torch.utils import _triton
 
+    # As Lightning sets it: else asking for GPUs readies CUDA, and processes that are forked later cannot use it.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if FOR_GPUS in sys.modules or torch.cuda.is_available() or torch.xpu.is_available():
         yield
         return
@@ -116,3 +121,4 @@ def _without_triton() -> Iterator[None]:
         yield
     finally:
         sys.modules.pop(FOR_GPUS, None)
+        _triton.has_triton_package.cache_clear()

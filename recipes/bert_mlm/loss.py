@@ -19,14 +19,15 @@ _MEAN = 1  # torch's number for reduction="mean"
 def mean_cross_entropy(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
     """Mean cross-entropy in nats of the rows whose target is not `ignored`.
 
-    On a CPU the memory of `logits` is used up, so nobody else may need them; a second backward pass is an error.
+    On a CPU the memory of `logits` is used up, so nobody may read them afterwards; a second backward pass is an error.
 
     Args:
         logits: float32 (rows, vocabulary), no leaf.
         targets: int64 (rows,).
         ignored: the target of rows that do not count.
     """
-    if logits.device.type != "cpu" or not logits.requires_grad or torch.compiler.is_compiling():
+    in_place = logits.device.type == "cpu" and logits.requires_grad and not logits._is_view()
+    if not in_place or torch.compiler.is_compiling():
         return cross_entropy(logits, targets, ignore_index=ignored)
     loss, _ = _MeanCrossEntropy.apply(logits, targets, ignored)
     return loss

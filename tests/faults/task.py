@@ -129,9 +129,8 @@ def train(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        log_every_n_steps=50,
         callbacks=[*faults, *(callback for callback in (guard, saver) if callback is not None), recorder],
-        **options,
+        **{"log_every_n_steps": 50, **options},
     )
     stopped = None
     try:

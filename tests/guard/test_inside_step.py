@@ -1,10 +1,13 @@
 """Judged inside Lion's step, on a CPU: the same figures and decisions as before the step, with fewer look-ups."""
 
 import csv
+import math
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lion_lightning import Lion, LionGuard
 from lion_lightning.gradient_release import GradientRelease
@@ -12,10 +15,11 @@ from lion_lightning.guard.sampling import SampledCoordinates
 from lion_lightning.guard.thresholds import Thresholds
 from lion_lightning.guard.warmup import LinearWarmup
 from lion_lightning.guard.watch import Losses, OptimizerWatch
+from lion_lightning.optim import release_gradients
 from lion_lightning.optim.engines import library
-from lion_lightning.optim.engines.measures import MEASURES
+from lion_lightning.optim.engines.measures import MEASURES, Survey
 from tests.faults.injected import NaNBatch, Outlier
-from tests.faults.task import train
+from tests.faults.task import INPUTS, Student, train
 from tests.guard.test_sampling import Oracle, give_gradients, parameters
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="no C compiler")
@@ -139,6 +143,116 @@ def test_with_gradients_released_in_backward_the_loss_is_still_read():
     assert "no_gradients" in {event.kind for event in guard.events}
     fast_average = guard.state_dict()["watches"][0]["rules"]["monitors"]["rules"]["divergence"]["fast"]
     assert fast_average[0] == len(run.losses) - 1, "it goes by the loss of the step before"
+
+
+class ClipsByItself(Student):
+    """As a module may that clips without the Trainer's settings."""
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="value")
+
+
+class ChangesGradients(Student):
+    """... or looks after gradients in its own hook."""
+
+    def on_before_optimizer_step(self, optimizer):
+        self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="value")
+
+
+class Later(Callback):
+    """... or another callback does."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        nn.utils.clip_grad_value_(pl_module.parameters(), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("module", "after", "joins"),
+    [(Student, False, True), (ClipsByItself, False, False), (ChangesGradients, False, False), (Student, True, False)],
+)
+def test_who_clips_without_the_trainers_settings_does_not_hide_a_bad_step(module, after, joins):
+    inputs, labels = torch.randn(50 * 64, INPUTS), torch.zeros(50 * 64, dtype=torch.long)
+    inputs[45 * 64] = math.inf
+    guard = LionGuard(warmup_steps=0)
+    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(max_epochs=1, accelerator="cpu", callbacks=[guard] + [Later()] * after, **silent)
+    joined = []
+
+    class Watched(module):
+        def on_train_batch_end(self, *_):
+            joined.append(guard.watches[0]._joins_step)
+
+    trainer.fit(Watched(steps=50), DataLoader(TensorDataset(inputs, labels), batch_size=64))
+    assert set(joined) == {joins}
+    assert (46, "nonfinite") in {(event.step, event.kind) for event in guard.events}
+
+
+def test_places_follow_the_parameters_when_some_join_later_and_others_have_no_gradient():
+    """Tasks are then as many as parameters were: places of the wrong tensors, beyond their ends."""
+    first, second, third = (nn.Parameter(torch.ones(size)) for size in (512, 1_000_000, 4096))
+    optimizer = Lion([first, second, third], lr=1e-3)
+    sample = SampledCoordinates(optimizer)
+    optimizer.add_param_group({"params": [fourth := nn.Parameter(torch.ones(300))]})
+    for param in (first, third, fourth):
+        param.grad = torch.ones_like(param)
+    assert survey(optimizer, sample) is None
+    second.grad = torch.ones_like(second)
+    assert survey(optimizer, sample) is not None
+
+
+def test_a_place_beyond_its_tensor_is_not_read():
+    small = nn.Parameter(torch.ones(300))
+    small.grad, seen = torch.ones(300), []
+    optimizer = Lion([small], lr=1e-3)
+    surveys = [Survey(places) for places in ([(0, 0, 300)], [(0, 256, 301)], [(1, 0, 300)])]
+    optimizer.before_update = lambda tasks: (
+        seen.extend(one.measure(tasks, torch.zeros(300)) for one in surveys) or False
+    )
+    optimizer.step()
+    assert [sums is not None for sums in seen] == [True, False, False]
+
+
+def test_where_a_part_of_the_model_releases_its_gradients_every_step_is_judged():
+    outside, inner = nn.Parameter(torch.ones(300)), nn.Linear(16, 16)
+    optimizer = Lion([outside, *inner.parameters()], lr=1e-3)
+    release_gradients(inner, optimizer)
+    watch = OptimizerWatch(optimizer, Thresholds(), LinearWarmup(0), joins_step=True)
+    for number in range(4):
+        (inner(torch.ones(2, 16)).sum() + outside.sum()).backward()
+        watch.before_step(Losses(), lambda vector: vector, None, (number, 4, 4))
+        optimizer.step()
+        assert (watch.read() is not None) == (number > 0)
+        outside.grad = None
+
+
+def test_a_step_that_fails_leaves_nothing_for_the_next_one():
+    param = nn.Parameter(torch.ones(300))
+    optimizer = Lion([param], lr=1e-3)
+    optimizer.before_update = lambda tasks: False
+    param.grad = torch.ones(300).to_sparse()
+    with pytest.raises(ValueError, match="sparse"):
+        optimizer.step()
+    assert optimizer.before_update is None
+
+
+def test_the_sample_follows_betas_that_are_set_after_a_state_was_loaded():
+    params = parameters()
+    optimizer = Lion(params, lr=1e-3)
+    give_gradients(params, 0)
+    optimizer.step()
+    sample = SampledCoordinates(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["betas"] = (0.2, 0.99)
+    give_gradients(params, 1)
+    before = [float(value) for value in sample.measure()]
+    sample.forget()
+    assert list(survey(optimizer, sample))[1:] == pytest.approx(before, rel=1e-5)
+
+
+def test_a_trainer_that_logs_nothing_is_no_error():
+    guard = LionGuard(warmup_steps=0)
+    train(1, guard, steps=12, log_every_n_steps=0)
+    assert guard.steps == 12
 
 
 def test_a_guard_that_has_gone_leaves_nothing_for_the_next_step():

@@ -65,7 +65,8 @@ class Oracle:
 
     def measure(self):
         updates, grads = [], []
-        for group, param, start, stop in self.sample._stretches:
+        for number, param, start, stop in self.sample._stretches:
+            group = self.sample.optimizer.param_groups[number]
             beta1 = group["betas"][0]
             momentum = exact_momentum(self.sample.optimizer.state[param])[start:stop]
             grad = param.grad.double().flatten()[start:stop] * (-1 if group["maximize"] else 1)

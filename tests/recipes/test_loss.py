@@ -61,6 +61,14 @@ def test_the_memory_of_the_scores_is_used_for_the_gradient() -> None:
     assert gradients == [place]
 
 
+def test_scores_that_are_a_view_are_left_alone() -> None:
+    head, targets = problem(50, 33)
+    logits = linear(*head)
+    before = logits.detach().clone()
+    mean_cross_entropy(logits[:, :], targets, IGNORED).backward()
+    assert torch.equal(logits, before)
+
+
 def test_a_second_backward_pass_is_an_error_and_no_wrong_gradient() -> None:
     head, targets = problem(50, 33)
     found = mean_cross_entropy(linear(*head), targets, IGNORED)

@@ -27,9 +27,9 @@ _NUMBERS = struct.Struct("7d")  # together the fields of Task in cpu.c, in order
 class Tasks:
     """The updates of a step as cpu.c reads them. Good for as long as the tensors stay where they are."""
 
+    updates: Sequence[TensorUpdate]
     table: bytes
     """One Task for each update."""
-    count: int
     chunks: int
     rows: list[tuple[TensorUpdate, Tensor]]
     """Sums of chunks, to be added up for telemetry."""
@@ -80,14 +80,14 @@ class CpuEngine:
             table += _tensor(update, chunks, row)
             table += numbers[key]
             chunks += count
-        return Tasks(bytes(table), len(updates), chunks, rows)
+        return Tasks(updates, bytes(table), chunks, rows)
 
     def _run(self, tasks: "Tasks", nonfinite: Tensor) -> None:
         """Calls cpu.c from every thread; the calling one takes its share."""
         compiled = library.load()
         assert compiled is not None, "objection() was not asked"
         next_chunk = ctypes.c_int64(0)
-        arguments = tasks.table, tasks.count, tasks.chunks, ctypes.addressof(next_chunk), nonfinite.data_ptr()
+        arguments = tasks.table, len(tasks.updates), tasks.chunks, ctypes.addressof(next_chunk), nonfinite.data_ptr()
         threads = min(torch.get_num_threads(), tasks.chunks)
         others = [self._pool(threads - 1).submit(compiled.lion_step, *arguments) for _ in range(threads - 1)]
         compiled.lion_step(*arguments)

@@ -103,8 +103,10 @@ INLINE Stretch stretch_at(const Task *task, const Place *place) {
     };
 }
 
-static int is_surveyable(const Task *tasks, int64_t count) {
+static int is_surveyable(const Task *tasks, int64_t count, const Place *places, int64_t place_count) {
     int64_t elements = 0;
+    for (const Place *at = places; at < places + place_count; at++)
+        if (at->task >= count || at->start + at->count > tasks[at->task].count) return 0;
     for (const Task *task = tasks; task < tasks + count; task++) {
         int momentum = task->exp_avg_type == FLOAT32 || task->exp_avg_type == BFLOAT16;
         elements += task->count;
@@ -114,10 +116,10 @@ static int is_surveyable(const Task *tasks, int64_t count) {
 }
 
 /* Before the tasks are done: the sum of squares of their gradients, then what lion_measure sums up over the places.
-   Returns 0, and has done nothing, where they are more than one thread should read, or not of these types. */
+   Returns 0, and has done nothing, where they are more than one thread should read, not of these types, or shorter. */
 int64_t lion_survey(const Task *tasks, int64_t count, const Place *places, int64_t place_count, float *signs,
                     double *sums) {
-    if (!is_surveyable(tasks, count)) return 0;
+    if (!is_surveyable(tasks, count, places, place_count)) return 0;
     for (int64_t i = 0; i < count; i++) sums[0] += squares((const float *)tasks[i].grad, tasks[i].count);
     for (const Place *place = places; place < places + place_count; signs += place->count, place++) {
         Stretch stretch = stretch_at(tasks + place->task, place);

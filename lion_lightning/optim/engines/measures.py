@@ -21,17 +21,13 @@ _TYPES = {kind: TYPES[kind] for kind in (torch.float32, torch.bfloat16)}
 _STRETCH = struct.Struct("5q3d")  # Stretch in measures.c, field for field
 
 
-def square_sum(tensors: Sequence[Tensor], sizes: "array[int]") -> float | None:
-    """Sum of squares over all elements of float32 tensors; None where one is of another type or does not fit.
-
-    Args:
-        sizes: their numbers of elements, of type "q".
-    """
+def square_sum(tensors: Sequence[Tensor]) -> float | None:
+    """Sum of squares over all elements of float32 tensors; None where one is of another type or does not fit."""
     compiled = library.load()
     fitting = [t.data_ptr() for t in tensors if t.dtype is torch.float32 and t.is_cpu and t.is_contiguous()]
     if compiled is None or len(fitting) < len(tensors):
         return None
-    addresses = array("q", fitting)
+    addresses, sizes = array("q", fitting), array("q", [tensor.numel() for tensor in tensors])
     return float(compiled.lion_square_sum(addresses.buffer_info()[0], sizes.buffer_info()[0], len(tensors)))
 
 
@@ -105,12 +101,14 @@ class Survey:
 
         Returns:
             None where cpu.c cannot tell: gradients that are not float32, momentum that is neither float32 nor bfloat16,
-            or more elements (2^20) than one thread should read.
+            more elements (2^20) than one thread should read, or a place that its task does not have.
         """
         sums = array("d", (0.0, *NOTHING))
         places_at, sums_at = self._places.buffer_info()[0], sums.buffer_info()[0]
         survey = _library().lion_survey
-        return sums if survey(tasks.table, tasks.count, places_at, self._count, signs.data_ptr(), sums_at) else None
+        return (
+            sums if survey(tasks.table, len(tasks.updates), places_at, self._count, signs.data_ptr(), sums_at) else None
+        )
 
 
 def _library() -> ctypes.CDLL:
