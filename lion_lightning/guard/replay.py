@@ -6,7 +6,7 @@ not there: what comes after a remedy is what the run did, not what it would have
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from torch import nn
@@ -67,7 +67,7 @@ class _Watch:
             return
         norm = min(reading.grad_norm, self.clip_val) if math.isfinite(reading.grad_norm) else math.nan
         verdict = self.gate.judge(norm, reading.backward_loss)
-        judged: dict[str, Any] = {name: float(value) for name, value in vars(verdict).items()}
+        judged: dict[str, Any] = {name: float(value) for name, value in asdict(verdict).items()}
         skipped = bool(judged.pop("skip"))
         self.waiting.append(replace(reading, **judged, skipped=skipped))
 

@@ -26,8 +26,7 @@ def mean_cross_entropy(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
         targets: int64 (rows,).
         ignored: the target of rows that do not count.
     """
-    in_place = logits.device.type == "cpu" and logits.requires_grad and not logits._is_view()
-    if not in_place or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or logits.device.type != "cpu" or not logits.requires_grad or logits._is_view():
         return cross_entropy(logits, targets, ignore_index=ignored)
     loss, _ = _MeanCrossEntropy.apply(logits, targets, ignored)
     return loss
