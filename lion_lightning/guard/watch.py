@@ -128,26 +128,26 @@ class OptimizerWatch:
             Whether there were gradients to judge.
         """
         if self._joins_step and clip_val is None and self._will_look():
-            self.optimizer.before_update = partial(self._inside_step, losses, facts)  # type: ignore[attr-defined]
+            self.optimizer.before_update = partial(self._judge_tasks, losses, facts)  # type: ignore[attr-defined]
             return True
-        return self._outside_step(losses, reduce, clip_val, facts)[0]
+        return self._judge_gradients(losses, reduce, clip_val, facts)[0]
 
     def _will_look(self) -> bool:
         """Whether the step is Lion's own, with gradients and momentum: not where they are released in backward."""
         own = "_update" not in vars(self.optimizer)
         return own and self._witness.grad is not None and bool(self.optimizer.state)
 
-    def _inside_step(self, losses: Losses, facts: Sequence[float], tasks: Tasks | None) -> bool:
+    def _judge_tasks(self, losses: Losses, facts: Sequence[float], tasks: Tasks | None) -> bool:
         """Whether the step is to be another one than it would have been."""
         surveyed = self.sample.survey(tasks) if tasks is not None and self.sample is not None else None
         if surveyed is None:
-            return self._outside_step(losses, _alone, None, facts)[1]
+            return self._judge_gradients(losses, _alone, None, facts)[1]
         squares, *measured = surveyed
         verdict, still_to_clip = self._judge_on_host(self._sums(losses, squares, measured, True), _alone, None, facts)
         return self.acts and self._gate(verdict, still_to_clip)
 
     @torch.no_grad()
-    def _outside_step(
+    def _judge_gradients(
         self, losses: Losses, reduce: Reduce, clip_val: float | None, facts: Sequence[float]
     ) -> tuple[bool, bool]:
         """Whether there were gradients to judge, and whether the step is to be another one than it would have been."""

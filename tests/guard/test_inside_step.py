@@ -95,9 +95,9 @@ def test_what_is_left_to_the_way_before_the_step(case, kind, options):
 
 def outcome_of(monkeypatch, tmp_path, inside, **options):
     """Weights, every reading and every event of a run with an outlier and a NaN batch; how many steps were joined."""
-    joined, step = [], OptimizerWatch._inside_step
+    joined, step = [], OptimizerWatch._judge_tasks
     with monkeypatch.context() as patch:
-        patch.setattr(OptimizerWatch, "_inside_step", lambda self, *args: joined.append(1) or step(self, *args))
+        patch.setattr(OptimizerWatch, "_judge_tasks", lambda self, *args: joined.append(1) or step(self, *args))
         if not inside:
             made = OptimizerWatch.__init__
             patch.setattr(

@@ -83,7 +83,7 @@ void lion_measure(const Stretch *stretches, int64_t count, float *signs, double 
     }
 }
 
-/* A stretch of one task's elements: must match _PLACE in measures.py field for field. */
+/* A stretch of one task's elements: must match Survey in measures.py field for field. */
 typedef struct {
     int64_t task, start, count;
 } Place;

@@ -105,10 +105,8 @@ class Survey:
         """
         sums = array("d", (0.0, *NOTHING))
         places_at, sums_at = self._places.buffer_info()[0], sums.buffer_info()[0]
-        survey = _library().lion_survey
-        return (
-            sums if survey(tasks.table, len(tasks.updates), places_at, self._count, signs.data_ptr(), sums_at) else None
-        )
+        arguments = tasks.table, len(tasks.updates), places_at, self._count, signs.data_ptr(), sums_at
+        return sums if _library().lion_survey(*arguments) else None
 
 
 def _library() -> ctypes.CDLL:
