@@ -272,8 +272,9 @@ class LionGuard(Callback):
     def _observe(self, number: int, reading: Reading) -> None:
         if number == 0:
             self._latest = reading
-            whole = reading.grad_norm
-            self.noise.observe(reading.micro_norm**2, reading.micro_batch_size, whole**2, reading.batch_size)
+            if reading.micro_batch_size < reading.batch_size:
+                small, large = reading.micro_norm**2, reading.grad_norm**2
+                self.noise.observe(small, reading.micro_batch_size, large, reading.batch_size)
         if self.trace is not None:
             self.trace.add(number, reading)
 

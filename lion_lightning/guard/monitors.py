@@ -29,6 +29,8 @@ class Poison:
     A huge gradient in the momentum outweighs all that follow; the loss does not show it.
     """
 
+    __slots__ = ("_rates", "low_steps", "thresholds")
+
     def __init__(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds
         self._rates = Window(thresholds.window)
@@ -92,6 +94,8 @@ class Divergence:
     and by their median, which a few bad steps do not move.
     """
 
+    __slots__ = ("_differences", "_last", "best", "fast", "high_steps", "slow", "thresholds")
+
     def __init__(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds
         self.fast, self.slow = Average(thresholds.fast_half_life), Average(thresholds.slow_half_life)
@@ -102,7 +106,7 @@ class Divergence:
 
     @property
     def limit(self) -> float:
-        """What the fast average may not stay above; infinite until there is a best average."""
+        """What the fast average may not stay above, never below `best`; infinite until there is a best average."""
         if not (math.isfinite(self.best) and self._differences):
             return math.inf
         deviation = NORMAL_FROM_MEDIAN_DIFFERENCE * self._differences.median()
@@ -122,7 +126,7 @@ class Divergence:
             return self.high_steps == self.thresholds.divergence_steps
         fast, last, self._last = self.fast.add(loss), self._last, loss
         # A few huge losses keep the fast average up for long: a step that is as good as the best is no sign of it.
-        if fast > self.limit and loss > self.best:
+        if loss > self.best and fast > self.best and fast > self.limit:
             self.high_steps += 1
         else:
             self.high_steps = 0
@@ -169,6 +173,8 @@ GAUGES = {
 class Gauges:
     """Slow averages that only warn, each once."""
 
+    __slots__ = ("_averages", "_told", "thresholds")
+
     def __init__(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds
         self._averages = {name: Average(thresholds.gauge_half_life) for name in GAUGES}
@@ -203,6 +209,8 @@ class Gauges:
 class LockIn:
     """A gate that rejects step after step while the loss is quiet: the gradients have changed for good."""
 
+    __slots__ = ("_rejected", "thresholds")
+
     def __init__(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds
         self._rejected: deque[bool] = deque(maxlen=thresholds.lock_in_window)
@@ -225,6 +233,8 @@ class LockIn:
 class Monitors:
     """All rules over the readings of one optimizer."""
 
+    __slots__ = ("clipped", "divergence", "gauges", "lock_in", "nonfinite_in_a_row", "poison", "skipped", "thresholds")
+
     def __init__(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds
         self.poison, self.divergence = Poison(thresholds), Divergence(thresholds)
@@ -234,15 +244,17 @@ class Monitors:
 
     def observe(self, reading: Reading) -> list[Symptom]:
         """What the rules see in the next step's reading; in the order in which they should be acted on."""
-        symptoms = self._gate(reading)
+        is_finite, gated = reading.is_finite, reading.factor > 1 or reading.skipped
+        if is_finite:
+            self.nonfinite_in_a_row = 0
+        symptoms = self._gate(reading) if gated or not is_finite else []
         if self.poison.observe(reading.flip_rate):
             symptoms.append(Symptom("poison", POISON.format(rate=reading.flip_rate)))
         if self.divergence.observe(reading.level, reading.skipped):
             symptoms.append(Symptom("divergence", DIVERGENCE.format(level=reading.level, rule=self.divergence)))
         # Quiet, or loud for so long that the ladder, if it was to act, would have acted.
         quiet = not 0 < self.divergence.high_steps <= self.thresholds.divergence_steps
-        rejected = reading.is_finite and (reading.factor > 1 or reading.skipped)
-        if self.lock_in.observe(rejected, quiet):
+        if self.lock_in.observe(is_finite and gated, quiet):
             symptoms.append(Symptom("lock_in", LOCK_IN.format(norm=reading.grad_norm)))
         for name, value in (("dead", reading.dead), ("cosine", reading.cosine)):
             if symptom := self.gauges.observe(name, value):
@@ -250,7 +262,7 @@ class Monitors:
         return symptoms
 
     def _gate(self, reading: Reading) -> list[Symptom]:
-        """What the gate has done, for the record."""
+        """What the gate has done to a step that it did not let pass, for the record."""
         self.skipped += reading.skipped
         self.clipped += reading.factor > 1
         if not reading.is_finite:
@@ -258,10 +270,9 @@ class Monitors:
             ranks = ", ".join(map(str, reading.bad_ranks))
             where = f", with a loss that is not finite on rank {ranks}" if ranks else ""
             return [Symptom("nonfinite", NONFINITE.format(where=where))]
-        self.nonfinite_in_a_row = 0
         if reading.skipped:
             return [Symptom("bad_loss", BAD_LOSS.format(reading=reading))]
-        return [Symptom("outlier", OUTLIER.format(reading=reading))] if reading.factor > 1 else []
+        return [Symptom("outlier", OUTLIER.format(reading=reading))]
 
     def is_suspicious(self, ignore_divergence: bool = False) -> bool:
         """Whether a rule is on its way to a verdict: not the time for a snapshot or a checkpoint."""

@@ -38,7 +38,7 @@ class SampledCoordinates:
         self._probe = measures.Probe([(start, stop) for *_, start, stop in self._stretches])
         numbers = {param: n for n, param in enumerate(p for group in optimizer.param_groups for p in group["params"])}
         self._survey = measures.Survey([(numbers[param], start, stop) for _, param, start, stop in self._stretches])
-        self._numbers = [numbers[param] for _, param, *_ in self._stretches]
+        self._last = max(numbers[param] for _, param, *_ in self._stretches)
         self._signs: Tensor | None = None
 
     @torch.no_grad()
@@ -60,8 +60,9 @@ class SampledCoordinates:
 
         A parameter with its first gradient counts here, as it has a momentum, of zeros, by then.
         """
-        # Where a parameter has no gradient or no elements, tasks after it have other numbers than parameters.
-        known = len(tasks.updates) > max(self._numbers) and all(tasks.updates[n].index == n for n in self._numbers)
+        # Tasks are in the order of parameters. After one that has no gradient or no elements they have other numbers.
+        updates, last = tasks.updates, self._last
+        known = len(updates) > last and updates[last].index == last
         return self._survey.measure(tasks, self._known_signs()) if known else None
 
     def _known_signs(self) -> Tensor:

@@ -73,9 +73,14 @@ class WarmupHook:
         self.optimizer, self.warmup = optimizer, warmup
         self.applied: list[float | Tensor] = []
         self._true_rates: list[float | Tensor] = []
+        self._handles: list[Any] = []
+        self.attach()
+
+    def attach(self) -> None:
+        """Puts the hooks on the optimizer, again after a `remove`."""
         self._handles = [
-            optimizer.register_step_pre_hook(self._scale),
-            optimizer.register_step_post_hook(self._finish),
+            self.optimizer.register_step_pre_hook(self._scale),
+            self.optimizer.register_step_post_hook(self._finish),
         ]
 
     def remove(self) -> None:
@@ -86,11 +91,11 @@ class WarmupHook:
 
     def _scale(self, optimizer: Optimizer, *_: Any) -> None:
         self._restore()
-        factor = self.warmup.factor
-        groups = optimizer.param_groups
-        self._true_rates = [_copy(group["lr"]) for group in groups]
-        for group in groups:
-            _assign(group, group["lr"] * factor)
+        factor, groups = self.warmup.factor, optimizer.param_groups
+        if factor != 1:
+            self._true_rates = [_copy(group["lr"]) for group in groups]
+            for group in groups:
+                _assign(group, group["lr"] * factor)
         self.applied = [_copy(group["lr"]) for group in groups]
 
     def _finish(self, *_: Any) -> None:
@@ -98,9 +103,10 @@ class WarmupHook:
         self.warmup.step += 1
 
     def _restore(self) -> None:
-        for group, rate in zip(self.optimizer.param_groups, self._true_rates, strict=False):
-            _assign(group, rate)
-        self._true_rates = []
+        if self._true_rates:
+            for group, rate in zip(self.optimizer.param_groups, self._true_rates, strict=False):
+                _assign(group, rate)
+            self._true_rates = []
 
 
 def _copy(rate: float | Tensor) -> float | Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -26,17 +27,17 @@ Judged = tuple[Verdict, Any]
 SQUARES, BACKWARD_LOSS = SUMS.index("squares"), SUMS.index("backward_loss")
 
 
+@dataclass(slots=True)
 class Losses:
     """Loss sums of the micro-batches since the last reading; device tensors, read by nobody on the way."""
 
-    def __init__(self) -> None:
-        self.total: Tensor | float = 0.0
-        self.samples = 0
-        self.nonfinite: Tensor | float = 0.0
-        self.share = 0.0
-        self.backward: Tensor | float = math.nan
-        self.is_first = True
-        self.micro_square: Tensor | float = math.nan
+    total: Tensor | float = 0.0
+    samples: int = 0
+    nonfinite: Tensor | float = 0.0
+    share: float = 0.0
+    backward: Tensor | float = math.nan
+    is_first: bool = True
+    micro_square: Tensor | float = math.nan
 
     def add(self, loss: Tensor | float, samples: int) -> None:
         """Takes in what `training_step` returned."""
@@ -52,17 +53,21 @@ class Losses:
         """
         value = _mean(loss)
         self.share += 1 / accumulate
-        self.nonfinite = self.nonfinite + _is_nonfinite(value)
+        if isinstance(value, Tensor):
+            self.nonfinite = self.nonfinite + (~value.isfinite()).float()
+        elif not math.isfinite(value):
+            self.nonfinite += 1.0
         if judged:
             self.backward = value if self.is_first else self.backward + value
         self.is_first = False
         return value
 
     def state_dict(self) -> dict[str, float]:
-        return {name: float(value) for name, value in vars(self).items()}
+        return {name: float(value) for name, value in asdict(self).items()}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        vars(self).update(state)
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
 class OptimizerWatch:
@@ -104,7 +109,15 @@ class OptimizerWatch:
         self.measures_noise = not scaled and not self._sharded
         self._joins_step = joins_step and self.sample is not None and self._device.type == "cpu"
         self._witness = next((param for param in self._params() if param.requires_grad), self._params()[0])
-        self._clear = optimizer.register_step_post_hook(lambda *_: self._forget_verdict())
+        self._clear = self._clear_after_step()
+
+    def _clear_after_step(self) -> Any:
+        return self.optimizer.register_step_post_hook(lambda *_: self._forget_verdict())
+
+    def attach(self) -> None:
+        """Puts the hooks on the optimizer again after a `remove`."""
+        self.warmup.attach()
+        self._clear = self._clear_after_step()
 
     def remove(self) -> None:
         """Leaves the optimizer as it was found."""
@@ -333,6 +346,3 @@ def _mean(loss: Tensor | float) -> Tensor | float:
         return loss.item()
     return loss.detach().float().mean()
 
-
-def _is_nonfinite(value: Tensor | float) -> Tensor | float:
-    return (~value.isfinite()).float() if isinstance(value, Tensor) else float(not math.isfinite(value))

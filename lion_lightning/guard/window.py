@@ -2,6 +2,7 @@
 
 import bisect
 import math
+from array import array
 from collections.abc import Sequence
 
 
@@ -12,13 +13,13 @@ class Window:
         size: how many are kept.
     """
 
-    __slots__ = ("_ordered", "_ring", "count", "size")  # of these objects every step touches some: fewer cold reads
+    # Every step touches some of these objects when a model has taken all of the cache: fewer lines are read so.
+    __slots__ = ("_ordered", "_ring", "count", "size")
 
     def __init__(self, size: int) -> None:
         self.size, self.count = size, 0
         """`count` is of all that were ever added."""
-        self._ring: list[float] = []
-        self._ordered: list[float] = []
+        self._ring, self._ordered = array("d"), array("d")
 
     def add(self, value: float) -> None:
         """Takes in a number, which must not be NaN; the oldest of a full window goes."""
@@ -61,10 +62,10 @@ class Window:
     def values(self) -> list[float]:
         """The numbers, oldest first."""
         place = self.count % self.size
-        return self._ring[place:] + self._ring[:place] if len(self._ring) == self.size else list(self._ring)
+        return [*self._ring[place:], *self._ring[:place]] if len(self._ring) == self.size else self._ring.tolist()
 
     def load(self, values: Sequence[float]) -> None:
         """Starts anew with `values`, oldest first."""
-        self._ring = list(values)[-self.size :]
+        self._ring = array("d", values)[-self.size :]
         self.count = len(self._ring)
-        self._ordered = sorted(self._ring)
+        self._ordered = array("d", sorted(self._ring))
