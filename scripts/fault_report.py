@@ -3,7 +3,8 @@
     python scripts/fault_report.py --seeds 5 --output docs/guard
 
 Each ratio is the final test loss over that of the clean run of the same seed: without the guard over the clean run
-without it, with the guard over the clean run with it. Delay counts steps from the fault to the event that names it.
+without it, with the guard over the clean run with it. Delay counts steps from the fault until the event that names it
+is there.
 """
 
 import argparse
@@ -61,12 +62,12 @@ def measure(arguments: tuple[int, int]) -> tuple[int, float, float, int | None, 
     case = [*CASES, FOR_EVER][number]
     bare = train(seed, None, case.inject(), optimizer=case.optimizer)
     guarded = train(seed, LionGuard(**case.guard), case.inject(), optimizer=case.optimizer)
-    named = [event.step - HIT for event in guarded.events if event.kind == case.seen_as and event.step > HIT]
+    named = guarded.first(case.seen_as)
     without, with_guard = (
         bare.loss / clean_loss(case.optimizer, False, seed),
         guarded.loss / clean_loss(case.optimizer, True, seed),
     )
-    return number, without, with_guard, min(named, default=None), guarded.stopped is not None
+    return number, without, with_guard, None if named is None else named[1] - HIT, guarded.stopped is not None
 
 
 def report(seeds: list[int], workers: int) -> list[Row]:

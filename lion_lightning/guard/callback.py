@@ -1,6 +1,7 @@
 """LionGuard: the Lightning callback. It feeds the policies of this folder and does what they say."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lion_lightning.guard.trace import Trace
 from lion_lightning.guard.trainer import clip_norm, run_settings, sees_final_gradients, settle_batch, warmup_length
 from lion_lightning.guard.treatment import Treatment
 from lion_lightning.guard.warmup import LinearWarmup
-from lion_lightning.guard.watch import Losses, OptimizerWatch, Reduce
+from lion_lightning.guard.watch import Losses, OptimizerWatch
 from lion_lightning.optim import Lion
 
 WHAT_TO_DO = (
@@ -53,7 +54,8 @@ class LionGuard(Callback):
 
         Trainer(callbacks=[LionGuard()])
 
-    Readings reach the host one step late, so nothing waits for the device; every rank decides from the same sums.
+    The gate acts within each step, on the device. All other rules look every few steps (`thresholds.look_every`) at the
+    readings that have reached the host by then, so nothing waits for it; every rank decides from the same sums.
 
     Args:
         warmup_steps: optimizer steps of linear warm-up, or below 1 a share of the run. None: long enough for the
@@ -118,6 +120,7 @@ class LionGuard(Callback):
         self._loss: Tensor | float | None = None
         """What backward was called on, where it is what `training_step` returned: read once, not twice."""
         self._stepped = self._judges_loss = False
+        self._look_every, self._looks = self.thresholds.look_every, 0
 
     @property
     def events(self) -> list[Event]:
@@ -147,6 +150,8 @@ class LionGuard(Callback):
             self.warmup = LinearWarmup(warmup_length(self.warmup_steps, trainer.optimizers, steps))
         warmups = [self.warmup, *(LinearWarmup(self.warmup.warmup_steps) for _ in trainer.optimizers[1:])]
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        # So that figures are of the step they are logged with; gcd(n, 0), of a Trainer that never logs, is n.
+        self._look_every = math.gcd(self.thresholds.look_every, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         # With a GradScaler the loss comes scaled; with several optimizers nobody knows whose it is.
         self._judges_loss = not scaled and len(trainer.optimizers) == 1 and pl_module.automatic_optimization
         self.watches = [
@@ -156,6 +161,7 @@ class LionGuard(Callback):
                 warmup,
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
+                reduce=partial(trainer.strategy.reduce, reduce_op="sum") if trainer.world_size > 1 else None,
                 acts=self.acts and self.gates,
                 scaled=scaled,
                 joins_step=self._judges_loss and trainer.world_size == 1 and sees_final_gradients(trainer, self),
@@ -212,7 +218,7 @@ class LionGuard(Callback):
             if self._telemetry is not None:
                 self._telemetry.before_step(self.steps)
         facts = (self.steps, self.batch.last, self._micro_samples)
-        if not self.watches[number].before_step(self.losses, self._sum(trainer), clip_norm(trainer), facts):
+        if not self.watches[number].before_step(self.losses, clip_norm(trainer), facts):
             self._tell_once(trainer, "no_gradients", NO_GRADIENTS)
         if number == len(self.watches) - 1 or pl_module.automatic_optimization:
             self.losses = Losses()
@@ -229,10 +235,14 @@ class LionGuard(Callback):
         if not self._stepped:
             return
         self._stepped = False
-        self._react(trainer, flush=False)
         self._read_telemetry(trainer)
         if self.batch.is_small:
             self._tell_once(trainer, "batch_size", self.batch.advice())
+        # A batch may have several steps; and in a cold cache one look at five readings takes little longer than at one.
+        if self._looks == (looks := self.steps // self._look_every):
+            return
+        self._looks = looks
+        self._react(trainer, flush=False)
         self.treatment.keep(self.steps)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and self.steps % every == 0:  # 0 is Lightning's word for never
@@ -255,6 +265,9 @@ class LionGuard(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lightning tears nothing down then."""
         if self.trace is not None:
+            for number, watch in enumerate(self.watches):
+                for reading in watch.unread():  # a run that is resumed reads them once more
+                    self.trace.add(number, reading)
             self.trace.flush()
         self._detach()
 
@@ -302,9 +315,10 @@ class LionGuard(Callback):
 
     def _read_telemetry(self, trainer: Trainer) -> None:
         """The first Lion's."""
-        figures = self._telemetry.read(self.steps) if self._telemetry is not None else {}
+        if self._telemetry is None or not (figures := self._telemetry.read(self.steps)):
+            return
         self._lion_figures |= figures
-        for name in ("unmoved", "near_bound") if figures else ():
+        for name in ("unmoved", "near_bound"):
             gauges = self.watches[0].monitors.gauges
             if symptom := gauges.observe(name, figures.get(f"lion/{name}", math.nan)):
                 self._act(trainer, self.watches[0], symptom, self.steps)
@@ -318,11 +332,6 @@ class LionGuard(Callback):
     def _tell_once(self, trainer: Trainer, kind: str, message: str) -> None:
         if all(event.kind != kind for event in self.events):
             self.diary.note(Event(self.steps, kind, Remedy.NOTE.value, message), trainer.loggers)
-
-    def _sum(self, trainer: Trainer) -> Reduce:
-        if self.watches[0].world_size == 1:
-            return lambda vector: vector
-        return lambda vector: trainer.strategy.reduce(vector, reduce_op="sum")
 
     def _detach(self) -> None:
         """Leaves the optimizers alone, and remembers the state for whoever asks later."""
@@ -363,6 +372,7 @@ class LionGuard(Callback):
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
+        self._looks = self.steps // self._look_every
         self.warmup.load_state_dict(state["warmup"])
         for watch, saved in zip(self.watches, state["watches"], strict=True):
             watch.load_state_dict(saved)

@@ -63,6 +63,8 @@ class TelemetryReader:
 
     def read(self, step: int) -> dict[str, float]:
         """What was sent a step ago, if anything; sends what a sampled step has left. Call it after every step."""
+        if not self._mail and not self._is_due(step):
+            return {}
         values = self._mail.take(flush=True)
         arrived: dict[str, Any] = {} if values is None else dict(zip(self._names, values, strict=True))
         if self._is_due(step) and (figures := self.optimizer.telemetry()):

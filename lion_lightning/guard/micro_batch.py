@@ -10,10 +10,10 @@ from torch import Tensor
 
 def samples_in(batch: Any) -> int:
     """Samples of a micro-batch; 0, with a warning, where its structure does not tell."""
-    tensors = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else (batch,)
-    sizes = {tensor.shape[0] if isinstance(tensor, Tensor) and tensor.ndim else None for tensor in tensors}
-    if len(sizes) == 1 and (size := sizes.pop()) is not None:
-        return size
+    entries = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else (batch,)
+    sizes = [entry.size(0) for entry in entries if isinstance(entry, Tensor) and entry.ndim]
+    if sizes and sizes.count(sizes[0]) == len(entries):
+        return sizes[0]
     try:
         return extract_batch_size(batch)
     except MisconfigurationException:

@@ -1,6 +1,7 @@
 """What the guard knows of one optimizer step, and how it gets from the device to the host without a wait."""
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -93,11 +94,14 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole > 0 else math.nan
 
 
+Post = tuple[Tensor | list[float], "torch.cuda.Event | None", list[float]]
+
+
 class Mailbox:
     """Hands device vectors to the host one step late: by then they have long been computed, and nobody waits."""
 
     def __init__(self) -> None:
-        self._posts: list[tuple[Tensor | list[float], torch.cuda.Event | None, list[float]]] = []
+        self._posts: deque[Post] = deque()
 
     def post(self, vector: Tensor | list[float], facts: Sequence[float] = ()) -> None:
         """Starts a vector on its way; `facts`, which the host knows, are appended to it on arrival."""
@@ -114,11 +118,14 @@ class Mailbox:
         """The oldest vector, if there is a newer one or if `flush`; else None."""
         if len(self._posts) < (1 if flush else 2):
             return None
-        return _arrived(*self._posts.pop(0))
+        return _arrived(*self._posts.popleft())
 
-    def latest(self) -> list[float] | None:
-        """The newest vector, which stays; waits for it."""
-        return _arrived(*self._posts[-1]) if self._posts else None
+    def waiting(self) -> list[list[float]]:
+        """All vectors, oldest first, which stay; waits for the newest."""
+        return [_arrived(*post) for post in self._posts]
+
+    def __len__(self) -> int:
+        return len(self._posts)
 
     def clear(self) -> None:
         """Forgets what is on its way."""
@@ -126,10 +133,10 @@ class Mailbox:
 
     def state_dict(self) -> list[list[float]]:
         """What is still on its way; waits for it."""
-        return [_arrived(*post) for post in self._posts]
+        return self.waiting()
 
     def load_state_dict(self, state: list[list[float]]) -> None:
-        self._posts = [(list(values), None, []) for values in state]
+        self._posts = deque((list(values), None, []) for values in state)
 
 
 def _arrived(vector: Tensor | list[float], event: "torch.cuda.Event | None", facts: list[float]) -> list[float]:

@@ -56,6 +56,9 @@ class Thresholds:
     """Least cosine between update and gradient."""
     gauge_half_life: float = 50.0
     """Of the averages that the last four are held to, in samples of each."""
+    look_every: int = 5
+    """Steps after which all rules but the gate's, which acts within each step, look at the readings since. Where the
+    Trainer logs at other steps than multiples of it: the greatest common divisor of both."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

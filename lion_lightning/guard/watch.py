@@ -78,6 +78,7 @@ class OptimizerWatch:
         thresholds: of the rules.
         warmup: its own, though all of a run go alike.
         rank, world_size: of this process.
+        reduce: sums a vector over all ranks; the one communication of a step.
         acts: whether the gate's verdicts are carried out.
         scaled: whether a GradScaler steps the optimizer: it then owns `grad_scale` and `found_inf` of fused ones.
         joins_step: whether a Lion on a CPU may be judged inside its step: it has looked up all gradients there, which
@@ -91,12 +92,13 @@ class OptimizerWatch:
         warmup: LinearWarmup,
         rank: int = 0,
         world_size: int = 1,
+        reduce: Reduce | None = None,
         acts: bool = True,
         scaled: bool = False,
         joins_step: bool = False,
     ) -> None:
         self.optimizer, self.rank, self.world_size, self.acts = optimizer, rank, world_size, acts
-        self._scaled = scaled
+        self._scaled, self._reduce = scaled, reduce
         self.warmup = WarmupHook(optimizer, warmup)
         self._device = views.local(self._params()[0]).device
         self.gate: Any = (HostGate if self._device.type == "cpu" else DeviceGate)(thresholds)
@@ -127,13 +129,12 @@ class OptimizerWatch:
         if self._joins_step:
             self.optimizer.before_update = None  # type: ignore[attr-defined]
 
-    def before_step(self, losses: Losses, reduce: Reduce, clip_val: float | None, facts: Sequence[float]) -> bool:
+    def before_step(self, losses: Losses, clip_val: float | None, facts: Sequence[float]) -> bool:
         """Measures the final gradients, adds up over ranks, judges, and gates the coming step; or sees to it that this
         is done inside the step.
 
         Args:
             losses: of the micro-batches since the last reading.
-            reduce: sums a vector over all ranks; the one communication of the step.
             clip_val: norm that the Trainer clips to afterwards.
             facts: by the names of `readings.FACTS`.
 
@@ -143,7 +144,7 @@ class OptimizerWatch:
         if self._joins_step and clip_val is None and self._will_look():
             self.optimizer.before_update = partial(self._judge_tasks, losses, facts)  # type: ignore[attr-defined]
             return True
-        return self._judge_gradients(losses, reduce, clip_val, facts)[0]
+        return self._judge_gradients(losses, clip_val, facts)[0]
 
     def _will_look(self) -> bool:
         """Whether the step is Lion's own, with gradients and momentum: not where they are released in backward."""
@@ -154,27 +155,25 @@ class OptimizerWatch:
         """Whether the step is to be another one than it would have been."""
         surveyed = self.sample.survey(tasks) if tasks is not None and self.sample is not None else None
         if surveyed is None:
-            return self._judge_gradients(losses, _alone, None, facts)[1]
-        squares, *measured = surveyed
-        verdict, still_to_clip = self._judge_on_host(self._sums(losses, squares, measured, True), _alone, None, facts)
+            return self._judge_gradients(losses, None, facts)[1]
+        sums = self._sums(losses, surveyed[0], surveyed[1:], True)
+        verdict, still_to_clip = self._judge_on_host(sums, None, facts)
         return self.acts and self._gate(verdict, still_to_clip)
 
     @torch.no_grad()
-    def _judge_gradients(
-        self, losses: Losses, reduce: Reduce, clip_val: float | None, facts: Sequence[float]
-    ) -> tuple[bool, bool]:
+    def _judge_gradients(self, losses: Losses, clip_val: float | None, facts: Sequence[float]) -> tuple[bool, bool]:
         """Whether there were gradients to judge, and whether the step is to be another one than it would have been."""
         grads = self._grads()
         measured = self.sample.measure() if self.sample is not None else NOTHING
         sums = self._sums(losses, self._squares(grads), measured, bool(grads))
         judge = self._judge_on_host if isinstance(self.gate, HostGate) else self._judge_on_device
-        verdict, still_to_clip = judge(sums, reduce, clip_val, facts)
+        verdict, still_to_clip = judge(sums, clip_val, facts)
         return bool(grads), bool(grads) and self.acts and self._gate(verdict, still_to_clip)
 
-    def _judge_on_host(self, sums: list[Any], reduce: Reduce, clip_val: float | None, facts: Sequence[float]) -> Judged:
+    def _judge_on_host(self, sums: list[Any], clip_val: float | None, facts: Sequence[float]) -> Judged:
         numbers = [float(value) for value in sums]
-        if self.world_size > 1:
-            numbers = reduce(torch.tensor(numbers, dtype=torch.float64)).tolist()
+        if self._reduce is not None:
+            numbers = self._reduce(torch.tensor(numbers, dtype=torch.float64)).tolist()
         norm = math.sqrt(numbers[SQUARES])
         # The clamp would hide an infinite norm.
         judged = min(norm, clip_val) if clip_val is not None and math.isfinite(norm) else norm
@@ -182,10 +181,9 @@ class OptimizerWatch:
         self.mailbox.post([*numbers, norm, verdict.factor, verdict.skip, verdict.norm_z, verdict.loss_z], facts)
         return verdict, norm / judged if judged else 1.0
 
-    def _judge_on_device(
-        self, sums: list[Any], reduce: Reduce, clip_val: float | None, facts: Sequence[float]
-    ) -> Judged:
-        vector = reduce(torch.stack([_scalar(value, self._device) for value in sums]))
+    def _judge_on_device(self, sums: list[Any], clip_val: float | None, facts: Sequence[float]) -> Judged:
+        vector = torch.stack([_scalar(value, self._device) for value in sums])
+        vector = vector if self._reduce is None else self._reduce(vector)
         norm = vector[SQUARES].sqrt()
         judged = norm if clip_val is None else torch.where(norm.isfinite(), norm.clamp(max=clip_val), norm)
         verdict = self.gate.judge(judged, vector[BACKWARD_LOSS])
@@ -198,6 +196,10 @@ class OptimizerWatch:
         values = self.mailbox.take(flush)
         return None if values is None else Reading.unpack(values, self.world_size)
 
+    def unread(self) -> list[Reading]:
+        """Those that `read` has yet to give; waits for the latest."""
+        return [Reading.unpack(values, self.world_size) for values in self.mailbox.waiting()]
+
     @torch.no_grad()
     def zero_momentum(self) -> None:
         for param in self._params():
@@ -205,6 +207,7 @@ class OptimizerWatch:
                 if key in ("exp_avg", "exp_avg_scale"):
                     views.local(value).zero_()
         self.monitors.poison.recovered()
+        self.mailbox.clear()  # of the old momentum
 
     def rebaseline(self, kind: str) -> None:
         """Starts the history of the rule that saw `kind` afresh."""
@@ -214,13 +217,12 @@ class OptimizerWatch:
             self.gate.forget()
 
     def is_suspicious(self, ignore_divergence: bool) -> bool:
-        """Whether a rule is on its way to a verdict, or the latest step, of which no rule knows yet, was not finite."""
-        return not self.is_latest_finite() or self.monitors.is_suspicious(ignore_divergence)
+        """Whether a rule is on its way to a verdict, or a step of which no rule knows yet was not finite."""
+        return not self.are_latest_finite() or self.monitors.is_suspicious(ignore_divergence)
 
-    def is_latest_finite(self) -> bool:
-        """Whether the latest step was finite; waits for it."""
-        latest = self.mailbox.latest()
-        return latest is None or Reading.unpack(latest, self.world_size).is_finite
+    def are_latest_finite(self) -> bool:
+        """Whether the steps since the last look were finite; waits for the latest."""
+        return all(reading.is_finite for reading in self.unread())
 
     @torch.no_grad()
     def is_finite(self) -> Tensor:
@@ -328,10 +330,6 @@ class OptimizerWatch:
             self.sample.forget()
 
 
-def _alone(vector: Tensor) -> Tensor:
-    return vector
-
-
 def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(device, torch.float32)
@@ -345,4 +343,3 @@ def _mean(loss: Tensor | float) -> Tensor | float:
     if loss.is_cpu and loss.numel() == 1:
         return loss.item()
     return loss.detach().float().mean()
-

@@ -64,6 +64,12 @@ class Outcome:
     stopped: str | None = None
     model: Student | None = None
     losses: list[float] = field(default_factory=list)
+    noticed: list[int] = field(default_factory=list)
+    """Optimizer steps after which the events were there."""
+
+    def first(self, kind: str) -> tuple[Event, int] | None:
+        """The first event of a kind, and the optimizer step after which it was there."""
+        return next((pair for pair in zip(self.events, self.noticed, strict=True) if pair[0].kind == kind), None)
 
     def kinds(self) -> list[str]:
         return [event.kind for event in self.events]
@@ -80,12 +86,27 @@ class Saver(Callback):
             trainer.save_checkpoint(self.folder / f"step-{trainer.global_step}.ckpt")
 
 
-class LossRecorder(Callback):
-    def __init__(self) -> None:
+class Recorder(Callback):
+    """Losses of all steps, and the optimizer step after which each event of the guard was there."""
+
+    def __init__(self, guard: LionGuard | None) -> None:
+        self.guard = guard
         self.losses: list[float] = []
+        self.noticed: list[int] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         self.losses.append(float(outputs["loss"]))
+        self._note(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._note(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._note(trainer)
+
+    def _note(self, trainer: Trainer) -> None:
+        new = len(self.guard.events) - len(self.noticed) if self.guard is not None else 0
+        self.noticed += [trainer.global_step] * new
 
 
 def teacher_data(seed: int, count: int) -> tuple[Tensor, Tensor]:
@@ -117,7 +138,7 @@ def train(
     """
     _quiet()
     seed_everything(seed, verbose=False)
-    model, recorder = Student(optimizer, steps), LossRecorder()
+    model, recorder = Student(optimizer, steps), Recorder(guard)
     consumed = resume[1] * BATCH if resume is not None else 0
     train_set = TensorDataset(*(tensor[consumed:] for tensor in teacher_data(seed, STEPS * BATCH)))
     test = teacher_data(10_000, 4096)
@@ -141,7 +162,8 @@ def train(
     with torch.no_grad():
         loss = float(cross_entropy(model.net(test[0]), test[1]))
     events = list(guard.events) if guard is not None else []
-    return Outcome(loss if loss == loss else float("inf"), trainer.global_step, events, stopped, model, recorder.losses)
+    loss = loss if loss == loss else float("inf")
+    return Outcome(loss, trainer.global_step, events, stopped, model, recorder.losses, recorder.noticed)
 
 
 def _quiet() -> None:

@@ -187,12 +187,13 @@ def test_who_clips_without_the_trainers_settings_does_not_hide_a_bad_step(module
     assert (46, "nonfinite") in {(event.step, event.kind) for event in guard.events}
 
 
-def test_places_follow_the_parameters_when_some_join_later_and_others_have_no_gradient():
-    """Tasks are then as many as parameters were: places of the wrong tensors, beyond their ends."""
-    first, second, third = (nn.Parameter(torch.ones(size)) for size in (512, 1_000_000, 4096))
+@pytest.mark.parametrize("sizes", [(512, 1_000_000, 4096, 300), (4096, 4096, 4096, 4096)])
+def test_places_follow_the_parameters_when_some_join_later_and_others_have_no_gradient(sizes):
+    """Tasks are then as many as parameters were: places of the wrong tensors, beyond their ends or not."""
+    first, second, third, fourth = (nn.Parameter(torch.ones(size)) for size in sizes)
     optimizer = Lion([first, second, third], lr=1e-3)
     sample = SampledCoordinates(optimizer)
-    optimizer.add_param_group({"params": [fourth := nn.Parameter(torch.ones(300))]})
+    optimizer.add_param_group({"params": [fourth]})
     for param in (first, third, fourth):
         param.grad = torch.ones_like(param)
     assert survey(optimizer, sample) is None
@@ -219,7 +220,7 @@ def test_where_a_part_of_the_model_releases_its_gradients_every_step_is_judged()
     watch = OptimizerWatch(optimizer, Thresholds(), LinearWarmup(0), joins_step=True)
     for number in range(4):
         (inner(torch.ones(2, 16)).sum() + outside.sum()).backward()
-        watch.before_step(Losses(), lambda vector: vector, None, (number, 4, 4))
+        watch.before_step(Losses(), None, (number, 4, 4))
         optimizer.step()
         assert (watch.read() is not None) == (number > 0)
         outside.grad = None
@@ -261,7 +262,7 @@ def test_a_guard_that_has_gone_leaves_nothing_for_the_next_step():
     watch = OptimizerWatch(optimizer, Thresholds(), LinearWarmup(0), joins_step=True)
     give_gradients(params, 0)
     optimizer.step()
-    assert watch.before_step(Losses(), lambda vector: vector, None, (1, 4, 4))
+    assert watch.before_step(Losses(), None, (1, 4, 4))
     assert optimizer.before_update is not None
     watch.remove()
     assert optimizer.before_update is None

@@ -68,11 +68,11 @@ def test_the_mailbox_is_one_step_late():
         box.post(torch.tensor([float(step)]), (step * 10,))
         arrivals.append(box.take())
     assert arrivals == [None, [0.0, 0], [1.0, 10], [2.0, 20]]
-    assert box.latest() == [3.0, 30]
+    assert box.waiting() == [[3.0, 30]]
     assert box.take() is None
     assert box.take(flush=True) == [3.0, 30]
     assert box.take(flush=True) is None
-    assert box.latest() is None
+    assert box.waiting() == []
 
 
 def test_mail_on_its_way_survives_a_checkpoint():
@@ -80,7 +80,7 @@ def test_mail_on_its_way_survives_a_checkpoint():
     for step in range(2):
         box.post(torch.tensor([0.1, float(step)]), (step,))
     again.load_state_dict(box.state_dict())
-    assert again.latest() == box.latest()
+    assert again.waiting() == box.waiting()
     assert again.take() == box.take() == [pytest.approx(0.1), 0.0, 0]
     assert again.take(flush=True) == box.take(flush=True)
     again.post(torch.zeros(1))

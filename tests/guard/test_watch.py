@@ -35,10 +35,6 @@ def made(name, **options):
     return params, optimizer, OptimizerWatch(optimizer, Thresholds(), LinearWarmup(0), **options)
 
 
-def alone(vector):
-    return vector
-
-
 def losses(value=2.0):
     seen = Losses()
     seen.before_backward(torch.tensor(value), judged=True)
@@ -52,7 +48,7 @@ def step(params, optimizer, watch, number, factor=1.0, clip_val=None, loss=2.0):
     for param in params:
         param.grad = factor * torch.randn(param.shape, generator=dice)
     if watch is not None:
-        watch.before_step(losses(loss), alone, clip_val, (number + 1, 4, 4))
+        watch.before_step(losses(loss), clip_val, (number + 1, 4, 4))
     if clip_val is not None and params[0].grad is not None:
         nn.utils.clip_grad_norm_(params, clip_val)
     taken = [None if param.grad is None else param.grad.clone() for param in params]
@@ -182,7 +178,7 @@ def test_under_a_grad_scaler_the_inputs_of_a_fused_optimizer_are_the_scalers():
     optimizer.found_inf = marker = torch.zeros(())
     for param in params:
         param.grad = torch.ones_like(param)
-    watch.before_step(losses(), alone, None, (1, 4, 4))
+    watch.before_step(losses(), None, (1, 4, 4))
     assert optimizer.found_inf is marker
 
 
@@ -263,19 +259,19 @@ def test_a_whole_guarded_step_reads_nothing_on_the_host():
         seen.before_backward(torch.empty((), device="meta"), judged=True)
         seen.micro_square = watch.squared_norm()
         seen.add(torch.empty((), device="meta"), 4)
-        assert watch.before_step(seen, alone, 1.0, (number + 1, 4, 4))
+        assert watch.before_step(seen, 1.0, (number + 1, 4, 4))
         assert optimizer.found_inf.device.type == "meta"
         treatment.keep(number + 1)
     with pytest.raises(RuntimeError, match="meta"):
-        watch.mailbox.latest()
+        watch.unread()
 
 
-def test_the_latest_reading_is_waited_for_only_where_a_snapshot_is_due(monkeypatch):
+def test_the_latest_readings_are_waited_for_only_where_a_snapshot_is_due(monkeypatch):
     params, optimizer, watch = made("lion")
     treatment, module = Treatment(Thresholds(), "recover", acts=True, gates=True), nn.ParameterList(params)
     treatment.watches, treatment.module = [watch], module
-    looked, latest = [], Mailbox.latest
-    monkeypatch.setattr(Mailbox, "latest", lambda self: looked.append(number) or latest(self))
+    looked, waiting = [], Mailbox.waiting
+    monkeypatch.setattr(Mailbox, "waiting", lambda self: looked.append(number) or waiting(self))
     for number in range(250):
         step(params, optimizer, watch, number)
         watch.read()
@@ -291,6 +287,9 @@ def test_no_snapshot_is_taken_right_after_a_step_that_was_not_finite():
     treatment.keep(1)
     assert treatment.ring.newest is None
     step(params, optimizer, watch, 1)
+    treatment.keep(2)
+    assert treatment.ring.newest is None
+    watch.read()
     treatment.keep(2)
     assert treatment.ring.newest.step == 2
 
@@ -310,7 +309,7 @@ def test_without_gradients_no_step_is_said_to_be_skipped():
     for number in range(1, 60):
         seen = Losses()
         seen.before_backward(torch.tensor(2.0 + 0.01 * (number % 7) if number < 55 else 1e6), judged=True)
-        assert not watch.before_step(seen, alone, None, (number, 4, 4))
+        assert not watch.before_step(seen, None, (number, 4, 4))
     readings = [watch.read(flush=True) for _ in range(1, 60)]
     assert not any(reading.skipped for reading in readings)
     assert all(reading.is_finite for reading in readings)

@@ -91,9 +91,12 @@ class Survey:
     def __init__(self, places: Sequence[tuple[int, int, int]]) -> None:
         self._places = array("q", [number for task, start, stop in places for number in (task, start, stop - start)])
         self._count = len(places)
+        self._places_at, _ = self._places.buffer_info()
+        self._sums = array("d", (0.0, *NOTHING))
+        self._sums_at, _ = self._sums.buffer_info()
 
     def measure(self, tasks: Tasks, signs: Tensor) -> Sequence[float] | None:
-        """The sum of squares, then the sums in the order of `MEASURES`.
+        """The sum of squares, then the sums in the order of `MEASURES`; good until the next call.
 
         Args:
             tasks: not yet done.
@@ -103,10 +106,8 @@ class Survey:
             None where cpu.c cannot tell: gradients that are not float32, momentum that is neither float32 nor bfloat16,
             more elements (2^20) than one thread should read, or a place that its task does not have.
         """
-        sums = array("d", (0.0, *NOTHING))
-        places_at, sums_at = self._places.buffer_info()[0], sums.buffer_info()[0]
-        arguments = tasks.table, len(tasks.updates), places_at, self._count, signs.data_ptr(), sums_at
-        return sums if _library().lion_survey(*arguments) else None
+        arguments = tasks.table, len(tasks.updates), self._places_at, self._count, signs.data_ptr(), self._sums_at
+        return self._sums if _library().lion_survey(*arguments) else None
 
 
 def _library() -> ctypes.CDLL:
