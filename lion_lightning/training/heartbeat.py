@@ -72,11 +72,17 @@ class Heartbeat(Callback):
             self._say(trainer.global_rank)
         if self._thread is not None and self._gave_up and (told := self._late(trainer)):
             log.error("[rank %d] waited in vain for %s", trainer.global_rank, told)
-        self._over.set()
+        self._stop()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        """Waits for a beat under way: a thread that comes back from the store when Python is ending aborts the process."""
         self._over.set()
+        if self._thread is not None:
+            self._thread.join(PATIENCE_SECONDS)
 
     def _late(self, trainer: Trainer) -> str:
         """Who is behind this rank, or silent, or else still busy where this one has given up; empty if nobody is."""
