@@ -79,7 +79,7 @@ class Heartbeat(Callback):
         self._stop()
 
     def _stop(self) -> None:
-        """Waits for a beat under way: a thread that comes back from the store when Python is ending aborts the process."""
+        """Waits for a beat under way: a thread that comes back from the store while Python ends aborts the process."""
         self._over.set()
         if self._thread is not None:
             self._thread.join(PATIENCE_SECONDS)
