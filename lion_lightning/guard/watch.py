@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -63,7 +63,7 @@ class Losses:
         return value
 
     def state_dict(self) -> dict[str, float]:
-        return {name: float(value) for name, value in asdict(self).items()}
+        return {field.name: float(getattr(self, field.name)) for field in fields(self)}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         for name, value in state.items():

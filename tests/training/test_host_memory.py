@@ -31,7 +31,8 @@ def page_faults(how):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc of another C library")
 def test_large_tensors_are_mapped_once():
-    assert page_faults("keep") < 100 < 10_000 < page_faults("leave")  # of 4 KiB, for 40 tensors of 48 MB
+    """40 tensors of 48 MB: mapped anew each time, or a new place for one of them where the heap has moved."""
+    assert 10 * page_faults("keep") < page_faults("leave")
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
