@@ -62,7 +62,7 @@ def measure(arguments: tuple[int, int]) -> tuple[int, float, float, int | None, 
     case = [*CASES, FOR_EVER][number]
     bare = train(seed, None, case.inject(), optimizer=case.optimizer)
     guarded = train(seed, LionGuard(**case.guard), case.inject(), optimizer=case.optimizer)
-    named = guarded.first(case.seen_as)
+    named = guarded.first(case.seen_as, after=HIT)
     without, with_guard = (
         bare.loss / clean_loss(case.optimizer, False, seed),
         guarded.loss / clean_loss(case.optimizer, True, seed),

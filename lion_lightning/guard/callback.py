@@ -54,8 +54,9 @@ class LionGuard(Callback):
 
         Trainer(callbacks=[LionGuard()])
 
-    The gate acts within each step, on the device. All other rules look every few steps (`thresholds.look_every`) at the
-    readings that have reached the host by then, so nothing waits for it; every rank decides from the same sums.
+    The gate acts within each step, on the device. All other rules look at readings that reach the host a step late, so
+    nothing waits for it, and at several together where nothing is going on (`thresholds.look_every`); every rank
+    decides from the same sums.
 
     Args:
         warmup_steps: optimizer steps of linear warm-up, or below 1 a share of the run. None: long enough for the
@@ -98,7 +99,8 @@ class LionGuard(Callback):
         _check_choice("on_divergence", on_divergence, ON_DIVERGENCE)
         self.warmup_steps, self.on_small_batch, self.acts = warmup_steps, on_small_batch, not dry_run
         self.gates, self.telemetry_every, self.checkpoint_snapshots = gate, telemetry_every, checkpoint_snapshots
-        self.thresholds = thresholds or Thresholds()
+        self.thresholds = limits = thresholds or Thresholds()
+        self._enough = min(limits.look_every, limits.poison_steps, limits.divergence_steps)
         self.min_batch_size, self.on_divergence = min_batch_size, on_divergence
         self.trace = None if trace is None else Trace(trace)
         self.watches: list[OptimizerWatch] = []
@@ -120,7 +122,6 @@ class LionGuard(Callback):
         self._loss: Tensor | float | None = None
         """What backward was called on, where it is what `training_step` returned: read once, not twice."""
         self._stepped = self._judges_loss = False
-        self._look_every, self._looks = self.thresholds.look_every, 0
 
     @property
     def events(self) -> list[Event]:
@@ -150,8 +151,6 @@ class LionGuard(Callback):
             self.warmup = LinearWarmup(warmup_length(self.warmup_steps, trainer.optimizers, steps))
         warmups = [self.warmup, *(LinearWarmup(self.warmup.warmup_steps) for _ in trainer.optimizers[1:])]
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        # So that figures are of the step they are logged with; gcd(n, 0), of a Trainer that never logs, is n.
-        self._look_every = math.gcd(self.thresholds.look_every, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         # With a GradScaler the loss comes scaled; with several optimizers nobody knows whose it is.
         self._judges_loss = not scaled and len(trainer.optimizers) == 1 and pl_module.automatic_optimization
         self.watches = [
@@ -238,14 +237,13 @@ class LionGuard(Callback):
         self._read_telemetry(trainer)
         if self.batch.is_small:
             self._tell_once(trainer, "batch_size", self.batch.advice())
-        # A batch may have several steps; and in a cold cache one look at five readings takes little longer than at one.
-        if self._looks == (looks := self.steps // self._look_every):
-            return
-        self._looks = looks
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        logs = bool(every) and self.steps % every == 0  # 0 is Lightning's word for never
+        if not (logs or self.treatment.ring.is_due(self.steps) or any(w.has_news(self._enough) for w in self.watches)):
+            return  # in a cold cache one look at five readings takes little longer than one at one
         self._react(trainer, flush=False)
         self.treatment.keep(self.steps)
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and self.steps % every == 0:  # 0 is Lightning's word for never
+        if logs:
             self._log(trainer)
 
     @override
@@ -265,6 +263,7 @@ class LionGuard(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lightning tears nothing down then."""
         if self.trace is not None:
+            self.trace.flush()  # what follows may wait for a device that is broken
             for number, watch in enumerate(self.watches):
                 for reading in watch.unread():  # a run that is resumed reads them once more
                     self.trace.add(number, reading)
@@ -372,7 +371,6 @@ class LionGuard(Callback):
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
-        self._looks = self.steps // self._look_every
         self.warmup.load_state_dict(state["warmup"])
         for watch, saved in zip(self.watches, state["watches"], strict=True):
             watch.load_state_dict(saved)

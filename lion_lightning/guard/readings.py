@@ -4,6 +4,8 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,38 +96,58 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole > 0 else math.nan
 
 
-Post = tuple[Tensor | list[float], "torch.cuda.Event | None", list[float]]
+class _Post(NamedTuple):
+    """A vector on its way, and the event after which it is there."""
+
+    vector: Tensor | list[float]
+    event: "torch.cuda.Event | None"
+    facts: list[float]
+    urgent: bool
+
+    def arrived(self) -> list[float]:
+        if self.event is not None:
+            self.event.synchronize()
+        return [*(self.vector if isinstance(self.vector, list) else self.vector.tolist()), *self.facts]
 
 
 class Mailbox:
     """Hands device vectors to the host one step late: by then they have long been computed, and nobody waits."""
 
     def __init__(self) -> None:
-        self._posts: deque[Post] = deque()
+        self._posts: deque[_Post] = deque()
 
-    def post(self, vector: Tensor | list[float], facts: Sequence[float] = ()) -> None:
-        """Starts a vector on its way; `facts`, which the host knows, are appended to it on arrival."""
+    def post(self, vector: Tensor | list[float], facts: Sequence[float] = (), urgent: bool = False) -> None:
+        """Starts a vector on its way.
+
+        Args:
+            facts: what the host knows; appended to the vector on arrival.
+            urgent: whether it should be taken as soon as it can be.
+        """
         if isinstance(vector, list) or vector.device.type != "cuda":
-            self._posts.append((vector, None, list(facts)))
+            self._posts.append(_Post(vector, None, list(facts), urgent))
             return
         host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
         host.copy_(vector, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._posts.append((host, event, list(facts)))
+        self._posts.append(_Post(host, event, list(facts), urgent))
 
     def take(self, flush: bool = False) -> list[float] | None:
         """The oldest vector, if there is a newer one or if `flush`; else None."""
         if len(self._posts) < (1 if flush else 2):
             return None
-        return _arrived(*self._posts.popleft())
+        return self._posts.popleft().arrived()
 
     def waiting(self) -> list[list[float]]:
         """All vectors, oldest first, which stay; waits for the newest."""
-        return [_arrived(*post) for post in self._posts]
+        return [post.arrived() for post in self._posts]
 
     def __len__(self) -> int:
         return len(self._posts)
+
+    def is_urgent(self) -> bool:
+        """Whether an urgent vector may be taken."""
+        return any(post.urgent for post in islice(self._posts, max(0, len(self._posts) - 1)))
 
     def clear(self) -> None:
         """Forgets what is on its way."""
@@ -136,10 +158,4 @@ class Mailbox:
         return self.waiting()
 
     def load_state_dict(self, state: list[list[float]]) -> None:
-        self._posts = deque((list(values), None, []) for values in state)
-
-
-def _arrived(vector: Tensor | list[float], event: "torch.cuda.Event | None", facts: list[float]) -> list[float]:
-    if event is not None:
-        event.synchronize()
-    return [*(vector if isinstance(vector, list) else vector.tolist()), *facts]
+        self._posts = deque(_Post(list(values), None, [], urgent=True) for values in state)

@@ -18,7 +18,6 @@ from lion_lightning.guard.recovery import AT_ONCE, ON_DIVERGENCE, Ladder, OnDive
 from lion_lightning.guard.snapshot import SnapshotRing
 from lion_lightning.guard.thresholds import Thresholds
 
-LIGHTNINGS_LOG_EVERY_N_STEPS = 50
 LOGGED = {name: f"guard/{name}" for name in ("loss", "grad_norm", "norm_z", "loss_z", "flip_rate", "cosine", "dead")}
 
 
@@ -30,13 +29,11 @@ class Rules:
         thresholds: of all rules.
         on_divergence: as LionGuard's.
         clip_val: the norm that the Trainer clipped gradients to; None for none.
-        log_every_n_steps: of the Trainer, whose readings are looked at as often as it logs.
     """
 
     thresholds: Thresholds = field(default_factory=Thresholds)
     on_divergence: OnDivergence = "recover"
     clip_val: float | None = None
-    log_every_n_steps: int = LIGHTNINGS_LOG_EVERY_N_STEPS
 
 
 @dataclass(frozen=True)
@@ -98,15 +95,12 @@ class _Replay:
 
     def run(self) -> list[Replayed]:
         known = {step for watch in self.watches for step in watch.readings}
-        look_every = math.gcd(self.rules.thresholds.look_every, self.rules.log_every_n_steps)
-        for step in range(min(known), max(known) + 1):
+        for step in range(min(known), max(known) + 2):  # the last reading arrives when the run is over
             for watch in self.watches:
                 watch.judge(step)
-            if step % look_every == 0:
-                if not self._react(step):
-                    return self.events
-                self._keep(step)
-        self._react(max(known) + 1)  # the last readings arrive when the run is over
+            if not self._react(step):
+                break
+            self._keep(step)
         return self.events
 
     def _react(self, step: int) -> bool:
@@ -129,7 +123,6 @@ class _Replay:
             remedy = self._rewind(step, remedy)
         elif remedy is Remedy.ZERO_MOMENTUM:
             watch.monitors.poison.recovered()
-            watch.waiting.clear()
         elif remedy is Remedy.REBASELINE and symptom.kind == "poison":
             watch.monitors.poison = Poison(self.rules.thresholds)
         elif remedy is Remedy.REBASELINE:
@@ -197,12 +190,11 @@ def rules_of(config: Mapping[str, Any]) -> Rules:
     on_divergence = guard.get("on_divergence", "recover")
     if on_divergence not in ON_DIVERGENCE:
         raise ValueError(f"on_divergence must be one of {', '.join(ON_DIVERGENCE)}, got {on_divergence!r}")
-    by_norm, every = trainer.get("gradient_clip_algorithm") in (None, "norm"), trainer.get("log_every_n_steps")
+    by_norm = trainer.get("gradient_clip_algorithm") in (None, "norm")
     return Rules(
         thresholds=changed(Thresholds(), [f"{name}={value}" for name, value in given.items()]),
         on_divergence=on_divergence,
         clip_val=trainer.get("gradient_clip_val") if by_norm else None,
-        log_every_n_steps=LIGHTNINGS_LOG_EVERY_N_STEPS if every is None else every,
     )
 
 

@@ -1,6 +1,6 @@
 """When each rule of the guard acts: every number in one place."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,13 @@ class Thresholds:
     gauge_half_life: float = 50.0
     """Of the averages that the last four are held to, in samples of each."""
     look_every: int = 5
-    """Steps after which all rules but the gate's, which acts within each step, look at the readings since. Where the
-    Trainer logs at other steps than multiples of it: the greatest common divisor of both."""
+    """Readings that may wait until the rules look at them, where nothing speaks for a look at once; no more than
+    `poison_steps` or `divergence_steps`."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        for entry in fields(self):
+            value = getattr(self, entry.name)
             if not value > 0:
-                raise ValueError(f"thresholds.{name} must be above 0, got {value}")
+                raise ValueError(f"thresholds.{entry.name} must be above 0, got {value}")
+            if entry.type is int and not isinstance(value, int):
+                raise ValueError(f"thresholds.{entry.name} must be a whole number, got {value}")

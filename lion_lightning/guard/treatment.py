@@ -95,11 +95,11 @@ class Treatment:
             self.ring.take(step, self._module(), [watch.optimizer for watch in self.watches], rules, trusted)
 
     def is_healthy(self) -> bool:
-        """Whether no rule is on its way to a verdict, and the latest steps were finite: fit to be saved.
+        """Whether no rule is on its way to a verdict, and the latest step was finite: fit to be saved.
 
         A dry run keeps nobody from saving but for a step that is not finite: its verdicts never come to an end.
         """
         if not self.acts:
-            return all(watch.are_latest_finite() for watch in self.watches)
+            return all(watch.is_latest_finite() for watch in self.watches)
         ignored = self.ladder.on_divergence == "warn"
         return not any(watch.is_suspicious(ignore_divergence=ignored) for watch in self.watches)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -178,7 +179,8 @@ class OptimizerWatch:
         # The clamp would hide an infinite norm.
         judged = min(norm, clip_val) if clip_val is not None and math.isfinite(norm) else norm
         verdict = self.gate.judge(judged, numbers[BACKWARD_LOSS])
-        self.mailbox.post([*numbers, norm, verdict.factor, verdict.skip, verdict.norm_z, verdict.loss_z], facts)
+        acted = verdict.skip != 0 or verdict.factor != 1 or any(numbers[len(SUMS) :])  # the last: bad losses
+        self.mailbox.post([*numbers, norm, verdict.factor, verdict.skip, verdict.norm_z, verdict.loss_z], facts, acted)
         return verdict, norm / judged if judged else 1.0
 
     def _judge_on_device(self, sums: list[Any], clip_val: float | None, facts: Sequence[float]) -> Judged:
@@ -207,7 +209,6 @@ class OptimizerWatch:
                 if key in ("exp_avg", "exp_avg_scale"):
                     views.local(value).zero_()
         self.monitors.poison.recovered()
-        self.mailbox.clear()  # of the old momentum
 
     def rebaseline(self, kind: str) -> None:
         """Starts the history of the rule that saw `kind` afresh."""
@@ -216,13 +217,30 @@ class OptimizerWatch:
         else:
             self.gate.forget()
 
-    def is_suspicious(self, ignore_divergence: bool) -> bool:
-        """Whether a rule is on its way to a verdict, or a step of which no rule knows yet was not finite."""
-        return not self.are_latest_finite() or self.monitors.is_suspicious(ignore_divergence)
+    def has_news(self, enough: int) -> bool:
+        """Whether the rules should look now: `enough` readings wait, the gate has acted, or a rule is on its way.
 
-    def are_latest_finite(self) -> bool:
-        """Whether the steps since the last look were finite; waits for the latest."""
-        return all(reading.is_finite for reading in self.unread())
+        So a verdict comes when it would have come had the rules looked at every step: what they wait for takes longer
+        than `enough` steps. On a GPU nobody knows of the gate before the reading is there.
+        """
+        return len(self.mailbox) > enough or self.mailbox.is_urgent() or self.monitors.is_suspicious()
+
+    def is_suspicious(self, ignore_divergence: bool) -> bool:
+        """Whether a rule is on its way to a verdict, or the latest step, of which no rule knows yet, was not finite."""
+        unread = self.unread()
+        if unread and not unread[-1].is_finite:
+            return True
+        monitors = self.monitors
+        if len(unread) > 1:  # they arrive at the next look
+            monitors = deepcopy(monitors)
+            for reading in unread[:-1]:
+                monitors.observe(reading)
+        return monitors.is_suspicious(ignore_divergence)
+
+    def is_latest_finite(self) -> bool:
+        """Whether the latest step was finite; waits for it."""
+        unread = self.unread()
+        return not unread or unread[-1].is_finite
 
     @torch.no_grad()
     def is_finite(self) -> Tensor:
@@ -310,7 +328,7 @@ class OptimizerWatch:
         self.warmup.warmup.load_state_dict(state["warmup"])
         self.load_rules_state(state["rules"])
         if all(len(vector) == len(SUMS) + self.world_size + len(VERDICT) + len(FACTS) for vector in state["mail"]):
-            self.mailbox.load_state_dict(state["mail"])  # else from another number of ranks: one reading is lost
+            self.mailbox.load_state_dict(state["mail"])  # else from another number of ranks: they are lost
         if self.sample is not None:
             self.sample.load_state_dict(state["signs"])
 

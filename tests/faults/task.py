@@ -67,9 +67,10 @@ class Outcome:
     noticed: list[int] = field(default_factory=list)
     """Optimizer steps after which the events were there."""
 
-    def first(self, kind: str) -> tuple[Event, int] | None:
-        """The first event of a kind, and the optimizer step after which it was there."""
-        return next((pair for pair in zip(self.events, self.noticed, strict=True) if pair[0].kind == kind), None)
+    def first(self, kind: str, after: int = 0) -> tuple[Event, int] | None:
+        """The first event of a kind about a later step, and the optimizer step after which it was there."""
+        pairs = zip(self.events, self.noticed, strict=True)
+        return next((pair for pair in pairs if pair[0].kind == kind and pair[0].step > after), None)
 
     def kinds(self) -> list[str]:
         return [event.kind for event in self.events]
@@ -129,12 +130,15 @@ def train(
     steps: int = STEPS,
     saver: Saver | None = None,
     resume: tuple[Path, int] | None = None,
+    callbacks_after: Sequence[Callback] = (),
     **options: Any,
 ) -> Outcome:
     """One run of the task; the same seed gives the same data, order and weights, with or without guard and faults.
 
     Args:
         resume: a checkpoint and the optimizer steps it was written after.
+        callbacks_after: come after the guard, while faults come before it.
+        options: of the Trainer.
     """
     _quiet()
     seed_everything(seed, verbose=False)
@@ -150,7 +154,7 @@ def train(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[*faults, *(callback for callback in (guard, saver) if callback is not None), recorder],
+        callbacks=[*faults, *(one for one in (guard, saver) if one is not None), *callbacks_after, recorder],
         **{"log_every_n_steps": 50, **options},
     )
     stopped = None

@@ -23,13 +23,13 @@ def guard(**options) -> LionGuard:
 
 CHECKPOINTS = {
     30: "in warm-up",
-    151: "right after a step that was skipped, before the guard looks",
-    155: "right after it has looked",
+    151: "right after a step that was skipped, before the guard knows",
+    152: "right after that",
+    163: "while readings wait for the next look",
     171: "right after an outlier",
     203: "while the weights are sick",
     265: "while bad batches are counted",
-    283: "when a rewind is due, before the guard looks",
-    285: "right after a rewind",
+    282: "right after a rewind",
     300: "while the rate warms up again",
 }
 
