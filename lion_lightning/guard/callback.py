@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lion_lightning.guard import preflight
+from lion_lightning.guard.arguments import check_choice, check_count
 from lion_lightning.guard.batch_size import MIN_BATCH_SIZE, ON_SMALL_BATCH, EffectiveBatch, OnSmallBatch
 from lion_lightning.guard.events import Diary, Event, remark
 from lion_lightning.guard.figures import TelemetryReader, guard_figures, learning_rates
@@ -91,12 +92,12 @@ class LionGuard(Callback):
         checkpoint_snapshots: bool = False,
         trace: str | Path | None = None,
     ) -> None:
-        _check_count("min_batch_size", min_batch_size)
+        check_count("min_batch_size", min_batch_size)
         if warmup_steps is not None:
-            _check_count("warmup_steps", warmup_steps)
-        _check_count("telemetry_every", telemetry_every)
-        _check_choice("on_small_batch", on_small_batch, ON_SMALL_BATCH)
-        _check_choice("on_divergence", on_divergence, ON_DIVERGENCE)
+            check_count("warmup_steps", warmup_steps)
+        check_count("telemetry_every", telemetry_every)
+        check_choice("on_small_batch", on_small_batch, ON_SMALL_BATCH)
+        check_choice("on_divergence", on_divergence, ON_DIVERGENCE)
         self.warmup_steps, self.on_small_batch, self.acts = warmup_steps, on_small_batch, not dry_run
         self.gates, self.telemetry_every, self.checkpoint_snapshots = gate, telemetry_every, checkpoint_snapshots
         self.thresholds = limits = thresholds or Thresholds()
@@ -122,6 +123,8 @@ class LionGuard(Callback):
         self._loss: Tensor | float | None = None
         """What backward was called on, where it is what `training_step` returned: read once, not twice."""
         self._stepped = self._judges_loss = False
+        self._alert = True
+        """Whether a rule was on its way to a verdict at the last look."""
 
     @property
     def events(self) -> list[Event]:
@@ -239,10 +242,10 @@ class LionGuard(Callback):
             self._tell_once(trainer, "batch_size", self.batch.advice())
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         logs = bool(every) and self.steps % every == 0  # 0 is Lightning's word for never
-        if not (logs or self.treatment.ring.is_due(self.steps) or any(w.has_news(self._enough) for w in self.watches)):
-            return  # in a cold cache one look at five readings takes little longer than one at one
-        self._react(trainer, flush=False)
-        self.treatment.keep(self.steps)
+        if logs or self._has_news() or self.treatment.ring.is_due(self.steps):
+            self._react(trainer, flush=False)
+            self._alert = any(watch.monitors.is_suspicious() for watch in self.watches)
+            self.treatment.keep(self.steps)
         if logs:
             self._log(trainer)
 
@@ -269,6 +272,15 @@ class LionGuard(Callback):
                     self.trace.add(number, reading)
             self.trace.flush()
         self._detach()
+
+    def _has_news(self) -> bool:
+        """Whether the rules should look now: enough readings wait, the gate has acted, or a rule is on its way.
+
+        So a verdict comes when it would have come had they looked at every step, as no rule tells from fewer steps in a
+        row than wait here. In a cold cache, a look at five readings takes little longer than at one. On a GPU nobody
+        knows that the gate has acted before the reading is there.
+        """
+        return self._alert or any(watch.mailbox.should_be_read(self._enough) for watch in self.watches)
 
     def _react(self, trainer: Trainer, flush: bool) -> None:
         """Lets the rules look at the readings that have arrived, and does what the ladder says."""
@@ -382,13 +394,3 @@ class LionGuard(Callback):
         self.treatment.ring.load_state_dict(state["snapshots"])
         if self._telemetry is not None and state["telemetry"] is not None:
             self._telemetry.load_state_dict(state["telemetry"])
-
-
-def _check_count(name: str, value: float) -> None:
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -4,7 +4,6 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -115,6 +114,8 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._posts: deque[_Post] = deque()
+        self._is_urgent = False
+        """Whether an urgent vector may be taken."""
 
     def post(self, vector: Tensor | list[float], facts: Sequence[float] = (), urgent: bool = False) -> None:
         """Starts a vector on its way.
@@ -123,6 +124,7 @@ class Mailbox:
             facts: what the host knows; appended to the vector on arrival.
             urgent: whether it should be taken as soon as it can be.
         """
+        self._is_urgent |= bool(self._posts) and self._posts[-1].urgent
         if isinstance(vector, list) or vector.device.type != "cuda":
             self._posts.append(_Post(vector, None, list(facts), urgent))
             return
@@ -136,6 +138,7 @@ class Mailbox:
         """The oldest vector, if there is a newer one or if `flush`; else None."""
         if len(self._posts) < (1 if flush else 2):
             return None
+        self._is_urgent &= len(self._posts) > 2
         return self._posts.popleft().arrived()
 
     def waiting(self) -> list[list[float]]:
@@ -145,13 +148,14 @@ class Mailbox:
     def __len__(self) -> int:
         return len(self._posts)
 
-    def is_urgent(self) -> bool:
-        """Whether an urgent vector may be taken."""
-        return any(post.urgent for post in islice(self._posts, max(0, len(self._posts) - 1)))
+    def should_be_read(self, enough: int) -> bool:
+        """Whether `enough` vectors may be taken, or an urgent one."""
+        return self._is_urgent or len(self._posts) > enough
 
     def clear(self) -> None:
         """Forgets what is on its way."""
         self._posts.clear()
+        self._is_urgent = False
 
     def state_dict(self) -> list[list[float]]:
         """What is still on its way; waits for it."""
@@ -159,3 +163,4 @@ class Mailbox:
 
     def load_state_dict(self, state: list[list[float]]) -> None:
         self._posts = deque(_Post(list(values), None, [], urgent=True) for values in state)
+        self._is_urgent = len(self._posts) > 1

@@ -217,14 +217,6 @@ class OptimizerWatch:
         else:
             self.gate.forget()
 
-    def has_news(self, enough: int) -> bool:
-        """Whether the rules should look now: `enough` readings wait, the gate has acted, or a rule is on its way.
-
-        So a verdict comes when it would have come had the rules looked at every step: what they wait for takes longer
-        than `enough` steps. On a GPU nobody knows of the gate before the reading is there.
-        """
-        return len(self.mailbox) > enough or self.mailbox.is_urgent() or self.monitors.is_suspicious()
-
     def is_suspicious(self, ignore_divergence: bool) -> bool:
         """Whether a rule is on its way to a verdict, or the latest step, of which no rule knows yet, was not finite."""
         unread = self.unread()

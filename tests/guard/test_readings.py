@@ -75,6 +75,22 @@ def test_the_mailbox_is_one_step_late():
     assert box.waiting() == []
 
 
+def test_a_mailbox_should_be_read_when_it_is_full_or_an_urgent_vector_may_be_taken():
+    box = Mailbox()
+    for urgent, due in ((False, False), (True, False), (False, True)):
+        box.post([0.0], urgent=urgent)
+        assert box.should_be_read(3) == due
+    box.take()
+    assert box.should_be_read(3), "the urgent one is still there"
+    box.take()
+    assert not box.should_be_read(3)
+    for due in (False, False, True):
+        box.post([0.0])
+        assert box.should_be_read(3) == due
+    box.clear()
+    assert not box.should_be_read(3)
+
+
 def test_mail_on_its_way_survives_a_checkpoint():
     box, again = Mailbox(), Mailbox()
     for step in range(2):
