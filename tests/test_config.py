@@ -223,3 +223,10 @@ def test_help_reads_like_a_manual(root: Path) -> None:
     ).stdout
     for name in (*RECIPES, *OPTIMIZERS, *SCHEDULES, *MODELS, *DATA, "python train.py optim=adamw", "--cfg job"):
         assert name in page
+
+
+def test_an_override_of_the_guards_document_does_what_it_says(compose: Compose, root: Path) -> None:
+    given = re.findall(r"`(\+?guard\.thresholds\.\w+=[\w.]+)`", (root / "docs/guard.md").read_text())
+    assert given == ["+guard.thresholds.outlier_z=10"]
+    cfg = compose(*given)
+    assert hydra.utils.instantiate(cfg.guard.thresholds).outlier_z == 10

@@ -101,7 +101,8 @@ class LionGuard(Callback):
         self.warmup_steps, self.on_small_batch, self.acts = warmup_steps, on_small_batch, not dry_run
         self.gates, self.telemetry_every, self.checkpoint_snapshots = gate, telemetry_every, checkpoint_snapshots
         self.thresholds = limits = thresholds or Thresholds()
-        self._enough = min(limits.look_every, limits.poison_steps, limits.divergence_steps)
+        self._may_wait = min(limits.look_every, limits.poison_steps, limits.divergence_steps)
+        """Readings; with more, a rule that tells from so few steps in a row would be late."""
         self.min_batch_size, self.on_divergence = min_batch_size, on_divergence
         self.trace = None if trace is None else Trace(trace)
         self.watches: list[OptimizerWatch] = []
@@ -274,13 +275,13 @@ class LionGuard(Callback):
         self._detach()
 
     def _has_news(self) -> bool:
-        """Whether the rules should look now: enough readings wait, the gate has acted, or a rule is on its way.
+        """Whether the rules should look now: many readings wait, the gate has acted, or a rule is on its way.
 
-        So a verdict comes when it would have come had they looked at every step, as no rule tells from fewer steps in a
-        row than wait here. In a cold cache, a look at five readings takes little longer than at one. On a GPU nobody
-        knows that the gate has acted before the reading is there.
+        So a verdict comes when it would have come had they looked at every step; on a GPU one about gated steps may be
+        late, as nobody knows of the gate before the reading is there. In a cold cache a look at five readings takes
+        little longer than at one.
         """
-        return self._alert or any(watch.mailbox.should_be_read(self._enough) for watch in self.watches)
+        return self._alert or any(watch.mailbox.should_be_read(self._may_wait) for watch in self.watches)
 
     def _react(self, trainer: Trainer, flush: bool) -> None:
         """Lets the rules look at the readings that have arrived, and does what the ladder says."""
@@ -382,7 +383,7 @@ class LionGuard(Callback):
             self._restored = state_dict
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.steps = state["steps"]
+        self.steps, self._alert = state["steps"], True
         self.warmup.load_state_dict(state["warmup"])
         for watch, saved in zip(self.watches, state["watches"], strict=True):
             watch.load_state_dict(saved)

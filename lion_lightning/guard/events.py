@@ -28,7 +28,7 @@ class Event:
     """One line of the guard's diary.
 
     Attributes:
-        step: the optimizer step it is about, from 1 on; 0 before training. The guard looks at it some steps later.
+        step: the optimizer step it is about, from 1 on; 0 before training. The guard looks at it a step later or more.
         kind: the rule (see `monitors.Symptom` and `preflight.Finding`).
         remedy: what was done.
         message: what was seen and why it matters.

@@ -104,13 +104,14 @@ class _Post(NamedTuple):
     urgent: bool
 
     def arrived(self) -> list[float]:
+        """Its numbers and then the facts; waits for the device if it has to."""
         if self.event is not None:
             self.event.synchronize()
         return [*(self.vector if isinstance(self.vector, list) else self.vector.tolist()), *self.facts]
 
 
 class Mailbox:
-    """Hands device vectors to the host one step late: by then they have long been computed, and nobody waits."""
+    """Hands device vectors to the host a step late or later: by then they are computed, and nobody waits for them."""
 
     def __init__(self) -> None:
         self._posts: deque[_Post] = deque()
@@ -148,9 +149,9 @@ class Mailbox:
     def __len__(self) -> int:
         return len(self._posts)
 
-    def should_be_read(self, enough: int) -> bool:
-        """Whether `enough` vectors may be taken, or an urgent one."""
-        return self._is_urgent or len(self._posts) > enough
+    def should_be_read(self, count: int) -> bool:
+        """Whether `count` vectors may be taken, or an urgent one."""
+        return self._is_urgent or len(self._posts) > count
 
     def clear(self) -> None:
         """Forgets what is on its way."""
