@@ -66,7 +66,7 @@ def main() -> None:
 
 def _report(error: Exception) -> NoReturn:
     """Leave with one line for an error that its message explains; any other goes on with its traceback."""
-    from lion_lightning.training.errors import ConfigError
+    from lion_lightning.errors import ConfigError
 
     if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun tells at its end which rank failed first, and of what
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler

@@ -1,9 +1,9 @@
 """Writes requirements.lock and checks that it, and the ranges it comes from, resolve everywhere.
 
-`make lock` runs `write`: one universal lock for every Python and platform below, resolved by uv from pyproject.toml. CUDA packages
-are left out, as torch itself pins the ones it needs. `make check-lock` runs `check`: it resolves the lock and every extra for each
-Python and platform, at the highest and at the lowest allowed versions, against PyPI alone and without installing anything, and
-prints a table. Only wheels count, apart from SOURCE_ONLY.
+`make lock` runs `write`: one universal lock for every Python and platform below, resolved by uv from pyproject.toml.
+CUDA packages are left out, as torch itself pins the ones it needs. `make check-lock` runs `check`: it resolves the lock
+and every extra for each Python and platform, at the highest and at the lowest allowed versions, against PyPI alone and
+without installing anything, and prints a table. Only wheels count, apart from SOURCE_ONLY.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def write() -> None:
 
 
 def check() -> int:
-    """Prints one row for each thing resolved and one column for each platform; returns the number of cells that failed."""
+    """Prints a row for each thing resolved and a column for each platform; returns how many cells failed."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     rows: list[tuple[str, list[str]]] = [("requirements.lock", ["requirements.lock"])]
     for bound, resolution in (("highest", "highest"), ("lowest", "lowest-direct")):

@@ -1,8 +1,9 @@
 """Makes `.venv` from requirements.lock, or confirms within a second that it is complete.
 
-`make train` and `make test` call this first; without make: `python scripts/make_environment.py`. Only the standard library is
-needed. The packages are installed by uv, which is itself installed into `.venv`. A second start installs nothing and needs no
-network. An environment that is incomplete or broken is made again; one that this script did not make is left alone.
+`make train` and `make test` call this first; without make: `python scripts/make_environment.py`. Only the standard
+library is needed. The packages are installed by uv, which is itself installed into `.venv`. A second start installs
+nothing and needs no network. An environment that is incomplete or broken is made again; one that this script did not
+make is left alone.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def prepare(venv: Path, python: str | None, torch_build: str | None) -> None:
     stamp = _read_stamp(venv)
     if venv.exists() and stamp is None:
         sys.exit(
-            f"error: {venv} exists and was not made by make_environment.py; remove it, or name another folder (make: VENV=...)"
+            f"error: {venv} exists and was not made by make_environment.py; remove it, or name another folder "
+            "(make: VENV=...)"
         )
     problem = _problem(venv, stamp, python)
     if problem:

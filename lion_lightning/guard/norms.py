@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lion_lightning.optim.engines import measures
+from lion_lightning.optim.kernels import measures
 
 Grads = dict[int, Tensor]
 """Gradients by the number of their parameter; by the parameter itself takes longer, as tensors hash in Python."""

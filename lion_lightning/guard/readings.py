@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lion_lightning.optim.engines.measures import MEASURES
+from lion_lightning.optim.kernels.measures import MEASURES
 
 SUMS = ("loss", "samples", "squares", "micro_squares", "backward_loss", *MEASURES)
 """What ranks add up; after these comes one count of non-finite losses for each rank."""

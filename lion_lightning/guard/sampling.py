@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lion_lightning.optim import Lion, bits, views
-from lion_lightning.optim.engines import library, measures
-from lion_lightning.optim.engines.cpu import Tasks
+from lion_lightning.optim.kernels import library, measures
+from lion_lightning.optim.kernels.cpu import Tasks
 
 STRETCHES = 6
 STRETCH_ELEMENTS = 2048

@@ -19,8 +19,8 @@ from lion_lightning.guard.sampling import SampledCoordinates
 from lion_lightning.guard.thresholds import Thresholds
 from lion_lightning.guard.warmup import LinearWarmup, WarmupHook
 from lion_lightning.optim import Lion, views
-from lion_lightning.optim.engines.cpu import Tasks
-from lion_lightning.optim.engines.measures import NOTHING
+from lion_lightning.optim.kernels.cpu import Tasks
+from lion_lightning.optim.kernels.measures import NOTHING
 
 Reduce = Callable[[Tensor], Tensor]
 Judged = tuple[Verdict, Any]

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lion_lightning.optim import options, precision, views
-from lion_lightning.optim.engines import Engine, choose
-from lion_lightning.optim.engines.cpu import CpuEngine, Tasks
+from lion_lightning.optim.kernels import Engine, choose
+from lion_lightning.optim.kernels.cpu import CpuEngine, Tasks
 from lion_lightning.optim.rule import Settings, TensorUpdate
 from lion_lightning.optim.state import loaded, prepare
 from lion_lightning.optim.telemetry import Telemetry

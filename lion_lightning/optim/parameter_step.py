@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lion_lightning.optim import options, views
-from lion_lightning.optim.engines import choose
+from lion_lightning.optim.kernels import choose
 from lion_lightning.optim.lion import Lion
 from lion_lightning.optim.rule import Settings, TensorUpdate
 from lion_lightning.optim.state import prepare

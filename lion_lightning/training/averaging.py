@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from typing_extensions import override
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from lion_lightning.training.sharded import ShardedStrategy
 
 WARMUP_UPDATES = 10  # of the decay: without it a short run's average is mostly its first weights

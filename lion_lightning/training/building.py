@@ -9,11 +9,11 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from torch import nn
 
+from lion_lightning.data.stream import StreamDataModule
+from lion_lightning.errors import ConfigError, configuring
 from lion_lightning.mixin import OptimizerFactory
 from lion_lightning.schedules import Schedule
 from lion_lightning.training.bookkeeping import known_run_id
-from lion_lightning.training.data import StreamDataModule
-from lion_lightning.training.errors import ConfigError, configuring
 from lion_lightning.training.instantiate import instantiate
 
 

@@ -15,10 +15,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from lion_lightning import __version__
+from lion_lightning.errors import ConfigError
 from lion_lightning.training import progress_state
 from lion_lightning.training.checkpoint_io import CheckpointFailed, DurableCheckpointIO, Placement
 from lion_lightning.training.durable import InvalidCheckpoint, link_marked, read_marker, sweep_temporaries
-from lion_lightning.training.errors import ConfigError
 from lion_lightning.training.restoring import VERSION, check_counts, check_parts, counts, without_state
 from lion_lightning.training.resume import step_files, step_path
 from lion_lightning.training.signals import StopFlag, TrainingInterrupted, replace_lightnings_handlers

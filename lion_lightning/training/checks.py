@@ -7,7 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true")
 POSITIVE = ("max_steps", "val_check_interval", "accumulate_grad_batches", "num_nodes", "log_every_n_steps")

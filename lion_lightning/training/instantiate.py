@@ -13,7 +13,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 
 LABEL = "name"  # every group file has one: a label for people and run names, never an argument
 ALLOWED_MODULES = (

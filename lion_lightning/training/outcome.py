@@ -13,11 +13,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
+from lion_lightning.data.stream import StreamDataModule
 from lion_lightning.training.bookkeeping import wandb_logger_of
 from lion_lightning.training.building import build_module, effective_batch_size
 from lion_lightning.training.checkpoint import RunCheckpoint
 from lion_lightning.training.checkpoint_io import load
-from lion_lightning.training.data import StreamDataModule
 from lion_lightning.training.plain import with_names_of
 from lion_lightning.training.redaction import redacted_argument
 from lion_lightning.training.sharded import load_whole

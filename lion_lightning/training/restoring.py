@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 import lion_lightning
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from lion_lightning.training.progress_state import KEY
 
 VERSION = "version"  # of lion_lightning, in our part of a checkpoint

@@ -4,9 +4,9 @@ import logging
 import re
 from pathlib import Path
 
+from lion_lightning.errors import ConfigError
 from lion_lightning.training.checkpoint_io import refuse_url
 from lion_lightning.training.durable import InvalidCheckpoint, marker_of, verify
-from lion_lightning.training.errors import ConfigError
 
 log = logging.getLogger(__name__)
 AUTO = "auto"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from lion_lightning.training.redaction import HIDDEN, redacted_argument
 
 VARIABLE = "LION_LIGHTNING_SECRET_{}"

@@ -8,8 +8,8 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig
 from typing_extensions import override
 
+from lion_lightning.errors import ConfigError
 from lion_lightning.training import rendezvous
-from lion_lightning.training.errors import ConfigError
 from lion_lightning.training.sharded import ShardedStrategy
 
 LAUNCHERS = ("LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # what launchers tell their processes

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
 PASSAGE_CHARACTERS = 20_000

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lion_lightning.training.cache import default_cache
-from lion_lightning.training.data import StreamDataModule, read_schedule
-from lion_lightning.training.errors import ConfigError
-from lion_lightning.training.sampler import StepValues, StreamOrder
+from lion_lightning.data.cache import default_cache
+from lion_lightning.data.sampler import StepValues, StreamOrder
+from lion_lightning.data.stream import StreamDataModule, read_schedule
+from lion_lightning.errors import ConfigError
 from recipes.bert_mlm.corpus import Corpus
 from recipes.bert_mlm.mixture import Mixture, Source, mixture_of
 from recipes.bert_mlm.tokenizer import replacement_ids, special_tokens, starts_word

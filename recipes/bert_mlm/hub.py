@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from recipes.bert_mlm.corpus import Corpus
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from recipes.bert_mlm.corpus import Corpus, TextFiles
 from recipes.bert_mlm.hub import HubText
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from recipes.bert_mlm.data import TextBlocks
 from recipes.bert_mlm.loss import mean_cross_entropy
 from recipes.bert_mlm.masking import IGNORED

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.utils import is_flash_attn_2_available
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from recipes.bert_mlm.corpus import Corpus, find_files, fingerprint_of, not_utf8, passages
 from recipes.bert_mlm.hub import join_rows, load
 

@@ -14,7 +14,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
 SETTING = "model.pretrained"

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from lion_lightning.training.errors import ConfigError
-from lion_lightning.training.sampler import SourceTurns, StepValues, StreamOrder
+from lion_lightning.data.sampler import SourceTurns, StepValues, StreamOrder
+from lion_lightning.errors import ConfigError
 from recipes.bert_mlm.corpus import digest
 from recipes.bert_mlm.data import TextBlocks, as_batch
 from recipes.bert_mlm.mixture import Mixture, Source, check_weight, place_of

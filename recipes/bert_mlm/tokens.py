@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
-from lion_lightning.training.cache import resumable_folder
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.data.cache import resumable_folder
+from lion_lightning.errors import ConfigError
 from lion_lightning.training.host_memory import release_freed_memory
 from recipes.bert_mlm.corpus import Corpus
 from recipes.bert_mlm.shards import read_shards, token_dtype, tokenise

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 
 VAL_SHARE_SEED = 20_230_213
 UNREADABLE = -1  # the label of a validation picture that cannot be decoded; no metric counts it

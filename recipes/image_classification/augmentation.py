@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Beta
 from torch.nn.functional import cross_entropy
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from recipes.image_classification.randaugment import RandAugment
 
 SEED_STRIDE = 1_000_003

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from lion_lightning.training.cache import cached_folder, default_cache
-from lion_lightning.training.data import StreamDataModule
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.data.cache import cached_folder, default_cache
+from lion_lightning.data.stream import StreamDataModule
+from lion_lightning.errors import ConfigError
 from recipes.image_classification.arrays import Images, ImageSplits, load, pixel_file, save
 from recipes.image_classification.decoding import Broken, DecodedWhenAsked, decode
 from recipes.image_classification.sources import ImageSource, PictureSplits

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Image, Value
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 
 LABEL_NAMES = ("label", "labels", "fine_label")
 MAX_CLASSES = 1_000_000  # a larger number in a column of bare numbers is no class

@@ -13,7 +13,7 @@ from kornia.enhance import sharpness
 from kornia.geometry import get_affine_matrix2d, warp_affine
 from torch import Tensor
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 
 PARTS = 16  # of a batch, each with operations of its own: per image they would be launched one by one
 GREY = 0.5

@@ -13,7 +13,7 @@ import numpy as np
 from datasets import DatasetDict, Image, load_dataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from recipes.image_classification.arrays import Images, ImageSplits, held_out
 from recipes.image_classification.decoding import Pictures
 from recipes.image_classification.labels import class_indices, class_names, class_notes, find_columns

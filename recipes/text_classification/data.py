@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lion_lightning.training.cache import cached_folder, default_cache
-from lion_lightning.training.data import StreamDataModule
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.data.cache import cached_folder, default_cache
+from lion_lightning.data.stream import StreamDataModule
+from lion_lightning.errors import ConfigError
 from recipes.bert_mlm.pretrained import load_tokenizer
 from recipes.bert_mlm.tokenizer import as_transformers, identity, train_tokenizer
 from recipes.text_classification.labels import Labeled

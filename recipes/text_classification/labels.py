@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
 MAX_CLASSES = 1000

@@ -18,9 +18,9 @@ from torchmetrics.classification import (
 )
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
+from lion_lightning.errors import ConfigError
 from lion_lightning.mixin import LionMixin, OptimizerFactory
 from lion_lightning.schedules import Schedule
-from lion_lightning.training.errors import ConfigError
 from recipes.bert_mlm.model import load_or_build, model_flops, usable_config
 from recipes.bert_mlm.options import ModelOptions
 from recipes.text_classification.data import TOKEN_TYPES, LabeledTexts, decode

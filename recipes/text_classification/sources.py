@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from datasets import ClassLabel, DatasetDict, load_dataset
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from recipes.bert_mlm.corpus import PythonDocs, is_held_out
 from recipes.text_classification.labels import Row, TextSplits, label_splits
 from recipes.text_classification.tables import READERS, Columns, class_names, read_table

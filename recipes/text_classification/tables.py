@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 from datasets import ClassLabel, Features
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from recipes.text_classification.labels import Row
 
 MAX_FIELD_CHARACTERS = 2**24

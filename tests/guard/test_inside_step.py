@@ -16,8 +16,8 @@ from lion_lightning.guard.thresholds import Thresholds
 from lion_lightning.guard.warmup import LinearWarmup
 from lion_lightning.guard.watch import Losses, OptimizerWatch
 from lion_lightning.optim import release_gradients
-from lion_lightning.optim.engines import library
-from lion_lightning.optim.engines.measures import MEASURES, Survey
+from lion_lightning.optim.kernels import library
+from lion_lightning.optim.kernels.measures import MEASURES, Survey
 from tests.faults.injected import NaNBatch, Outlier
 from tests.faults.task import INPUTS, Student, train
 from tests.guard.test_sampling import Oracle, give_gradients, parameters

@@ -11,7 +11,7 @@ from lion_lightning.guard.monitors import Poison
 from lion_lightning.guard.sampling import STRETCH_ELEMENTS, STRETCHES, SampledCoordinates
 from lion_lightning.guard.thresholds import Thresholds
 from lion_lightning.optim import bits
-from lion_lightning.optim.engines import measures
+from lion_lightning.optim.kernels import measures
 
 SHAPES = [(64, 96), (64,), (4096,), (300,)]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_lightning.optim import Lion
-from lion_lightning.optim.engines import library
+from lion_lightning.optim.kernels import library
 from tests.reference.lion import Lion64
 from tests.reference.storage import kept_momentum, kept_weight, momentum_spacing, weight_spacing
 

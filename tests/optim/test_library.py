@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lion_lightning.optim import Lion
-from lion_lightning.optim.engines import library
+from lion_lightning.optim.kernels import library
 
 STEP = """
 import torch
@@ -30,7 +30,7 @@ def run(code: str, cache: Path, **environment: str) -> subprocess.CompletedProce
 
 
 def test_processes_may_compile_at_the_same_time(tmp_path: Path) -> None:
-    code = "from lion_lightning.optim.engines import library; print(library.cached())"
+    code = "from lion_lightning.optim.kernels import library; print(library.cached())"
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda _: run(code, tmp_path), range(2)))
     assert [result.returncode for result in results] == [0, 0], results[0].stderr
@@ -39,7 +39,7 @@ def test_processes_may_compile_at_the_same_time(tmp_path: Path) -> None:
 
 def test_without_a_compiler_the_eager_engine_serves_and_says_so_once(tmp_path: Path) -> None:
     code = STEP.format(fused=None) + "Lion([param]).step()"
-    prelude = "from lion_lightning.optim.engines import library\nlibrary.installed = library.cached\n"
+    prelude = "from lion_lightning.optim.kernels import library\nlibrary.installed = library.cached\n"
     result = run(prelude + code, tmp_path, PATH="/nowhere", CC="no-such-compiler")
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("the slower eager engine serves instead") == 1
@@ -60,7 +60,7 @@ def test_a_failing_compiler_is_no_error(
 
 
 def test_the_struct_matches_the_source() -> None:
-    from lion_lightning.optim.engines import cpu
+    from lion_lightning.optim.kernels import cpu
 
     loaded = library.load()
     assert loaded is not None

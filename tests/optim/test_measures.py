@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lion_lightning.guard.norms import SMALL_ELEMENTS, SquareSum
-from lion_lightning.optim.engines import measures
+from lion_lightning.optim.kernels import measures
 
 LENGTHS = (0, 1, 15, 16, 17, 255, 256, 257, 10_000)
 

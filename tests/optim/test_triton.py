@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_lightning.optim import Lion
-from lion_lightning.optim.engines.triton import TritonEngine
+from lion_lightning.optim.kernels.triton import TritonEngine
 from lion_lightning.optim.rule import Settings, TensorUpdate
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +59,7 @@ import triton.language as tl
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lion_lightning.optim.engines.kernels import lion_kernel
+from lion_lightning.optim.kernels.kernels import lion_kernel
 
 WIDE = {"cuda": r"(?:ld|st)\\.global\\.v\\d\\.b(?:32|64)", "hip": r"(?:load|store)_dwordx[24]"}
 COMBINATIONS = [
@@ -99,7 +99,7 @@ def test_it_compiles_to_rounded_arithmetic_and_wide_loads(
 
 
 def test_triton_is_imported_only_for_a_device() -> None:
-    code = "import lion_lightning.optim.engines.triton, sys; sys.exit('triton' in sys.modules)"
+    code = "import lion_lightning.optim.kernels.triton, sys; sys.exit('triton' in sys.modules)"
     run(["-c", code])
 
 
@@ -107,7 +107,7 @@ def test_it_objects_to_a_cpu_and_says_what_it_runs_on() -> None:
     code = """
 import torch
 from tests.optim.test_triton import update_like
-from lion_lightning.optim.engines.triton import engine
+from lion_lightning.optim.kernels.triton import engine
 print(engine.objection(update_like(3, "cpu")))
 """
     pytest.importorskip("triton")
@@ -233,7 +233,7 @@ def test_a_captured_step_draws_new_random_bits_as_its_step_number_grows() -> Non
 @pytest.mark.gpu
 @needs_device
 def test_tables_are_copied_only_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lion_lightning.optim.engines import tables
+    from lion_lightning.optim.kernels import tables
 
     made: list[int] = []
     pinned = tables._pinned

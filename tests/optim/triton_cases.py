@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lion_lightning.optim import Lion, bits, engines
-from lion_lightning.optim.engines import kernels, tables
-from lion_lightning.optim.engines.eager import engine as eager
-from lion_lightning.optim.engines.triton import engine as triton
+from lion_lightning.optim import Lion, bits
+from lion_lightning.optim import kernels as engines
+from lion_lightning.optim.kernels import kernels, tables
+from lion_lightning.optim.kernels.eager import engine as eager
+from lion_lightning.optim.kernels.triton import engine as triton
 from lion_lightning.optim.rule import Settings, TensorUpdate
 from lion_lightning.optim.telemetry import STATISTICS
 from tests.reference.lion import Lion64

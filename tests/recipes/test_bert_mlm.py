@@ -7,9 +7,9 @@ import torch
 from small_bert import LENGTH, batch_of, build
 from transformers import BertConfig, ModernBertConfig, ResNetConfig, pipeline
 
+from lion_lightning.errors import ConfigError
 from lion_lightning.optim import Lion
 from lion_lightning.schedules import cosine
-from lion_lightning.training.errors import ConfigError
 from recipes.bert_mlm.data import TextBlocks
 from recipes.bert_mlm.masking import Masking
 from recipes.bert_mlm.module import VALIDATION, VALIDATION_SEED, BertMLM

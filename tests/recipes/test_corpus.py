@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import recipes.bert_mlm.corpus as corpus_module
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from recipes.bert_mlm.corpus import PythonDocs, TextFiles, is_held_out, passages
 
 

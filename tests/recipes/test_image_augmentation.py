@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch.nn.functional import cross_entropy, one_hot
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from recipes.image_classification import randaugment
 from recipes.image_classification.augmentation import Augmentation, blend, cut_in, mixed_cross_entropy
 from recipes.image_classification.randaugment import OPERATIONS, PARTS, RandAugment

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from recipes.image_classification.pictures import read, square
 from recipes.image_classification.sources import ImageFiles
 from tests.recipes.written_images import (

@@ -10,8 +10,8 @@ from PIL import Image
 from torch.nn.functional import one_hot
 from transformers import BertConfig, PretrainedConfig, pipeline
 
+from lion_lightning.errors import ConfigError
 from lion_lightning.training.checkpoint_io import load
-from lion_lightning.training.errors import ConfigError
 from lion_lightning.training.run import run
 from recipes.bert_mlm.corpus import PythonDocs
 from recipes.bert_mlm.data import TextBlocks

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import recipes.image_classification.decoding as decoding
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from recipes.image_classification.arrays import UNREADABLE
 from recipes.image_classification.data import ImageArrays
 from recipes.image_classification.decoding import DecodedWhenAsked, decode

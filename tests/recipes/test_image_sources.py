@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from recipes.image_classification.arrays import held_out
 from recipes.image_classification.data import ImageArrays
 from recipes.image_classification.sources import Digits, ImageFiles

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from recipes.text_classification.labels import Row, label_splits
 from recipes.text_classification.sources import Glue, LabeledFiles, PythonPackages
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from lion_lightning.training.errors import ConfigError
-from lion_lightning.training.sampler import SourceTurns, StreamOrder
+from lion_lightning.data.sampler import SourceTurns, StreamOrder
+from lion_lightning.errors import ConfigError
 from recipes.bert_mlm.corpus import PythonDocs
 from recipes.bert_mlm.data import TextBlocks
 from recipes.bert_mlm.mixture import mixture_of

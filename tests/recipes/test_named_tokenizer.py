@@ -10,7 +10,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from lion_lightning.training.run import run
 from recipes.bert_mlm.corpus import TextFiles
 from recipes.bert_mlm.data import TextBlocks

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import recipes.bert_mlm.pieces as pieces_module
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from recipes.bert_mlm.pieces import FilePieces, HubPieces, SampleOf, _read
 
 pytestmark = pytest.mark.usefixtures("small_pieces")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from small_bert import batch_of, build
 from transformers import BertConfig, BertModel, ModernBertConfig, ResNetConfig
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from recipes.bert_mlm.data import TextBlocks
 from recipes.bert_mlm.masking import Masking
 from recipes.bert_mlm.model import build_model

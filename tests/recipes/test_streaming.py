@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lion_lightning.training.errors import ConfigError
-from lion_lightning.training.sampler import SourceTurns, StepValues
+from lion_lightning.data.sampler import SourceTurns, StepValues
+from lion_lightning.errors import ConfigError
 from recipes.bert_mlm.corpus import digest
 from recipes.bert_mlm.pieces import FilePieces
 from recipes.bert_mlm.streaming import StreamedBatches, StreamedText, pack_all

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import recipes.bert_mlm.data as data_module
-from lion_lightning.training.errors import ConfigError
-from lion_lightning.training.sampler import StepValues
+from lion_lightning.data.sampler import StepValues
+from lion_lightning.errors import ConfigError
 from recipes.bert_mlm.data import BlockDataset, TextBlocks, token_counts
 from recipes.bert_mlm.tokenizer import SPECIAL_TOKENS
 from tests.recipes.listed import Listed

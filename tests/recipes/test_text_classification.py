@@ -12,9 +12,9 @@ from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, ModernBertConfig, PretrainedConfig, ResNetConfig, pipeline
 
+from lion_lightning.errors import ConfigError
 from lion_lightning.optim import Lion
 from lion_lightning.schedules import cosine
-from lion_lightning.training.errors import ConfigError
 from recipes.bert_mlm.data import TextBlocks
 from recipes.bert_mlm.options import ModelOptions
 from recipes.text_classification.data import LabeledTexts

@@ -15,7 +15,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, BertConf
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import recipes.bert_mlm.options as options_module
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from lion_lightning.training.instantiate import instantiate
 from recipes.bert_mlm.data import TextBlocks
 from recipes.bert_mlm.masking import Masking

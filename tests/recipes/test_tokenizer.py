@@ -7,7 +7,7 @@ import pytest
 
 import recipes.bert_mlm.survey as survey_module
 import recipes.bert_mlm.tokens as tokens_module
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from recipes.bert_mlm.corpus import is_held_out
 from recipes.bert_mlm.tokenizer import SPECIAL_TOKENS, replacement_ids, special_tokens, starts_word, train_tokenizer
 from recipes.bert_mlm.tokens import BlockSettings, prepare_blocks

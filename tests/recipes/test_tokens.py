@@ -14,7 +14,7 @@ import pytest
 import recipes.bert_mlm.shards as shards_module
 import recipes.bert_mlm.survey as survey_module
 import recipes.bert_mlm.tokens as tokens_module
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from recipes.bert_mlm.corpus import TextFiles, is_held_out
 from recipes.bert_mlm.shards import token_dtype
 from recipes.bert_mlm.tokenizer import train_tokenizer

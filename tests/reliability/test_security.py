@@ -22,8 +22,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch.distributed.checkpoint.api import CheckpointException
 
+from lion_lightning.errors import ConfigError
 from lion_lightning.training.checkpoint_io import load
-from lion_lightning.training.errors import ConfigError
 from lion_lightning.training.redaction import HIDDEN, redacted, redacted_argument, redacted_text
 from lion_lightning.training.secret_overrides import VARIABLE, carried_in_environment, is_sweep
 from lion_lightning.training.sharded_files import load_sharded

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from lion_lightning.training.throughput import WARMUP_BATCHES
-from scripts import bench_recipe, bench_usual
+from scripts.bench import bench_recipe, bench_usual
 
 SMALL = {
     "bert_mlm": ["data.batch_size=4", "data.sequence_length=16"],

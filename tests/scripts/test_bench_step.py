@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from lion_lightning.optim import Lion
-from scripts import bench_step
-from scripts.bench_measure import Arena, Clock, Result, _round, attempt, survive
-from scripts.bench_models import MODELS
-from scripts.bench_peers import MODES, Subject, ours, theirs
+from scripts.bench import bench_step
+from scripts.bench.bench_measure import Arena, Clock, Result, _round, attempt, survive
+from scripts.bench.bench_models import MODELS
+from scripts.bench.bench_peers import MODES, Subject, ours, theirs
 
 CPU = torch.device("cpu")
 
@@ -114,7 +114,7 @@ def test_every_mode_runs_on_every_engine_of_the_device() -> None:
 def test_the_table_reads_at_80_columns(report: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    from scripts.bench_report import terminal
+    from scripts.bench.bench_report import terminal
 
     entries = [{**item, "name": "Lion triton bf16/24, m int8", "median_ms": 1234.5} for item in report[1]["results"]]
     terminal(entries, [], Console(width=80, force_terminal=False))

@@ -13,9 +13,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import AutoModelForImageClassification
 
 import lion_lightning.training.run as run_module
+from lion_lightning.errors import ConfigError
 from lion_lightning.training.averaging import AverageWeights
 from lion_lightning.training.checkpoint_io import load
-from lion_lightning.training.errors import ConfigError
 from lion_lightning.training.sharded import ShardedStrategy
 from lion_lightning.training.signals import TrainingInterrupted
 

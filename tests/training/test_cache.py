@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lion_lightning.training.cache import cached_folder, default_cache, resumable_folder
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.data.cache import cached_folder, default_cache, resumable_folder
+from lion_lightning.errors import ConfigError
 
 PARTS = 20
 

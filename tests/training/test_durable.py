@@ -19,10 +19,10 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from lion_lightning.errors import ConfigError
 from lion_lightning.training import durable
 from lion_lightning.training.checkpoint_io import DurableCheckpointIO, Placement, load, write
 from lion_lightning.training.durable import InvalidCheckpoint, marker_of, verify
-from lion_lightning.training.errors import ConfigError
 from lion_lightning.training.plain import plain
 from lion_lightning.training.resume import newest_valid, resolve, step_files, step_path
 

@@ -9,8 +9,8 @@ import torch
 from omegaconf import OmegaConf
 
 import recipes.bert_mlm.masking as masking_module
+from lion_lightning.errors import ConfigError
 from lion_lightning.optim import Lion
-from lion_lightning.training.errors import ConfigError
 from lion_lightning.training.instantiate import instantiate
 from recipes.bert_mlm.masking import Masking
 
@@ -50,7 +50,7 @@ def aliases() -> Iterator[None]:
         "recipes.bert_mlm.masking.IGNORED",
         "recipes.bert_mlm.corpus.hashlib.blake2b",
         "recipes.bert_mlm.corpus.glob.glob",
-        "lion_lightning.training.cache.shutil.rmtree",
+        "lion_lightning.data.cache.shutil.rmtree",
         "transformers.AutoModel.from_pretrained",
     ],
 )

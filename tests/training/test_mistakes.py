@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from lion_lightning.training.run import run
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from lion_lightning.errors import ConfigError
 from lion_lightning.training.checkpoint_io import load
-from lion_lightning.training.errors import ConfigError
 from lion_lightning.training.progress_state import KEY
 from lion_lightning.training.restoring import WAY_OUT, restoring
 from lion_lightning.training.run import run

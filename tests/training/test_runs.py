@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from omegaconf import OmegaConf
 
 import recipes.bert_mlm.module as bert_module
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 from lion_lightning.training.run import run
 
 RUN_FILES = (

@@ -4,9 +4,9 @@ from itertools import chain
 
 import pytest
 
-from lion_lightning.training.data import FixedBatches
-from lion_lightning.training.errors import ConfigError
-from lion_lightning.training.sampler import StepValues, StreamBatchSampler
+from lion_lightning.data.sampler import StepValues, StreamBatchSampler
+from lion_lightning.data.stream import FixedBatches
+from lion_lightning.errors import ConfigError
 
 SIZE = 23  # a prime, so that no batch ends with an epoch
 
@@ -114,7 +114,7 @@ def test_validation_sees_every_item_once_over_all_ranks(world_size: int) -> None
     ],
 )
 def test_a_data_module_names_bad_settings(wrong: dict[str, int], named: str) -> None:
-    from lion_lightning.training.data import StreamDataModule
+    from lion_lightning.data.stream import StreamDataModule
 
     with pytest.raises(ConfigError, match=named):
         StreamDataModule(**{"batch_size": 2, **wrong})
@@ -168,7 +168,7 @@ def test_growing_batches_share_and_resume_the_same_stream(world_size: int, done:
     ],
 )
 def test_a_bad_schedule_is_named(wrong: object, named: str) -> None:
-    from lion_lightning.training.data import StreamDataModule
+    from lion_lightning.data.stream import StreamDataModule
 
     with pytest.raises(ConfigError, match=named):
         StreamDataModule(2, batch_schedule=wrong)  # type: ignore[arg-type]

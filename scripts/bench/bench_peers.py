@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lion_lightning.optim import Lion, engines
+from lion_lightning.optim import Lion
+from lion_lightning.optim import kernels as engines
 
 Params = list[nn.Parameter]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

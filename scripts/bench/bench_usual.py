@@ -1,4 +1,4 @@
-"""How others train the same: the peers of scripts/bench_recipe.py."""
+"""How others train the same: the peers of scripts/bench/bench_recipe.py."""
 
 import tempfile
 import time

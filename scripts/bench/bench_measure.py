@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lion_lightning.optim import bits, checkpoints
-from scripts.bench_models import Shape
-from scripts.bench_peers import DTYPES, Params, Subject, quiet
-from scripts.bench_streaming import BYTES_PER_ELEMENT, Streaming
+from scripts.bench.bench_models import Shape
+from scripts.bench.bench_peers import DTYPES, Params, Subject, quiet
+from scripts.bench.bench_streaming import BYTES_PER_ELEMENT, Streaming
 
 LR, WEIGHT_DECAY = 1e-6, 0.1
 STREAMED_ELEMENTS = 64 * 1024 * 1024

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lion_lightning.optim import bits, rule, telemetry
-from lion_lightning.optim.engines import storage
-from lion_lightning.optim.engines.observation import Observation
-from lion_lightning.optim.engines.scratch import Scratch, add_product, is_moderate
+from lion_lightning.optim.kernels import storage
+from lion_lightning.optim.kernels.observation import Observation
+from lion_lightning.optim.kernels.scratch import Scratch, add_product, is_moderate
 from lion_lightning.optim.rule import TensorUpdate
 
 CHUNK_ELEMENTS = 81_920

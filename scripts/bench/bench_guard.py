@@ -1,7 +1,7 @@
 """What the guard costs: step times with and without it, in alternating blocks of one run.
 
-    python scripts/bench_guard.py                                  # digits, vit_micro
-    python scripts/bench_guard.py --block-steps 4 --blocks 12 model=bert_mini  # anything that train.py takes
+    python scripts/bench/bench_guard.py                                  # digits, vit_micro
+    python scripts/bench/bench_guard.py --block-steps 4 --blocks 12 model=bert_mini  # anything that train.py takes
 
 Prints the step of either kind, and the difference: that of the mean steps of neighbouring blocks (the guard has more to
 do in every fifth step), its median and quartiles over all pairs. A machine's speed drifts by more than the guard costs,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lion_lightning.optim import rule, telemetry
 from lion_lightning.optim.bits import BLOCK_ELEMENTS
-from lion_lightning.optim.engines import storage
-from lion_lightning.optim.engines.scratch import Scratch, add_product, is_moderate
+from lion_lightning.optim.kernels import storage
+from lion_lightning.optim.kernels.scratch import Scratch, add_product, is_moderate
 from lion_lightning.optim.rule import TensorUpdate
 
 BLOCKS = 320

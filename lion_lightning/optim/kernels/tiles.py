@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from lion_lightning.optim import bits
-from lion_lightning.optim.engines import tables
+from lion_lightning.optim.kernels import tables
 
 TILE_ROWS = 4
 TILE_ELEMENTS = TILE_ROWS * bits.BLOCK_ELEMENTS

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lion_lightning.optim.engines import library
-from lion_lightning.optim.engines.cpu import TYPES, Tasks
+from lion_lightning.optim.kernels import library
+from lion_lightning.optim.kernels.cpu import TYPES, Tasks
 
 MEASURES = ("flips", "signs", "projection", "update_squares", "grad_squares", "dead")
 """What a `Probe` sums up, in the order of measures.c."""

@@ -6,8 +6,8 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lion_lightning.training.errors import ConfigError
-from lion_lightning.training.sampler import StepValues, StreamBatchSampler, StreamOrder
+from lion_lightning.data.sampler import StepValues, StreamBatchSampler, StreamOrder
+from lion_lightning.errors import ConfigError
 from lion_lightning.training.signals import outlive_stop_signals
 
 VAL_BATCH_FACTOR = 2  # validation keeps no gradients, so twice the batch fits

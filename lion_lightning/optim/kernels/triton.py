@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lion_lightning.optim.engines import tables
+from lion_lightning.optim.kernels import tables
 from lion_lightning.optim.rule import TensorUpdate
 
 NUMBER_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -149,7 +149,7 @@ def _constants(combination: Combination, kernels: ModuleType) -> dict[str, Any]:
 
 def _kernels() -> ModuleType:
     """kernels.py, which needs triton."""
-    return importlib.import_module("lion_lightning.optim.engines.kernels")
+    return importlib.import_module("lion_lightning.optim.kernels.kernels")
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,8 +1,8 @@
 """Bytes per parameter of a BERT training step, counted from the tensors of a real one: Lion beside AdamW and Adafactor.
 
-    python scripts/memory_table.py                  # BERT-large, about 12 GB of memory
-    python scripts/memory_table.py --model bert-base --rows lion
-    python scripts/memory_table.py --survival       # what of 200 steps is left in these weights, seconds
+    python scripts/bench/memory_table.py                  # BERT-large, about 12 GB of memory
+    python scripts/bench/memory_table.py --model bert-base --rows lion
+    python scripts/bench/memory_table.py --survival       # what of 200 steps is left in these weights, seconds
 
 Each optimizer takes one step so that its state exists; the next is watched, and one more with gradients released.
 Weights, gradients and state are the bytes of the tensors after backward; the peak is that of torch's CPU allocator

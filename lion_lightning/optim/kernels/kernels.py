@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from lion_lightning.optim import rule, telemetry
-from lion_lightning.optim.engines import tables, tiles
-from lion_lightning.optim.engines.tiles import (
+from lion_lightning.optim.kernels import tables, tiles
+from lion_lightning.optim.kernels.tiles import (
     BLOCK,
     GOLDEN,
     GRAD_ARRAY,

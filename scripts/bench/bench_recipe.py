@@ -1,7 +1,8 @@
 """What a recipe's loop costs: our recipe, a raw PyTorch loop over its module, and the usual way, in one run.
 
-    python scripts/bench_recipe.py data=text_files data.path=FOLDER model=bert_mini optim=adamw
-    python scripts/bench_recipe.py recipe=image_classification data=cifar10 data.path=FOLDER model=resnet18 optim=adamw
+    python scripts/bench/bench_recipe.py data=text_files data.path=FOLDER model=bert_mini optim=adamw
+    python scripts/bench/bench_recipe.py recipe=image_classification data=cifar10 data.path=FOLDER model=resnet18 \\
+        optim=adamw
 
 All train the same configuration of model on the same data in the same batches, precision and with the same optimizer,
 in turns, each in a process of its own; printed are medians over all steps but the first of each turn. The usual way is,
@@ -32,14 +33,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the modules beside this one
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for the modules beside this one
 
 from lion_lightning.__main__ import CONFIG_FOLDER
 from lion_lightning.training import run as training_run
 from lion_lightning.training.building import build_data, build_module
 from lion_lightning.training.host_memory import keep_freed_memory
 from lion_lightning.training.throughput import WARMUP_BATCHES, Throughput
-from scripts.bench_usual import Clock, Turn, usual_way
+from scripts.bench.bench_usual import Clock, Turn, usual_way
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -126,7 +127,7 @@ def report(options: argparse.Namespace, times: dict[str, list[float]], step: tup
     amount, unit = step
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     lines = [
-        f"`python scripts/bench_recipe.py {' '.join(options.overrides)}`",
+        f"`python scripts/bench/bench_recipe.py {' '.join(options.overrides)}`",
         f"{time.strftime('%Y-%m-%d')}, {_hardware()}, torch {torch.__version__}, "
         f"{options.rounds} rounds of {options.steps} steps after {WARMUP_BATCHES} in each",
         "",

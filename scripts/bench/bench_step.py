@@ -1,7 +1,7 @@
 """Time of an optimizer step, beside every peer that imports, and what survives of it in bf16.
 
-    python scripts/bench_step.py --model bert_base --repeats 7 --output outputs/bench
-    python scripts/bench_step.py --modes fp32 bf16/32 --only Lion AdamW
+    python scripts/bench/bench_step.py --model bert_base --repeats 7 --output outputs/bench
+    python scripts/bench/bench_step.py --modes fp32 bf16/32 --only Lion AdamW
 
 Everything runs in one process; each repeat measures all optimizers in turn. The streaming limit, three arrays read and
 two written in place, is measured in every repeat. Missing peers are named and skipped: pip install .[bench]
@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the modules beside this one
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for the modules beside this one
 
-from scripts import bench_measure, bench_peers, bench_report
-from scripts.bench_models import MODELS
+from scripts.bench import bench_measure, bench_peers, bench_report
+from scripts.bench.bench_models import MODELS
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     way, limit = bench_report.streaming_limit(limits)
     about: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "scripts/bench_step.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": shlex.join(["python", "scripts/bench/bench_step.py", *(sys.argv[1:] if argv is None else argv)]),
         "model": options.model,
         "parameters": arena.count,
         "hardware": hardware(device),

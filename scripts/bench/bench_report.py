@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from scripts.bench_measure import Result
+from scripts.bench.bench_measure import Result
 
 COLUMNS = ("optimizer", "ms", "±", "B", "GB/s", "limit", "AdamW", "step", "decay")
 LEGEND = (

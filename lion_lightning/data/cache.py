@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lion_lightning.training.errors import ConfigError
+from lion_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lion_lightning.optim import bits, rule, telemetry
-from lion_lightning.optim.engines import library
+from lion_lightning.optim.kernels import library
 from lion_lightning.optim.rule import Settings, TensorUpdate
 
 CHUNK_ELEMENTS = 262_144
