@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lion_lightning.optim.release import Release, release_gradients
+from lion_lightning.optim.gradient_release import Release, release_gradients
 
 
 class GradientRelease(Callback):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lion_lightning.guard.batch_size import MIN_BATCH_SIZE
-from lion_lightning.optim import Lion, views
+from lion_lightning.optim import Lion, layout
 
 STEP_LIMIT, TRIAL_STEP_LIMIT = 1.0, 2.0
 """Largest lr * sqrt(fan_in) / RMS(p): how much of a layer's output one step of Lion may turn over (see `turnover`).
@@ -196,5 +196,5 @@ def _peak(group: dict[str, Any]) -> float:
 
 
 def _rms(param: Tensor) -> float:
-    local = views.local(param.detach())
+    local = layout.local(param.detach())
     return float(local.float().square().mean().sqrt()) if local.numel() else 0.0

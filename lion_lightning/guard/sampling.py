@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lion_lightning.optim import Lion, bits, views
-from lion_lightning.optim.kernels import library, measures
+from lion_lightning.optim import Lion, layout
+from lion_lightning.optim.kernels import library, measures, storage_formats
 from lion_lightning.optim.kernels.cpu import Tasks
 
 STRETCHES = 6
@@ -28,7 +28,7 @@ class SampledCoordinates:
             (number, param)
             for number, group in enumerate(optimizer.param_groups)
             for param in group["params"]
-            if param.requires_grad and param.numel() >= bits.BLOCK_ELEMENTS
+            if param.requires_grad and param.numel() >= storage_formats.BLOCK_ELEMENTS
         ] or [(number, param) for number, group in enumerate(optimizer.param_groups) for param in group["params"]]
         spread = len(places) / min(STRETCHES, len(places))
         chosen = [places[int(number * spread)] for number in range(min(STRETCHES, len(places)))]
@@ -82,7 +82,7 @@ class SampledCoordinates:
                 self._probe.skip(index)
                 continue
             exp_avg = state["exp_avg"]
-            if "exp_avg_scale" in state or type(exp_avg) not in views.PLAIN_TYPES or not param.is_contiguous():
+            if "exp_avg_scale" in state or type(exp_avg) not in layout.PLAIN_TYPES or not param.is_contiguous():
                 return None
             if not self._probe.aim(index, grad, exp_avg, float(group["betas"][0]), -1.0 if group["maximize"] else 1.0):
                 return None
@@ -115,15 +115,15 @@ class SampledCoordinates:
         state, grad = self.optimizer.state.get(param), param.grad
         if grad is None or not state:
             return None
-        momentum = views.flat(views.local(state["exp_avg"]))[start:stop]
+        momentum = layout.flat(layout.local(state["exp_avg"]))[start:stop]
         if "exp_avg_scale" in state:
-            scale = views.local(state["exp_avg_scale"])
-            first, last = start // bits.BLOCK_ELEMENTS, -(-stop // bits.BLOCK_ELEMENTS)
-            momentum = bits.dequantize(momentum, scale[first:last])
-        if not (param.is_contiguous() and grad.is_contiguous()) or views.is_sharded(grad):
-            weight, grad = views.local(param.detach()), views.local_grad(grad, param)
-            grad = views.laid_out_like(grad, weight if views.is_dense(weight) else views.local(state["exp_avg"]))
-        piece = views.flat(grad)[start:stop].float()
+            scale = layout.local(state["exp_avg_scale"])
+            first, last = start // storage_formats.BLOCK_ELEMENTS, -(-stop // storage_formats.BLOCK_ELEMENTS)
+            momentum = storage_formats.dequantize(momentum, scale[first:last])
+        if not (param.is_contiguous() and grad.is_contiguous()) or layout.is_sharded(grad):
+            weight, grad = layout.local(param.detach()), layout.local_grad(grad, param)
+            grad = layout.laid_out_like(grad, weight if layout.is_dense(weight) else layout.local(state["exp_avg"]))
+        piece = layout.flat(grad)[start:stop].float()
         return -piece if self.optimizer.param_groups[number]["maximize"] else piece, momentum.float()
 
     def _beta1(self, like: Tensor) -> Tensor | float:
@@ -137,14 +137,14 @@ class SampledCoordinates:
 
     def state_dict(self) -> Tensor | None:
         """Signs of the last update, int8 of shape (coordinates,); they belong to this process if it holds shards."""
-        sharded = any(views.is_sharded(param) for _, param, *_ in self._stretches)
+        sharded = any(layout.is_sharded(param) for _, param, *_ in self._stretches)
         return None if self._signs is None or sharded else self._signs.to("cpu", torch.int8)
 
     def load_state_dict(self, state: Tensor | None) -> None:
         expected = sum(stop - start for *_, start, stop in self._stretches)
         fits = state is not None and state.numel() == expected
         self._signs = (
-            None if state is None or not fits else state.to(views.local(self._stretches[0][1]).device, torch.float32)
+            None if state is None or not fits else state.to(layout.local(self._stretches[0][1]).device, torch.float32)
         )
 
     def forget(self) -> None:
@@ -154,7 +154,7 @@ class SampledCoordinates:
 
 def _stretch(param: Tensor, dice: random.Random) -> tuple[int, int]:
     """First and last element of a stretch of the local part, whole int8 blocks."""
-    elements = views.local(param.detach()).numel()
-    blocks = max(0, elements - STRETCH_ELEMENTS) // bits.BLOCK_ELEMENTS
-    start = dice.randint(0, blocks) * bits.BLOCK_ELEMENTS
+    elements = layout.local(param.detach()).numel()
+    blocks = max(0, elements - STRETCH_ELEMENTS) // storage_formats.BLOCK_ELEMENTS
+    start = dice.randint(0, blocks) * storage_formats.BLOCK_ELEMENTS
     return start, min(start + STRETCH_ELEMENTS, elements)

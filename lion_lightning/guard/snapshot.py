@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lion_lightning.guard.thresholds import Thresholds
-from lion_lightning.optim import views
+from lion_lightning.optim import layout
 
 
 @dataclass
@@ -114,7 +114,7 @@ def repair(snapshot: Snapshot, module: nn.Module, optimizers: Sequence[Optimizer
                     # What did not exist when the snapshot was taken starts again at 0.
                     before = kept["state"].get(index, {}).get(key)
                     pairs.append(
-                        (views.local(value), torch.zeros_like(views.local(value)) if before is None else before)
+                        (layout.local(value), torch.zeros_like(layout.local(value)) if before is None else before)
                     )
     return sum(_repair_tensor(tensor, before) for tensor, before in pairs if tensor.is_floating_point())
 
@@ -136,7 +136,7 @@ def _restore_state(states: Any, param: Tensor, kept: dict[str, Any]) -> None:
         del state[key]
     for key, value in kept.items():
         if isinstance(value, Tensor) and isinstance(state.get(key), Tensor):
-            views.local(state[key]).copy_(value, non_blocking=True)
+            layout.local(state[key]).copy_(value, non_blocking=True)
         else:
             state[key] = value.clone() if isinstance(value, Tensor) else value
 
@@ -152,7 +152,7 @@ def _kept_state(optimizer: Optimizer) -> dict[str, Any]:
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        yield name, views.local(tensor.detach())
+        yield name, layout.local(tensor.detach())
 
 
 def _params(optimizer: Optimizer) -> Iterator[Tensor]:
@@ -164,7 +164,7 @@ def _to_host(value: Any) -> Any:
     """A copy on the host, pinned if it comes from a GPU; anything but tensors as it is."""
     if not isinstance(value, Tensor):
         return value
-    tensor = views.local(value.detach())
+    tensor = layout.local(value.detach())
     if tensor.device.type != "cuda":
         return tensor.to("cpu", copy=True)
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

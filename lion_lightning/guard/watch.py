@@ -18,7 +18,7 @@ from lion_lightning.guard.readings import FACTS, SUMS, VERDICT, Mailbox, Reading
 from lion_lightning.guard.sampling import SampledCoordinates
 from lion_lightning.guard.thresholds import Thresholds
 from lion_lightning.guard.warmup import LinearWarmup, WarmupHook
-from lion_lightning.optim import Lion, views
+from lion_lightning.optim import Lion, layout
 from lion_lightning.optim.kernels.cpu import Tasks
 from lion_lightning.optim.kernels.measures import NOTHING
 
@@ -101,13 +101,13 @@ class OptimizerWatch:
         self.optimizer, self.rank, self.world_size, self.acts = optimizer, rank, world_size, acts
         self._scaled, self._reduce = scaled, reduce
         self.warmup = WarmupHook(optimizer, warmup)
-        self._device = views.local(self._params()[0]).device
+        self._device = layout.local(self._params()[0]).device
         self.gate: Any = (HostGate if self._device.type == "cpu" else DeviceGate)(thresholds)
         self.monitors, self.mailbox = Monitors(thresholds), Mailbox()
         self.sample = SampledCoordinates(optimizer) if isinstance(optimizer, Lion) else None
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         self._takes_scalars = (isinstance(optimizer, Lion) or fused) and not (fused and scaled)
-        self._sharded = {number for number, param in enumerate(self._params()) if views.is_sharded(param)}
+        self._sharded = {number for number, param in enumerate(self._params()) if layout.is_sharded(param)}
         self._whole_squares, self._sharded_squares = SquareSum(), SquareSum()
         self.measures_noise = not scaled and not self._sharded
         self._joins_step = joins_step and self.sample is not None and self._device.type == "cpu"
@@ -207,7 +207,7 @@ class OptimizerWatch:
         for param in self._params():
             for key, value in self.optimizer.state.get(param, {}).items():
                 if key in ("exp_avg", "exp_avg_scale"):
-                    views.local(value).zero_()
+                    layout.local(value).zero_()
         self.monitors.poison.recovered()
 
     def rebaseline(self, kind: str) -> None:
@@ -239,7 +239,7 @@ class OptimizerWatch:
         """Whether every weight and all optimizer state of this process is finite; bool of shape ()."""
         state = (value for param in self._params() for value in self.optimizer.state.get(param, {}).values())
         floats = [*self._params(), *(value for value in state if isinstance(value, Tensor))]
-        tensors = [views.local(tensor) for tensor in floats if tensor.is_floating_point()]
+        tensors = [layout.local(tensor) for tensor in floats if tensor.is_floating_point()]
         return torch.stack([tensor.isfinite().all().cpu() for tensor in tensors]).all()
 
     def squared_norm(self) -> Tensor | float:
@@ -258,7 +258,7 @@ class OptimizerWatch:
         whole, sharded = grads, Grads()
         if self._sharded:
             whole, params = {i: grad for i, grad in grads.items() if i not in self._sharded}, self._params()
-            sharded = {i: views.local_grad(grads[i], params[i]) for i in grads if i in self._sharded}
+            sharded = {i: layout.local_grad(grads[i], params[i]) for i in grads if i in self._sharded}
         # On a GPU a tensor tells the device where there are no gradients at all.
         squares: Tensor | float = 0.0 if isinstance(self.gate, HostGate) else torch.zeros((), device=self._device)
         if sharded:

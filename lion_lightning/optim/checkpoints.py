@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_lightning.optim import peers, views
+from lion_lightning.optim import layout, peers
 from lion_lightning.optim.lion import Lion
 from lion_lightning.optim.precision import remainder_of
 
@@ -147,7 +147,7 @@ def import_state(
     found = optimizer_state(read(state) if isinstance(state, (str, os.PathLike)) else state)
     source = source or source_of(found)
     weights = [param for group in optimizer.param_groups for param in group["params"]]
-    if any(views.is_sharded(weight) for weight in weights):
+    if any(layout.is_sharded(weight) for weight in weights):
         raise ValueError("parameters of type DTensor are not allowed: import before sharding")
     fresh = converted(found, weights, source, hyperparameters=hyperparameters)
     if source != "lion_lightning":

@@ -11,10 +11,10 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lion_lightning.optim import options, precision, views
+from lion_lightning.optim import group_options, layout, precision
 from lion_lightning.optim.kernels import Engine, choose
 from lion_lightning.optim.kernels.cpu import CpuEngine, Tasks
-from lion_lightning.optim.rule import Settings, TensorUpdate
+from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
 from lion_lightning.optim.state import loaded, prepare
 from lion_lightning.optim.telemetry import Telemetry
 
@@ -82,29 +82,29 @@ class Lion(Optimizer):
             betas=tuple(betas),
             weight_decay=weight_decay,
             weight_bits=weight_bits,
-            momentum_dtype=options.momentum_dtype(momentum_dtype),
+            momentum_dtype=group_options.momentum_dtype(momentum_dtype),
             cautious=cautious,
             maximize=maximize,
             nonfinite=nonfinite,
             fused=fused,
             seed=seed,
         )
-        options.check(defaults)
+        group_options.check(defaults)
         self._nonfinite: dict[torch.device, Tensor] = {}
         self._telemetry = Telemetry()
         super().__init__(params, defaults)
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        options.check_names(param_group)
+        group_options.check_names(param_group)
         group = {**self.defaults, "step": 0, **param_group}
-        options.check(group)
-        group["momentum_dtype"] = options.momentum_dtype(group["momentum_dtype"])
+        group_options.check(group)
+        group["momentum_dtype"] = group_options.momentum_dtype(group["momentum_dtype"])
         group["params"] = _once(group["params"])
         for entry in [group["params"]] if isinstance(group["params"], Tensor) else group["params"]:
             param = entry[1] if isinstance(entry, tuple) else entry
             if isinstance(param, Tensor):  # torch has its own words for what is not a tensor
-                options.check_param(param)
+                group_options.check_param(param)
         super().add_param_group(group)
 
     @override
@@ -189,13 +189,13 @@ class Lion(Optimizer):
                 index += 1
                 if param.grad is None:
                     continue
-                options.check_grad(param.grad)
+                group_options.check_grad(param.grad)
                 if param.device not in settings:
                     settings[param.device] = self._settings(group, param.device)
                 now, state = settings[param.device], self.state[param]
-                prepare(state, param, group["weight_bits"], options.momentum_dtype(group["momentum_dtype"]))
+                prepare(state, param, group["weight_bits"], group_options.momentum_dtype(group["momentum_dtype"]))
                 if now is not None:
-                    update = views.tensor_update(param, state, index, now, copies)
+                    update = layout.tensor_update(param, state, index, now, copies)
                     updates.append((choose(update, group["fused"]), update))
                     stepped.append(param)
             counts.append((group, [now for now in settings.values() if now is not None]))
@@ -224,7 +224,7 @@ class Lion(Optimizer):
 
     def _settings(self, group: dict[str, Any], device: torch.device) -> Settings | None:
         """The group's settings for one step on a device; None where the host knows that the step is to be skipped."""
-        options.check(group)
+        group_options.check(group)
         found_inf = _known(self.found_inf, device)
         if found_inf is not None and not isinstance(found_inf, Tensor):
             if found_inf != 0:
@@ -233,7 +233,7 @@ class Lion(Optimizer):
         grad_scale = _known(self.grad_scale, device)
         lr = _known(group["lr"], device)
         assert lr is not None
-        is_random = group["weight_bits"] != 32 or options.momentum_dtype(group["momentum_dtype"]) == torch.int8
+        is_random = group["weight_bits"] != 32 or group_options.momentum_dtype(group["momentum_dtype"]) == torch.int8
         if is_random and device.type != "cpu" and not isinstance(group["step"], Tensor):
             # Where the kernels may be replayed from a graph, the counter has to advance on the device.
             group["step"] = torch.full((), group["step"], dtype=torch.int64, device=device)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from lion_lightning.optim import options, views
+from lion_lightning.optim import group_options, layout
 from lion_lightning.optim.kernels import choose
+from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
 from lion_lightning.optim.lion import Lion
-from lion_lightning.optim.rule import Settings, TensorUpdate
 from lion_lightning.optim.state import prepare
 
 Place = tuple[int, int]
@@ -59,13 +59,13 @@ class LionStep:
     def step(self, param: Tensor, place: Place) -> None:
         assert param.grad is not None
         group, state = self._optimizer.param_groups[place[0]], self._optimizer.state[param]
-        options.check_grad(param.grad)
-        prepare(state, param, group["weight_bits"], options.momentum_dtype(group["momentum_dtype"]))
+        group_options.check_grad(param.grad)
+        prepare(state, param, group["weight_bits"], group_options.momentum_dtype(group["momentum_dtype"]))
         settings = self._settings_of(param, place)
         if settings is None:
             return
         copies: list[tuple[Tensor, Tensor]] = []
-        update = views.tensor_update(param, state, place[1], settings, copies)
+        update = layout.tensor_update(param, state, place[1], settings, copies)
         sampled = self._sampled.get(place[1])
         if sampled is not None:
             update.statistics, update.observed_below = sampled.statistics, sampled.observed_below
@@ -105,7 +105,7 @@ class LionStep:
 
     def _outline(self, param: Tensor, place: Place) -> TensorUpdate:
         """A stand-in for telemetry, which wants to see all tensors of a step at once: it holds no gradient."""
-        weight = views.local(param.detach()).reshape(-1)
+        weight = layout.local(param.detach()).reshape(-1)
         settings = self._settings_of(param, place)
         assert settings is not None
         kind = ("scalar", "vector")[param.ndim] if param.ndim < 2 else "matrix"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lion_lightning.optim import views
+from lion_lightning.optim import layout
 
 Entry = Mapping[str, Any]
 """The state of one parameter, or the options of one parameter group, as a peer saved it."""
@@ -103,7 +103,7 @@ def _flashlion_momentum(levels: Tensor, scales: Tensor) -> Tensor:
     """Softsign levels in blocks of 32 in memory order; fp16 scales, saved as bf16 bit patterns beside bf16 weights."""
     if scales.dtype == torch.bfloat16:
         scales = scales.view(torch.float16)
-    ratio = views.flat(levels).float() / 127.0
+    ratio = layout.flat(levels).float() / 127.0
     values = ratio / (2.0 - ratio.abs()) * per_element(scales, FLASHLION_BLOCK_ELEMENTS, levels.numel())
     return torch.empty_like(levels, dtype=torch.float32).copy_(values.as_strided(levels.shape, levels.stride()))
 

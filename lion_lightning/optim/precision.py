@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lion_lightning.optim import bits, views
+from lion_lightning.optim import layout
+from lion_lightning.optim.kernels import storage_formats
 from lion_lightning.optim.state import REMAINDER_DTYPES
 
 HALF_OF_WHAT_IS_DROPPED = -(2**31)
-"""As the random word of `bits.split_weight`: its top bit alone rounds to nearest, whatever number of bits is kept."""
+"""The random word for `storage_formats.split_weight` that rounds to nearest: only its top bit is set."""
 
 
 def full_precision_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -87,25 +88,27 @@ def _full(value: Tensor, state: Mapping[str, Any]) -> Tensor:
         return value.clone()
     remainder = state.get("weight_remainder")
     out = torch.empty_like(value, dtype=torch.float32)
-    views.local(out).copy_(bits.join_weight(views.local(value), None if remainder is None else views.local(remainder)))
+    layout.local(out).copy_(
+        storage_formats.join_weight(layout.local(value), None if remainder is None else layout.local(remainder))
+    )
     return out
 
 
 def _seed(param: Tensor, state: dict[str, Any], full: Tensor, weight_bits: int) -> None:
-    here = views.local(full).float()
+    here = layout.local(full).float()
     random = torch.full_like(here, HALF_OF_WHAT_IS_DROPPED, dtype=torch.int32)
-    high, low = bits.split_weight(here, weight_bits, random)
-    views.local(param.detach()).copy_(high)
+    high, low = storage_formats.split_weight(here, weight_bits, random)
+    layout.local(param.detach()).copy_(high)
     dtype = REMAINDER_DTYPES[weight_bits]
     state.pop("weight_remainder", None)
     if dtype is not None and low is not None:
         remainder = state["weight_remainder"] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-        views.local(remainder).copy_(low)
+        layout.local(remainder).copy_(low)
 
 
 def _like(value: Tensor, target: Tensor) -> Tensor:
     """The value on the target's device, sharded as the target is."""
-    if views.is_sharded(target) and not views.is_sharded(value):
+    if layout.is_sharded(target) and not layout.is_sharded(value):
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)  # type: ignore[attr-defined]

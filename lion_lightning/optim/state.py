@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_lightning.optim import bits, views
+from lion_lightning.optim import layout
+from lion_lightning.optim.kernels import storage_formats
 
 REMAINDER_DTYPES = {32: torch.int16, 24: torch.int8, 16: None}
 SMALL_ELEMENTS = 4096
@@ -64,8 +65,10 @@ def converted_remainder(remainder: Tensor, dtype: torch.dtype) -> Tensor:
 
 def zero_scale(param: Tensor) -> Tensor:
     """Scales of a momentum of zeros: fp32 of shape (ceil(n / 256),), or as many for each shard of a DTensor."""
-    if not views.is_sharded(param):
-        return torch.zeros(-(-param.numel() // bits.BLOCK_ELEMENTS), dtype=torch.float32, device=param.device)
+    if not layout.is_sharded(param):
+        return torch.zeros(
+            -(-param.numel() // storage_formats.BLOCK_ELEMENTS), dtype=torch.float32, device=param.device
+        )
     from torch.distributed.tensor import DTensor, Shard
 
     placements: tuple[Any, ...] = param.placements  # type: ignore[attr-defined]
@@ -74,8 +77,8 @@ def zero_scale(param: Tensor) -> Tensor:
         if placement.is_shard():
             largest[placement.dim] = -(-largest[placement.dim] // ways)
             shards *= ways
-    blocks = -(-torch.Size(largest).numel() // bits.BLOCK_ELEMENTS)
-    here = torch.zeros(blocks, dtype=torch.float32, device=views.local(param).device)
+    blocks = -(-torch.Size(largest).numel() // storage_formats.BLOCK_ELEMENTS)
+    here = torch.zeros(blocks, dtype=torch.float32, device=layout.local(param).device)
     across = [Shard(0) if placement.is_shard() else placement for placement in placements]
     shape, mesh = torch.Size((blocks * shards,)), param.device_mesh  # type: ignore[attr-defined]
     return DTensor.from_local(here, mesh, across, run_check=False, shape=shape, stride=(1,))
@@ -86,8 +89,8 @@ def restored_momentum(state: dict[str, Any]) -> Tensor:
     exp_avg, scale = state["exp_avg"], state.get("exp_avg_scale")
     if scale is None:
         return exp_avg
-    levels = views.local(exp_avg)
-    values = bits.dequantize(views.flat(levels), views.local(scale))
+    levels = layout.local(exp_avg)
+    values = storage_formats.dequantize(layout.flat(levels), layout.local(scale))
     return torch.empty_like(levels, dtype=torch.float32).copy_(values.as_strided(levels.shape, levels.stride()))
 
 
@@ -96,23 +99,25 @@ def store_momentum(state: dict[str, Any], param: Tensor, momentum: Tensor, dtype
     state.pop("exp_avg_scale", None)
     target = state["exp_avg"] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
     if dtype != torch.int8:
-        views.local(target).copy_(views.local(momentum))
+        layout.local(target).copy_(layout.local(momentum))
         return
     scale = state["exp_avg_scale"] = zero_scale(param)
-    here = views.local(target)
-    levels, scales = bits.quantize(views.flat(views.laid_out_like(views.local(momentum).float(), here)), None)
-    views.flat(here).copy_(levels)
-    views.local(scale)[: scales.numel()].copy_(scales)
+    here = layout.local(target)
+    levels, scales = storage_formats.quantize(
+        layout.flat(layout.laid_out_like(layout.local(momentum).float(), here)), None
+    )
+    layout.flat(here).copy_(levels)
+    layout.local(scale)[: scales.numel()].copy_(scales)
 
 
 def _fits(tensor: Tensor, param: Tensor) -> bool:
     """Whether state has the memory layout of the parameter, or a dense one where the parameter has gaps."""
-    here, weight = views.local(tensor), views.local(param)
+    here, weight = layout.local(tensor), layout.local(param)
     if here.shape == weight.shape and here.is_contiguous() and weight.is_contiguous():
         return True
-    if not views.is_dense(weight):
-        return views.same_layout(here, torch.empty_like(weight, device="meta"))
-    return views.is_dense(here) and views.same_layout(here, weight)
+    if not layout.is_dense(weight):
+        return layout.same_layout(here, torch.empty_like(weight, device="meta"))
+    return layout.is_dense(here) and layout.same_layout(here, weight)
 
 
 def _like(tensor: Tensor, param: Tensor) -> Tensor:

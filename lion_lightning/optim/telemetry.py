@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_lightning.optim import bits
-from lion_lightning.optim.rule import Settings, TensorUpdate
+from lion_lightning.optim.kernels import storage_formats
+from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
 
 UNMOVED, ZERO, AGREE, MOMENTUM_SQUARED, WEIGHT_SQUARED, NEAR_BOUND, DECAY, NONFINITE, FLIPPED = range(9)
 STATISTICS = 9
@@ -43,29 +43,29 @@ def is_observed(block: Tensor, below: int) -> Tensor:
     Multiples of the golden ratio spread the observed blocks evenly, whatever the width of the matrix, and take the
     first. All of them would cost a third of the time of a step on a CPU, or twice all of it in the eager engine.
     """
-    return (block * bits.GOLDEN & bits.WORD_MASK) < below
+    return (block * storage_formats.GOLDEN & storage_formats.WORD_MASK) < below
 
 
 def observed(start: int, count: int, below: int, device: torch.device) -> Tensor:
     """Mask of the observed elements among `count` of a tensor, from `start` on, a multiple of 256; bool (count,)."""
-    first, last = start // bits.BLOCK_ELEMENTS, -(-(start + count) // bits.BLOCK_ELEMENTS)
+    first, last = start // storage_formats.BLOCK_ELEMENTS, -(-(start + count) // storage_formats.BLOCK_ELEMENTS)
     blocks = is_observed(torch.arange(first, last, device=device), below)
-    return blocks.repeat_interleave(bits.BLOCK_ELEMENTS)[:count]
+    return blocks.repeat_interleave(storage_formats.BLOCK_ELEMENTS)[:count]
 
 
 @functools.lru_cache(maxsize=4096)
 def observed_count(start: int, count: int, below: int) -> int:
     """How many of `count` elements of a tensor are observed, from `start` on, a multiple of 256."""
     blocks = observed_blocks(start, count, below)
-    missing = -count % bits.BLOCK_ELEMENTS
-    last = blocks.numel() > 0 and int(blocks[-1]) == (count - 1) // bits.BLOCK_ELEMENTS
-    return blocks.numel() * bits.BLOCK_ELEMENTS - missing * last
+    missing = -count % storage_formats.BLOCK_ELEMENTS
+    last = blocks.numel() > 0 and int(blocks[-1]) == (count - 1) // storage_formats.BLOCK_ELEMENTS
+    return blocks.numel() * storage_formats.BLOCK_ELEMENTS - missing * last
 
 
 @functools.lru_cache(maxsize=4096)
 def observed_blocks(start: int, count: int, below: int) -> Tensor:
     """Places of the observed blocks of 256 among `count` elements of a tensor, from `start` on; int64 on the CPU."""
-    first, last = start // bits.BLOCK_ELEMENTS, -(-(start + count) // bits.BLOCK_ELEMENTS)
+    first, last = start // storage_formats.BLOCK_ELEMENTS, -(-(start + count) // storage_formats.BLOCK_ELEMENTS)
     return is_observed(torch.arange(first, last), below).nonzero().flatten()
 
 

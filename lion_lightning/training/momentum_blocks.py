@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lion_lightning.optim import bits
+from lion_lightning.optim.kernels import storage_formats
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,10 @@ class SavedBlocks:
         in_shard = -(-self.rows // self.shards) * (self.elements // self.rows)
         element = torch.arange(first, first + count)
         shard = element // in_shard
-        return shard * (self.scales.numel() // self.shards) + (element - shard * in_shard) // bits.BLOCK_ELEMENTS
+        return (
+            shard * (self.scales.numel() // self.shards)
+            + (element - shard * in_shard) // storage_formats.BLOCK_ELEMENTS
+        )
 
 
 def reblocked(levels: Tensor, first: int, saved: SavedBlocks) -> tuple[Tensor, Tensor]:
@@ -50,10 +53,10 @@ def reblocked(levels: Tensor, first: int, saved: SavedBlocks) -> tuple[Tensor, T
     if levels.numel() == 0:
         return levels, saved.scales.new_empty(0)
     of_each = saved.of_elements(first, levels.numel())
-    units = bits.dequantize(levels, torch.ones(-(-levels.numel() // bits.BLOCK_ELEMENTS)))
-    rounded, scales = bits.quantize(units * saved.scales[of_each], None)
-    missing = -levels.numel() % bits.BLOCK_ELEMENTS
-    rows = torch.cat([of_each, of_each[-1:].expand(missing)]).view(-1, bits.BLOCK_ELEMENTS)
+    units = storage_formats.dequantize(levels, torch.ones(-(-levels.numel() // storage_formats.BLOCK_ELEMENTS)))
+    rounded, scales = storage_formats.quantize(units * saved.scales[of_each], None)
+    missing = -levels.numel() % storage_formats.BLOCK_ELEMENTS
+    rows = torch.cat([of_each, of_each[-1:].expand(missing)]).view(-1, storage_formats.BLOCK_ELEMENTS)
     whole = (rows == rows[:, :1]).all(1)
-    kept = whole.repeat_interleave(bits.BLOCK_ELEMENTS)[: levels.numel()]
+    kept = whole.repeat_interleave(storage_formats.BLOCK_ELEMENTS)[: levels.numel()]
     return torch.where(kept, levels, rounded), torch.where(whole, saved.scales[rows[:, 0]], scales)

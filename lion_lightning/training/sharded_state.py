@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from lion_lightning.optim import bits, views
+from lion_lightning.optim import layout
+from lion_lightning.optim.kernels import storage_formats
 from lion_lightning.training.momentum_blocks import SavedBlocks, reblocked
 from lion_lightning.training.sharded_files import META_FILE, load_sharded, read_whole, shards_of
 
@@ -89,7 +90,7 @@ def _expect_saved_scales(state: dict[str, Any], shards: dict[str, int], name: st
         if SCALES in entry and count not in (None, entry[SCALES].device_mesh.size()):
             waiting[param] = entry[SCALES]
             elements = -(-entry[LEVELS].shape[0] // count) * entry[LEVELS].shape[1:].numel()
-            entry[SCALES] = torch.empty(count * -(-elements // bits.BLOCK_ELEMENTS))
+            entry[SCALES] = torch.empty(count * -(-elements // storage_formats.BLOCK_ELEMENTS))
     return waiting
 
 
@@ -128,11 +129,11 @@ def _cut(entry: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
 
 def _fill(target: Any, whole: Any) -> Any:
     """`target` with this rank's part of `whole` in it; what is no sharded tensor is replaced."""
-    if not views.is_sharded(target):
+    if not layout.is_sharded(target):
         return target.copy_(whole) if isinstance(target, Tensor) else whole
     shape, offsets = compute_local_shape_and_global_offset(whole.shape, target.device_mesh, target.placements)
     part = tuple(slice(offset, offset + size) for offset, size in zip(offsets, shape, strict=True))
-    views.local(target).copy_(whole[part])
+    layout.local(target).copy_(whole[part])
     return target
 
 
@@ -142,7 +143,7 @@ def _saved_blocks(levels: Tensor, scales: Tensor, shards: int) -> SavedBlocks:
 
 def _reblock(entry: dict[str, Any], saved: SavedBlocks) -> None:
     """Make the levels of this rank's part, which are as they were saved, those of its own blocks."""
-    here, scales = views.flat(views.local(entry[LEVELS])), views.local(entry[SCALES])
-    levels, of_blocks = reblocked(here.cpu(), views.element_offset(entry[LEVELS]), saved)
+    here, scales = layout.flat(layout.local(entry[LEVELS])), layout.local(entry[SCALES])
+    levels, of_blocks = reblocked(here.cpu(), layout.element_offset(entry[LEVELS]), saved)
     here.copy_(levels)
     scales.zero_()[: of_blocks.numel()].copy_(of_blocks)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lion_lightning.optim import bits, checkpoints
+from lion_lightning.optim import checkpoints
+from lion_lightning.optim.kernels import storage_formats
 from scripts.bench.bench_models import Shape
 from scripts.bench.bench_peers import DTYPES, Params, Subject, quiet
 from scripts.bench.bench_streaming import BYTES_PER_ELEMENT, Streaming
@@ -205,4 +206,4 @@ def full_weight(subject: Subject, optimizer: Any, param: nn.Parameter) -> Tensor
             optimizer.state_dict(), [weight], COMPENSATED[subject.family], hyperparameters=False
         )
         remainder = found["state"][0].get("weight_remainder")
-    return bits.join_weight(weight, remainder).double()
+    return storage_formats.join_weight(weight, remainder).double()

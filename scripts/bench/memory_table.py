@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertForMaskedLM
 
 from lion_lightning.optim import Lion
-from lion_lightning.optim.release import release_gradients
+from lion_lightning.optim.gradient_release import release_gradients
 
 SHAPES: dict[str, dict[str, Any]] = {
     "bert-mini": dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lion_lightning.optim import views
+from lion_lightning.optim import layout
 from tests.faults.task import CLASSES
 
 
@@ -72,7 +72,7 @@ class NaNMomentum(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.step:
             state = trainer.optimizers[0].state[next(iter(pl_module.parameters()))]
-            views.local(state["exp_avg"]).view(-1)[3] = torch.nan
+            layout.local(state["exp_avg"]).view(-1)[3] = torch.nan
 
 
 def every(start: int) -> "range":

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lion_lightning import LionGuard
-from lion_lightning.optim import views
+from lion_lightning.optim import layout
 from tests.faults.injected import NaNBatch, Outlier
 from tests.faults.task import Student, teacher_data
 
@@ -83,7 +83,7 @@ def run(strategy_name: str, fault: str, world_size: int) -> dict[str, Any]:
 
 def _whole(param: Tensor) -> Tensor:
     param = param.detach()
-    return param.full_tensor() if views.is_sharded(param) else param  # type: ignore[attr-defined]
+    return param.full_tensor() if layout.is_sharded(param) else param  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

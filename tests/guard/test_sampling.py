@@ -10,8 +10,7 @@ from lion_lightning import Lion
 from lion_lightning.guard.monitors import Poison
 from lion_lightning.guard.sampling import STRETCH_ELEMENTS, STRETCHES, SampledCoordinates
 from lion_lightning.guard.thresholds import Thresholds
-from lion_lightning.optim import bits
-from lion_lightning.optim.kernels import measures
+from lion_lightning.optim.kernels import measures, storage_formats
 
 SHAPES = [(64, 96), (64,), (4096,), (300,)]
 
@@ -53,8 +52,8 @@ def exact_momentum(state):
     exp_avg = state["exp_avg"].flatten()
     if "exp_avg_scale" not in state:
         return exp_avg.double()
-    scale = state["exp_avg_scale"].double().repeat_interleave(bits.BLOCK_ELEMENTS)[: exp_avg.numel()]
-    return bits.dequantize(exp_avg, state["exp_avg_scale"]).double() if scale.numel() else exp_avg.double()
+    scale = state["exp_avg_scale"].double().repeat_interleave(storage_formats.BLOCK_ELEMENTS)[: exp_avg.numel()]
+    return storage_formats.dequantize(exp_avg, state["exp_avg_scale"]).double() if scale.numel() else exp_avg.double()
 
 
 class Oracle:
@@ -217,7 +216,7 @@ def test_the_sample_is_spread_over_large_parameters_and_bounded():
     assert len({id(param) for _, param, *_ in sample._stretches}) == STRETCHES
     assert all(param.numel() > 200 for _, param, *_ in sample._stretches)
     assert sum(stop - start for *_, start, stop in sample._stretches) == STRETCHES * STRETCH_ELEMENTS
-    assert all(start % bits.BLOCK_ELEMENTS == 0 for *_, start, _ in sample._stretches)
+    assert all(start % storage_formats.BLOCK_ELEMENTS == 0 for *_, start, _ in sample._stretches)
 
 
 def test_small_models_are_sampled_whole():

@@ -19,8 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lion_lightning.optim import Lion, bits, views
-from lion_lightning.optim.release import release_gradients
+from lion_lightning.optim import Lion, layout
+from lion_lightning.optim.gradient_release import release_gradients
+from lion_lightning.optim.kernels import storage_formats
 
 MODES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp32": (torch.float32, {}),
@@ -119,7 +120,7 @@ def check_shards_equal_the_whole_in_every_mode(mesh: DeviceMesh) -> None:
         for distributed, single in pairs:
             assert torch.equal(whole(distributed.detach()), single), f"{label}: shape {tuple(single.shape)}"
         assert optimizer.param_groups[0]["step"] == 3
-        empty = [views.local(param).numel() == 0 for param, _ in pairs]
+        empty = [layout.local(param).numel() == 0 for param, _ in pairs]
         assert any(empty) == (mesh.get_rank() == 1 and len(shapes) == 4)
 
 
@@ -139,7 +140,7 @@ def check_int8_blocks_belong_to_local_parts(mesh: DeviceMesh) -> None:
     state, exact = optimizer.state[pair[0]], pair[1].grad
     assert state["exp_avg"].dtype == torch.int8
     assert exact is not None
-    here = bits.dequantize(views.flat(views.local(state["exp_avg"])), views.local(state["exp_avg_scale"]))
+    here = storage_formats.dequantize(layout.flat(layout.local(state["exp_avg"])), layout.local(state["exp_avg_scale"]))
     start = 0 if mesh.get_rank() == 0 else 51 * 67
     expected = exact.flatten()[start : start + here.numel()]
     assert (here - expected).abs().max() <= 0.033 * expected.abs().max()  # the widest step between levels
@@ -235,7 +236,7 @@ def check_asking_for_the_state_of_a_fresh_optimizer_changes_nothing(mesh: Device
         assert_same(model, untouched, label)
         assert optimizer.param_groups[0]["step"] == 0
         assert optimizer.param_groups[0]["lr"] == OPTIONS["lr"]
-        assert not any(views.local(value).any() for state in optimizer.state.values() for value in state.values())
+        assert not any(layout.local(value).any() for state in optimizer.state.values() for value in state.values())
         train(model, optimizer, 0, 2, dtype)
         other = Lion(untouched.parameters(), **OPTIONS, **options)
         train(untouched, other, 0, 2, dtype)
@@ -250,7 +251,7 @@ def check_a_sharded_state_loads_into_a_fresh_optimizer(mesh: DeviceMesh) -> None
         train(model, optimizer, 0, 2, dtype)
         with torch.no_grad():
             for target, source in zip(resumed.parameters(), model.parameters(), strict=True):
-                views.local(target).copy_(views.local(source))
+                layout.local(target).copy_(layout.local(source))
         fresh = Lion(resumed.parameters(), **OPTIONS, **options)
         set_optimizer_state_dict(resumed, fresh, get_optimizer_state_dict(model, optimizer))
         train(model, optimizer, 2, 2, dtype)

@@ -4,19 +4,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lion_lightning.optim import Lion, bits
+from lion_lightning.optim import Lion
+from lion_lightning.optim.kernels import storage_formats
 from tests.reference.storage import kept_weight
 
 CPU = torch.device("cpu")
 
 
 def draw(seed: int = 0, step: int = 0, index: int = 0, start: int = 0, count: int = 4096) -> Tensor:
-    return bits.random_bits(bits.random_keys(seed, step, index), start, count, CPU)
+    return storage_formats.random_bits(storage_formats.random_keys(seed, step, index), start, count, CPU)
 
 
 def test_the_hash_is_the_documented_one() -> None:
     """Word by word in Python integers."""
-    first, second = bits.random_keys(3, 5, 7)
+    first, second = storage_formats.random_keys(3, 5, 7)
     for element, word in enumerate(draw(3, 5, 7, count=50).tolist()):
         value = element ^ first
         value ^= value >> 16
@@ -38,8 +39,8 @@ def test_random_bits_depend_on_seed_step_parameter_and_element_alone() -> None:
 
 def test_a_step_counter_on_a_device_keys_the_same_bits() -> None:
     for step in (0, 1, 123_456):
-        keys = bits.random_keys(2**63 + 5, torch.tensor(step), 9)
-        assert tuple(int(key) for key in keys) == bits.random_keys(2**63 + 5, step, 9)
+        keys = storage_formats.random_keys(2**63 + 5, torch.tensor(step), 9)
+        assert tuple(int(key) for key in keys) == storage_formats.random_keys(2**63 + 5, step, 9)
 
 
 @pytest.mark.parametrize("half", [0, 16])
@@ -58,10 +59,10 @@ def test_every_pattern_that_is_stored_comes_back(weight_bits: int) -> None:
     words = torch.randint(-(2**31), 2**31, (100_000,), dtype=torch.int64).to(torch.int32)
     words = words & -(1 << (32 - weight_bits))
     values = words.view(torch.float32)
-    values = values[values.abs() <= bits.BFLOAT16_MAX]
+    values = values[values.abs() <= storage_formats.BFLOAT16_MAX]
     random = torch.zeros_like(values, dtype=torch.int32)
-    high, remainder = bits.split_weight(values, weight_bits, random)
-    assert torch.equal(bits.join_weight(high, remainder).view(torch.int32), values.view(torch.int32))
+    high, remainder = storage_formats.split_weight(values, weight_bits, random)
+    assert torch.equal(storage_formats.join_weight(high, remainder).view(torch.int32), values.view(torch.int32))
     assert torch.equal(kept_weight(high, remainder), values.double())
     assert ((high.double() - values.double()).abs() <= (values.double() * 2.0**-8).abs() + 1e-40).all()
 
@@ -70,7 +71,7 @@ def test_every_pattern_that_is_stored_comes_back(weight_bits: int) -> None:
 @pytest.mark.parametrize("value", [0.0123456, -0.0987654])
 def test_stochastic_rounding_has_no_bias(weight_bits: int, value: float) -> None:
     values = torch.full((1_000_000,), value)
-    high, remainder = bits.split_weight(values, weight_bits, draw(count=values.numel()))
+    high, remainder = storage_formats.split_weight(values, weight_bits, draw(count=values.numel()))
     stored = kept_weight(high, remainder)
     spacing = stored.max() - stored.min()
     assert 0 < spacing < abs(value) * 2.0 ** -(weight_bits - 10)
@@ -79,8 +80,8 @@ def test_stochastic_rounding_has_no_bias(weight_bits: int, value: float) -> None
 
 def test_int8_levels_have_no_bias_and_a_momentum_decays() -> None:
     block = torch.linspace(-1, 1, 256).repeat(4000)
-    levels, scale = bits.quantize(block, draw(count=block.numel()))
-    decoded = bits.dequantize(levels, scale).double().view(4000, 256)
+    levels, scale = storage_formats.quantize(block, draw(count=block.numel()))
+    decoded = storage_formats.dequantize(levels, scale).double().view(4000, 256)
     error = decoded.mean(0) - block[:256].double()
     widest = 2**7 / 16 / 247  # a level is off by at most half of it, standard deviation
     assert (error.abs() <= 5 * widest / 2 / 4000**0.5).all()
@@ -89,14 +90,14 @@ def test_int8_levels_have_no_bias_and_a_momentum_decays() -> None:
     momentum[::256] = 1.0  # small beside their block's largest: nearest rounding would freeze these
     start = momentum.clone()
     for step in range(200):
-        momentum = bits.dequantize(*bits.quantize(momentum * 0.99, draw(step=step)))
+        momentum = storage_formats.dequantize(*storage_formats.quantize(momentum * 0.99, draw(step=step)))
     assert (momentum.sum() / start.sum()).item() == pytest.approx(0.99**200, rel=0.02)
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1.0, 1e30])
 def test_int8_scales_hold_small_and_large_momenta(magnitude: float) -> None:
     momentum = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * magnitude
-    decoded = bits.dequantize(*bits.quantize(momentum, None))
+    decoded = storage_formats.dequantize(*storage_formats.quantize(momentum, None))
     assert (decoded - momentum).abs().max() / momentum.abs().max() < 0.017  # half the widest step
 
 

@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 
 from lion_lightning.guard.warmup import LinearWarmup, WarmupHook
 from lion_lightning.optim import Lion, Signum
-from lion_lightning.optim.release import Release, release_gradients
+from lion_lightning.optim.gradient_release import Release, release_gradients
 
 Make = Callable[[nn.Module], Optimizer]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lion_lightning.optim import Lion
+from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
 from lion_lightning.optim.kernels.triton import TritonEngine
-from lion_lightning.optim.rule import Settings, TensorUpdate
 
 ROOT = Path(__file__).parents[2]
 CASES = Path(__file__).with_name("triton_cases.py")

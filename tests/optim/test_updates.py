@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lion_lightning.optim import Lion
+from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
 from lion_lightning.optim.precision import full_precision_state_dict
-from lion_lightning.optim.rule import Settings, TensorUpdate
 
 SETTINGS = Settings(1e-3, 0.9, 0.99, 0.1, 32, False, False, True, 0, 0)
 

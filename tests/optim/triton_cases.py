@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lion_lightning.optim import Lion, bits
+from lion_lightning.optim import Lion
 from lion_lightning.optim import kernels as engines
-from lion_lightning.optim.kernels import kernels, tables
+from lion_lightning.optim.kernels import kernels, storage_formats, tables
 from lion_lightning.optim.kernels.eager import engine as eager
+from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
 from lion_lightning.optim.kernels.triton import engine as triton
-from lion_lightning.optim.rule import Settings, TensorUpdate
 from lion_lightning.optim.telemetry import STATISTICS
 from tests.reference.lion import Lion64
 from tests.reference.storage import kept_momentum, kept_weight, momentum_spacing, weight_spacing
@@ -86,7 +86,7 @@ def update_of(n: int, weight: tuple[torch.dtype, int], momentum: torch.dtype | N
     dtype, weight_bits = weight
     exp_avg, scale, remainder = noise(n, 2, 1e-3, torch.float32), None, None
     if momentum == torch.int8:
-        exp_avg, scale = bits.quantize(exp_avg, None)
+        exp_avg, scale = storage_formats.quantize(exp_avg, None)
     if dtype == torch.bfloat16 and weight_bits != 32:
         remainder = None if weight_bits == 16 else (torch.arange(n) % 256 - 128).to(torch.int8)
     elif dtype == torch.bfloat16:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lion_lightning.optim import Lion, bits
+from lion_lightning.optim import Lion
+from lion_lightning.optim.kernels import storage_formats
 from lion_lightning.training.checkpoint_io import DurableCheckpointIO, Placement
 from lion_lightning.training.sharded import ShardedStrategy
 from lion_lightning.training.strategies import ReplicatedStrategy
@@ -112,9 +113,9 @@ def momentum(entry: dict[str, Tensor]) -> Tensor:
     """What int8 levels and scales stand for, computed on the shards that own them."""
     levels, scales = entry["exp_avg"], entry["exp_avg_scale"]
     if not isinstance(levels, DTensor):
-        return bits.dequantize(levels.flatten(), scales).view_as(levels)
+        return storage_formats.dequantize(levels.flatten(), scales).view_as(levels)
     here = levels.to_local()
-    values = bits.dequantize(here.flatten(), scales.to_local()).view_as(here)
+    values = storage_formats.dequantize(here.flatten(), scales.to_local()).view_as(here)
     return DTensor.from_local(values, levels.device_mesh, levels.placements, shape=levels.shape, stride=levels.stride())
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lion_lightning.optim import bits
+from lion_lightning.optim.kernels import storage_formats
 from lion_lightning.training.momentum_blocks import SavedBlocks, reblocked
 
 WIDEST_LEVEL = 0.033  # of the largest value of a block: the widest step between two levels
@@ -14,8 +14,8 @@ def cut(momentum: Tensor, shards: int) -> tuple[list[Tensor], list[Tensor], Tens
     """Levels and scales of each shard, and all scales as they are saved: as many for each shard."""
     rows = -(-momentum.shape[0] // shards)
     parts = [momentum[rows * shard : rows * (shard + 1)].flatten() for shard in range(shards)]
-    made = [bits.quantize(part, None) for part in parts]
-    blocks = -(-rows * momentum.shape[1] // bits.BLOCK_ELEMENTS)
+    made = [storage_formats.quantize(part, None) for part in parts]
+    blocks = -(-rows * momentum.shape[1] // storage_formats.BLOCK_ELEMENTS)
     saved = torch.cat([torch.nn.functional.pad(scales, (0, blocks - len(scales))) for _, scales in made])
     return [levels for levels, _ in made], [scales for _, scales in made], saved
 
@@ -30,14 +30,14 @@ def test_a_momentum_means_the_same_in_other_shards(rows: int, columns: int, befo
     momentum = values(rows, columns)
     levels, scales, kept = cut(momentum, before)
     flat = torch.cat(levels)
-    meant = torch.cat([bits.dequantize(*part) for part in zip(levels, scales, strict=True)])
+    meant = torch.cat([storage_formats.dequantize(*part) for part in zip(levels, scales, strict=True)])
     saved = SavedBlocks(kept, before, rows, rows * columns)
     each = -(-rows // after) * columns
     for first in range(0, each * after, each):
         here = flat[first : first + each]
         new_levels, new_scales = reblocked(here, first, saved)
         assert (new_levels.dtype, new_scales.shape) == (torch.int8, (-(-here.numel() // 256),))
-        now = bits.dequantize(new_levels, new_scales)
+        now = storage_formats.dequantize(new_levels, new_scales)
         for block in range(0, here.numel(), 256):
             expected, found = meant[first + block : first + here.numel()][:256], now[block : block + 256]
             shard = -(-rows // before) * columns

@@ -29,7 +29,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lion_lightning.optim.rule import TensorUpdate
+from lion_lightning.optim.kernels.rule import TensorUpdate
 
 
 class Engine(Protocol):

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lion_lightning.optim import bits, rule, telemetry
-from lion_lightning.optim.kernels import library
-from lion_lightning.optim.rule import Settings, TensorUpdate
+from lion_lightning.optim import telemetry
+from lion_lightning.optim.kernels import library, rule, storage_formats
+from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
 
 CHUNK_ELEMENTS = 262_144
 CAUTIOUS_FLAG, SKIP_NONFINITE_FLAG = 1, 2
@@ -110,7 +110,7 @@ class CpuEngine:
 def _tensor(update: TensorUpdate, first_chunk: int, row: Tensor | None) -> bytes:
     """The first part of the Task of cpu.c: what belongs to one tensor."""
     settings = update.settings
-    keys = bits.random_keys(settings.seed, settings.step, update.index) if update.is_random else (0, 0)
+    keys = storage_formats.random_keys(settings.seed, settings.step, update.index) if update.is_random else (0, 0)
     return _TENSOR.pack(
         update.param.data_ptr(),
         update.exp_avg.data_ptr(),

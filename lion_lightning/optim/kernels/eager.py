@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lion_lightning.optim import bits, rule, telemetry
-from lion_lightning.optim.kernels import storage
+from lion_lightning.optim import telemetry
+from lion_lightning.optim.kernels import rule, storage, storage_formats
 from lion_lightning.optim.kernels.observation import Observation
+from lion_lightning.optim.kernels.rule import TensorUpdate
 from lion_lightning.optim.kernels.scratch import Scratch, add_product, is_moderate
-from lion_lightning.optim.rule import TensorUpdate
 
 CHUNK_ELEMENTS = 81_920
 """At most, for each thread: so much of a tensor, with gradient and state, stays in the 2 MB of cache of a core."""
@@ -84,7 +84,7 @@ def decode_plainly(update: TensorUpdate, scratch: Scratch) -> tuple[Tensor, Tens
         weight.view(torch.int32).add_(low)
     momentum = update.exp_avg
     if update.exp_avg_scale is not None:
-        momentum = bits.dequantize(momentum, update.exp_avg_scale)
+        momentum = storage_formats.dequantize(momentum, update.exp_avg_scale)
     momentum = widened(momentum, scratch.momentum, always=update.param.dtype == torch.bfloat16)
     grad = widened(update.grad, scratch.grad)
     factor = rule.gradient_factor(update.settings, scratch.one.dtype)
@@ -102,7 +102,7 @@ def step_carefully(update: TensorUpdate, weight: Tensor, grad: Tensor, momentum:
     new_weight, new_momentum, direction = rule.ruled(weight, grad, momentum, update.settings)
     new_weight = torch.where(mask, new_weight, weight)
     new_momentum = torch.where(mask, new_momentum, momentum)
-    stored = bits.ordinary(new_weight) if update.param.dtype == torch.bfloat16 else new_weight
+    stored = storage_formats.ordinary(new_weight) if update.param.dtype == torch.bfloat16 else new_weight
     storage.encode(update, stored, new_momentum)
     if update.statistics is None:
         return
@@ -147,7 +147,7 @@ class EagerEngine:
         for update in updates:
             if is_simple(update):
                 for part in parts(
-                    update, (WATCHED_BLOCKS * bits.BLOCK_ELEMENTS << 32) // max(1, update.observed_below)
+                    update, (WATCHED_BLOCKS * storage_formats.BLOCK_ELEMENTS << 32) // max(1, update.observed_below)
                 ):
                     observation = self._observation(observations, part)
                     observation.copy_before(part)
@@ -180,8 +180,8 @@ def parts(update: TensorUpdate, limit: int) -> Iterator[TensorUpdate]:
     if count <= limit:
         yield update
         return
-    blocks = -(-count // bits.BLOCK_ELEMENTS)
-    size = -(-blocks // -(-count // limit)) * bits.BLOCK_ELEMENTS
+    blocks = -(-count // storage_formats.BLOCK_ELEMENTS)
+    size = -(-blocks // -(-count // limit)) * storage_formats.BLOCK_ELEMENTS
     for start in range(0, count, size):
         yield update.part(start, min(start + size, count))
 

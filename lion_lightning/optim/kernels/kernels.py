@@ -10,8 +10,8 @@ and the other engines agree bit for bit.
 import triton
 import triton.language as tl
 
-from lion_lightning.optim import rule, telemetry
-from lion_lightning.optim.kernels import tables, tiles
+from lion_lightning.optim import telemetry
+from lion_lightning.optim.kernels import rule, tables, tiles
 from lion_lightning.optim.kernels.tiles import (
     BLOCK,
     GOLDEN,

@@ -9,11 +9,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from lion_lightning.optim import rule, telemetry
-from lion_lightning.optim.bits import BLOCK_ELEMENTS
-from lion_lightning.optim.kernels import storage
+from lion_lightning.optim import telemetry
+from lion_lightning.optim.kernels import rule, storage
+from lion_lightning.optim.kernels.rule import TensorUpdate
 from lion_lightning.optim.kernels.scratch import Scratch, add_product, is_moderate
-from lion_lightning.optim.rule import TensorUpdate
+from lion_lightning.optim.kernels.storage_formats import BLOCK_ELEMENTS
 
 BLOCKS = 320
 """Looked at together: with what is computed of them they stay in the cache of two cores."""

@@ -1,20 +1,20 @@
-"""How the eager engine reads and writes what is stored of a parameter; the formats are those of bits.py."""
+"""How the eager engine reads and writes what is stored of a parameter; the formats are those of storage_formats.py."""
 
 import torch
 from torch import Tensor
 
-from lion_lightning.optim import bits
-from lion_lightning.optim.rule import TensorUpdate
+from lion_lightning.optim.kernels import storage_formats
+from lion_lightning.optim.kernels.rule import TensorUpdate
 
 
 def decode(update: TensorUpdate) -> tuple[Tensor, Tensor]:
     """Weight and momentum in the precision of the arithmetic. Either may be the stored tensor itself."""
     if update.param.dtype == torch.bfloat16:
-        weight = bits.join_weight(update.param, update.weight_remainder)
+        weight = storage_formats.join_weight(update.param, update.weight_remainder)
     else:
         weight = update.param
     if update.exp_avg_scale is not None:
-        return weight, bits.dequantize(update.exp_avg, update.exp_avg_scale).to(weight.dtype)
+        return weight, storage_formats.dequantize(update.exp_avg, update.exp_avg_scale).to(weight.dtype)
     return weight, update.exp_avg.to(weight.dtype)
 
 
@@ -23,11 +23,11 @@ def encode(update: TensorUpdate, weight: Tensor, momentum: Tensor) -> None:
     random = update.random_bits()
     if update.param.dtype == torch.bfloat16:
         words = weight.view(torch.int32)
-        bits.store_words(words, update.param, update.weight_remainder, update.settings.weight_bits, random)
+        storage_formats.store_words(words, update.param, update.weight_remainder, update.settings.weight_bits, random)
     elif weight is not update.param:
         update.param.copy_(weight)
     if update.exp_avg_scale is not None:
-        levels, scale = bits.quantize(momentum.float(), random)
+        levels, scale = storage_formats.quantize(momentum.float(), random)
         update.exp_avg.copy_(levels)
         update.exp_avg_scale[: scale.numel()].copy_(scale)
     elif momentum is not update.exp_avg:

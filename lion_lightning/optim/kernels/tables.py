@@ -7,8 +7,9 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from lion_lightning.optim import bits, rule, telemetry
-from lion_lightning.optim.rule import Settings, TensorUpdate
+from lion_lightning.optim import telemetry
+from lion_lightning.optim.kernels import rule, storage_formats
+from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
 
 TENSOR = (
     "param",
@@ -102,7 +103,7 @@ def group_row(settings: Settings, dtype: torch.dtype, is_random: bool, converted
         place(settings.found_inf, torch.float32),
         place(settings.step, torch.int64) if is_random else 0,
         0 if isinstance(settings.step, Tensor) or not is_random else settings.step,
-        bits.seed_word(settings.seed) if is_random else 0,
+        storage_formats.seed_word(settings.seed) if is_random else 0,
         settings.skip_nonfinite,
     )
 

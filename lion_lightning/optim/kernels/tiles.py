@@ -1,4 +1,4 @@
-"""Tiles of arrays on the device, in Triton: what bits.py does, as the kernels load and store.
+"""Tiles of arrays on the device, in Triton: what storage_formats.py does, as the kernels load and store.
 
 Everything is followed operation for operation, with bf16 taken apart as integers, so that a GPU and the other engines
 agree bit for bit. A tile is TILE_ROWS rows of 256 elements, the blocks that share an int8 scale.
@@ -9,23 +9,22 @@ agree bit for bit. A tile is TILE_ROWS rows of 256 elements, the blocks that sha
 import triton
 import triton.language as tl
 
-from lion_lightning.optim import bits
-from lion_lightning.optim.kernels import tables
+from lion_lightning.optim.kernels import storage_formats, tables
 
 TILE_ROWS = 4
-TILE_ELEMENTS = TILE_ROWS * bits.BLOCK_ELEMENTS
+TILE_ELEMENTS = TILE_ROWS * storage_formats.BLOCK_ELEMENTS
 """Elements of one program: at 4 warps of 32 threads, a block of 256 is one warp's and 16 bytes of bf16 one thread's."""
 
 ROWS = tl.constexpr(TILE_ROWS)
-BLOCK = tl.constexpr(bits.BLOCK_ELEMENTS)
+BLOCK = tl.constexpr(storage_formats.BLOCK_ELEMENTS)
 TILE = tl.constexpr(TILE_ELEMENTS)
-LEVELS = tl.constexpr(bits.LEVELS)
-LARGEST_LEVEL = tl.constexpr(bits.LARGEST_LEVEL)
-LEVEL_BITS_DROPPED = tl.constexpr(bits.LEVEL_BITS_DROPPED)
-ONE_PATTERN = tl.constexpr(bits.ONE_PATTERN)
-GOLDEN = tl.constexpr(bits.GOLDEN)
-MULTIPLIER_1 = tl.constexpr(bits.MULTIPLIER_1)
-MULTIPLIER_2 = tl.constexpr(bits.MULTIPLIER_2)
+LEVELS = tl.constexpr(storage_formats.LEVELS)
+LARGEST_LEVEL = tl.constexpr(storage_formats.LARGEST_LEVEL)
+LEVEL_BITS_DROPPED = tl.constexpr(storage_formats.LEVEL_BITS_DROPPED)
+ONE_PATTERN = tl.constexpr(storage_formats.ONE_PATTERN)
+GOLDEN = tl.constexpr(storage_formats.GOLDEN)
+MULTIPLIER_1 = tl.constexpr(storage_formats.MULTIPLIER_1)
+MULTIPLIER_2 = tl.constexpr(storage_formats.MULTIPLIER_2)
 BFLOAT16_MAX_PATTERN = tl.constexpr(0x7F7F0000)
 INFINITY_PATTERN = tl.constexpr(0x7F800000)
 NAN_PATTERN = tl.constexpr(0x7FC00000)
@@ -75,7 +74,7 @@ def divide(numerator, denominator, COMPUTE: tl.constexpr):
 
 @triton.jit
 def mix(word):
-    """`bits.mix` on uint32."""
+    """`storage_formats.mix` on uint32."""
     word = word ^ (word >> 16)
     word = word * MULTIPLIER_1
     word = word ^ (word >> 15)
@@ -85,7 +84,7 @@ def mix(word):
 
 @triton.jit
 def random_words(tensor, group, start, local):
-    """`bits.random_keys` and `bits.random_bits` for the elements of a tile; uint32."""
+    """`storage_formats.random_keys` and `storage_formats.random_bits` for the elements of a tile; uint32."""
     step = device_scalar(group, STEP_ADDRESS, tl.load(group + STEP), tl.int64).to(tl.uint32)
     index = tl.load(tensor + INDEX).to(tl.uint32)
     first = mix(mix(step + tl.load(group + SEED).to(tl.uint32)) + index * GOLDEN)
@@ -117,7 +116,7 @@ def load_weight(
     tensor, start, local, inside, DTYPE: tl.constexpr, WEIGHT_BITS: tl.constexpr, COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """`bits.join_weight`."""
+    """`storage_formats.join_weight`."""
     if DTYPE != tl.bfloat16 or WEIGHT_BITS == 16:
         return load_numbers(tensor, PARAM_ARRAY, start, local, inside, DTYPE, COMPUTE, ALIGNED)
     else:
@@ -137,7 +136,7 @@ def load_weight(
 def load_momentum(
     tensor, start, local, inside, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
-    """Momentum as stored, int8 through `bits.dequantize`."""
+    """Momentum as stored, int8 through `storage_formats.dequantize`."""
     if DTYPE == tl.int8:
         source = array_at(tensor, EXP_AVG_ARRAY, start, tl.int8, ALIGNED)
         level = tl.load(source + local, mask=inside, other=0).to(tl.int32)
@@ -156,7 +155,7 @@ def store_weight(
     tensor, start, local, stored, value, random, DTYPE: tl.constexpr, WEIGHT_BITS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """`bits.split_weight` where `stored` says so; returns the weight as it reads back."""
+    """`storage_formats.split_weight` where `stored` says so; returns the weight as it reads back."""
     if DTYPE != tl.bfloat16:
         target = array_at(tensor, PARAM_ARRAY, start, DTYPE, ALIGNED)
         tl.store(target + local, value, mask=stored)
@@ -182,7 +181,7 @@ def store_weight(
 
 @triton.jit
 def quantize(momentum, random):
-    """`bits.quantize` of float32 rows: levels, and a column of scales."""
+    """`storage_formats.quantize` of float32 rows: levels, and a column of scales."""
     magnitude = momentum.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     largest = tl.max(magnitude, 1, keep_dims=True).to(tl.float32, bitcast=True)
     scale = tl.div_rn(largest, tl.full(largest.shape, LARGEST_LEVEL, tl.float32))

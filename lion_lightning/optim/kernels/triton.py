@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lion_lightning.optim.kernels import tables
-from lion_lightning.optim.rule import TensorUpdate
+from lion_lightning.optim.kernels.rule import TensorUpdate
 
 NUMBER_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PARAM_DTYPES = (torch.bfloat16, torch.float32, torch.float64)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lion_lightning.optim import bits
-from lion_lightning.optim.bits import BLOCK_ELEMENTS
+from lion_lightning.optim.kernels import storage_formats
+from lion_lightning.optim.kernels.storage_formats import BLOCK_ELEMENTS
 
 CAUTIOUS_LIMIT = 2.0
 """With `cautious`, no element moves further than this multiple of lr (and its decay)."""
@@ -116,8 +116,8 @@ class TensorUpdate:
         """int32 words of shape (n,) where storage is rounded stochastically, else None."""
         if not self.is_random:
             return None
-        keys = bits.random_keys(self.settings.seed, self.settings.step, self.index)
-        return bits.random_bits(keys, self.offset, self.param.numel(), self.param.device)
+        keys = storage_formats.random_keys(self.settings.seed, self.settings.step, self.index)
+        return storage_formats.random_bits(keys, self.offset, self.param.numel(), self.param.device)
 
 
 def mixture(grad: Tensor, momentum: Tensor, settings: Settings) -> Tensor:
@@ -140,7 +140,7 @@ def caution(update: Tensor, grad: Tensor) -> Tensor:
     """
     count = update.numel()
     mask = update * grad > 0
-    shared = bits.blocked(mask.to(update.dtype)).sum(1)
+    shared = storage_formats.blocked(mask.to(update.dtype)).sum(1)
     elements = torch.full_like(shared, BLOCK_ELEMENTS)
     elements[-1] = count - (shared.numel() - 1) * BLOCK_ELEMENTS
     factor = (elements / shared).clamp_(max=CAUTIOUS_LIMIT).repeat_interleave(BLOCK_ELEMENTS)[:count]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_lightning.optim.rule import Settings, TensorUpdate
+from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
