@@ -132,3 +132,18 @@ def loaded(value: Any, param: Tensor | None) -> Any:
     if isinstance(value, dict):
         return {key: loaded(item, param) for key, item in value.items()}
     return deepcopy(value)
+
+
+def momentum_slice(state: dict[str, Any], start: int, stop: int) -> Tensor:
+    """Elements of the local shard's momentum, whatever its storage; float32 of shape (stop - start,).
+
+    Args:
+        state: of one parameter, with a momentum.
+        start, stop: in memory order; `start` is a multiple of 256.
+    """
+    momentum = layout.flat(layout.local(state["exp_avg"]))[start:stop]
+    if "exp_avg_scale" not in state:
+        return momentum.float()
+    block = storage_formats.BLOCK_ELEMENTS
+    scale = layout.local(state["exp_avg_scale"])[start // block : -(-stop // block)]
+    return storage_formats.dequantize(momentum, scale).float()

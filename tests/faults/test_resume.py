@@ -23,9 +23,8 @@ def guard(**options) -> LionGuard:
 
 CHECKPOINTS = {
     30: "in warm-up",
-    151: "right after a step that was skipped, before the guard knows",
+    151: "right after a step that was skipped, before the guard has read it",
     152: "right after that",
-    163: "while readings wait for the next look",
     171: "right after an outlier",
     203: "while the weights are sick",
     265: "while bad batches are counted",

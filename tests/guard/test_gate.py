@@ -1,4 +1,4 @@
-"""Both gates against an oracle: robust z scores from `statistics.median` over Python's own floats."""
+"""The gate against an oracle: robust z scores from `statistics.median` over Python's own floats."""
 
 import math
 import random
@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lion_lightning.guard.gate import DeviceGate, History, HostGate, Verdict
-from lion_lightning.guard.thresholds import Thresholds
+from lion_lightning.guard.gate import Gate, History, Verdict
+from lion_lightning.guard.rules import Thresholds
 
 ARMED = 32
 
@@ -70,18 +70,7 @@ def readings(seed: int, steps: int, faults: bool = True) -> Iterator[tuple[float
         yield norm, loss
 
 
-Gate = DeviceGate | HostGate
-make_gate: type[Gate] = HostGate
-
-
-@pytest.fixture(autouse=True, params=[DeviceGate, HostGate])
-def both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"{__name__}.make_gate", request.param)
-
-
 def judge(gate: Gate, norm: float, loss: float) -> Verdict:
-    if isinstance(gate, HostGate):
-        return gate.judge(norm, loss)
     return gate.judge(torch.tensor(norm), torch.tensor(loss))
 
 
@@ -91,7 +80,7 @@ def numbers(verdict: Verdict) -> list[float]:
 
 def fed(steps: int = 60, spread: float = 0.1, thresholds: Thresholds | None = None) -> Gate:
     """A gate that has seen norms around 1 and losses around 2."""
-    gate, dice = make_gate(thresholds or Thresholds()), random.Random(5)
+    gate, dice = Gate(thresholds or Thresholds()), random.Random(5)
     for _ in range(steps):
         judge(gate, math.exp(dice.gauss(0, spread)), dice.gauss(2.0, spread))
     return gate
@@ -99,7 +88,7 @@ def fed(steps: int = 60, spread: float = 0.1, thresholds: Thresholds | None = No
 
 @pytest.mark.parametrize("thresholds", [Thresholds(), Thresholds(window=40, outlier_z=5, outlier_ratio=2, loss_z=6)])
 def test_every_verdict_is_the_oracles(thresholds):
-    gate, oracle, clipped, skipped = make_gate(thresholds), Oracle(thresholds), 0, 0
+    gate, oracle, clipped, skipped = Gate(thresholds), Oracle(thresholds), 0, 0
     for norm, loss in readings(seed=1, steps=500):
         factor, skip, norm_z, loss_z = oracle.judge(norm, loss)
         verdict = judge(gate, norm, loss)
@@ -130,7 +119,7 @@ def test_steps_that_are_not_finite_are_skipped_and_never_remembered():
 
 
 def test_a_run_that_starts_with_a_nan_is_judged_like_one_that_does_not():
-    gate, other = make_gate(Thresholds()), make_gate(Thresholds())
+    gate, other = Gate(Thresholds()), Gate(Thresholds())
     for _ in range(40):
         judge(gate, math.nan, math.nan)
     for norm, loss in readings(seed=2, steps=100, faults=False):
@@ -138,7 +127,7 @@ def test_a_run_that_starts_with_a_nan_is_judged_like_one_that_does_not():
 
 
 def test_an_outlier_is_clipped_to_exactly_three_times_the_median_norm():
-    gate = make_gate(Thresholds())
+    gate = Gate(Thresholds())
     norms = [1.0 + 0.01 * step for step in range(41)]
     for norm in norms:
         judge(gate, norm, math.nan)
@@ -179,7 +168,7 @@ def test_a_loss_that_falls_far_is_welcome():
 
 
 def test_losses_without_variation_are_held_to_a_tenth_of_their_size():
-    gate = make_gate(Thresholds())
+    gate = Gate(Thresholds())
     for _ in range(40):
         judge(gate, 1.0, 2.0)
     assert float(judge(gate, 1.0, 2.19).skip) == 0
@@ -187,7 +176,7 @@ def test_losses_without_variation_are_held_to_a_tenth_of_their_size():
 
 
 def test_an_unknown_loss_leaves_the_norms_to_be_judged():
-    gate = make_gate(Thresholds())
+    gate = Gate(Thresholds())
     for _ in range(40):
         judge(gate, 1.0, math.nan)
     assert float(judge(gate, 1e3, math.nan).factor) > 1
@@ -214,7 +203,7 @@ def test_the_ring_keeps_the_latest_values():
 
 def test_a_gate_that_forgets_takes_the_next_steps_as_they_come():
     gate = fed()
-    gate.forget()
+    gate.clear()
     assert float(judge(gate, 1e5, 50.0).factor) == 1
     assert math.isnan(float(judge(gate, 1.0, 2.0).norm_z))
 
@@ -222,7 +211,7 @@ def test_a_gate_that_forgets_takes_the_next_steps_as_they_come():
 @pytest.mark.parametrize("at", [0, 7, 33, 170])
 def test_a_restored_gate_gives_the_same_verdicts_bit_for_bit(at):
     sequence = list(readings(seed=3, steps=220))
-    gate, again = make_gate(Thresholds()), make_gate(Thresholds())
+    gate, again = Gate(Thresholds()), Gate(Thresholds())
     for norm, loss in sequence[:at]:
         judge(gate, norm, loss)
     again.load_state_dict(gate.state_dict())
@@ -233,7 +222,7 @@ def test_a_restored_gate_gives_the_same_verdicts_bit_for_bit(at):
 
 def test_another_window_than_the_checkpoints_is_refused():
     with pytest.raises(ValueError, match=r"thresholds.window=64 does not fit the checkpoint's 128"):
-        make_gate(Thresholds(window=64)).load_state_dict(fed().state_dict())
+        Gate(Thresholds(window=64)).load_state_dict(fed().state_dict())
 
 
 class CountsReads(TorchDispatchMode):
@@ -248,20 +237,8 @@ class CountsReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_either_gate_goes_on_from_the_others_state():
-    for this, other in ((HostGate, DeviceGate), (DeviceGate, HostGate)):
-        first, second = this(Thresholds()), other(Thresholds())
-        for norm, loss in readings(seed=3, steps=150):
-            judge(first, norm, loss)
-        second.load_state_dict(first.state_dict())
-        for norm, loss in readings(seed=4, steps=50):
-            assert numbers(judge(first, norm, loss)) == pytest.approx(
-                numbers(judge(second, norm, loss)), rel=1e-3, abs=1e-3, nan_ok=True
-            )
-
-
 def test_nothing_is_read_on_the_host():
-    gate, norm, loss = DeviceGate(Thresholds()), torch.tensor(1e4), torch.tensor(2.0)
+    gate, norm, loss = Gate(Thresholds()), torch.tensor(1e4), torch.tensor(2.0)
     with CountsReads() as reads:
         verdict = gate.judge(norm, loss)
         assert reads.count == 0
@@ -270,7 +247,7 @@ def test_nothing_is_read_on_the_host():
 
 
 def test_it_judges_on_a_device_whose_values_nobody_can_read():
-    gate, unreadable = DeviceGate(Thresholds()), torch.ones((), device="meta")
+    gate, unreadable = Gate(Thresholds()), torch.ones((), device="meta")
     for _ in range(3):
         verdict = gate.judge(unreadable, unreadable)
         assert {value.device.type for value in astuple(verdict)} == {"meta"}

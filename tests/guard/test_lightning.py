@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
 from lion_lightning import Lion, LionGuard
-from lion_lightning.guard.trace import read_trace
+from lion_lightning.guard.events import read_trace
 from tests.faults.injected import LabelNoise, NaNBatch, Outlier, every
 from tests.faults.task import BATCH, CLASSES, INPUTS, Student, teacher_data, train
 from tests.guard.memory_logger import MemoryLogger

@@ -7,26 +7,17 @@ import torch
 from torch import nn
 
 from lion_lightning import Lion
-from lion_lightning.guard.monitors import Poison
-from lion_lightning.guard.sampling import STRETCH_ELEMENTS, STRETCHES, SampledCoordinates
-from lion_lightning.guard.thresholds import Thresholds
-from lion_lightning.optim.kernels import measures, storage_formats
+from lion_lightning.guard.rules import UPDATE_SUMS, StuckMomentum, Thresholds
+from lion_lightning.guard.step_monitor import SLICE_ELEMENTS, SLICES, SampledCoordinates
+from lion_lightning.optim.kernels import storage_formats
 
 SHAPES = [(64, 96), (64,), (4096,), (300,)]
-
-
-@pytest.fixture(autouse=True, params=["measures.c", "torch"])
-def by(request, monkeypatch):
-    """Whoever works the sums out."""
-    if request.param == "torch":
-        monkeypatch.setattr(measures.Probe, "aim", lambda *_: False)
-    return request.param
 
 
 def measure(sample):
     """The sums by their names."""
     sums = sample.measure()
-    return dict(zip(measures.MEASURES, sums, strict=True)) if len(sums) else {}
+    return dict(zip(UPDATE_SUMS, sums, strict=True)) if len(sums) else {}
 
 
 def share(measured):
@@ -64,7 +55,7 @@ class Oracle:
 
     def measure(self):
         updates, grads = [], []
-        for number, param, start, stop in self.sample._stretches:
+        for number, param, start, stop in self.sample.slices:
             group = self.sample.optimizer.param_groups[number]
             beta1 = group["betas"][0]
             momentum = exact_momentum(self.sample.optimizer.state[param])[start:stop]
@@ -135,7 +126,7 @@ def test_a_transposed_weight_is_sampled_at_the_same_coordinates_in_gradient_and_
     weight = nn.Parameter(torch.randn(64, 96).t())
     optimizer = Lion([weight], lr=1e-3)
     sample = SampledCoordinates(optimizer)
-    ((_, _, start, stop),) = sample._stretches
+    ((_, _, start, stop),) = sample.slices
     weight.grad = torch.randn(96, 64)
     optimizer.step()
     weight.grad = torch.randn(96, 64)  # laid out otherwise than the weight
@@ -196,9 +187,9 @@ def test_a_gradient_that_is_not_finite_flips_nothing_and_is_not_counted():
     assert rates[3] > 0.02
 
 
-def test_a_row_of_nan_steps_is_not_taken_for_a_poisoned_momentum():
+def test_a_row_of_nan_steps_is_not_taken_for_a_stuck_momentum():
     params = parameters(shapes=[(64, 64)])
-    optimizer, poison = Lion(params, lr=1e-3), Poison(Thresholds())
+    optimizer, rule = Lion(params, lr=1e-3), StuckMomentum(Thresholds())
     sample = SampledCoordinates(optimizer)
     for number in range(60):
         give_gradients(params, number)
@@ -207,26 +198,26 @@ def test_a_row_of_nan_steps_is_not_taken_for_a_poisoned_momentum():
         measured = measure(sample)
         optimizer.step()
         if measured:
-            assert not poison.observe(share(measured)), f"step {number}"
+            assert not rule.observe(share(measured)), f"step {number}"
 
 
 def test_the_sample_is_spread_over_large_parameters_and_bounded():
     params = parameters(shapes=[(200,)] * 5 + [(128, 128)] * 40)
     sample = SampledCoordinates(Lion(params, lr=1e-3))
-    assert len({id(param) for _, param, *_ in sample._stretches}) == STRETCHES
-    assert all(param.numel() > 200 for _, param, *_ in sample._stretches)
-    assert sum(stop - start for *_, start, stop in sample._stretches) == STRETCHES * STRETCH_ELEMENTS
-    assert all(start % storage_formats.BLOCK_ELEMENTS == 0 for *_, start, _ in sample._stretches)
+    assert len({id(param) for _, param, *_ in sample.slices}) == SLICES
+    assert all(param.numel() > 200 for _, param, *_ in sample.slices)
+    assert sum(stop - start for *_, start, stop in sample.slices) == SLICES * SLICE_ELEMENTS
+    assert all(start % storage_formats.BLOCK_ELEMENTS == 0 for *_, start, _ in sample.slices)
 
 
 def test_small_models_are_sampled_whole():
     sample = SampledCoordinates(Lion(parameters(shapes=[(5, 3), (3,)]), lr=1e-3))
-    assert sum(stop - start for *_, start, stop in sample._stretches) == 18
+    assert sum(stop - start for *_, start, stop in sample.slices) == 18
 
 
 def test_the_same_model_is_sampled_at_the_same_places_on_every_rank():
     places = [
-        [(start, stop) for *_, start, stop in SampledCoordinates(Lion(parameters(seed), lr=1e-3))._stretches]
+        [(start, stop) for *_, start, stop in SampledCoordinates(Lion(parameters(seed), lr=1e-3)).slices]
         for seed in (1, 2)
     ]
     assert places[0] == places[1]
@@ -260,21 +251,7 @@ def test_a_parameter_without_a_gradient_does_not_hide_the_others():
         params[2].grad = None  # never used
         measured = measure(sample)
         optimizer.step()
-    sampled = sum(stop - start for _, _, start, stop in sample._stretches)
-    unused = sum(stop - start for _, param, start, stop in sample._stretches if param is params[2])
+    sampled = sum(stop - start for _, _, start, stop in sample.slices)
+    unused = sum(stop - start for _, param, start, stop in sample.slices if param is params[2])
     assert 0 < unused < sampled
     assert 0.5 * (sampled - unused) < float(measured["signs"]) <= sampled - unused
-
-
-@pytest.mark.parametrize(
-    ("dtype", "is_compiled"), [(torch.float32, True), (torch.bfloat16, True), (torch.float64, False)]
-)
-def test_what_measures_c_can_read_it_reads(by, monkeypatch, dtype, is_compiled):
-    calls = []
-    monkeypatch.setattr(measures.Probe, "measure", lambda *arguments: calls.append(arguments) or {})
-    params = [nn.Parameter(torch.randn(64, 96).to(dtype))]
-    sample = SampledCoordinates(Lion(params, lr=1e-3))
-    params[0].grad = torch.randn(64, 96).to(dtype)
-    sample.optimizer.step()
-    measure(sample)
-    assert len(calls) == int(is_compiled and by == "measures.c")

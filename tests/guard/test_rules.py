@@ -6,9 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from lion_lightning.guard.monitors import Average, Divergence, Gauges, LockIn, Monitors, Poison
-from lion_lightning.guard.readings import Reading
-from lion_lightning.guard.thresholds import Thresholds
+from lion_lightning.guard.rules import (
+    Average,
+    Divergence,
+    GateLockout,
+    Reading,
+    RuleSet,
+    StuckMomentum,
+    Thresholds,
+    WarningAverages,
+)
 from tests.guard.made_readings import healthy, troubled
 
 LIMITS = Thresholds()
@@ -19,7 +26,7 @@ def kinds(monitors, reading):
 
 
 def fed_poison(steps=40, rate=0.2):
-    rule = Poison(LIMITS)
+    rule = StuckMomentum(LIMITS)
     assert not any(rule.observe(rate) for _ in range(steps))
     return rule
 
@@ -43,7 +50,7 @@ def test_frozen_steps_do_not_become_the_normal_rate():
     rule = fed_poison(steps=200)
     for _ in range(300):
         rule.observe(0.01)
-    assert set(rule.state_dict()["rates"]) == {0.2}
+    assert set(rule.rates) == {0.2}
 
 
 def test_poison_needs_32_rates_to_compare_with():
@@ -142,10 +149,10 @@ def test_an_average_starts_without_bias_and_halves_in_its_half_life():
     [("dead", 0.2, 0.05), ("unmoved", 0.6, 0.4), ("near_bound", 0.1, 0.01), ("cosine", 0.02, 0.1)],
 )
 def test_a_gauge_beyond_its_limit_warns_once_after_a_window_of_values(name, sick, fine):
-    gauges = Gauges(LIMITS)
-    assert not any(gauges.observe(name, fine) for _ in range(300))
-    gauges = Gauges(LIMITS)
-    told = [gauges.observe(name, sick) for _ in range(300)]
+    averages = WarningAverages(LIMITS)
+    assert not any(averages.observe(name, fine) for _ in range(300))
+    averages = WarningAverages(LIMITS)
+    told = [averages.observe(name, sick) for _ in range(300)]
     assert [step for step, symptom in enumerate(told, 1) if symptom] == [LIMITS.window]
     symptom = told[LIMITS.window - 1]
     assert symptom.kind == name
@@ -153,37 +160,37 @@ def test_a_gauge_beyond_its_limit_warns_once_after_a_window_of_values(name, sick
 
 
 def test_a_gauge_without_values_says_nothing():
-    gauges = Gauges(LIMITS)
-    assert not any(gauges.observe("cosine", math.nan) for _ in range(300))
-    assert math.isnan(gauges.value("cosine"))
+    averages = WarningAverages(LIMITS)
+    assert not any(averages.observe("cosine", math.nan) for _ in range(300))
+    assert math.isnan(averages.cosine.value)
 
 
 def test_a_gate_that_rejects_half_of_the_steps_is_told_to_start_again():
-    rule = LockIn(LIMITS)
+    rule = GateLockout(LIMITS)
     told = [rule.observe(step % 2 == 0, quiet=True) for step in range(200)]
     assert told.index(True) == 62  # the 32nd rejection
     assert sum(told) == 3, "it starts to count afresh each time"
 
 
 def test_rejections_while_the_loss_is_up_are_what_the_gate_is_for():
-    rule = LockIn(LIMITS)
+    rule = GateLockout(LIMITS)
     assert not any(rule.observe(True, quiet=False) for _ in range(100))
 
 
 def test_fewer_than_half_of_the_steps_are_no_lock_in():
-    rule = LockIn(LIMITS)
+    rule = GateLockout(LIMITS)
     assert not any(rule.observe(step % 64 < 31, quiet=True) for step in range(640))
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_nothing_is_seen_in_a_healthy_run(seed):
-    monitors = Monitors(LIMITS)
+    monitors = RuleSet(LIMITS)
     assert [kind for reading in healthy(seed, 1500) for kind in kinds(monitors, reading)] == []
     assert not monitors.is_suspicious()
 
 
 def test_what_the_gate_did_is_put_on_record():
-    monitors, reading = Monitors(LIMITS), next(healthy(1, 1))
+    monitors, reading = RuleSet(LIMITS), next(healthy(1, 1))
     assert kinds(monitors, replace(reading, factor=3.0)) == ["outlier"]
     assert kinds(monitors, replace(reading, skipped=True)) == ["bad_loss"]
     (symptom,) = monitors.observe(replace(reading, skipped=True, grad_norm=math.nan, bad_ranks=(2, 5)))
@@ -195,7 +202,7 @@ def test_what_the_gate_did_is_put_on_record():
 
 
 def test_a_run_is_suspicious_while_a_rule_is_on_its_way_to_a_verdict():
-    monitors = Monitors(LIMITS)
+    monitors = RuleSet(LIMITS)
     for reading in healthy(1, 400):
         monitors.observe(reading)
     assert not monitors.is_suspicious()
@@ -208,7 +215,7 @@ def test_a_run_is_suspicious_while_a_rule_is_on_its_way_to_a_verdict():
 
 
 def test_gradients_that_are_larger_for_good_are_seen_as_a_lock_in():
-    monitors, seen = Monitors(LIMITS), []
+    monitors, seen = RuleSet(LIMITS), []
     for number, reading in enumerate(healthy(6, 400)):
         seen += kinds(monitors, replace(reading, factor=5.0) if number >= 300 else reading)
     assert seen.count("outlier") == 100
@@ -219,10 +226,10 @@ def test_gradients_that_are_larger_for_good_are_seen_as_a_lock_in():
 def test_rules_restored_in_the_middle_decide_the_same(seed):
     dice, readings = random.Random(seed), list(troubled(seed, 900))
     saved_at = set(dice.sample(range(900), 12))
-    monitors, again, seen = Monitors(LIMITS), Monitors(LIMITS), []
+    monitors, again, seen = RuleSet(LIMITS), RuleSet(LIMITS), []
     for number, reading in enumerate(readings):
         if number in saved_at:
-            state, again = again.state_dict(), Monitors(LIMITS)
+            state, again = again.state_dict(), RuleSet(LIMITS)
             again.load_state_dict(state)
         expected = monitors.observe(reading)
         assert again.observe(reading) == expected
