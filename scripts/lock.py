@@ -28,7 +28,7 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 PLATFORMS = {
     "Linux x86-64": "x86_64-manylinux_2_28",
     "Linux aarch64": "aarch64-manylinux_2_28",
-    "macOS arm64": "aarch64-apple-darwin",
+    "macOS 14 arm64": "aarch64-apple-darwin",
     "Windows": "x86_64-pc-windows-msvc",
 }
 SOURCE_ONLY = ("antlr4-python3-runtime",)  # of hydra-core; pure Python, published as source alone
@@ -78,6 +78,8 @@ def check() -> int:
                 *(["--extra", extra] if extra else []),
             ]
             rows.append((f"{extra or 'without extras'}, {bound}", options))
+    # Fills the cache of uv: after this most cells are resolved without asking the index again.
+    _resolve("pyproject.toml", "--no-config", "--universal", "--python-version", PYTHONS[0], "--all-extras")
     print("Resolved for Python", ", ".join(PYTHONS), flush=True)
     print(f"{'':26}" + "".join(f"{name:>15}" for name in PLATFORMS), flush=True)
     failures = []
@@ -97,11 +99,11 @@ def check() -> int:
 
 
 def _check_cell(options: list[str], platform: str, python: str) -> str:
-    """Resolves once, and once more where it failed, in case the index did not answer; returns the error or nothing."""
+    """Resolves from the cache of uv, else online, and once more where the index did not answer; returns the error."""
     wheels = ["--only-binary", ":all:", *(word for name in SOURCE_ONLY for word in ("--no-binary", name))]
     command = [*options, "--python-platform", PLATFORMS[platform], "--python-version", python, *wheels]
-    for _ in range(2):
-        resolved = _resolve(*command)
+    for attempt in (["--offline"], [], []):
+        resolved = _resolve(*command, *attempt)
         if not resolved.returncode:
             return ""
     return resolved.stderr.strip()
@@ -112,8 +114,9 @@ def _resolve(*options: str) -> subprocess.CompletedProcess[str]:
     environment = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("UV_", "PIP_")) or name in ("UV_CACHE_DIR", "UV_DEFAULT_INDEX")
+        if not name.startswith(("UV_", "PIP_")) or name == "UV_CACHE_DIR"
     }
+    environment["MACOSX_DEPLOYMENT_TARGET"] = "14.0"  # what the macOS wheels of torch ask for
     with tempfile.TemporaryDirectory() as empty:
         command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", *options, "--find-links", empty]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
