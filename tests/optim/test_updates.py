@@ -6,7 +6,7 @@ from torch import nn
 
 from lion_lightning.optim import Lion
 from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
-from lion_lightning.optim.precision import full_precision_state_dict
+from lion_lightning.optim.state import full_precision_state_dict
 
 SETTINGS = Settings(1e-3, 0.9, 0.99, 0.1, 32, False, False, True, 0, 0)
 
