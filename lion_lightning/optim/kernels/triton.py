@@ -128,15 +128,15 @@ class TritonEngine:
         converted: list[Tensor] = []  # freed after the launch: the stream keeps the order
         rows, groups, tiles = _rows(combination, batch, kernels.TILE_ELEMENTS, converted)
         device = nonfinite.device
-        tensors = self._table(rows, device)
+        tensors = self._tables.table(rows, device)
         lanes = nonfinite
         if combination.statistics:
             shape = len(batch), kernels.LANES, kernels.LANE_COLUMNS
             lanes = torch.zeros(shape, dtype=torch.float64, device=device)
         kernels.lion_kernel[(sum(tiles),)](
             tensors,
-            self._table(groups, device),
-            self._find(tiles, lambda: _tensor_of_tile(tiles), device),
+            self._tables.table(groups, device),
+            self._tables.find(tiles, lambda: _tensor_of_tile(tiles), device),
             nonfinite,
             lanes,
             **_constants(combination, kernels),
