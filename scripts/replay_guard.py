@@ -22,8 +22,7 @@ from lion_lightning.guard.readings import Reading
 from lion_lightning.guard.recovery import ON_DIVERGENCE, Remedy
 from lion_lightning.guard.replay import Replayed, Rules, changed, logged_readings, replay, rules_of
 from lion_lightning.guard.trace import read_trace
-from lion_lightning.tracking.offline import find_runs, read_run
-from lion_lightning.tracking.runs import STEP
+from lion_lightning.tracking.runs import STEP, find_runs, read_run
 
 STRETCHES_SHOWN = 12
 LOGGED_ONLY = (

@@ -23,8 +23,7 @@ from torch.nn.functional import cosine_similarity
 from torch.optim import Optimizer
 
 from lion_lightning.__main__ import CONFIG_FOLDER
-from lion_lightning.tracking.figures import style_of
-from lion_lightning.tracking.report import relative
+from lion_lightning.tracking.report import relative, style_of
 from lion_lightning.training.building import build_data, build_guard, build_module
 
 STEPS = 300

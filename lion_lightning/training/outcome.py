@@ -81,9 +81,7 @@ def conclude(
     # Commands stand outside the panel, on one line each, so that they can be copied.
     wandb_logger = wandb_logger_of(trainer.logger)
     if wandb_logger is not None:
-        from lion_lightning.tracking.predictions import log_predictions  # wandb need not be installed
-
-        log_predictions(wandb_logger, module)
+        wandb_logger.log_predictions(module)
     for line in ([wandb_logger.describe(_near)] if wandb_logger else []) + [_next_command(cfg)]:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     return best

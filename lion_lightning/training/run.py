@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lion_lightning.errors import ConfigError, configuring
-from lion_lightning.tracking.costs import Costs
 from lion_lightning.training.bookkeeping import closing, log_config
 from lion_lightning.training.building import (
     build_callbacks,
@@ -29,6 +28,7 @@ from lion_lightning.training.building import (
 from lion_lightning.training.checkpoint import RunCheckpoint
 from lion_lightning.training.checkpoint_io import DurableCheckpointIO
 from lion_lightning.training.checks import check
+from lion_lightning.training.costs import Costs
 from lion_lightning.training.heartbeat import Heartbeat
 from lion_lightning.training.host_memory import keep_freed_memory
 from lion_lightning.training.outcome import about, conclude
