@@ -13,10 +13,9 @@ from lion_lightning.data.cache import default_cache
 from lion_lightning.data.sampler import StepValues, StreamOrder
 from lion_lightning.data.stream import StreamDataModule, read_schedule
 from lion_lightning.errors import ConfigError
-from recipes.bert_mlm.corpus import Corpus
-from recipes.bert_mlm.mixture import Mixture, Source, mixture_of
-from recipes.bert_mlm.tokenizer import replacement_ids, special_tokens, starts_word
-from recipes.bert_mlm.tokens import Blocks, BlockSettings, prepare_blocks
+from recipes.text.blocks import Blocks, BlockSettings, prepare_blocks
+from recipes.text.corpus import Corpus, Mixture, Source, mixture_of
+from recipes.text.tokenizer import replacement_ids, special_tokens, starts_word
 
 MIN_VOCAB_SIZE, MIN_SEQUENCE_LENGTH = 256, 8
 COUNTED_BLOCKS = 4096  # at once: numpy counts in a copy of eight bytes a token

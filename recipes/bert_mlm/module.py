@@ -12,10 +12,9 @@ from transformers import PretrainedConfig
 from lion_lightning.mixin import LionMixin, OptimizerFactory
 from lion_lightning.schedules import Schedule
 from recipes.bert_mlm.data import TextBlocks
-from recipes.bert_mlm.loss import row_cross_entropy
 from recipes.bert_mlm.masking import IGNORED, MaskedBatch, Masking, mask_tokens
-from recipes.bert_mlm.model import build_model, hidden_logits, hidden_loss, model_flops
-from recipes.bert_mlm.options import ModelOptions
+from recipes.bert_mlm.model import build_model, hidden_logits, hidden_loss, row_cross_entropy
+from recipes.text.model import ModelOptions, model_flops
 
 VALIDATION = Masking(rate=0.15)  # always, so that runs compare
 VALIDATION_SEED = 20_181_011

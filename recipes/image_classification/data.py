@@ -13,8 +13,16 @@ from typing_extensions import override
 from lion_lightning.data.cache import cached_folder, default_cache
 from lion_lightning.data.stream import StreamDataModule
 from lion_lightning.errors import ConfigError
-from recipes.image_classification.arrays import Images, ImageSplits, load, pixel_file, save
-from recipes.image_classification.decoding import Broken, DecodedWhenAsked, decode
+from recipes.image_classification.images import (
+    Broken,
+    DecodedWhenAsked,
+    Images,
+    ImageSplits,
+    decode,
+    load,
+    pixel_file,
+    save,
+)
 from recipes.image_classification.sources import ImageSource, PictureSplits
 
 FORMAT_VERSION = 3  # raise it when what is written to the cache changes

@@ -1,8 +1,10 @@
 """Image classification with a `transformers` model, as a LightningModule."""
 
+import copy
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,13 @@ import torch
 from lightning.pytorch import LightningModule
 from PIL import Image as Picture
 from torch import Tensor
-from transformers import PretrainedConfig, ViTImageProcessorPil
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoModelForImageClassification,
+    PretrainedConfig,
+    ViTImageProcessorPil,
+)
 from typing_extensions import override
 
 from lion_lightning.errors import ConfigError
@@ -19,12 +27,12 @@ from lion_lightning.mixin import LionMixin, OptimizerFactory
 from lion_lightning.schedules import Schedule
 from recipes.image_classification.augmentation import Augmentation, mixed_cross_entropy
 from recipes.image_classification.data import ImageArrays
-from recipes.image_classification.drawing import draw_confusion, draw_mistakes
 from recipes.image_classification.metrics import Mistake, ValidationMetrics, WorstMistakes
-from recipes.image_classification.models import build_model, forward_flops
+from recipes.image_classification.plots import draw_confusion, draw_mistakes
 
 BACKWARD_AND_FORWARD = 3  # times the operations of the forward pass: two more matrix products for each
 LOOKED_AT, AT_A_TIME = 1_000, 100  # validation images that are shown to a model that has never been validated
+TIMM = "timm_wrapper"  # `transformers`' name for a model that timm builds
 
 
 @dataclass(frozen=True)
@@ -201,3 +209,62 @@ class ImageClassifier(LionMixin, LightningModule):
                 shares = self(batch["pixels"].to(self.device)).softmax(-1)
             worst.update(shares, batch["labels"].to(self.device), batch["sample"])
         return count, worst.compute()
+
+
+def build_model(config: PretrainedConfig, data: ImageArrays) -> Any:
+    """The classifier of `config`, which is told the data's image size, channels and classes.
+
+    Raises:
+        ConfigError: the configuration has no image-classification head, its patches do not fit the images, or it needs
+            a library that is not installed.
+    """
+    if not isinstance(data, ImageArrays):
+        raise ConfigError(
+            f"recipe=image_classification trains on images, not on {type(data).__name__}; try data=digits"
+        )
+    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        raise ConfigError(
+            f"recipe=image_classification needs a model with an image-classification head, not {config.model_type}; "
+            "try model=vit_micro or model=resnet18"
+        )
+    channels, height, width = data.image_shape
+    patch = getattr(config, "patch_size", 1)
+    if height % patch or width % patch:
+        raise ConfigError(f"model.config.patch_size={patch} does not divide the images of {width} x {height} pixels")
+    config.num_channels, config.image_size = channels, height
+    config.id2label = dict(enumerate(data.classes))
+    config.label2id = {name: index for index, name in config.id2label.items()}
+    return _timm(config) if config.model_type == TIMM else AutoModelForImageClassification.from_config(config)
+
+
+def _timm(config: PretrainedConfig) -> Any:
+    missing = [name for name in ("timm", "torchvision") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"model=timm needs {' and '.join(missing)}: pip install 'lion-lightning[timm]'")
+    try:
+        return AutoModelForImageClassification.from_config(config)
+    except (
+        ImportError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AssertionError,
+    ) as error:  # what timm makes of a name or an argument
+        raise ConfigError(f"model.architecture={config.architecture}: {error}".splitlines()[0]) from error
+
+
+def forward_flops(model: Any, shape: tuple[int, ...]) -> int:
+    """Floating-point operations of one image's forward pass: 2 for each multiplication and addition of a matrix
+    product or convolution, nothing for the rest.
+
+    The pass is made by a model without storage: a tenth of a second for any size, and no random number is drawn.
+
+    Args:
+        model: of `transformers`; only its configuration is looked at.
+        shape: channels, height and width.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        hollow = AutoModelForImageClassification.from_config(copy.deepcopy(model.config)).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            hollow(pixel_values=torch.zeros(1, *shape))
+    return counter.get_total_flops()

@@ -15,10 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lion_lightning.data.cache import cached_folder, default_cache
 from lion_lightning.data.stream import StreamDataModule
 from lion_lightning.errors import ConfigError
-from recipes.bert_mlm.pretrained import load_tokenizer
-from recipes.bert_mlm.tokenizer import as_transformers, identity, train_tokenizer
-from recipes.text_classification.labels import Labeled
-from recipes.text_classification.sources import TextSource
+from recipes.text.tokenizer import as_transformers, identity, load_tokenizer, train_tokenizer
+from recipes.text_classification.sources import Labeled, TextSource
 
 FORMAT_VERSION = 1  # raise it when what is written to the cache changes
 MIN_SEQUENCE_LENGTH, MIN_VOCAB_SIZE = 8, 256

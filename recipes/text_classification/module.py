@@ -21,8 +21,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 from lion_lightning.errors import ConfigError
 from lion_lightning.mixin import LionMixin, OptimizerFactory
 from lion_lightning.schedules import Schedule
-from recipes.bert_mlm.model import load_or_build, model_flops, usable_config
-from recipes.bert_mlm.options import ModelOptions
+from recipes.text.model import ModelOptions, load_or_build, model_flops, usable_config
 from recipes.text_classification.data import TOKEN_TYPES, LabeledTexts, decode
 
 INPUTS = ("input_ids", "attention_mask", TOKEN_TYPES)

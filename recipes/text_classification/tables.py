@@ -5,18 +5,26 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 from datasets import ClassLabel, Features
 
 from lion_lightning.errors import ConfigError
-from recipes.text_classification.labels import Row
 
 MAX_FIELD_CHARACTERS = 2**24
 PARQUET_ROWS_PER_BATCH = 4096
 Read = Callable[[Path], tuple[Sequence[str], Iterator[Sequence[Any]]]]
+
+
+class Row(NamedTuple):
+    """A text or a pair of texts, and its label, as they were found; `number` counts from 1 in its file."""
+
+    text: Any
+    second: Any
+    label: Any
+    number: int
 
 
 @dataclass(frozen=True)
