@@ -93,7 +93,7 @@ def mask_tokens(
         mask_id: id of [MASK].
         special_tokens: bool (vocabulary,), the ids that are never hidden.
         replacement_ids: int64, the ids that are drawn as random tokens.
-        starts_word: bool (vocabulary,), False for pieces that go on with a word; only words and spans need it.
+        starts_word: bool (vocabulary,), False for pieces that continue a word; only words and spans need it.
 
     Raises:
         ValueError: words or spans are to be hidden and `starts_word` is not given.
@@ -161,7 +161,7 @@ def word_numbers(input_ids: Tensor, special: Tensor, starts_word: Tensor) -> Ten
     Args:
         input_ids: int64 (batch, length).
         special: bool (batch, length), tokens that belong to no word; each has a number of its own.
-        starts_word: bool (vocabulary,), False for pieces that go on with a word.
+        starts_word: bool (vocabulary,), False for pieces that continue a word.
     """
     starts = starts_word[input_ids] | special
     starts[:, 1:] |= special[:, :-1]  # a block may begin in the middle of a word

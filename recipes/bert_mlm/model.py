@@ -65,7 +65,7 @@ def hidden_loss(model: Any, input_ids: Tensor, positions: Tensor, targets: Tenso
 def mean_cross_entropy(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
     """Mean cross-entropy in nats of the rows whose target is not `ignored`.
 
-    On a CPU the memory of `logits` is used up, so nobody may read them afterwards; a second backward pass is an error.
+    On a CPU the memory of `logits` is overwritten: they cannot be read afterwards, and a second backward is an error.
 
     Args:
         logits: float32 (rows, vocabulary), no leaf.

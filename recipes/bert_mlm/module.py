@@ -31,7 +31,7 @@ class BertMLM(LionMixin, LightningModule):
         optimizer_factory, schedule: see `LionMixin`.
         masking: how training tokens are hidden; validation always hides 15 %, the same tokens each time.
         seed: keys the masks of training.
-        options: how the model is computed, and the checkpoint it goes on from.
+        options: how the model is computed, and the checkpoint it starts from.
     """
 
     special_tokens: Tensor
@@ -52,7 +52,7 @@ class BertMLM(LionMixin, LightningModule):
         self.optimizer_factory, self.schedule = optimizer_factory, schedule
         self.masking, self.seed, self.data = masking, seed, data
         self.model = build_model(config, data, options)
-        # Not persistent: they belong to the tokenizer, and checkpoints stay what they were.
+        # Not persistent: they derive from the tokenizer, and the keys of checkpoints stay the same.
         self.register_buffer("special_tokens", data.special_tokens(), persistent=False)
         self.register_buffer("replacement_ids", data.replacement_ids(), persistent=False)
         words = None if masking.unit == "token" else data.starts_word()
@@ -105,7 +105,7 @@ class BertMLM(LionMixin, LightningModule):
             starts_word=self.starts_word,
         )
 
-    # What `training.run` asks of every recipe.
+    # The interface that `training.run` expects of every recipe.
 
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start of a run."""

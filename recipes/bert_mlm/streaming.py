@@ -58,7 +58,7 @@ class Pools(Dataset):
         A ConfigError is returned, since one that is raised in a loading process arrives wrapped in a traceback.
         """
         if get_worker_info() is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not come along when this process forked
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked process has none of its threads
         try:
             texts = list(encode(self._documents(pool), self.tokenizer, self.separator))
         except ConfigError as error:
@@ -92,8 +92,8 @@ class SourceStream:
     """The blocks of one source that go to one rank, one after the other, from any place on.
 
     Attributes:
-        pool: pools of this rank that are used up.
-        block: blocks of the current one that are.
+        pool: pools of this rank that are consumed.
+        block: blocks consumed of the current one.
     """
 
     def __init__(self, pools: Pools, rank: int, world_size: int, options: Mapping[str, Any]) -> None:
@@ -172,7 +172,7 @@ class StreamedBatches:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         try:
             yield from self._batches()
-        finally:  # also when nobody wants the rest: Lightning ends the loading processes of a DataLoader only
+        finally:  # also when iteration stops early: Lightning ends only the loading processes of a DataLoader
             for source in self.sources:
                 source.close()
 
@@ -187,7 +187,7 @@ class StreamedBatches:
             position += size * self.world_size
 
     def state_dict(self) -> dict[str, Any]:
-        """The places of all ranks, which all have to ask."""
+        """The positions of all ranks; a collective call."""
         mine = [[source.pool, source.block] for source in self.sources]
         if self.world_size == 1:
             return {"places": [mine]}
@@ -255,7 +255,7 @@ class StreamedText(TextBlocks):
         raise ConfigError("trainer.max_epochs means nothing for a stream; set trainer.max_steps")
 
     def check_batch_fits(self, effective_batch_size: int) -> None:
-        """Every batch does."""
+        """A stream has samples for every batch size."""
 
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start of a run."""

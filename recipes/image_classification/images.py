@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lion_lightning.errors import ConfigError
+from recipes.files import check_fraction
 
 VAL_SHARE_SEED = 20_230_213
 UNREADABLE = -1  # the label of a validation picture that cannot be decoded; no metric counts it
@@ -29,7 +30,7 @@ AREA, LOG_ASPECT = (0.08, 1.0), (math.log(3 / 4), math.log(4 / 3))
 ATTEMPTS = 10
 SIXTEEN_BITS_PER_BYTE = 257  # 65,535 becomes 255
 log = logging.getLogger(__name__)
-CHUNK = 256  # pictures a process decodes before it says how it went
+CHUNK = 256  # pictures that a process decodes before it reports the broken ones
 PICTURES_PER_PROCESS = 2_000  # with fewer, starting one costs more than it saves
 Broken = list[tuple[int, str]]
 
@@ -55,7 +56,7 @@ class ImageSplits:
     """A training and a validation set of the same classes.
 
     Attributes:
-        notes: what was noticed about the data, as lines for people.
+        notes: remarks about the data, for the summary.
     """
 
     train: Images
@@ -70,7 +71,7 @@ def pixel_file(folder: Path, split: str) -> Path:
 
 
 def save(folder: Path, splits: ImageSplits) -> None:
-    """Write what `load` reads, but for pixels that are in their file already."""
+    """Write what `load` reads; pixel files that exist already are kept."""
     for split, images in (("train", splits.train), ("val", splits.val)):
         if not pixel_file(folder, split).exists():
             np.save(pixel_file(folder, split), images.pixels)
@@ -80,7 +81,7 @@ def save(folder: Path, splits: ImageSplits) -> None:
 
 
 def load(folder: Path) -> ImageSplits:
-    """What `save` wrote; pixels stay on the disk until they are looked at."""
+    """Read what `save` wrote; pixels are memory-mapped."""
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     train, val = (
         Images(np.load(pixel_file(folder, split), mmap_mode="r"), np.load(folder / f"{split}-labels.npy"))
@@ -91,10 +92,8 @@ def load(folder: Path) -> ImageSplits:
 
 def held_out(count: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Which of `count` images are kept for training and which are held out: always the same ones, each in order."""
-    if not 0 < fraction < 1:
-        raise ConfigError(f"data.val_fraction must be between 0 and 1, got {fraction}")
     order = np.random.default_rng(VAL_SHARE_SEED).permutation(count)
-    held = round(fraction * count)
+    held = round(check_fraction(fraction) * count)
     return np.sort(order[held:]), np.sort(order[:held])
 
 
@@ -124,7 +123,7 @@ def square(stored: Mapping[str, Any] | None, size: int, share: float = 1.0) -> n
 def random_resized_crop(stored: Mapping[str, Any] | None, size: int, draw: np.random.Generator) -> np.ndarray:
     """A part of a picture with 8 to 100 % of its area and sides of 3:4 to 4:3 (Szegedy et al., 2015), resized.
 
-    Arguments, result and errors are those of `square`; `draw` says which part.
+    Arguments, result and errors are those of `square`; `draw` chooses the part.
     """
     picture = read(stored)
     box = _random_box(*picture.size, draw)
@@ -132,7 +131,7 @@ def random_resized_crop(stored: Mapping[str, Any] | None, size: int, draw: np.ra
 
 
 def read(stored: Mapping[str, Any] | None) -> Picture.Image:
-    """Decode to RGB, the way up that the camera's note says."""
+    """Decode to RGB, rotated as its EXIF orientation says."""
     if not stored or not (stored["bytes"] or stored["path"]):
         raise ValueError("there is no picture")
     with Picture.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as opened:
@@ -143,7 +142,7 @@ def read(stored: Mapping[str, Any] | None) -> Picture.Image:
 
 def _rgb(picture: Picture.Image) -> Picture.Image:
     if picture.mode == "F":
-        raise ValueError("its values are 32-bit floats, whose range no file says")
+        raise ValueError("its values are 32-bit floats, whose range is unknown")
     if picture.mode.startswith("I"):  # Pillow's own conversion cuts 16 bits off at 255 instead of scaling them
         values = np.asarray(picture).clip(0, 65_535) // SIXTEEN_BITS_PER_BYTE
         picture = Picture.fromarray(values.astype(np.uint8))
@@ -216,7 +215,7 @@ def decode(pictures: Pictures, file: Path, size: int, max_broken: int) -> tuple[
 
 
 class _IntoFile(Dataset):
-    """Each process writes where its pictures belong; nothing but what went wrong goes back."""
+    """Each process writes its pictures into the shared file and returns only the errors."""
 
     def __init__(self, pictures: Pictures, file: Path, size: int) -> None:
         self.pictures, self.file, self.size = pictures, file, size
@@ -239,7 +238,7 @@ def attempt(
     """`decoding(stored, *how)`, or one line on why there is no picture."""
     try:
         return decoding(stored, *how)
-    except Exception as error:  # Pillow's decoders raise what they like at bytes from strangers; it is counted and told
+    except Exception as error:  # Pillow's decoders raise any type on malformed bytes; each is counted and reported
         name = (stored or {}).get("path") or f"image {number}"
         return f"{name}: {error}".splitlines()[0]
 
@@ -259,7 +258,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class DecodedWhenAsked(Dataset):
+class DecodedOnAccess(Dataset):
     """Batches of pictures that the loader's processes decode, for sets that do not fit decoded.
 
     Args:

@@ -31,13 +31,16 @@ from recipes.image_classification.metrics import Mistake, ValidationMetrics, Wor
 from recipes.image_classification.plots import draw_confusion, draw_mistakes
 
 BACKWARD_AND_FORWARD = 3  # times the operations of the forward pass: two more matrix products for each
-LOOKED_AT, AT_A_TIME = 1_000, 100  # validation images that are shown to a model that has never been validated
+SHOWN_IMAGES, SHOWN_AT_ONCE = (
+    1_000,
+    100,
+)  # validation images classified for the showcase of a model that was never validated
 TIMM = "timm_wrapper"  # `transformers`' name for a model that timm builds
 
 
 @dataclass(frozen=True)
 class Validated:
-    """What the last validation found, over all processes."""
+    """The result of the last validation, over all processes."""
 
     step: int
     confusion: np.ndarray | None
@@ -53,7 +56,7 @@ class ImageClassifier(LionMixin, LightningModule):
         data: the images, after `setup`.
         optimizer_factory, schedule: see `LionMixin`.
         label_smoothing: share of the target that is spread over all classes.
-        test_time_flip: whether validation takes the mean of what is said to an image and to its mirror image.
+        test_time_flip: whether validation averages the predictions for an image and its mirror image.
         seed: keys the augmentation.
         augmentation: see `Augmentation`.
     """
@@ -96,7 +99,7 @@ class ImageClassifier(LionMixin, LightningModule):
 
     @override
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        # Still on the host here; DistributedDataParallel moves it to the device, which would then be waited for.
+        # Read on the host, before DistributedDataParallel moves it to the device, where reading would synchronise.
         self._first_sample = int(batch["sample"][0])
 
     def augment(self, batch: dict[str, Tensor]) -> tuple[Tensor, float]:
@@ -128,7 +131,7 @@ class ImageClassifier(LionMixin, LightningModule):
         self.validated = Validated(self.trainer.global_step, confusion, mistakes)
         self.metrics.reset()
 
-    # What `training.run` asks of every recipe.
+    # The interface that `training.run` expects of every recipe.
 
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start of a run."""
@@ -139,7 +142,7 @@ class ImageClassifier(LionMixin, LightningModule):
         return None
 
     def flops_per_sample(self) -> int:
-        """Floating-point operations that the model needs to learn from one image: forward and backward."""
+        """Floating-point operations of forward and backward for one image."""
         return BACKWARD_AND_FORWARD * self._forward_flops
 
     @cached_property
@@ -160,7 +163,7 @@ class ImageClassifier(LionMixin, LightningModule):
             Picture.fromarray(pixels).save(folder / f"{name}.png")
 
     def showcase(self) -> list[str]:
-        """The mistakes that the model was surest of."""
+        """The most confident mistakes."""
         seen, mistakes = self._mistakes()
         if not mistakes:
             return [f"all of the {'' if self.validated else 'first '}{seen} validation images are right"]
@@ -182,7 +185,7 @@ class ImageClassifier(LionMixin, LightningModule):
         return ["image", "class", "guess", "share"], rows
 
     def pictures(self) -> dict[str, np.ndarray]:
-        """What the last validation found, drawn: `confusion_matrix` and `worst_mistakes`; uint8 (height, width, 3)."""
+        """Plots of the last validation: `confusion_matrix` and `worst_mistakes`; uint8 (height, width, 3)."""
         if self.validated is None:
             return {}
         classes, after = self.data.classes, f"validation after step {self.validated.step:,}"
@@ -192,18 +195,18 @@ class ImageClassifier(LionMixin, LightningModule):
         if mistakes := self.validated.mistakes:
             captions = [(f"class {classes[m.label]}", f"guess {m.share:.0%} {classes[m.guess]}") for m in mistakes]
             pixels = self.data.validation_pixels([found.image for found in mistakes])
-            drawn["worst_mistakes"] = draw_mistakes(pixels, captions, f"surest mistakes, {after}")
+            drawn["worst_mistakes"] = draw_mistakes(pixels, captions, f"most confident mistakes, {after}")
         return drawn
 
     def _mistakes(self) -> tuple[int, list[Mistake]]:
-        """Images looked at, and the surest mistakes of the last validation; or of a look at some images now."""
+        """The number of images, and the most confident mistakes: of the last validation, or of some images now."""
         count = len(self.data.val_set)  # type: ignore[arg-type]
         if self.validated is not None:
             return count, self.validated.mistakes
-        # One rank alone asks: there is nobody to gather from.
-        worst, count = WorstMistakes(sync_on_compute=False).to(self.device), min(count, LOOKED_AT)
-        for start in range(0, count, AT_A_TIME):
-            pairs = [(index, index) for index in range(start, min(start + AT_A_TIME, count))]
+        # Only one rank calls this, so nothing is gathered.
+        worst, count = WorstMistakes(sync_on_compute=False).to(self.device), min(count, SHOWN_IMAGES)
+        for start in range(0, count, SHOWN_AT_ONCE):
+            pairs = [(index, index) for index in range(start, min(start + SHOWN_AT_ONCE, count))]
             batch = self.data.val_set.__getitems__(pairs)  # type: ignore[attr-defined]
             with torch.no_grad():
                 shares = self(batch["pixels"].to(self.device)).softmax(-1)
@@ -212,7 +215,7 @@ class ImageClassifier(LionMixin, LightningModule):
 
 
 def build_model(config: PretrainedConfig, data: ImageArrays) -> Any:
-    """The classifier of `config`, which is told the data's image size, channels and classes.
+    """The classifier of `config`, with the data's image size, channels and classes.
 
     Raises:
         ConfigError: the configuration has no image-classification head, its patches do not fit the images, or it needs
@@ -260,11 +263,11 @@ def forward_flops(model: Any, shape: tuple[int, ...]) -> int:
     The pass is made by a model without storage: a tenth of a second for any size, and no random number is drawn.
 
     Args:
-        model: of `transformers`; only its configuration is looked at.
+        model: of `transformers`; only its configuration is used.
         shape: channels, height and width.
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        hollow = AutoModelForImageClassification.from_config(copy.deepcopy(model.config)).eval()
+        skeleton = AutoModelForImageClassification.from_config(copy.deepcopy(model.config)).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            hollow(pixel_values=torch.zeros(1, *shape))
+            skeleton(pixel_values=torch.zeros(1, *shape))
     return counter.get_total_flops()

@@ -1,4 +1,4 @@
-"""Pictures of what a classifier gets wrong, drawn with Pillow: the confusion matrix, and the surest mistakes."""
+"""Plots of a classifier's mistakes, drawn with Pillow: the confusion matrix and the most confident mistakes."""
 
 from collections.abc import Sequence
 
@@ -89,7 +89,7 @@ def _tile(image: np.ndarray) -> Picture.Image:
 
 
 def _short(text: str, width: int | None = None) -> str:
-    """As much of `text` as has room: NAME_CHARACTERS, or `width` pixels."""
+    """`text` shortened to NAME_CHARACTERS, or `width` pixels."""
     if width is None:
         return text if len(text) <= NAME_CHARACTERS else text[: NAME_CHARACTERS - 1] + "…"
     kept = text

@@ -15,6 +15,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_datase
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from lion_lightning.errors import ConfigError
+from recipes.files import fingerprint_of
 from recipes.image_classification.images import Images, ImageSplits, Pictures, held_out
 
 HERE = Path(__file__).parent
@@ -32,8 +33,8 @@ class PictureSplits:
     Attributes:
         size: pixels on each side once they are.
         max_broken: so many that cannot be decoded are left out; more are an error.
-        share: of the shorter side that validation sees, where pictures are decoded when asked for.
-        notes: what was noticed about the data, as lines for people.
+        share: of the shorter side that validation sees, where pictures are decoded on access.
+        notes: remarks about the data, for the summary.
     """
 
     train: Pictures
@@ -46,7 +47,7 @@ class PictureSplits:
 
 
 class ImageSource(Protocol):
-    """What the data module asks of a source of images."""
+    """The interface of an image source."""
 
     def fingerprint(self) -> str:
         """A string that changes whenever the images would."""
@@ -91,7 +92,7 @@ class ImageFiles:
         val_fraction: share held out where there is no validation set.
         max_broken: so many pictures that cannot be decoded are left out; more are an error.
         label: the label column; None finds it.
-        val_share: of the shorter side that validation sees, where pictures are decoded when asked for.
+        val_share: of the shorter side that validation sees, where pictures are decoded on access.
 
     Raises:
         ConfigError: nothing usable is there.
@@ -130,10 +131,8 @@ class ImageFiles:
         self.others = [file for file in found if file.is_file() and file not in known]
 
     def fingerprint(self) -> str:
-        stats = ((file.resolve(), file.stat()) for file in self.files)
-        listed = " ".join(f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats)
         settings = f"{self.image_size} {self.val_fraction} {self.max_broken} {self.label} {len(self.others)}"
-        return f"image_files {settings} {listed}"
+        return f"image_files {settings} {fingerprint_of(self.files)}"
 
     def open(self) -> PictureSplits:
         notes = {}
@@ -262,14 +261,14 @@ def _split_of(file: Path) -> str:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The first line of what lies at the bottom: the libraries wrap it in sentences about themselves."""
+    """The first line of the innermost cause, which the libraries wrap in general messages."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (f"{type(error).__name__}: {error}".splitlines() or [type(error).__name__])[0]
 
 
 def find_columns(dataset: Dataset, label: str | None = None) -> tuple[str, str]:
-    """The names of the image and of the label column; `label` says which one where there are several."""
+    """The names of the image and of the label column; `label` chooses one of several."""
     features = dataset.features
     images = [name for name, feature in features.items() if _is_image(feature)]
     labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
@@ -318,10 +317,10 @@ def class_indices(dataset: Dataset, label: str, classes: Sequence[str], split: s
 
 
 def class_notes(train: np.ndarray, val: np.ndarray, classes: Sequence[str]) -> dict[str, str]:
-    """A line on classes that cannot be learned, and one on those that are never asked for."""
-    seen, asked = Counter(train.tolist()), Counter(val.tolist())
-    never = [f"{classes[index]} ({asked[index]:,} images)" for index in sorted(asked.keys() - seen.keys())]
-    absent = [classes[index] for index in range(len(classes)) if index not in seen and index not in asked]
+    """A line on classes that cannot be learned, and one on those that never occur."""
+    trained, validated = Counter(train.tolist()), Counter(val.tolist())
+    never = [f"{classes[index]} ({validated[index]:,} images)" for index in sorted(validated.keys() - trained.keys())]
+    absent = [classes[index] for index in range(len(classes)) if index not in trained and index not in validated]
     notes = {"only in validation": _listed(never), "without any image": _listed(absent)}
     return {name: line for name, line in notes.items() if line}
 

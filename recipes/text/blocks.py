@@ -28,7 +28,7 @@ from recipes.text.tokenizer import SPECIAL_TOKENS, as_transformers, identity, lo
 
 SAMPLE_CHARACTERS = 2**27  # what a tokenizer is trained on at most
 LEFT_OUT, TRAIN, VAL = 0, 1, 2
-BY_CONTENT = LEFT_OUT  # in place of a role that a source does not decide
+BY_CONTENT = LEFT_OUT  # the source leaves the role to the document's digest
 _EMPTY = 0  # stands for the digest of a document without text
 SHARD_CHARACTERS = 2**24  # about 4 M tokens, a few seconds of work
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**21, 512  # a token takes 100 bytes while it is an `Encoding`
@@ -40,7 +40,7 @@ TOKENIZER_DONE, HELD_OUT = "tokenizer.done", "held_out.npy"
 
 @dataclass(frozen=True)
 class CorpusScan:
-    """What a reading of all documents found.
+    """The result of reading all documents once.
 
     Attributes:
         roles: uint8 (documents,), LEFT_OUT, TRAIN or VAL for each in the order of `read_documents`.
@@ -106,7 +106,7 @@ def scan_corpora(corpora: Sequence[Corpus], val_fraction: float) -> CorpusScan:
 
 
 class _Sample:
-    """Different documents, at most so many characters of them; which ones, their digests alone decide."""
+    """Distinct documents, chosen by their digests, of at most `most` characters."""
 
     def __init__(self, most: int) -> None:
         self.most, self.characters, self.below = most, 0, 2**32
@@ -125,7 +125,7 @@ class _Sample:
 
 
 class _Whole:
-    """All documents, until they are too many characters."""
+    """All documents, or None once they exceed `most` characters."""
 
     def __init__(self, most: int) -> None:
         self.left = most
@@ -147,7 +147,7 @@ def tokenize_shards(
     separator: int,
     folder: Path,
 ) -> None:
-    """Write the tokens of `documents`, shard by shard; shards that are there already are not made again.
+    """Write the tokens of `documents`, shard by shard; existing shards are kept.
 
     Args:
         documents: (number of the source, text), source after source.
@@ -225,7 +225,7 @@ def _tokens(shard: list[tuple[int, str]], tokenizer: Tokenizer, separator: int) 
 
 
 def _save_shard(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Whole or not at all, however the process ends."""
+    """Write to a temporary file and rename it, so that an interrupted process leaves no partial shard."""
     temporary = file.with_suffix(".writing")
     with temporary.open("wb") as out:
         np.savez(out, **arrays)  # type: ignore[arg-type]  # names, which it takes for options
@@ -240,7 +240,7 @@ def _progress() -> Progress:
 
 @dataclass(frozen=True)
 class BlockSettings:
-    """What the blocks depend on, beside the text itself.
+    """The settings that the blocks depend on, in addition to the text.
 
     Attributes:
         tokenizer: folder or name of a tokenizer; None trains one, of `vocab_size` and `lowercase`.
@@ -325,7 +325,7 @@ def _write(
 
 
 def _trained(sample: list[str], settings: BlockSettings, folder: Path) -> PreTrainedTokenizerBase:
-    if (folder / TOKENIZER_DONE).is_file():  # an interrupted start had come so far
+    if (folder / TOKENIZER_DONE).is_file():  # an interrupted preparation got this far
         return BertTokenizer.from_pretrained(folder)
     learned = train_tokenizer(sample, settings.vocab_size, settings.lowercase)
     tokenizer = as_transformers(learned, settings.lowercase, settings.sequence_length)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lion_lightning.errors import ConfigError
+from recipes.files import fingerprint_of, one_line
 
 if TYPE_CHECKING:
     import datasets
@@ -37,10 +38,10 @@ PLACES = ("path", "hub", "corpus")
 
 
 class Corpus(Protocol):
-    """What the data module asks of a text source."""
+    """The interface of a text source."""
 
     def fingerprint(self) -> str:
-        """A string that changes whenever the documents would; cheap, since it is asked for at every start."""
+        """A string that changes whenever the documents would; cheap, since every start computes it."""
         ...
 
     def documents(self) -> Iterator[str]:
@@ -128,12 +129,6 @@ def find_files(path: str, suffixes: Collection[str] = (".txt", ".md")) -> list[P
     return sorted(file.resolve() for file in files)
 
 
-def fingerprint_of(files: Iterable[Path]) -> str:
-    """Names, sizes and times of `files`."""
-    stats = ((file, file.stat()) for file in files)
-    return " ".join(f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats)
-
-
 def read_text(file: Path) -> Iterator[str]:
     """The text of `file`, a megabyte at a time.
 
@@ -169,7 +164,7 @@ def not_utf8(file: Path) -> ConfigError:
 def passages(text: str | Iterable[str], size: int = PASSAGE_CHARACTERS) -> Iterator[str]:
     """Cut a long text at paragraph breaks into passages of about `size` characters.
 
-    A book is one document; cut up, a fixed share of every book can be held out for validation.
+    A book as one document could not be shared between training and validation; its passages can.
 
     Args:
         text: whole, or in pieces that are cut anywhere.
@@ -204,17 +199,17 @@ def _paragraphs(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def digest(document: str) -> int:
-    """64 bits that stand for the content of `document`."""
+    """A 64-bit hash of `document`."""
     return int.from_bytes(hashlib.blake2b(document.encode(), digest_size=8).digest(), "big")
 
 
 def is_held_out(document: str, fraction: float) -> bool:
-    """Whether `document` is for validation: decided by its content alone, whatever the order or the seed."""
+    """Whether `document` is for validation: decided by its content alone, independent of order and seed."""
     return digest(document) < fraction * 2**64
 
 
 class HubText(Corpus):
-    """A text column of a dataset, memory-mapped: what was downloaded once is read from the library's cache.
+    """A text column of a dataset, memory-mapped: downloads are kept in the library's cache.
 
     Args:
         path: name on the hub, or a folder or file of parquet, JSON lines, CSV or text.
@@ -300,7 +295,7 @@ def load(path: str, config: str | None, split: str, column: str, revision: str |
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    asked = ", ".join(str(part) for part in (path, config, split, revision) if part)
+    name = ", ".join(str(part) for part in (path, config, split, revision) if part)
     place = Path(path).expanduser()
     if path.startswith((".", "/", "~")) and not place.exists():
         raise ConfigError(f"data.path={path}: there is no such file or folder")
@@ -313,23 +308,16 @@ def load(path: str, config: str | None, split: str, column: str, revision: str |
         )  # fmt: skip
         features: Any = found.features or next(iter(found), {})
     except (OSError, ValueError, RuntimeError, KeyError, DatasetsError) as error:
-        raise ConfigError(f"{_what_is_wrong(error, place.exists())} ({asked}): {_one_line(error)}") from error
+        unreachable = isinstance(error, ConnectionError) and not place.exists()
+        reason = "the hub cannot be reached, and the dataset is not in its cache"
+        reason = reason if unreachable else "the dataset cannot be opened"
+        raise ConfigError(f"{reason} ({name}): {one_line(error)}") from error
     if column not in features:
         raise ConfigError(f"data.column={column} is not in {path}, which has {', '.join(features)}")
     kind = getattr(features[column], "dtype", type(features[column]).__name__)
     if kind not in ("string", "large_string", "str"):
         raise ConfigError(f"data.column={column} of {path} holds {kind}, not text")
     return found
-
-
-def _what_is_wrong(error: BaseException, is_here: bool) -> str:
-    if not is_here and isinstance(error, ConnectionError):
-        return "the hub cannot be reached, and the dataset is not in its cache"
-    return "the dataset cannot be opened"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 @dataclass(frozen=True)
@@ -383,7 +371,7 @@ def check_weight(source: Mapping[str, Any]) -> float:
 
 
 def place_of(source: Any) -> str:
-    """Which of `path`, `hub` and `corpus` says where `source` is.
+    """Which of the keys `path`, `hub` and `corpus` locates `source`.
 
     Raises:
         ConfigError: none of them, or several.

@@ -31,8 +31,8 @@ class ModelOptions:
     """Options of every text model.
 
     Attributes:
-        pretrained: a checkpoint to go on from (see `pretrained`), whose configuration and tokenizer count then; None
-            starts from scratch.
+        pretrained: a checkpoint to continue from (see `load_model`), which also gives the configuration; None starts
+            from scratch.
         compile: whether `torch.compile` turns forward, head and loss into one graph; or the name of its backend.
         activation_checkpointing: keep only the inputs of each layer for the backward pass, and compute the rest again:
             less memory, about a third more work.
@@ -65,7 +65,7 @@ class ModelOptions:
             raise ConfigError("model.attention=flash_attention_2 needs a GPU and the flash-attn package; try sdpa")
 
     def compiled(self, function: Function, dynamic: bool | None = None) -> Function:
-        """`function`, compiled if that is wanted.
+        """`function`, compiled if `compile` is set.
 
         Args:
             function: not a method, with the model as an argument: so a copy of the module computes with the copy's
@@ -79,7 +79,7 @@ class ModelOptions:
         return torch.compile(function, backend=backend, dynamic=dynamic)  # type: ignore[return-value]
 
     def apply(self, model: Any) -> Any:
-        """`model` with activation checkpointing, if that is wanted."""
+        """`model` with activation checkpointing, if it is set."""
         if self.activation_checkpointing:
             old, new = (
                 "gradient_checkpointing_enable",
@@ -166,7 +166,7 @@ def load_model(auto_class: Any, place: str, config: PretrainedConfig, attention:
             config=config,
             attn_implementation=attention,
             dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # told below, by name
+            ignore_mismatched_sizes=True,  # the warning below names them
             output_loading_info=True,
         )
     drawn = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
@@ -181,7 +181,7 @@ def load_model(auto_class: Any, place: str, config: PretrainedConfig, attention:
 def check_vocabulary(place: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """ConfigError if `tokenizer` has ids that the checkpoint has no embedding for, or gives words other ids than its.
 
-    A checkpoint without a tokenizer is taken at its word: only the size can be checked then.
+    For a checkpoint without a tokenizer only the size can be checked.
     """
     if len(tokenizer) > config.vocab_size:
         raise ConfigError(
@@ -195,14 +195,14 @@ def check_vocabulary(place: str, config: PretrainedConfig, tokenizer: PreTrained
         return
     if own.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
-            f"{SETTING}={place} knows other tokens than the data's tokenizer: its weights would mean nothing; "
+            f"{SETTING}={place} has another vocabulary than the data's tokenizer: the words would be mixed up; "
             f"set data.tokenizer={place}"
         )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's table of missing weights: what matters of it is told in one line."""
+    """Silence the library's table of missing weights; `load_model` warns of them in one line."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -217,7 +217,7 @@ def usable_config(
     """The configuration of `options.pretrained`, or else `config`.
 
     Raises:
-        ConfigError: `recipe` does not know the type of the model, or it takes fewer tokens than `sequence_length`.
+        ConfigError: `recipe` does not support the type of the model, or it takes fewer tokens than `sequence_length`.
     """
     if options.pretrained:
         config = read_config(options.pretrained, VOCABULARY_HEADS)

@@ -1,4 +1,4 @@
-"""The tokenizer: trained on the corpus in BERT's conventions, or one that is there already."""
+"""The tokenizer: trained on the corpus in BERT's conventions, or loaded from a folder or the hub."""
 
 import hashlib
 import re
@@ -14,11 +14,15 @@ from torch import Tensor
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from lion_lightning.errors import ConfigError
+from recipes.files import one_line
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_CHARACTERS = 500  # rarer ones become [UNK]; each takes two places of the vocabulary
 UNUSED = re.compile(r"\[unused\d+\]")  # places that BERT's and ModernBERT's vocabularies keep free
-CONTINUES, BEGINS = "##", ("Ġ", "▁", "Ċ")  # WordPiece marks pieces that go on with a word, the others those that begin
+CONTINUES, BEGINS = (
+    "##",
+    ("Ġ", "▁", "Ċ"),
+)  # WordPiece marks pieces that continue a word, the others those that begin one
 
 
 def train_tokenizer(documents: Sequence[str], vocab_size: int, lowercase: bool) -> Tokenizer:
@@ -135,17 +139,18 @@ def opening(setting: str, place: str) -> Iterator[None]:
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{setting}={place} cannot be opened, as a folder or from the hub: {reason}") from error
+        raise ConfigError(
+            f"{setting}={place} cannot be opened, as a folder or from the hub: {one_line(error)}"
+        ) from error
 
 
 def identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A string that differs for tokenizers that differ."""
+    """A hash of the tokenizer's definition."""
     return hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=10).hexdigest()
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Which ids are no text, wherever they lie: bool (vocabulary,)."""
+    """Which ids are special tokens, wherever they are in the vocabulary: bool (vocabulary,)."""
     table = torch.zeros(len(tokenizer), dtype=torch.bool)
     named_so = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
     table[[*tokenizer.all_special_ids, *named_so]] = True
@@ -153,9 +158,9 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 
 def replacement_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """What a random token may be, in rising order: int64.
+    """The ids that a random token is drawn from, ascending: int64.
 
-    Neither a special token, nor one that was added to the vocabulary, nor a place of it that is kept free.
+    Excluded are special tokens, tokens added to the vocabulary, and its unused places.
     """
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     barred = special_tokens(tokenizer)

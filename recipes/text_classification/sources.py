@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from datasets import ClassLabel, DatasetDict, load_dataset
 
 from lion_lightning.errors import ConfigError
+from recipes.files import check_fraction, existing_file, fingerprint_of, one_line
 from recipes.text.corpus import PythonDocs, is_held_out
 from recipes.text_classification.tables import READERS, Columns, Row, class_names, read_table
 
@@ -187,7 +188,7 @@ def _check_same_classes(train: Sequence[Row], val: Sequence[Row], names: Sequenc
 
 
 class TextSource(Protocol):
-    """What the data module asks of a source of labeled text."""
+    """The interface of a source of labeled text."""
 
     def fingerprint(self) -> str:
         """A string that changes whenever the texts would."""
@@ -214,7 +215,7 @@ class PythonPackages(PythonDocs):
     )  # fmt: skip
 
     def __init__(self, val_fraction: float = 0.2) -> None:
-        self.val_fraction = _share(val_fraction)
+        self.val_fraction = check_fraction(val_fraction)
 
     def fingerprint(self) -> str:
         return f"python_packages {self.PACKAGES} {self.val_fraction} {sys.version}"
@@ -232,7 +233,7 @@ class PythonPackages(PythonDocs):
                 if self.SKIPPED_PACKAGES.intersection(path.relative_to(root).parts):
                     continue
                 for text in self._docstrings(path):
-                    if text not in seen:  # the same words in two packages tell neither
+                    if text not in seen:  # the same text in two packages has no single label
                         seen.add(text)
                         yield text, package.removeprefix("_py")
 
@@ -266,16 +267,14 @@ class LabeledFiles:
         if not path:
             raise ConfigError(f"data=labeled_files needs data.path=: a folder, or a {', '.join(READERS)} file")
         self.columns = Columns(text_column, label_column, second_text_column)
-        self.regression, self.val_fraction, self.max_left_out = regression, _share(val_fraction), max_left_out
+        self.regression, self.val_fraction, self.max_left_out = regression, check_fraction(val_fraction), max_left_out
         self.train_files, self.val_files = _find(path)
         if val_path:
-            self.val_files = [_file(val_path, "data.val_path")]
+            self.val_files = [existing_file(val_path, "data.val_path", READERS)]
 
     def fingerprint(self) -> str:
-        files = [*self.train_files, None, *self.val_files]
-        stats = (f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" if file else "|" for file in files)
         settings = (self.columns, self.regression, self.val_fraction, self.max_left_out)
-        return f"labeled_files {settings} {' '.join(stats)}"
+        return f"labeled_files {settings} {fingerprint_of(self.train_files)} | {fingerprint_of(self.val_files)}"
 
     def load(self) -> TextSplits:
         train, val = self._rows(self.train_files), self._rows(self.val_files)
@@ -337,8 +336,7 @@ class Glue:
 
     def fingerprint(self) -> str:
         files = (Path(file) for split in self.files.values() for file in split)
-        stats = " ".join(f"{file.resolve()}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
-        return f"glue {self.name} {stats or self.REPOSITORY}"
+        return f"glue {self.name} {fingerprint_of(files) or self.REPOSITORY}"
 
     def load(self) -> TextSplits:
         splits = self._open()
@@ -357,8 +355,9 @@ class Glue:
                 return load_dataset("parquet", data_files=self.files)
             return load_dataset(self.REPOSITORY, self.name)
         except Exception as error:  # a dozen types of four libraries, all of which mean that there is no data
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigError(f"data.task={self.name} cannot be loaded: {reason}; data.path= takes a folder") from error
+            raise ConfigError(
+                f"data.task={self.name} cannot be loaded: {one_line(error)}; data.path= takes a folder"
+            ) from error
 
     def _rows(self, dataset: Any) -> Iterator[Row]:
         missing = [name for name in (*self.task.columns, "label") if name not in dataset.column_names]
@@ -379,17 +378,11 @@ def held_out(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
     return sides
 
 
-def _share(fraction: float) -> float:
-    if not 0 < fraction < 1:
-        raise ConfigError(f"data.val_fraction must be between 0 and 1, got {fraction}")
-    return fraction
-
-
 def _find(path: str) -> tuple[list[Path], list[Path]]:
     """Files of training and of validation."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        return [_file(path, "data.path")], []
+        return [existing_file(path, "data.path", READERS)], []
     files = sorted(file.resolve() for file in folder.iterdir() if file.suffix.lower() in READERS and file.is_file())
     named: Callable[[str], list[Path]] = lambda names: [  # noqa: E731
         file for file in files if re.match(rf"({names})(?![a-z])", file.name.lower())
@@ -398,12 +391,3 @@ def _find(path: str) -> tuple[list[Path], list[Path]]:
     if not train:
         raise ConfigError(f"data.path={path}: no train* file of {', '.join(READERS)} in it")
     return train, named("val|valid|validation|dev")
-
-
-def _file(path: str, setting: str) -> Path:
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ConfigError(f"{setting}={path}: there is no such file or folder")
-    if file.suffix.lower() not in READERS:
-        raise ConfigError(f"{setting}={path} must be a file of {', '.join(READERS)}")
-    return file.resolve()

@@ -12,6 +12,7 @@ import pyarrow.parquet
 from datasets import ClassLabel, Features
 
 from lion_lightning.errors import ConfigError
+from recipes.files import one_line
 
 MAX_FIELD_CHARACTERS = 2**24
 PARQUET_ROWS_PER_BATCH = 4096
@@ -29,7 +30,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns that count; `second` is None where rows have one text."""
+    """Names of the columns that are read; `second` is None where rows have one text."""
 
     text: str
     label: str
@@ -45,7 +46,7 @@ def read_table(file: Path, columns: Columns) -> Iterator[Row]:
     A row that is shorter or longer than its header has no label that could be trusted: it comes without one.
 
     Raises:
-        ConfigError: a column is missing, the file is not UTF-8, or it is not what its name says.
+        ConfigError: a column is missing, the file is not UTF-8, or its content does not fit its ending.
     """
     try:
         header, rows = READERS[file.suffix.lower()](file)
@@ -67,7 +68,7 @@ def read_table(file: Path, columns: Columns) -> Iterator[Row]:
             f"{file} is not UTF-8 (byte 0x{error.object[error.start]:02x}: {error.reason}); convert it first"
         ) from error
     except (csv.Error, pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"{file} cannot be read: {one_line(error)}") from error
 
 
 def class_names(file: Path, label: str) -> tuple[str, ...] | None:
@@ -77,7 +78,7 @@ def class_names(file: Path, label: str) -> tuple[str, ...] | None:
     try:
         feature = Features.from_arrow_schema(pyarrow.parquet.read_schema(file)).get(label)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"{file} cannot be read: {one_line(error)}") from error
     return tuple(feature.names) if isinstance(feature, ClassLabel) else None
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 import recipes.image_classification.images as decoding
 from lion_lightning.errors import ConfigError
 from recipes.image_classification.data import ImageArrays
-from recipes.image_classification.images import UNREADABLE, DecodedWhenAsked, decode, random_resized_crop, square
+from recipes.image_classification.images import UNREADABLE, DecodedOnAccess, decode, random_resized_crop, square
 from recipes.image_classification.sources import HubImages, ImageFiles
 from tests.recipes.written_images import encoded, hub_dataset, load, write_parquet
 
@@ -40,11 +40,11 @@ def undecoded(folder: Path, workers: int = 0, seed: int = 1, max_broken: int = 1
 
 def test_what_does_not_fit_is_decoded_when_asked_for(folder: Path) -> None:
     data = undecoded(folder)
-    assert isinstance(data.train_set, DecodedWhenAsked)
-    assert "decoded when asked for: over 0 GiB" in data.describe()["images"]
+    assert isinstance(data.train_set, DecodedOnAccess)
+    assert "decoded on access: over 0 GiB" in data.describe()["images"]
     assert data.image_shape == (3, 16, 16)
     assert data.num_train_samples == 16
-    with pytest.raises(RuntimeError, match="decoded when asked for"):
+    with pytest.raises(RuntimeError, match="decoded on access"):
         _ = data.ready
     fits = ImageArrays(ImageFiles(str(folder), image_size=16), batch_size=4, decoded_gib=1e-4)
     fits.setup("fit")

@@ -208,11 +208,10 @@ def test_flops_are_those_that_torch_counts(cache: str, kind: type[PretrainedConf
     assert module.flops_per_sample() == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-@pytest.mark.parametrize(("padding", "graphs"), [("fixed", 3), ("longest", 4)])
-def test_batches_do_not_compile_again(cache: str, padding: str, graphs: int) -> None:
+def test_batches_do_not_compile_again(cache: str) -> None:
     torch._dynamo.reset()
     counters.clear()
-    data = data_of(cache, padding=padding)
+    data = data_of(cache, padding="longest")
     module = build(data, options=ModelOptions(compile="eager")).train()
 
     def go(train: bool, *batches: range) -> int:
@@ -226,7 +225,7 @@ def test_batches_do_not_compile_again(cache: str, padding: str, graphs: int) -> 
 
     go(True, range(0, 4), range(4, 8), range(8, 12))
     compiled = go(False, range(0, 8), range(8, 16), range(16, 21))
-    assert compiled <= graphs
+    assert compiled <= 4  # for training and for validation: the first shape, and one of all others
     assert go(True, range(12, 16), range(16, 20)) == compiled
     assert go(False, range(21, 29), range(29, 32)) == compiled
 
