@@ -162,7 +162,7 @@ def tokenize_shards(
         for number, (source, shard, read) in enumerate(_shards(documents, roles)):
             file = folder / f"shard-{source:03}-{number:06}.npz"
             if not file.exists():
-                _save_shard(file, _tokens(shard, tokenizer, separator))
+                save_shard(file, _tokens(shard, tokenizer, separator))
             progress.advance(task, read)
 
 
@@ -224,7 +224,7 @@ def _tokens(shard: list[tuple[int, str]], tokenizer: Tokenizer, separator: int) 
     return {split: np.concatenate([none, *pieces[role]]) for split, role in SPLITS.items()}
 
 
-def _save_shard(file: Path, arrays: dict[str, np.ndarray]) -> None:
+def save_shard(file: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write to a temporary file and rename it, so that an interrupted process leaves no partial shard."""
     temporary = file.with_suffix(".writing")
     with temporary.open("wb") as out:

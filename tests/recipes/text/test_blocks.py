@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 
 import recipes.text.blocks as blocks_module
-import recipes.text.blocks as shards_module
-import recipes.text.blocks as tokens_module
 from lion_lightning.errors import ConfigError
 from recipes.text.blocks import BlockSettings, prepare_blocks, token_dtype
 from recipes.text.corpus import TextFiles, is_held_out
@@ -48,9 +46,9 @@ def test_shards_batches_and_memory_do_not_change_the_blocks(
 ) -> None:
     expected = prepare_blocks([Listed(documents)], SETTINGS, tmp_path / "one")
     trained = train_tokenizer(split(documents, SETTINGS.val_fraction)[0], 400, lowercase=True)
-    monkeypatch.setattr(tokens_module, "train_tokenizer", lambda *_: trained)
-    monkeypatch.setattr(shards_module, "SHARD_CHARACTERS", 5000)
-    monkeypatch.setattr(shards_module, "BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr(blocks_module, "train_tokenizer", lambda *_: trained)
+    monkeypatch.setattr(blocks_module, "SHARD_CHARACTERS", 5000)
+    monkeypatch.setattr(blocks_module, "BATCH_DOCUMENTS", 3)
     if not whole:
         monkeypatch.setattr(blocks_module, "SAMPLE_CHARACTERS", 4000)
     corpus = Listed(documents)
@@ -113,8 +111,8 @@ def test_the_second_preparation_reads_the_cache_and_tokenises_nothing(
     def must_not_run(*_: object) -> None:
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(tokens_module, "train_tokenizer", must_not_run)
-    monkeypatch.setattr(tokens_module, "tokenize_shards", must_not_run)
+    monkeypatch.setattr(blocks_module, "train_tokenizer", must_not_run)
+    monkeypatch.setattr(blocks_module, "tokenize_shards", must_not_run)
     second = prepare_blocks([corpus], SETTINGS, tmp_path)
     assert (first.reused, second.reused, corpus.reads) == (False, True, 1)
     assert np.array_equal(first.train, second.train)
@@ -175,7 +173,7 @@ def test_a_document_that_comes_twice_counts_once(
     documents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = train_tokenizer(documents, 400, lowercase=True)
-    monkeypatch.setattr(tokens_module, "train_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr(blocks_module, "train_tokenizer", lambda *_: tokenizer)
     once = prepare_blocks([Listed(documents, "once")], SETTINGS, tmp_path)
     twice = prepare_blocks([Listed([*documents, *documents, "", "  \n"], "twice")], SETTINGS, tmp_path)
     assert np.array_equal(once.train, twice.train)
@@ -212,8 +210,8 @@ def test_a_killed_start_is_resumed_without_tokenising_again_what_it_had_done(
 ) -> None:
     expected = prepare_blocks([Listed(documents)], SETTINGS, tmp_path / "other")
     trained = train_tokenizer(split(documents, SETTINGS.val_fraction)[0], 400, lowercase=True)
-    monkeypatch.setattr(tokens_module, "train_tokenizer", lambda *_: trained)
-    monkeypatch.setattr(shards_module, "SHARD_CHARACTERS", 5000)
+    monkeypatch.setattr(blocks_module, "train_tokenizer", lambda *_: trained)
+    monkeypatch.setattr(blocks_module, "SHARD_CHARACTERS", 5000)
     monkeypatch.setattr(blocks_module, "SAMPLE_CHARACTERS", 4000)  # so that the documents are read a second time
     cache = tmp_path / "cache"
     process = multiprocessing.get_context("fork").Process(target=prepare_slowly, args=(documents, cache))
@@ -227,9 +225,11 @@ def test_a_killed_start_is_resumed_without_tokenising_again_what_it_had_done(
     process.join(60)
     done = {file.name for file in cache.glob("unfinished-*/shard-*.npz")}
     written: list[str] = []
-    write = shards_module._write
-    monkeypatch.setattr(shards_module, "_write", lambda file, *rest: (written.append(file.name), write(file, *rest)))
-    monkeypatch.setattr(tokens_module, "train_tokenizer", None)
+    write = blocks_module.save_shard
+    monkeypatch.setattr(
+        blocks_module, "save_shard", lambda file, *rest: (written.append(file.name), write(file, *rest))
+    )
+    monkeypatch.setattr(blocks_module, "train_tokenizer", None)
     found = prepare_blocks([Listed(documents)], SETTINGS, cache)
     assert len(done) >= 5
     assert written

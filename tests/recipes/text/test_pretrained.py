@@ -161,5 +161,5 @@ def test_a_run_goes_on_from_the_export_of_another(compose: Any, prose: Path, tmp
     again = run(train(f"run_dir={tmp_path / 'two'}", f"model.pretrained={export}", *still))
     assert again == pytest.approx(first, rel=1e-4), "steps that move nothing leave the loss where it was"
     shutil.rmtree(export)
-    with pytest.raises(ConfigError, match=r"data\.tokenizer=.*export cannot be opened"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=.*export: there is no such folder"):
         run(train(f"run_dir={tmp_path / 'three'}", f"model.pretrained={export}"))

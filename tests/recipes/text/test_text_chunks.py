@@ -64,7 +64,7 @@ def test_a_dataset_is_read_by_row_groups_and_never_whole(hub_folder: Path) -> No
 def test_a_row_group_that_is_too_long_says_what_to_do(hub_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks_module, "MAX_CHUNK_CHARACTERS", 500)
     with pytest.raises(
-        ConfigError, match=r"piece 3 is longer than 500 characters; stream parquet .*refs/convert/parquet"
+        ConfigError, match=r"chunk 3 is longer than 500 characters; stream parquet .*refs/convert/parquet"
     ):
         list(HubChunks(str(hub_folder)).documents(3))
 
