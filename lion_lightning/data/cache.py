@@ -1,8 +1,10 @@
 """Prepared data on disk: made once, found again by what it was made from, never half-written."""
 
+import ctypes
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -96,3 +98,12 @@ def _publish(temporary: Path, folder: Path) -> None:
         if not folder.is_dir():
             raise
         log.info("%s was made by another run in the meantime", folder)
+
+
+def release_freed_memory() -> None:
+    """Return freed memory from glibc's malloc to the system; no effect with another C library.
+
+    After preparing data malloc would keep most of it for the rest of the run, in pieces too small for large tensors.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))

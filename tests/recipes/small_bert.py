@@ -11,7 +11,7 @@ from lion_lightning.optim import Lion
 from recipes.bert_mlm.data import TextBlocks
 from recipes.bert_mlm.masking import Masking
 from recipes.bert_mlm.module import BertMLM
-from recipes.bert_mlm.options import ModelOptions
+from recipes.text.model import ModelOptions
 
 LENGTH = 32  # tokens in a block of the fixture `blocks`
 

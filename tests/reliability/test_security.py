@@ -27,7 +27,7 @@ from lion_lightning.training.checkpoint_io import load
 from lion_lightning.training.redaction import HIDDEN, redacted, redacted_argument, redacted_text
 from lion_lightning.training.secret_overrides import VARIABLE, carried_in_environment, is_sweep
 from lion_lightning.training.sharded_files import load_sharded
-from recipes.image_classification.pictures import square
+from recipes.image_classification.images import square
 
 CANARY = "canary" + "9d4f" * 6
 SECRETS = {  # how a secret gets on a command line

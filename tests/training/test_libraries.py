@@ -12,7 +12,7 @@ STREAM = (
     "from lion_lightning.training.libraries import load_libraries; load_libraries()\n"
     "import lion_lightning.training.run, recipes.bert_mlm.streaming, recipes.bert_mlm.module\n"
     "import lion_lightning.guard.callback, lion_lightning.tracking.wandb\n"
-    "from recipes.bert_mlm.options import ModelOptions; ModelOptions()\n"
+    "from recipes.text.model import ModelOptions; ModelOptions()\n"
     "from transformers import AutoModelForMaskedLM, BertConfig\n"
     "AutoModelForMaskedLM.from_config(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))\n"
 )
