@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
-from lion_lightning.data.cache import resumable_folder
+from lion_lightning.data.cache import cached_folder, release_freed_memory
 from lion_lightning.errors import ConfigError
-from lion_lightning.training.host_memory import release_freed_memory
 from recipes.bert_mlm.corpus import Corpus
 from recipes.bert_mlm.shards import read_shards, token_dtype, tokenise
 from recipes.bert_mlm.survey import TRAIN, VAL, Survey, read, survey
@@ -75,7 +74,7 @@ def prepare_blocks(corpora: Sequence[Corpus], settings: BlockSettings, cache: Pa
     named = None if settings.tokenizer is None else open_tokenizer(settings.tokenizer)
     fingerprints = [corpus.fingerprint() for corpus in corpora]
     key = json.dumps([FORMAT_VERSION, fingerprints, asdict(settings), named and identity(named)])
-    folder, reused = resumable_folder(cache, key, lambda folder: _write(corpora, settings, named, folder))
+    folder, reused = cached_folder(cache, key, lambda folder: _write(corpora, settings, named, folder), resumable=True)
     report = json.loads((folder / "report.json").read_text())
     return Blocks(
         train=np.load(folder / "train.npy", mmap_mode="r"),

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageClassification, TimmWrapperConfig, ViTConfig
 
 from lion_lightning.errors import ConfigError
-from lion_lightning.training.instantiate import instantiate
+from lion_lightning.training.build import instantiate
 from recipes.image_classification import models
 from recipes.image_classification.models import build_model, forward_flops
 from recipes.image_classification.sources import Digits

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import recipes.bert_mlm.tokens as tokens_module
-from lion_lightning.training.host_memory import release_freed_memory
+from lion_lightning.data.cache import release_freed_memory
 from recipes.bert_mlm.tokens import prepare_blocks
 from tests.recipes.listed import SETTINGS, Listed
 
