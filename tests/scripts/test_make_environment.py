@@ -11,7 +11,7 @@ import pytest
 from scripts import make_environment
 from scripts.make_environment import STAMP, prepare
 
-PYTHON = "%d.%d" % sys.version_info[:2]
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_broken_environment_is_made_again(venv, commands, capsys, damage, reason
     damage(venv)
     prepare(venv, None, None)
     assert reason in capsys.readouterr().out
-    assert [words[1:3] for words in commands][0] == ["-m", "venv"]
+    assert commands[0][1:3] == ["-m", "venv"]
     commands.clear()
     prepare(venv, None, None)
     assert commands == []

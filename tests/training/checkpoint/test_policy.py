@@ -12,11 +12,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from lion_lightning.errors import ConfigError
-from lion_lightning.training.checkpoint_io import load
-from lion_lightning.training.progress_state import KEY
-from lion_lightning.training.restoring import WAY_OUT, restoring
+from lion_lightning.training.checkpoint.files import load
+from lion_lightning.training.checkpoint.policy import KEY, WAY_OUT, restoring
+from lion_lightning.training.checkpoint.sharded_state import load_sharded
+from lion_lightning.training.performance import Throughput
 from lion_lightning.training.run import run
-from lion_lightning.training.sharded_files import load_sharded
 
 SETTINGS = (
     "recipe=image_classification", "logger=none", "export=false", "data.batch_size=16", "trainer.val_check_interval=2",
@@ -127,8 +127,6 @@ def test_a_file_of_something_else_is_refused(train: Callable[..., float], tmp_pa
 def test_a_broken_state_of_the_newest_checkpoint_is_named_by_auto(
     train: Callable[..., float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lion_lightning.training.throughput import Throughput
-
     with monkeypatch.context() as older:
         older.setattr(Throughput, "state_dict", lambda self: {"samples_seen": self.samples_seen})
         train(tmp_path, 2)
@@ -148,42 +146,23 @@ def test_a_callback_without_a_state_is_told(resume: Callable[..., float], caplog
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_part_that_shards_lack_is_named(tmp_path: Path) -> None:
     dcp.save({"state_dict": {"w": torch.ones(3)}}, checkpoint_id=tmp_path / "sharded", no_dist=True)
-
-    def load_checkpoint() -> None:  # as the strategy's
-        wanted = {"state_dict": {"w": torch.zeros(3)}, "optimizer_0": {"state": {"w": torch.zeros(3)}}}
-        load_sharded(wanted, tmp_path / "sharded", alone=True)
-
+    wanted = {"state_dict": {"w": torch.zeros(3)}, "optimizer_0": {"state": {"w": torch.zeros(3)}}}
     misfit = r"sharded: the checkpoint does not fit \(.*optimizer_0\.state\.w"
     with pytest.raises(ConfigError, match=misfit), restoring(tmp_path / "sharded"):
-        load_checkpoint()
+        load_sharded(wanted, tmp_path / "sharded", alone=True)
 
 
-def training_step() -> None:
-    raise KeyError("x")
+def test_a_failure_in_training_is_no_fault_of_the_checkpoint(
+    resume: Callable[..., float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Any, *_: Any) -> None:
+        raise KeyError("tokens_seen")
 
-
-def load_state_dict() -> None:
-    raise KeyError("x")
-
-
-def advance() -> None:
-    """As in Lightning's loops, where the guard puts back a state of its own."""
-    load_state_dict()
-
-
-def test_only_what_a_checkpoint_does_is_told_so() -> None:
-    with pytest.raises(ConfigError, match=r"resume=a\.ckpt: the checkpoint lacks 'x'"), restoring(Path("a.ckpt")):
-        load_state_dict()
-    for elsewhere in (training_step, advance):
-        with pytest.raises(KeyError), restoring(Path("a.ckpt")):
-            elsewhere()
-    with pytest.raises(KeyError), restoring(None):
-        load_state_dict()
+    monkeypatch.setattr(Throughput, "on_train_batch_end", broken)
+    with pytest.raises(KeyError, match="tokens_seen"):
+        resume(lambda kept: None)
 
 
 def test_another_rank_that_is_gone_is_no_fault_of_the_checkpoint() -> None:
-    def load_checkpoint() -> None:
-        raise RuntimeError("Connection closed by peer")
-
     with pytest.raises(RuntimeError, match="Connection closed"), restoring(Path("a.ckpt")):
-        load_checkpoint()
+        raise RuntimeError("Connection closed by peer")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lion_lightning.data.cache import cached_folder, default_cache, resumable_folder
+from lion_lightning.data.cache import cached_folder, default_cache
 from lion_lightning.errors import ConfigError
 
 PARTS = 20
@@ -18,13 +18,6 @@ def write_slowly(folder: Path) -> None:
     for part in range(PARTS):
         (folder / f"{part}").write_text(str(os.getpid()))
         time.sleep(0.01)
-
-
-def race(cache: Path, barrier, answers) -> None:  # type: ignore[no-untyped-def]
-    barrier.wait()
-    folder, reused = cached_folder(cache, "key", write_slowly)
-    written = {file.name: file.read_text() for file in folder.iterdir()}
-    answers.put((str(folder), reused, sorted(written), set(written.values())))
 
 
 def write_forever(folder: Path) -> None:
@@ -56,22 +49,6 @@ def test_another_key_is_another_folder(tmp_path: Path) -> None:
     assert not reused
 
 
-def test_two_processes_that_race_get_one_whole_folder(tmp_path: Path) -> None:
-    fork = multiprocessing.get_context("fork")
-    barrier, answers = fork.Barrier(2), fork.Queue()
-    processes = [fork.Process(target=race, args=(tmp_path, barrier, answers)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    first, second = (answers.get(timeout=60) for _ in processes)
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    assert first == second  # the same folder, made by neither before, the same files, all by one writer
-    assert first[2] == sorted(str(part) for part in range(PARTS))
-    assert len(first[3]) == 1
-    assert [entry.name for entry in tmp_path.iterdir()] == [Path(first[0]).name], "the loser's copy stays behind"
-
-
 def test_a_killed_writer_leaves_nothing_that_is_taken_for_complete(tmp_path: Path) -> None:
     process = multiprocessing.get_context("fork").Process(target=cached_folder, args=(tmp_path, "key", write_forever))
     process.start()
@@ -94,7 +71,7 @@ def test_a_writer_that_raises_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match="disk full"):
         cached_folder(tmp_path, "key", fails)
-    assert list(tmp_path.iterdir()) == []
+    assert [entry.name for entry in tmp_path.iterdir()] == ["locks"]
 
 
 def test_the_default_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -112,7 +89,7 @@ def write_and_wait(folder: Path) -> None:
 
 def test_an_interrupted_writer_goes_on_with_what_it_had(tmp_path: Path) -> None:
     process = multiprocessing.get_context("fork").Process(
-        target=resumable_folder, args=(tmp_path, "key", write_and_wait)
+        target=cached_folder, args=(tmp_path, "key", write_and_wait, True)
     )
     process.start()
     deadline = time.monotonic() + 60
@@ -122,10 +99,12 @@ def test_an_interrupted_writer_goes_on_with_what_it_had(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.join(60)
     found = []
-    folder, reused = resumable_folder(tmp_path, "key", lambda folder: found.append((folder / "part").read_text()))
+    folder, reused = cached_folder(
+        tmp_path, "key", lambda folder: found.append((folder / "part").read_text()), resumable=True
+    )
     assert found == [str(process.pid)]
     assert not reused
-    assert resumable_folder(tmp_path, "key", must_not_write) == (folder, True)
+    assert cached_folder(tmp_path, "key", must_not_write) == (folder, True)
 
 
 def test_only_one_of_two_processes_prepares_and_the_other_waits(tmp_path: Path) -> None:
@@ -134,7 +113,7 @@ def test_only_one_of_two_processes_prepares_and_the_other_waits(tmp_path: Path) 
 
     def prepare() -> None:
         barrier.wait()
-        folder, reused = resumable_folder(tmp_path, "key", write_slowly)
+        folder, reused = cached_folder(tmp_path, "key", write_slowly)
         answers.put((reused, {file.read_text() for file in folder.iterdir()}))
 
     processes = [fork.Process(target=prepare) for _ in range(2)]
@@ -157,8 +136,8 @@ def test_a_setting_that_cannot_work_leaves_nothing_and_a_full_disk_leaves_what_i
         return write
 
     with pytest.raises(ConfigError):
-        resumable_folder(tmp_path, "key", fails(ConfigError("too little text")))
+        cached_folder(tmp_path, "key", fails(ConfigError("too little text")), resumable=True)
     assert not list(tmp_path.glob("*/half"))
     with pytest.raises(OSError, match="disk full"):
-        resumable_folder(tmp_path, "key", fails(OSError("disk full")))
+        cached_folder(tmp_path, "key", fails(OSError("disk full")), resumable=True)
     assert list(tmp_path.glob("unfinished-*/half"))

@@ -1,6 +1,7 @@
 """Checkpoint files: whole or not there, plain or refused, and a damaged one is named and skipped."""
 
 import errno
+import hashlib
 import os
 import pickle
 import signal
@@ -20,11 +21,18 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from lion_lightning.errors import ConfigError
-from lion_lightning.training import durable
-from lion_lightning.training.checkpoint_io import DurableCheckpointIO, Placement, load, write
-from lion_lightning.training.durable import InvalidCheckpoint, marker_of, verify
-from lion_lightning.training.plain import plain
-from lion_lightning.training.resume import newest_valid, resolve, step_files, step_path
+from lion_lightning.training.checkpoint import files
+from lion_lightning.training.checkpoint.files import (
+    DurableCheckpointIO,
+    InvalidCheckpoint,
+    Placement,
+    load,
+    marker_of,
+    plain,
+    verify,
+    write,
+)
+from lion_lightning.training.checkpoint.policy import newest_valid, resolve, step_files, step_path
 
 
 def state(step: int, **more: Any) -> dict[str, Any]:
@@ -97,9 +105,9 @@ def test_a_flipped_byte_is_seen_wherever_it_is(tmp_path: Path) -> None:
 
 
 def test_last_stands_in_where_the_step_files_are_gone(folder: Path) -> None:
-    durable.link_marked(step_path(folder, 2), folder / "last.ckpt")
+    files.link_marked(step_path(folder, 2), folder / "last.ckpt")
     for step in (1, 2, 3):
-        durable.remove_marked(step_path(folder, step))
+        files.remove_marked(step_path(folder, step))
     path, wrong = newest_valid(folder)
     assert path == folder / "last.ckpt"
     assert not wrong
@@ -188,7 +196,9 @@ class Exploit:
 def test_a_malicious_checkpoint_is_refused_and_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     owned = tmp_path / "owned"
     path = tmp_path / "step-000000001.ckpt"
-    durable.write_marked(path, lambda file: torch.save({**state(1), "x": Exploit(owned)}, file), 1)
+    torch.save({**state(1), "x": Exploit(owned)}, path)
+    data = path.read_bytes()
+    files.mark(path, files.Marker(1, len(data), hashlib.sha256(data).hexdigest()))
     assert resolve(str(path), tmp_path / "run") == path, "its bytes are what was written"
     for read in (load, DurableCheckpointIO().load_checkpoint, lambda p: DurableCheckpointIO().load_checkpoint(p, weights_only=False)):  # noqa: E501  # fmt: skip
         with pytest.raises(pickle.UnpicklingError):
@@ -235,7 +245,7 @@ def test_a_compiled_model_is_saved_under_its_own_names(tmp_path: Path) -> None:
 FULL = """
 import resource, signal, sys, torch
 from pathlib import Path
-from lion_lightning.training.checkpoint_io import DurableCheckpointIO
+from lion_lightning.training.checkpoint.files import DurableCheckpointIO
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 for background in (False, True):

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 import recipes.bert_mlm.masking as masking_module
 from lion_lightning.errors import ConfigError
 from lion_lightning.optim import Lion
-from lion_lightning.training.instantiate import instantiate
+from lion_lightning.training.build import instantiate
 from recipes.bert_mlm.masking import Masking
 
 MASKING = "recipes.bert_mlm.masking.Masking"

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lion_lightning.optim.kernels import storage_formats
-from lion_lightning.training.momentum_blocks import SavedBlocks, reblocked
+from lion_lightning.training.checkpoint.sharded_state import reblocked
 
 WIDEST_LEVEL = 0.033  # of the largest value of a block: the widest step between two levels
 
@@ -31,11 +31,10 @@ def test_a_momentum_means_the_same_in_other_shards(rows: int, columns: int, befo
     levels, scales, kept = cut(momentum, before)
     flat = torch.cat(levels)
     meant = torch.cat([storage_formats.dequantize(*part) for part in zip(levels, scales, strict=True)])
-    saved = SavedBlocks(kept, before, rows, rows * columns)
     each = -(-rows // after) * columns
     for first in range(0, each * after, each):
         here = flat[first : first + each]
-        new_levels, new_scales = reblocked(here, first, saved)
+        new_levels, new_scales = reblocked(here, first, momentum.shape, kept, before)
         assert (new_levels.dtype, new_scales.shape) == (torch.int8, (-(-here.numel() // 256),))
         now = storage_formats.dequantize(new_levels, new_scales)
         for block in range(0, here.numel(), 256):
@@ -51,11 +50,11 @@ def test_a_momentum_means_the_same_in_other_shards(rows: int, columns: int, befo
 def test_whole_blocks_keep_their_very_levels_and_scales() -> None:
     levels, scales, kept = cut(values(48, 128), 2)
     levels[0][:256] //= 3  # no level at the top: what rounding anew would put there
-    new_levels, new_scales = reblocked(torch.cat(levels), 0, SavedBlocks(kept, 2, 48, 48 * 128))
+    new_levels, new_scales = reblocked(torch.cat(levels), 0, torch.Size([48, 128]), kept, 2)
     assert torch.equal(new_levels, torch.cat(levels))
     assert torch.equal(new_scales, torch.cat(scales))
 
 
 def test_a_shard_without_elements_has_no_blocks() -> None:
-    levels, scales = reblocked(torch.empty(0, dtype=torch.int8), 4096, SavedBlocks(torch.ones(16), 1, 1, 4096))
+    levels, scales = reblocked(torch.empty(0, dtype=torch.int8), 4096, torch.Size([1, 4096]), torch.ones(16), 1)
     assert levels.numel() == scales.numel() == 0
