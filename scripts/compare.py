@@ -15,13 +15,17 @@ from typing import Any
 
 from rich.console import Console
 
-from lion_lightning.tracking.compare import Comparison, compare
-from lion_lightning.tracking.figures import write_pictures
-from lion_lightning.tracking.offline import UnreadableRun, find_runs, read_runs
+from lion_lightning.tracking.compare import Comparison, Incomparable, compare
 from lion_lightning.tracking.page import write_page
-from lion_lightning.tracking.report import markdown, relative, show, write_curves_csv, write_runs_csv
-from lion_lightning.tracking.runs import Run
-from lion_lightning.tracking.variants import Incomparable
+from lion_lightning.tracking.report import (
+    markdown,
+    relative,
+    show,
+    write_curves_csv,
+    write_pictures,
+    write_runs_csv,
+)  # fmt: skip
+from lion_lightning.tracking.runs import Run, UnreadableRun, fetch_runs, find_runs, read_runs
 
 EXIT_USAGE = 2
 
@@ -54,8 +58,6 @@ def gather(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
     runs = [run for run in read if isinstance(run, Run)]
     unreadable = [f"not read: {relative_to_here(error)}" for error in read if isinstance(error, UnreadableRun)]
     if options.wandb:
-        from lion_lightning.tracking.online import fetch_runs
-
         runs += fetch_runs(options.wandb, options.group)
     if not runs:
         of_group = f" of group {options.group}" if options.group else ""
@@ -75,16 +77,16 @@ def split(runs: list[Run], options: argparse.Namespace) -> list[list[Run]]:
     return [[run for run in runs if run.group == group] for group in groups] if options.each_group else [runs]
 
 
-def write(comparison: Comparison, folder: Path, command: str, date: str, unreadable: Sequence[str]) -> list[Path]:
+def write(comparison: Comparison, folder: Path, command: str, date: str) -> list[Path]:
     """Write every file of the report to `folder` and return them."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = write_pictures(comparison, folder)
     page, text, runs, curves = (folder / name for name in ("compare.html", "compare.md", "runs.csv", "curves.csv"))
-    metrics = write_page(comparison, page, command, date, unreadable)
+    write_page(comparison, page, command, date)
     names = [picture.name for picture in pictures]
-    text.write_text(markdown(comparison, command, date, names, unreadable), encoding="utf-8")
+    text.write_text(markdown(comparison, command, date, names), encoding="utf-8")
     write_runs_csv(comparison, runs)
-    write_curves_csv(comparison, metrics[:1], curves)
+    write_curves_csv(comparison, comparison.goal.metric, curves)
     return [text, page, runs, curves, *pictures]
 
 
@@ -106,11 +108,10 @@ def _compare(
         aside=options.aside,
         unlike=options.unlike,
     )
+    comparison.remarks.extend(unreadable)
     show(comparison, console)
-    for line in unreadable:
-        console.print(f"! {line}", highlight=False, style="yellow")
     command = f"python scripts/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}"  # experiments.py compares, too
-    files = write(comparison, folder, command, datetime.date.today().isoformat(), unreadable)
+    files = write(comparison, folder, command, datetime.date.today().isoformat())
     console.print(f"{relative(str(folder))}: {', '.join(file.name for file in files)}", highlight=False, soft_wrap=True)
     if options.report:
         from lion_lightning.tracking.publish import publish_report, publish_workspace

@@ -20,8 +20,7 @@ from omegaconf import DictConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the modules beside this one
 
 from lion_lightning.__main__ import CONFIG_FOLDER
-from lion_lightning.tracking.offline import find_runs, read_runs
-from lion_lightning.tracking.runs import Run
+from lion_lightning.tracking.runs import Run, find_runs, read_runs
 from scripts import compare
 
 EXIT_FAILED = 1

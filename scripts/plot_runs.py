@@ -8,11 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from lion_lightning.tracking.compare import compare
-from lion_lightning.tracking.figures import write_picture
-from lion_lightning.tracking.offline import UnreadableRun, find_runs, read_runs
-from lion_lightning.tracking.runs import AXES, Run
-from lion_lightning.tracking.variants import Incomparable
+from lion_lightning.tracking.compare import Incomparable, compare
+from lion_lightning.tracking.report import write_picture
+from lion_lightning.tracking.runs import AXES, Run, UnreadableRun, find_runs, read_runs
 
 
 def main() -> int:

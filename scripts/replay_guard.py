@@ -22,8 +22,7 @@ from lion_lightning.guard.events import read_trace
 from lion_lightning.guard.recovery import ON_DIVERGENCE, Remedy
 from lion_lightning.guard.replay import Replayed, Settings, changed, logged_readings, replay, settings_of
 from lion_lightning.guard.rules import Reading
-from lion_lightning.tracking.offline import find_runs, read_run
-from lion_lightning.tracking.runs import STEP
+from lion_lightning.tracking.runs import STEP, find_runs, read_run
 
 STRETCHES_SHOWN = 12
 LOGGED_ONLY = (

@@ -13,10 +13,10 @@ from lion_lightning.data.cache import default_cache
 from lion_lightning.data.sampler import StepValues, StreamOrder
 from lion_lightning.data.stream import StreamDataModule, read_schedule
 from lion_lightning.errors import ConfigError
-from recipes.bert_mlm.corpus import Corpus
-from recipes.bert_mlm.mixture import Mixture, Source, mixture_of
-from recipes.bert_mlm.tokenizer import replacement_ids, special_tokens, starts_word
-from recipes.bert_mlm.tokens import Blocks, BlockSettings, prepare_blocks
+from recipes.files import check_fraction
+from recipes.text.blocks import Blocks, BlockSettings, prepare_blocks
+from recipes.text.corpus import Corpus, Mixture, Source, mixture_of
+from recipes.text.tokenizer import replacement_ids, special_tokens, starts_word
 
 MIN_VOCAB_SIZE, MIN_SEQUENCE_LENGTH = 256, 8
 COUNTED_BLOCKS = 4096  # at once: numpy counts in a copy of eight bytes a token
@@ -101,8 +101,6 @@ class TextBlocks(StreamDataModule):
             raise ConfigError(f"data.sequence_length must be at least {MIN_SEQUENCE_LENGTH}, got {sequence_length}")
         if vocab_size < MIN_VOCAB_SIZE:
             raise ConfigError(f"data.vocab_size must be at least {MIN_VOCAB_SIZE}, got {vocab_size}")
-        if not 0 < val_fraction < 1:
-            raise ConfigError(f"data.val_fraction must be between 0 and 1, got {val_fraction}")
         corpus = mixture_of(sources) if corpus is None else corpus
         self.sources = corpus.sources if isinstance(corpus, Mixture) else (Source("text", corpus, 1.0),)
         if limit_train_samples is not None and len(self.sources) > 1:
@@ -114,7 +112,7 @@ class TextBlocks(StreamDataModule):
                     f"data.length_schedule: {length} must be at least {MIN_SEQUENCE_LENGTH} and divide "
                     f"data.sequence_length={sequence_length}"
                 )
-        self.settings = BlockSettings(sequence_length, vocab_size, val_fraction, lowercase, tokenizer)
+        self.settings = BlockSettings(sequence_length, vocab_size, check_fraction(val_fraction), lowercase, tokenizer)
         self.cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
         self.path = path
         self.blocks: Blocks | None = None
@@ -168,7 +166,7 @@ class TextBlocks(StreamDataModule):
         made = "from the cache" if blocks.reused else "tokenised just now"
         return {
             "tokens": f"{blocks.train.size:,} for training, {blocks.val.size:,} for validation ({made})",
-            "documents": _told(blocks.counts),
+            "documents": _account(blocks.counts),
             **self._shares(),
             "blocks": f"{len(blocks.train):,} + {len(blocks.val):,} of {self.settings.sequence_length} tokens",
             "vocabulary": f"{len(blocks.tokenizer):,} {'tokens' if self.settings.tokenizer else 'WordPieces'}",
@@ -181,11 +179,11 @@ class TextBlocks(StreamDataModule):
             return {}
         total = sum(source.weight for source in self.sources)
         pairs = zip(self.sources, self.ready.rows, strict=True)
-        told = (f"{source.weight / total:.1%} of the tokens from {source.label} ({rows:,})" for source, rows in pairs)
-        return {"sources (blocks)": ", ".join(told)}
+        parts = (f"{source.weight / total:.1%} of the tokens from {source.label} ({rows:,})" for source, rows in pairs)
+        return {"sources (blocks)": ", ".join(parts)}
 
     def unigram_entropy(self) -> float:
-        """Entropy of the validation tokens in nats: the loss of the best model that looks at no context at all."""
+        """Entropy of the validation tokens in nats: the loss of the best model without context."""
         counts = self._text_counts(self.ready.val)
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
@@ -196,22 +194,22 @@ class TextBlocks(StreamDataModule):
         return torch.from_numpy(np.log((counts + 1) / (counts + 1).sum())).float()
 
     def _text_counts(self, blocks: np.ndarray) -> np.ndarray:
-        """How often each token comes that is no special one: float64 (vocabulary,)."""
+        """How often each token occurs, special tokens excluded: float64 (vocabulary,)."""
         counts = token_counts(blocks, len(self.ready.tokenizer)).astype(np.float64)
         counts[self.special_tokens().numpy()] = 0
         return counts
 
 
 def token_counts(blocks: np.ndarray, vocab_size: int) -> np.ndarray:
-    """How often each token comes in `blocks`, which may be larger than memory: int64 (vocab_size,)."""
+    """How often each token occurs in `blocks`, which may be larger than memory: int64 (vocab_size,)."""
     counts = np.zeros(vocab_size, np.int64)
     for first in range(0, len(blocks), COUNTED_BLOCKS):
         counts += np.bincount(blocks[first : first + COUNTED_BLOCKS].ravel(), minlength=vocab_size)
     return counts
 
 
-def _told(counts: dict[str, int]) -> str:
-    """What was kept, and what was left out, of which nothing is left unsaid."""
+def _account(counts: dict[str, int]) -> str:
+    """One line with all counts: documents used, held out and left out."""
     kept, held_out, *left_out = counts.items()
-    told = ", ".join(f"{count:,} {what}" for what, count in left_out if count)
-    return f"{kept[1]:,} + {held_out[1]:,} held out" + (f"; left out: {told}" if told else "")
+    skipped = ", ".join(f"{count:,} {what}" for what, count in left_out if count)
+    return f"{kept[1]:,} + {held_out[1]:,} held out" + (f"; left out: {skipped}" if skipped else "")

@@ -1,24 +1,25 @@
-"""The masked language model: built for the data, its scores and loss on hidden tokens alone, and its work in FLOPs."""
+"""The masked language model: built for the data, with scores and loss on hidden tokens alone.
 
-from collections.abc import Callable
+Torch's cross-entropy keeps the scores, their log-probabilities and two gradients of that size: four times 38 MiB for 64
+blocks of 128 tokens and 8,192 words. `mean_cross_entropy` needs one of them on a CPU, and its numbers equal those of
+torch's function bit for bit: it calls the same kernels on a few rows at a time, and each row is computed separately.
+"""
+
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedTokenizerBase
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForMaskedLM, PretrainedConfig
 
 from lion_lightning.errors import ConfigError
 from recipes.bert_mlm.data import TextBlocks
-from recipes.bert_mlm.loss import mean_cross_entropy
 from recipes.bert_mlm.masking import IGNORED
-from recipes.bert_mlm.options import ModelOptions, document_inputs
-from recipes.bert_mlm.pretrained import check_vocabulary, load_model, read_config
+from recipes.text.model import VOCABULARY_HEADS, ModelOptions, document_inputs, load_or_build, usable_config
 
-# From the states of an encoder to scores over the vocabulary, by `transformers` model type.
-VOCABULARY_HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "bert": lambda model, states: model.cls(states),
-    "modernbert": lambda model, states: model.decoder(model.head(states)),
-}
+VALUES_AT_ONCE = 2**18  # a megabyte, which stays in a processor's cache
+_MEAN = 1  # torch's number for reduction="mean"
 
 
 def build_model(config: PretrainedConfig, data: TextBlocks, options: ModelOptions) -> Any:
@@ -38,52 +39,6 @@ def build_model(config: PretrainedConfig, data: TextBlocks, options: ModelOption
             # step, and log frequencies span a dozen nats, so a short run would spend itself on this alone.
             model.get_output_embeddings().bias.copy_(data.log_unigram_shares())
     return model
-
-
-def usable_config(
-    recipe: str, config: PretrainedConfig, sequence_length: int, options: ModelOptions
-) -> PretrainedConfig:
-    """The configuration of `options.pretrained`, or else `config`.
-
-    Raises:
-        ConfigError: `recipe` does not know the type of the model, or it takes fewer tokens than `sequence_length`.
-    """
-    if options.pretrained:
-        config = read_config(options.pretrained, VOCABULARY_HEADS)
-    if config.model_type not in VOCABULARY_HEADS:
-        raise ConfigError(
-            f"recipe={recipe} needs a model of type {' or '.join(VOCABULARY_HEADS)}, not {config.model_type}; "
-            "try model=bert_mini"
-        )
-    if sequence_length > config.max_position_embeddings:
-        raise ConfigError(
-            f"data.sequence_length={sequence_length} is longer than the model's {config.max_position_embeddings} "
-            "positions"
-        )
-    return config
-
-
-def load_or_build(
-    auto_class: Any, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, options: ModelOptions
-) -> Any:
-    """The model of `config`: with the weights of `options.pretrained`, or from scratch for the tokenizer.
-
-    Raises:
-        ConfigError: the checkpoint has another vocabulary, or cannot be read.
-    """
-    if options.pretrained:
-        check_vocabulary(options.pretrained, config, tokenizer)
-        model = load_model(auto_class, options.pretrained, config, options.attention)
-    else:
-        _match_vocabulary(config, tokenizer)
-        model = auto_class.from_config(config, attn_implementation=options.attention)
-    return options.apply(model)
-
-
-def _match_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
-    config.bos_token_id = config.cls_token_id = tokenizer.cls_token_id
-    config.eos_token_id = config.sep_token_id = tokenizer.sep_token_id
 
 
 def hidden_logits(model: Any, input_ids: Tensor, positions: Tensor, separator: int | None) -> Tensor:
@@ -107,38 +62,60 @@ def hidden_loss(model: Any, input_ids: Tensor, positions: Tensor, targets: Tenso
     return mean_cross_entropy(logits.float(), targets.flatten(), IGNORED)
 
 
-def model_flops(model: Any, tokens: int, head_rows: int) -> int:
-    """Floating-point operations of forward and backward for one sequence, as model FLOPs utilisation counts them.
+def mean_cross_entropy(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
+    """Mean cross-entropy in nats of the rows whose target is not `ignored`.
 
-    Multiplying by a matrix takes 2 operations a weight and row forward, and twice that backward; attention takes
-    `2 * hidden_size` a pair of tokens that see each other for the scores, and as much for the values. Local layers are
-    counted within their window, whatever the kernel does. Left out are normalisation, activation functions, the softmax
-    and whatever is computed twice (Chowdhery et al., 2022, arXiv:2204.02311, appendix B).
+    On a CPU the memory of `logits` is overwritten: they cannot be read afterwards, and a second backward is an error.
 
     Args:
-        model: a BERT or ModernBERT of `transformers` with a head.
-        tokens: length of the sequence.
-        head_rows: so many of them go through the head.
+        logits: float32 (rows, vocabulary), no leaf.
+        targets: int64 (rows,).
+        ignored: the target of rows that do not count.
     """
-    pooler = getattr(model.base_model, "pooler", None)  # works on one token, like a head
-    encoder = _matrix_weights(model.base_model) - (_matrix_weights(pooler) if pooler is not None else 0)
-    head = _matrix_weights(model) - encoder
-    pairs = sum(_pairs(tokens, window) for window in _windows(model.config))
-    return 6 * (encoder * tokens + head * head_rows) + 12 * model.config.hidden_size * pairs
+    if torch.compiler.is_compiling() or logits.device.type != "cpu" or not logits.requires_grad or logits._is_view():
+        return cross_entropy(logits, targets, ignore_index=ignored)
+    loss, _ = _MeanCrossEntropy.apply(logits, targets, ignored)
+    return loss
 
 
-def _matrix_weights(module: nn.Module) -> int:
-    linear = (layer for layer in module.modules() if isinstance(layer, nn.Linear))
-    return sum(layer.in_features * layer.out_features for layer in linear)
+def row_cross_entropy(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
+    """Cross-entropy in nats of each row, 0 where the target is `ignored`: float32 (rows,).
+
+    Args:
+        logits: floating-point (rows, vocabulary); no gradient goes back to them.
+        targets: int64 (rows,).
+        ignored: see `mean_cross_entropy`.
+    """
+    size = _rows_at_once(logits) if logits.device.type == "cpu" else len(logits)
+    parts = zip(logits.split(size), targets.split(size), strict=True)
+    losses = [cross_entropy(rows.float(), wanted, ignore_index=ignored, reduction="none") for rows, wanted in parts]
+    return torch.cat(losses)
 
 
-def _windows(config: PretrainedConfig) -> list[int | None]:
-    """How far a token sees to either side, for each layer; None is everywhere."""
-    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return [config.sliding_window if kind == "sliding_attention" else None for kind in types]
+class _MeanCrossEntropy(torch.autograd.Function):
+    """Turns the scores into log-probabilities in place, and these into the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+        for rows in logits.split(_rows_at_once(logits)):
+            rows.copy_(torch.log_softmax(rows, 1))
+        loss, count = torch.ops.aten.nll_loss_forward(logits, targets, None, _MEAN, ignored)
+        ctx.mark_dirty(logits)
+        ctx.save_for_backward(logits, targets, count)
+        ctx.ignored = ignored
+        ctx.set_materialize_grads(False)
+        return loss, logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_loss: Tensor, _: None) -> tuple[Tensor, None, None]:
+        logs, targets, count = ctx.saved_tensors
+        size = _rows_at_once(logs)
+        for rows, wanted in zip(logs.split(size), targets.split(size), strict=True):
+            of_logs = torch.ops.aten.nll_loss_backward(of_loss, rows, wanted, None, _MEAN, ctx.ignored, count)
+            rows.copy_(torch.ops.aten._log_softmax_backward_data(of_logs, rows, 1, rows.dtype))
+        return logs, None, None
 
 
-def _pairs(tokens: int, window: int | None) -> int:
-    if window is None or window >= tokens - 1:
-        return tokens * tokens
-    return tokens * (2 * window + 1) - window * (window + 1)
+def _rows_at_once(logits: Tensor) -> int:
+    return max(1, VALUES_AT_ONCE // logits.shape[1])

@@ -9,13 +9,12 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import PretrainedConfig
 
-from lion_lightning.mixin import LionMixin, OptimizerFactory
-from lion_lightning.schedules import Schedule
+from lion_lightning.hyperparams import Schedule
+from lion_lightning.lightning import LionMixin, OptimizerFactory
 from recipes.bert_mlm.data import TextBlocks
-from recipes.bert_mlm.loss import row_cross_entropy
 from recipes.bert_mlm.masking import IGNORED, MaskedBatch, Masking, mask_tokens
-from recipes.bert_mlm.model import build_model, hidden_logits, hidden_loss, model_flops
-from recipes.bert_mlm.options import ModelOptions
+from recipes.bert_mlm.model import build_model, hidden_logits, hidden_loss, row_cross_entropy
+from recipes.text.model import ModelOptions, model_flops
 
 VALIDATION = Masking(rate=0.15)  # always, so that runs compare
 VALIDATION_SEED = 20_181_011
@@ -32,7 +31,7 @@ class BertMLM(LionMixin, LightningModule):
         optimizer_factory, schedule: see `LionMixin`.
         masking: how training tokens are hidden; validation always hides 15 %, the same tokens each time.
         seed: keys the masks of training.
-        options: how the model is computed, and the checkpoint it goes on from.
+        options: how the model is computed, and the checkpoint it starts from.
     """
 
     special_tokens: Tensor
@@ -53,7 +52,7 @@ class BertMLM(LionMixin, LightningModule):
         self.optimizer_factory, self.schedule = optimizer_factory, schedule
         self.masking, self.seed, self.data = masking, seed, data
         self.model = build_model(config, data, options)
-        # Not persistent: they belong to the tokenizer, and checkpoints stay what they were.
+        # Not persistent: they derive from the tokenizer, and the keys of checkpoints stay the same.
         self.register_buffer("special_tokens", data.special_tokens(), persistent=False)
         self.register_buffer("replacement_ids", data.replacement_ids(), persistent=False)
         words = None if masking.unit == "token" else data.starts_word()
@@ -106,7 +105,7 @@ class BertMLM(LionMixin, LightningModule):
             starts_word=self.starts_word,
         )
 
-    # What `training.run` asks of every recipe.
+    # The interface that `training.run` expects of every recipe.
 
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start of a run."""

@@ -1,6 +1,6 @@
 """Text that is tokenised while it is trained on: never whole on disk, never whole in memory.
 
-A source is cut into pieces. The pieces come in an order that (seed, position) alone decides, epoch after epoch; so many
+A source is cut into chunks. The chunks come in an order that (seed, position) alone decides, epoch after epoch; so many
 of them make a pool, whose blocks are shuffled; pools go to the ranks in turn, and to the loading processes of a rank.
 So the order of a rank's blocks is a function of (seed, rank, number of ranks), and where a rank is in it is two whole
 numbers for each source: which pool, which block of it. Those are what a checkpoint keeps.
@@ -19,28 +19,27 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from lion_lightning.data.sampler import SourceTurns, StepValues, StreamOrder
 from lion_lightning.errors import ConfigError
-from recipes.bert_mlm.corpus import digest
 from recipes.bert_mlm.data import TextBlocks, as_batch
-from recipes.bert_mlm.mixture import Mixture, Source, check_weight, place_of
-from recipes.bert_mlm.pieces import FilePieces, HubPieces, Pieces, SampleOf
-from recipes.bert_mlm.shards import encode
+from recipes.text.blocks import encode
+from recipes.text.corpus import Mixture, Source, check_weight, digest, place_of
+from recipes.text.text_chunks import ChunkSample, FileChunks, HubChunks, TextChunks
 
 
 class Pools(Dataset):
     """The blocks of the pools of one source: item `n` is the `n`-th pool of the whole run.
 
     Args:
-        pieces: the text.
+        chunks: the text.
         tokenizer: without truncation or padding.
         start, separator: ids of the tokens that begin a block and end a document.
         length: tokens in a block.
         held_out: digests of documents that are not trained on.
-        key: of the order of pieces and blocks.
+        key: of the order of chunks and blocks.
     """
 
     def __init__(
         self,
-        pieces: Pieces,
+        chunks: TextChunks,
         tokenizer: Tokenizer,
         start: int,
         separator: int,
@@ -48,10 +47,10 @@ class Pools(Dataset):
         held_out: frozenset[int],
         key: int,
     ) -> None:
-        self.pieces, self.tokenizer = pieces, tokenizer
+        self.chunks, self.tokenizer = chunks, tokenizer
         self.start, self.separator, self.length = start, separator, length
         self.held_out, self.key = held_out, key
-        self.order = StreamOrder([len(pieces)], key)
+        self.order = StreamOrder([len(chunks)], key)
 
     def __getitem__(self, pool: int) -> np.ndarray | ConfigError:
         """Integers (blocks, length) in the order of training; or what is wrong with the text.
@@ -59,7 +58,7 @@ class Pools(Dataset):
         A ConfigError is returned, since one that is raised in a loading process arrives wrapped in a traceback.
         """
         if get_worker_info() is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not come along when this process forked
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked process has none of its threads
         try:
             texts = list(encode(self._documents(pool), self.tokenizer, self.separator))
         except ConfigError as error:
@@ -71,9 +70,9 @@ class Pools(Dataset):
         return blocks[torch.randperm(len(blocks), generator=generator).numpy()]
 
     def _documents(self, pool: int) -> Iterator[str]:
-        first = pool * self.pieces.in_pool
-        for position in range(first, first + self.pieces.in_pool):
-            for document in self.pieces.documents(self.order.index(position)):
+        first = pool * self.chunks.chunks_per_pool
+        for position in range(first, first + self.chunks.chunks_per_pool):
+            for document in self.chunks.documents(self.order.index(position)):
                 if document.strip() and digest(document) not in self.held_out:
                     yield document
 
@@ -93,8 +92,8 @@ class SourceStream:
     """The blocks of one source that go to one rank, one after the other, from any place on.
 
     Attributes:
-        pool: pools of this rank that are used up.
-        block: blocks of the current one that are.
+        pool: pools of this rank that are consumed.
+        block: blocks consumed of the current one.
     """
 
     def __init__(self, pools: Pools, rank: int, world_size: int, options: Mapping[str, Any]) -> None:
@@ -173,7 +172,7 @@ class StreamedBatches:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         try:
             yield from self._batches()
-        finally:  # also when nobody wants the rest: Lightning ends the loading processes of a DataLoader only
+        finally:  # also when iteration stops early: Lightning ends only the loading processes of a DataLoader
             for source in self.sources:
                 source.close()
 
@@ -188,7 +187,7 @@ class StreamedBatches:
             position += size * self.world_size
 
     def state_dict(self) -> dict[str, Any]:
-        """The places of all ranks, which all have to ask."""
+        """The positions of all ranks; a collective call."""
         mine = [[source.pool, source.block] for source in self.sources]
         if self.world_size == 1:
             return {"places": [mine]}
@@ -211,7 +210,7 @@ class StreamedText(TextBlocks):
     """Text that is tokenised while it is trained on.
 
     The tokenizer (unless one is named), the validation set and the word frequencies come from a bounded sample of the
-    pieces, evenly spread, kept in the cache. The documents held out of it are trained on nowhere.
+    chunks, evenly spread, kept in the cache. The documents held out of it are trained on nowhere.
 
     Args:
         path: UTF-8 text: a file, a folder of .txt and .md files, or a glob.
@@ -243,9 +242,9 @@ class StreamedText(TextBlocks):
         }  # fmt: skip
         single = {"path": path} if path else {"hub": hub, **options}
         given = list(sources or [single])
-        self.pieces = [_pieces(source) for source in given]
+        self.chunks = [_chunks(source) for source in given]
         labels = [str(source[place_of(source)]) for source in given]
-        samples = [SampleOf(pieces) for pieces in self.pieces]
+        samples = [ChunkSample(chunks) for chunks in self.chunks]
         weights = [check_weight(source) for source in given]
         mixture = Mixture(tuple(map(Source, labels, samples, weights)))
         super().__init__(mixture, path=", ".join(labels), **others)
@@ -256,13 +255,13 @@ class StreamedText(TextBlocks):
         raise ConfigError("trainer.max_epochs means nothing for a stream; set trainer.max_steps")
 
     def check_batch_fits(self, effective_batch_size: int) -> None:
-        """Every batch does."""
+        """A stream has samples for every batch size."""
 
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start of a run."""
         lines = super().describe()
-        pieces = sum(map(len, self.pieces))
-        lines["tokens"] = lines["tokens"].replace("for training", f"in the sample of a stream of {pieces:,} pieces")
+        chunks = sum(map(len, self.chunks))
+        lines["tokens"] = lines["tokens"].replace("for training", f"in the sample of a stream of {chunks:,} chunks")
         return lines
 
     def train_dataloader(self) -> StreamedBatches:
@@ -270,7 +269,7 @@ class StreamedText(TextBlocks):
         options = {key: value for key, value in super()._options().items() if key != "pin_memory"}
         streams = [
             SourceStream(self._pools(number), trainer.global_rank, trainer.world_size, options)
-            for number in range(len(self.pieces))
+            for number in range(len(self.chunks))
         ]
         return StreamedBatches(
             streams,
@@ -293,7 +292,7 @@ class StreamedText(TextBlocks):
         backend.no_truncation()
         backend.no_padding()
         return Pools(
-            self.pieces[number],
+            self.chunks[number],
             backend,
             tokenizer.cls_token_id,
             tokenizer.sep_token_id,
@@ -303,12 +302,12 @@ class StreamedText(TextBlocks):
         )
 
 
-def _pieces(source: Mapping[str, Any]) -> Pieces:
+def _chunks(source: Mapping[str, Any]) -> TextChunks:
     place = place_of(source)
     options = {key: value for key, value in source.items() if key not in (place, "weight")}
     if place == "corpus":
         raise ConfigError("data.sources: a stream is made of path and hub, not of corpus")
     try:
-        return FilePieces(source[place], **options) if place == "path" else HubPieces(source[place], **options)
+        return FileChunks(source[place], **options) if place == "path" else HubChunks(source[place], **options)
     except TypeError as error:
         raise ConfigError(f"data.sources: {error}") from error

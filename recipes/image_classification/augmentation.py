@@ -1,19 +1,34 @@
-"""Augmentation of a whole batch on its device, as a function of (seed, number of the batch's first sample)."""
+"""Augmentation of a whole batch on its device, as a function of (seed, number of the batch's first sample).
+
+RandAugment (Cubuk et al., 2020, arXiv:1909.13719) has the operations and strengths of the authors' TensorFlow
+code, which google-research/big_vision has too: strengths are linear in the magnitude, and 10 is the end of
+AutoAugment's ranges, so that the Lion paper's 15 goes beyond them. (Kornia's own RandAugment reaches that end at 30,
+and at 15 leaves color, contrast and brightness unchanged.) Pixels moved in from outside the picture are mid-grey.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from kornia.augmentation import AugmentationSequential, RandomCrop, RandomErasing, RandomHorizontalFlip
+from kornia.enhance import sharpness
+from kornia.geometry import get_affine_matrix2d, warp_affine
 from torch import Tensor
 from torch.distributions import Beta
 from torch.nn.functional import cross_entropy
 
 from lion_lightning.errors import ConfigError
-from recipes.image_classification.randaugment import RandAugment
 
 SEED_STRIDE = 1_000_003
+PARTS = 16  # of a batch, each with operations of its own: per image they would be launched one by one
+GREY = 0.5
+LUMA = (0.299, 0.587, 0.114)
+LEVELS = 256
+TRANSLATION = 100 / 224  # of the picture, at magnitude 10
+CUTOUT = 40 / 224  # half a side of the square, at magnitude 10
+Operation = Callable[[Tensor, float], Tensor]
+"""Images (images, channels, height, width) in [0, 1] and the magnitude over 10."""
 
 
 class Augmentation:
@@ -126,3 +141,151 @@ def _sequence(size: Sequence[int], crop_padding: int, flip: bool) -> Augmentatio
 
 def _together(*steps: Any) -> AugmentationSequential:
     return AugmentationSequential(*steps, data_keys=["input"])
+
+
+class RandAugment:
+    """`layers` operations in a row on each image, drawn from torch's CPU generator.
+
+    Args:
+        layers: operations.
+        magnitude: their strength; 0 to 30.
+    """
+
+    def __init__(self, layers: int, magnitude: float) -> None:
+        if not isinstance(layers, int) or layers < 1:
+            raise ConfigError(f"recipe.module.randaugment_layers must be a whole number of at least 0, got {layers!r}")
+        if not 0 <= magnitude <= 30:
+            raise ConfigError(f"recipe.module.randaugment_magnitude must be in [0, 30], got {magnitude}")
+        self.layers, self.level = layers, magnitude / 10
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Augmented images (images, channels, height, width) in [0, 1]."""
+        return torch.cat([self._part(part) for part in images.chunk(PARTS)])
+
+    def _part(self, images: Tensor) -> Tensor:
+        for choice in torch.randint(len(OPERATIONS), (self.layers,)).tolist():
+            images = tuple(OPERATIONS.values())[choice](images, self.level).clamp(0, 1)
+        return images
+
+
+def auto_contrast(images: Tensor, level: float) -> Tensor:
+    low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+    return torch.where(high > low, (images - low) / (high - low).clamp(min=1 / LEVELS), images)
+
+
+def equalize(images: Tensor, level: float) -> Tensor:
+    """As Pillow does, for all channels of all images at once."""
+    values = (images * (LEVELS - 1)).round().long().flatten(0, 1).flatten(1)  # (images * channels, pixels)
+    counts = torch.zeros(len(values), LEVELS, dtype=torch.long, device=images.device)
+    counts.scatter_add_(1, values, torch.ones_like(values))
+    last = counts.gather(1, values.amax(1, keepdim=True))
+    step = (values.shape[1] - last) // (LEVELS - 1)
+    below = counts.cumsum(1) - counts
+    table = ((below + step // 2) // step.clamp(min=1)).clamp(max=LEVELS - 1)
+    mapped = torch.where(step > 0, table.gather(1, values), values)
+    return (mapped.to(images.dtype) / (LEVELS - 1)).view_as(images)
+
+
+def invert(images: Tensor, level: float) -> Tensor:
+    return 1 - images
+
+
+def posterize(images: Tensor, level: float) -> Tensor:
+    width = 2 ** (8 - min(8, int(4 * level)))
+    return (images * (LEVELS - 1)).round().div(width, rounding_mode="floor") * width / (LEVELS - 1)
+
+
+def solarize(images: Tensor, level: float) -> Tensor:
+    return torch.where(images < level * LEVELS / (LEVELS - 1), images, 1 - images)
+
+
+def solarize_add(images: Tensor, level: float) -> Tensor:
+    return torch.where(images < 128 / 255, images + level * 110 / 255, images)
+
+
+def color(images: Tensor, level: float) -> Tensor:
+    if images.shape[1] != len(LUMA):
+        return images
+    weights = torch.tensor(LUMA).to(images)
+    return _blend((images * weights.view(1, -1, 1, 1)).sum(1, keepdim=True), images, level)
+
+
+def contrast(images: Tensor, level: float) -> Tensor:
+    return _blend(images.mean((1, 2, 3), keepdim=True), images, level)
+
+
+def brightness(images: Tensor, level: float) -> Tensor:
+    return _blend(torch.zeros_like(images), images, level)
+
+
+def sharpen(images: Tensor, level: float) -> Tensor:
+    return sharpness(images, _factor(level))
+
+
+def rotate(images: Tensor, level: float) -> Tensor:
+    return _warp(images, angle=30 * level * _signs(images))
+
+
+def shear_x(images: Tensor, level: float) -> Tensor:
+    return _warp(images, shear_x=0.3 * level * _signs(images))
+
+
+def shear_y(images: Tensor, level: float) -> Tensor:
+    return _warp(images, shear_y=0.3 * level * _signs(images))
+
+
+def translate_x(images: Tensor, level: float) -> Tensor:
+    return _warp(images, shift_x=TRANSLATION * level * _signs(images) * images.shape[-1])
+
+
+def translate_y(images: Tensor, level: float) -> Tensor:
+    return _warp(images, shift_y=TRANSLATION * level * _signs(images) * images.shape[-2])
+
+
+def cutout(images: Tensor, level: float) -> Tensor:
+    """Grey out a square around a random point."""
+    inside = [_near(images, axis, CUTOUT * level) for axis in (-2, -1)]
+    return torch.where(inside[0][:, None, :, None] & inside[1][:, None, None, :], GREY, images)
+
+
+OPERATIONS: Mapping[str, Operation] = {
+    operation.__name__: operation
+    for operation in (
+        auto_contrast, equalize, invert, rotate, posterize, solarize, color, contrast, brightness, sharpen, shear_x,
+        shear_y, translate_x, translate_y, cutout, solarize_add,
+    )
+}  # fmt: skip
+
+
+def _factor(level: float) -> float:
+    return 1.8 * level + 0.1
+
+
+def _blend(plain: Tensor, images: Tensor, level: float) -> Tensor:
+    return plain + _factor(level) * (images - plain)
+
+
+def _signs(images: Tensor) -> Tensor:
+    """+1 or -1 for each image, on the CPU."""
+    return torch.randint(2, (len(images),)) * 2.0 - 1
+
+
+def _near(images: Tensor, axis: int, share: float) -> Tensor:
+    """Which rows or columns lie within `share` of the side of a random one; bool (images, side)."""
+    side = images.shape[axis]
+    center = torch.randint(side, (len(images), 1))
+    return ((torch.arange(side) - center).abs() < round(share * side)).to(images.device)
+
+
+def _warp(images: Tensor, **by: Tensor) -> Tensor:
+    """Rotate, shear or shift about the middle: degrees, slopes, pixels; each (images,)."""
+    none = torch.zeros(len(images))
+    height, width = images.shape[-2:]
+    middle = torch.tensor([[(width - 1) / 2, (height - 1) / 2]]).expand(len(images), 2)
+    shift = torch.stack([by.get("shift_x", none), by.get("shift_y", none)], 1)
+    slopes = [torch.atan(by.get(name, none)) for name in ("shear_x", "shear_y")]
+    matrix = get_affine_matrix2d(
+        shift, middle, torch.ones(len(images), 2), by.get("angle", none), sx=slopes[0], sy=slopes[1]
+    )
+    moved = warp_affine(images - GREY, matrix[:, :2].to(images), (height, width), mode="nearest")
+    return moved + GREY

@@ -1,4 +1,4 @@
-"""Images for classification, as a LightningDataModule: decoded once where they fit, else by the loader's processes."""
+"""Images for classification, as a LightningDataModule: decoded once where they fit, or each time on access."""
 
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,22 @@ from typing_extensions import override
 from lion_lightning.data.cache import cached_folder, default_cache
 from lion_lightning.data.stream import StreamDataModule
 from lion_lightning.errors import ConfigError
-from recipes.image_classification.arrays import Images, ImageSplits, load, pixel_file, save
-from recipes.image_classification.decoding import Broken, DecodedWhenAsked, decode
+from recipes.image_classification.images import (
+    Broken,
+    DecodedOnAccess,
+    Images,
+    ImageSplits,
+    decode,
+    load,
+    pixel_file,
+    save,
+)
 from recipes.image_classification.sources import ImageSource, PictureSplits
 
 FORMAT_VERSION = 3  # raise it when what is written to the cache changes
 BYTES_PER_GIB = 2**30
 STATISTICS_FROM_ARRAYS, STATISTICS_FROM_PICTURES = 10_000, 512
-ON_THE_HOST = ("sample", "unreadable")  # what only the host asks for: read from the device it would wait for all of it
+ON_THE_HOST = ("sample", "unreadable")  # read by the host only: on the device, reading them would synchronise
 
 
 class ImageDataset(Dataset):
@@ -49,9 +57,9 @@ class ImageArrays(StreamDataModule):
         source: where the images come from.
         batch_size, num_workers, seed, limit_train_samples: see `StreamDataModule`.
         cache_dir: where decoded images are kept; None for `lion_lightning` in the user's cache folder.
-        path, image_size: what the source was told; the summary shows the path.
+        path, image_size: arguments of the source; the path is shown in error messages.
         decoded_gib: images that take more than this once decoded are not kept decoded. Each is then decoded by the
-            loader's processes when it is asked for, in training as a random part of the picture.
+            loader's processes on access, in training as a random part of the picture.
     """
 
     def __init__(
@@ -85,10 +93,10 @@ class ImageArrays(StreamDataModule):
         key = f"{FORMAT_VERSION} {self.source.fingerprint()}"
         self.cache.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(self.cache / "images.lock"):  # the ranks of a machine decode once, not all at the same time
+            with FileLock(self.cache / "images.lock"):  # one rank of a machine decodes, the others wait
                 folder, reused = cached_folder(self.cache, key, self._write)
         except _TooLarge as found:
-            self._decode_when_asked(found.splits)
+            self._decode_on_access(found.splits)
         else:
             self._use(load(folder), "from the cache" if reused else "decoded just now")
 
@@ -119,17 +127,17 @@ class ImageArrays(StreamDataModule):
         self.image_shape = tuple(splits.train.pixels.shape[1:])
         self.train_set, self.val_set = ImageDataset(splits.train), ImageDataset(splits.val)
 
-    def _decode_when_asked(self, splits: PictureSplits) -> None:
-        self.made = f"decoded when asked for: over {self.decoded_gib:g} GiB otherwise"
+    def _decode_on_access(self, splits: PictureSplits) -> None:
+        self.made = f"decoded on access: over {self.decoded_gib:g} GiB otherwise"
         self.classes, self.notes, self.max_broken = splits.classes, dict(splits.notes), splits.max_broken
         self.image_shape = (3, splits.size, splits.size)
-        self.train_set = DecodedWhenAsked(splits.train, splits.size, seed=self.seed)
-        self.val_set = DecodedWhenAsked(splits.val, splits.size, share=splits.share)
-        self._for_statistics = DecodedWhenAsked(splits.train, splits.size, share=splits.share)
+        self.train_set = DecodedOnAccess(splits.train, splits.size, seed=self.seed)
+        self.val_set = DecodedOnAccess(splits.val, splits.size, share=splits.share)
+        self._for_statistics = DecodedOnAccess(splits.train, splits.size, share=splits.share)
 
     @property
     def ready(self) -> ImageSplits:
-        """The decoded images; RuntimeError before `setup`, and where images are decoded when asked for."""
+        """The decoded images; RuntimeError before `setup`, and where images are decoded on access."""
         if not hasattr(self, "splits"):
             raise RuntimeError("no decoded images: call setup('fit') first" if not self.classes else self.made)
         return self.splits

@@ -1,4 +1,4 @@
-"""What validation measures. Every figure is over all images, whatever the batches and the number of processes."""
+"""The metrics of validation. Each is over all images, independent of batches and number of processes."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
 
-from recipes.image_classification.arrays import UNREADABLE
+from recipes.image_classification.images import UNREADABLE
 
 WORST = 20  # mistakes that are kept
 CALIBRATION_BINS = 15
@@ -17,7 +17,7 @@ MAX_CONFUSION_CLASSES = 1_000  # a larger matrix is no picture any more
 
 
 class Mistake(NamedTuple):
-    """A validation image, its class, the one it was taken for, and the share that this got."""
+    """A validation image, its class, the predicted class, and its probability."""
 
     image: int
     label: int
@@ -26,7 +26,7 @@ class Mistake(NamedTuple):
 
 
 class WorstMistakes(Metric):
-    """The mistakes that the model was surest of, kept on the device."""
+    """The most confident mistakes, kept on the device."""
 
     full_state_update = False
     image: Tensor
@@ -55,7 +55,7 @@ class WorstMistakes(Metric):
         self.share = everything[best]
 
     def compute(self) -> list[Mistake]:
-        """The surest first; only as many as there are."""
+        """The most confident first."""
         columns = [getattr(self, name).flatten().tolist() for name in Mistake._fields]  # of all processes, side by side
         found = [Mistake(*row) for row in zip(*columns, strict=True)]
         return sorted((one for one in found if one.share > 0), key=lambda one: -one.share)[: self.count]
@@ -88,12 +88,12 @@ class ValidationMetrics(nn.Module):
         self.worst.update(shares, labels, indices)
 
     def compute(self) -> dict[str, Tensor]:
-        """The figures so far, under the names they have in the log; every process must ask."""
+        """The figures so far, under the names they have in the log; every process must call it."""
         more = {f"val/{name}": figure.compute() for name, figure in self.figures.items()}
         return {"val/loss": self.loss.compute(), "val/top1": self.top1.compute(), **more}
 
     def confusion_matrix(self) -> np.ndarray | None:
-        """Images by class (rows) and guess (columns), int64; every process must ask."""
+        """Images by class (rows) and guess (columns), int64; every process must call it."""
         return None if self.confusion is None else self.confusion.compute().cpu().numpy()
 
     def reset(self) -> None:

@@ -1,8 +1,10 @@
 """Image classification with a `transformers` model, as a LightningModule."""
 
+import copy
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +13,34 @@ import torch
 from lightning.pytorch import LightningModule
 from PIL import Image as Picture
 from torch import Tensor
-from transformers import PretrainedConfig, ViTImageProcessorPil
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoModelForImageClassification,
+    PretrainedConfig,
+    ViTImageProcessorPil,
+)
 from typing_extensions import override
 
 from lion_lightning.errors import ConfigError
-from lion_lightning.mixin import LionMixin, OptimizerFactory
-from lion_lightning.schedules import Schedule
+from lion_lightning.hyperparams import Schedule
+from lion_lightning.lightning import LionMixin, OptimizerFactory
 from recipes.image_classification.augmentation import Augmentation, mixed_cross_entropy
 from recipes.image_classification.data import ImageArrays
-from recipes.image_classification.drawing import draw_confusion, draw_mistakes
 from recipes.image_classification.metrics import Mistake, ValidationMetrics, WorstMistakes
-from recipes.image_classification.models import build_model, forward_flops
+from recipes.image_classification.plots import draw_confusion, draw_mistakes
 
 BACKWARD_AND_FORWARD = 3  # times the operations of the forward pass: two more matrix products for each
-LOOKED_AT, AT_A_TIME = 1_000, 100  # validation images that are shown to a model that has never been validated
+SHOWN_IMAGES, SHOWN_AT_ONCE = (
+    1_000,
+    100,
+)  # validation images classified for the showcase of a model that was never validated
+TIMM = "timm_wrapper"  # `transformers`' name for a model that timm builds
 
 
 @dataclass(frozen=True)
 class Validated:
-    """What the last validation found, over all processes."""
+    """The result of the last validation, over all processes."""
 
     step: int
     confusion: np.ndarray | None
@@ -45,7 +56,7 @@ class ImageClassifier(LionMixin, LightningModule):
         data: the images, after `setup`.
         optimizer_factory, schedule: see `LionMixin`.
         label_smoothing: share of the target that is spread over all classes.
-        test_time_flip: whether validation takes the mean of what is said to an image and to its mirror image.
+        test_time_flip: whether validation averages the predictions for an image and its mirror image.
         seed: keys the augmentation.
         augmentation: see `Augmentation`.
     """
@@ -88,7 +99,7 @@ class ImageClassifier(LionMixin, LightningModule):
 
     @override
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        # Still on the host here; DistributedDataParallel moves it to the device, which would then be waited for.
+        # Read on the host, before DistributedDataParallel moves it to the device, where reading would synchronise.
         self._first_sample = int(batch["sample"][0])
 
     def augment(self, batch: dict[str, Tensor]) -> tuple[Tensor, float]:
@@ -120,7 +131,7 @@ class ImageClassifier(LionMixin, LightningModule):
         self.validated = Validated(self.trainer.global_step, confusion, mistakes)
         self.metrics.reset()
 
-    # What `training.run` asks of every recipe.
+    # The interface that `training.run` expects of every recipe.
 
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start of a run."""
@@ -131,7 +142,7 @@ class ImageClassifier(LionMixin, LightningModule):
         return None
 
     def flops_per_sample(self) -> int:
-        """Floating-point operations that the model needs to learn from one image: forward and backward."""
+        """Floating-point operations of forward and backward for one image."""
         return BACKWARD_AND_FORWARD * self._forward_flops
 
     @cached_property
@@ -152,7 +163,7 @@ class ImageClassifier(LionMixin, LightningModule):
             Picture.fromarray(pixels).save(folder / f"{name}.png")
 
     def showcase(self) -> list[str]:
-        """The mistakes that the model was surest of."""
+        """The most confident mistakes."""
         seen, mistakes = self._mistakes()
         if not mistakes:
             return [f"all of the {'' if self.validated else 'first '}{seen} validation images are right"]
@@ -174,7 +185,7 @@ class ImageClassifier(LionMixin, LightningModule):
         return ["image", "class", "guess", "share"], rows
 
     def pictures(self) -> dict[str, np.ndarray]:
-        """What the last validation found, drawn: `confusion_matrix` and `worst_mistakes`; uint8 (height, width, 3)."""
+        """Plots of the last validation: `confusion_matrix` and `worst_mistakes`; uint8 (height, width, 3)."""
         if self.validated is None:
             return {}
         classes, after = self.data.classes, f"validation after step {self.validated.step:,}"
@@ -184,20 +195,79 @@ class ImageClassifier(LionMixin, LightningModule):
         if mistakes := self.validated.mistakes:
             captions = [(f"class {classes[m.label]}", f"guess {m.share:.0%} {classes[m.guess]}") for m in mistakes]
             pixels = self.data.validation_pixels([found.image for found in mistakes])
-            drawn["worst_mistakes"] = draw_mistakes(pixels, captions, f"surest mistakes, {after}")
+            drawn["worst_mistakes"] = draw_mistakes(pixels, captions, f"most confident mistakes, {after}")
         return drawn
 
     def _mistakes(self) -> tuple[int, list[Mistake]]:
-        """Images looked at, and the surest mistakes of the last validation; or of a look at some images now."""
+        """The number of images, and the most confident mistakes: of the last validation, or of some images now."""
         count = len(self.data.val_set)  # type: ignore[arg-type]
         if self.validated is not None:
             return count, self.validated.mistakes
-        # One rank alone asks: there is nobody to gather from.
-        worst, count = WorstMistakes(sync_on_compute=False).to(self.device), min(count, LOOKED_AT)
-        for start in range(0, count, AT_A_TIME):
-            pairs = [(index, index) for index in range(start, min(start + AT_A_TIME, count))]
+        # Only one rank calls this, so nothing is gathered.
+        worst, count = WorstMistakes(sync_on_compute=False).to(self.device), min(count, SHOWN_IMAGES)
+        for start in range(0, count, SHOWN_AT_ONCE):
+            pairs = [(index, index) for index in range(start, min(start + SHOWN_AT_ONCE, count))]
             batch = self.data.val_set.__getitems__(pairs)  # type: ignore[attr-defined]
             with torch.no_grad():
                 shares = self(batch["pixels"].to(self.device)).softmax(-1)
             worst.update(shares, batch["labels"].to(self.device), batch["sample"])
         return count, worst.compute()
+
+
+def build_model(config: PretrainedConfig, data: ImageArrays) -> Any:
+    """The classifier of `config`, with the data's image size, channels and classes.
+
+    Raises:
+        ConfigError: the configuration has no image-classification head, its patches do not fit the images, or it needs
+            a library that is not installed.
+    """
+    if not isinstance(data, ImageArrays):
+        raise ConfigError(
+            f"recipe=image_classification trains on images, not on {type(data).__name__}; try data=digits"
+        )
+    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        raise ConfigError(
+            f"recipe=image_classification needs a model with an image-classification head, not {config.model_type}; "
+            "try model=vit_micro or model=resnet18"
+        )
+    channels, height, width = data.image_shape
+    patch = getattr(config, "patch_size", 1)
+    if height % patch or width % patch:
+        raise ConfigError(f"model.config.patch_size={patch} does not divide the images of {width} x {height} pixels")
+    config.num_channels, config.image_size = channels, height
+    config.id2label = dict(enumerate(data.classes))
+    config.label2id = {name: index for index, name in config.id2label.items()}
+    return _timm(config) if config.model_type == TIMM else AutoModelForImageClassification.from_config(config)
+
+
+def _timm(config: PretrainedConfig) -> Any:
+    missing = [name for name in ("timm", "torchvision") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"model=timm needs {' and '.join(missing)}: pip install 'lion-lightning[timm]'")
+    try:
+        return AutoModelForImageClassification.from_config(config)
+    except (
+        ImportError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AssertionError,
+    ) as error:  # what timm makes of a name or an argument
+        raise ConfigError(f"model.architecture={config.architecture}: {error}".splitlines()[0]) from error
+
+
+def forward_flops(model: Any, shape: tuple[int, ...]) -> int:
+    """Floating-point operations of one image's forward pass: 2 for each multiplication and addition of a matrix
+    product or convolution, nothing for the rest.
+
+    The pass is made by a model without storage: a tenth of a second for any size, and no random number is drawn.
+
+    Args:
+        model: of `transformers`; only its configuration is used.
+        shape: channels, height and width.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        skeleton = AutoModelForImageClassification.from_config(copy.deepcopy(model.config)).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            skeleton(pixel_values=torch.zeros(1, *shape))
+    return counter.get_total_flops()

@@ -4,24 +4,26 @@ Adding a source is a class with `fingerprint()` and `open()`, and a file in conf
 """
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from datasets import DatasetDict, Image, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from lion_lightning.errors import ConfigError
-from recipes.image_classification.arrays import Images, ImageSplits, held_out
-from recipes.image_classification.decoding import Pictures
-from recipes.image_classification.labels import class_indices, class_names, class_notes, find_columns
+from recipes.files import fingerprint_of
+from recipes.image_classification.images import Images, ImageSplits, Pictures, held_out
 
 HERE = Path(__file__).parent
 IMAGE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS)
 VALIDATION_NAMES = ("validation", "val", "test")
 ABOUT_IMAGES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # that the loader of folders reads
+LABEL_NAMES = ("label", "labels", "fine_label")
+MAX_CLASSES = 1_000_000  # a larger number in a column of bare numbers is no class
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class PictureSplits:
     Attributes:
         size: pixels on each side once they are.
         max_broken: so many that cannot be decoded are left out; more are an error.
-        share: of the shorter side that validation sees, where pictures are decoded when asked for.
-        notes: what was noticed about the data, as lines for people.
+        share: of the shorter side that validation sees, where pictures are decoded on access.
+        notes: remarks about the data, for the summary.
     """
 
     train: Pictures
@@ -45,7 +47,7 @@ class PictureSplits:
 
 
 class ImageSource(Protocol):
-    """What the data module asks of a source of images."""
+    """The interface of an image source."""
 
     def fingerprint(self) -> str:
         """A string that changes whenever the images would."""
@@ -90,7 +92,7 @@ class ImageFiles:
         val_fraction: share held out where there is no validation set.
         max_broken: so many pictures that cannot be decoded are left out; more are an error.
         label: the label column; None finds it.
-        val_share: of the shorter side that validation sees, where pictures are decoded when asked for.
+        val_share: of the shorter side that validation sees, where pictures are decoded on access.
 
     Raises:
         ConfigError: nothing usable is there.
@@ -129,10 +131,8 @@ class ImageFiles:
         self.others = [file for file in found if file.is_file() and file not in known]
 
     def fingerprint(self) -> str:
-        stats = ((file.resolve(), file.stat()) for file in self.files)
-        listed = " ".join(f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats)
         settings = f"{self.image_size} {self.val_fraction} {self.max_broken} {self.label} {len(self.others)}"
-        return f"image_files {settings} {listed}"
+        return f"image_files {settings} {fingerprint_of(self.files)}"
 
     def open(self) -> PictureSplits:
         notes = {}
@@ -261,7 +261,73 @@ def _split_of(file: Path) -> str:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The first line of what lies at the bottom: the libraries wrap it in sentences about themselves."""
+    """The first line of the innermost cause, which the libraries wrap in general messages."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (f"{type(error).__name__}: {error}".splitlines() or [type(error).__name__])[0]
+
+
+def find_columns(dataset: Dataset, label: str | None = None) -> tuple[str, str]:
+    """The names of the image and of the label column; `label` chooses one of several."""
+    features = dataset.features
+    images = [name for name, feature in features.items() if _is_image(feature)]
+    labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    labels += [name for name in LABEL_NAMES if name in features and name not in labels]
+    labels = [name for name in features if name == label] if label else labels
+    if not images or not labels:
+        wanted = f"a label column {label}" if label else "a label column"
+        raise ConfigError(f"needs an image column and {wanted}, found {', '.join(dataset.column_names)}")
+    if not isinstance(features[labels[0]], ClassLabel | Value):
+        raise ConfigError(f"the label column {labels[0]} must hold one class per image, not {features[labels[0]]}")
+    return images[0], labels[0]
+
+
+def _is_image(feature: Any) -> bool:
+    return isinstance(feature, Image) or (isinstance(feature, dict) and {"bytes", "path"} <= feature.keys())
+
+
+def class_names(dataset: Dataset, label: str) -> tuple[str, ...]:
+    """The classes of the training set: as the dataset declares them, else those that occur."""
+    feature = dataset.features[label]
+    if isinstance(feature, ClassLabel):
+        return tuple(feature.names)
+    values = {value for value in _values(dataset, label) if value is not None}
+    if not values:
+        raise ConfigError(f"the label column {label} is empty")
+    if not feature.dtype.startswith(("int", "uint")):
+        return tuple(sorted(str(value) for value in values))
+    if max(values) >= MAX_CLASSES:
+        raise ConfigError(f"the label column {label} holds {max(values)}, which is no class below {MAX_CLASSES:,}")
+    return tuple(str(value) for value in range(max(values) + 1))
+
+
+def class_indices(dataset: Dataset, label: str, classes: Sequence[str], split: str) -> np.ndarray:
+    """The class of each image, int64 (images,); ConfigError for images that have none of `classes`."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    values = _values(dataset, label)
+    found = [value if isinstance(value, int) else numbers.get(str(value), -1) for value in values]
+    indices = np.array([-1 if value is None else index for value, index in zip(values, found, strict=True)], np.int64)
+    wrong = np.flatnonzero((indices < 0) | (indices >= len(classes)))
+    if len(wrong):
+        raise ConfigError(
+            f"{split} image {wrong[0]} has {label}={values[wrong[0]]!r}, which is none of the {len(classes)} training "
+            f"classes; so {'has' if len(wrong) == 1 else 'have'} {len(wrong):,} of {len(values):,} images"
+        )
+    return indices
+
+
+def class_notes(train: np.ndarray, val: np.ndarray, classes: Sequence[str]) -> dict[str, str]:
+    """A line on classes that cannot be learned, and one on those that never occur."""
+    trained, validated = Counter(train.tolist()), Counter(val.tolist())
+    never = [f"{classes[index]} ({validated[index]:,} images)" for index in sorted(validated.keys() - trained.keys())]
+    absent = [classes[index] for index in range(len(classes)) if index not in trained and index not in validated]
+    notes = {"only in validation": _listed(never), "without any image": _listed(absent)}
+    return {name: line for name, line in notes.items() if line}
+
+
+def _listed(names: Sequence[str], shown: int = 5) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown:,} more" if len(names) > shown else "")
+
+
+def _values(dataset: Dataset, label: str) -> list[Any]:
+    return dataset.select_columns([label])[:][label]

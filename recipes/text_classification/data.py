@@ -15,10 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lion_lightning.data.cache import cached_folder, default_cache
 from lion_lightning.data.stream import StreamDataModule
 from lion_lightning.errors import ConfigError
-from recipes.bert_mlm.pretrained import load_tokenizer
-from recipes.bert_mlm.tokenizer import as_transformers, identity, train_tokenizer
-from recipes.text_classification.labels import Labeled
-from recipes.text_classification.sources import TextSource
+from recipes.text.tokenizer import as_transformers, identity, load_tokenizer, train_tokenizer
+from recipes.text_classification.sources import Labeled, TextSource
 
 FORMAT_VERSION = 1  # raise it when what is written to the cache changes
 MIN_SEQUENCE_LENGTH, MIN_VOCAB_SIZE = 8, 256
@@ -33,7 +31,7 @@ class TokenizedTexts:
 
     Attributes:
         tokens: uint32 (tokens,) of all texts.
-        types: uint8 (tokens,), 1 in the second text of a pair; None where the tokenizer tells no types.
+        types: uint8 (tokens,), 1 in the second text of a pair; None where the tokenizer has none.
         bounds: int64 (texts + 1,); text `i` is `tokens[bounds[i] : bounds[i + 1]]`.
         labels: int64 or float32 (texts,).
         cut: so many texts were longer than the sequence length.
@@ -87,11 +85,11 @@ class LabeledTexts(StreamDataModule):
         source: where the texts come from.
         sequence_length: most tokens of a text or a pair, [CLS] and [SEP] included; longer ones are cut and counted.
         padding: to the `longest` text of a batch, or `fixed` to `sequence_length`, so that shapes never change.
-        tokenizer: a folder or a name, such as the checkpoint the model goes on from; None trains one on the texts.
+        tokenizer: a folder or a name, such as that of the model's checkpoint; None trains one on the texts.
         vocab_size, lowercase: of the tokenizer that is trained.
         batch_size, num_workers, seed, limit_train_samples: see `StreamDataModule`.
         cache_dir: where tokens are kept; None for `lion_lightning` in the user's cache folder.
-        path, val_path, task: what the source was told; the summary shows the path.
+        path, val_path, task: arguments of the source.
     """
 
     def __init__(
@@ -232,7 +230,7 @@ def _read(folder: Path, name: str) -> TokenizedTexts:
 
 
 def decode(tokenizer: Any, texts: TokenizedTexts, index: int, characters: int = 120) -> str:
-    """The beginning of a text, as the model sees it."""
+    """The beginning of a text, decoded from its tokens."""
     ids: Sequence[int] = texts.tokens[texts.bounds[index] : texts.bounds[index + 1]].tolist()
     text = str(tokenizer.decode(ids, skip_special_tokens=True))
     return text if len(text) <= characters else f"{text[:characters]} ..."

@@ -19,10 +19,9 @@ from torchmetrics.classification import (
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from lion_lightning.errors import ConfigError
-from lion_lightning.mixin import LionMixin, OptimizerFactory
-from lion_lightning.schedules import Schedule
-from recipes.bert_mlm.model import load_or_build, model_flops, usable_config
-from recipes.bert_mlm.options import ModelOptions
+from lion_lightning.hyperparams import Schedule
+from lion_lightning.lightning import LionMixin, OptimizerFactory
+from recipes.text.model import ModelOptions, load_or_build, model_flops, usable_config
 from recipes.text_classification.data import TOKEN_TYPES, LabeledTexts, decode
 
 INPUTS = ("input_ids", "attention_mask", TOKEN_TYPES)
@@ -38,7 +37,7 @@ class TextClassifier(LionMixin, LightningModule):
         optimizer_factory, schedule: see `LionMixin`.
         monitor: the metric that decides which checkpoint is best, one of those that are logged.
         classifier_dropout: share of activations dropped before the classifier.
-        options: how the model is computed, and the checkpoint it goes on from.
+        options: how the model is computed, and the checkpoint it starts from.
         seed: not used: nothing here is random but dropout, which Lightning seeds.
     """
 
@@ -95,7 +94,7 @@ class TextClassifier(LionMixin, LightningModule):
         for metric in metrics.values():
             metric.reset()
 
-    # What `training.run` asks of every recipe.
+    # The interface that `training.run` expects of every recipe.
 
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start of a run."""
@@ -121,8 +120,8 @@ class TextClassifier(LionMixin, LightningModule):
         seen, mistakes = self._mistakes(count=3)
         if not mistakes:
             return [f"all of the first {seen} validation texts are right"]
-        said = "{0} -> {2} with {3:.0%} (it is {1})" if self.data.classes else "{0} -> {2} (it is {1})"
-        return [said.format(*mistake) for mistake in mistakes]
+        template = "{0} -> {2} with {3:.0%} (it is {1})" if self.data.classes else "{0} -> {2} (it is {1})"
+        return [template.format(*mistake) for mistake in mistakes]
 
     def predictions(self) -> tuple[list[str], list[list[Any]]]:
         """A table of more of them, for the log."""
@@ -131,7 +130,7 @@ class TextClassifier(LionMixin, LightningModule):
 
     @torch.no_grad()
     def _mistakes(self, count: int) -> tuple[int, list[tuple[str, str, str, float]]]:
-        """Texts looked at, and for the worst mistakes: text, truth, guess and the guess's share or error."""
+        """The number of texts, and the worst mistakes: text, truth, guess and the guess's share or error."""
         dataset: Any = self.data.val_set
         seen = min(len(dataset), SHOWCASE_TEXTS)
         step = self.data.batch_size
@@ -147,16 +146,16 @@ class TextClassifier(LionMixin, LightningModule):
             guesses, worth, wrong = logits, (logits - labels).abs(), torch.arange(seen)
         worst = wrong[worth[wrong].argsort(descending=True)][:count].tolist()
 
-        def told(values: Tensor, i: int) -> str:
+        def shown(values: Tensor, i: int) -> str:
             return classes[int(values[i])] if classes else f"{values[i].item():.3g}"
 
         return seen, [
-            (decode(tokenizer, dataset.texts, i), told(labels, i), told(guesses, i), float(worth[i])) for i in worst
+            (decode(tokenizer, dataset.texts, i), shown(labels, i), shown(guesses, i), float(worth[i])) for i in worst
         ]
 
 
 def scores(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """What the model says of a batch: float (batch, classes)."""
+    """Scores of a batch: float (batch, classes)."""
     return model(**inputs).logits
 
 
@@ -167,7 +166,9 @@ def build_metrics(classes: int) -> dict[str, Metric]:
     """
     if not classes:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*will save all targets.*")  # two numbers a text are nothing
+            warnings.filterwarnings(
+                "ignore", message=".*will save all targets.*"
+            )  # two numbers per text take little memory
             return {"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()}
     f1 = BinaryF1Score() if classes == 2 else MulticlassF1Score(classes, average="macro")
     accuracy, matthews = MulticlassAccuracy(classes, average="micro"), MulticlassMatthewsCorrCoef(classes)

@@ -1,25 +1,194 @@
-"""Sources of labeled text: each yields a training and a validation set, and can say what it is without reading it all.
+"""Sources of labeled text: each yields a training and a validation set, and identifies its content cheaply.
 
 Adding a source is a class with `fingerprint()` and `load()`, and a file in conf/data/.
 """
 
+import logging
+import math
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from datasets import ClassLabel, DatasetDict, load_dataset
 
 from lion_lightning.errors import ConfigError
-from recipes.bert_mlm.corpus import PythonDocs, is_held_out
-from recipes.text_classification.labels import Row, TextSplits, label_splits
-from recipes.text_classification.tables import READERS, Columns, class_names, read_table
+from recipes.files import check_fraction, existing_file, fingerprint_of, one_line
+from recipes.text.corpus import PythonDocs, is_held_out
+from recipes.text_classification.tables import READERS, Columns, Row, class_names, read_table
+
+log = logging.getLogger(__name__)
+MAX_CLASSES = 1000
+SHOWN = 3  # examples in a message
+
+
+@dataclass(frozen=True)
+class Labeled:
+    """Usable rows.
+
+    Attributes:
+        texts: not empty.
+        seconds: the second text of each pair; None where rows have one text.
+        labels: number of the class, or the value to predict.
+    """
+
+    texts: list[str]
+    seconds: list[str] | None
+    labels: list[float]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class TextSplits:
+    """A training and a validation set of the same classes.
+
+    Attributes:
+        classes: their names by number; empty where a value is predicted.
+        left_out: rows that were left out, by the reason.
+    """
+
+    train: Labeled
+    val: Labeled
+    classes: tuple[str, ...]
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+def label_splits(
+    train: Iterable[Row],
+    val: Iterable[Row],
+    *,
+    pairs: bool = False,
+    regression: bool = False,
+    names: Sequence[str] | None = None,
+    max_left_out: int = 100,
+) -> TextSplits:
+    """Number the classes of the training rows and check that the validation rows have no others.
+
+    Args:
+        train, val: the rows; those without a label or a text are left out and counted.
+        pairs: whether a row needs a second text.
+        regression: whether labels are values to predict.
+        names: of the classes, where labels are their numbers already.
+        max_left_out: so many rows may be left out; more are an error.
+
+    Raises:
+        ConfigError: too many unusable rows, none left in a split, one class alone, classes that only validation has, so
+            many that the label must be a value, or a value that is no number.
+    """
+    left_out: Counter[str] = Counter()
+    kept = {}
+    for name, rows in (("train", train), ("val", val)):
+        kept[name] = list(_usable(rows, name, pairs, names, left_out, max_left_out))
+    for name, rows in kept.items():
+        if not rows:
+            raise ConfigError(f"data: the {name} split has no usable row (left out: {_listed(left_out) or 'none'})")
+    if left_out:
+        log.warning("%d rows are left out: %s", left_out.total(), _listed(left_out))
+    if regression:
+        classes: tuple[str, ...] = ()
+        number: Callable[[Row, str], float] = _value
+    else:
+        classes = _classes(kept["train"], names)
+        _check_same_classes(kept["train"], kept["val"], names)
+        index = {name: place for place, name in enumerate(classes)}
+        number = lambda row, split: index[_name(row.label, names)]  # noqa: E731
+    labeled = {
+        split: Labeled(
+            texts=[row.text for row in rows],
+            seconds=[row.second for row in rows] if pairs else None,
+            labels=[number(row, split) for row in rows],
+        )
+        for split, rows in kept.items()
+    }
+    return TextSplits(labeled["train"], labeled["val"], classes, dict(left_out))
+
+
+def _usable(
+    rows: Iterable[Row],
+    split: str,
+    pairs: bool,
+    names: Sequence[str] | None,
+    left_out: Counter[str],
+    max_left_out: int,
+) -> Iterator[Row]:
+    for row in rows:
+        reason = _unusable(row, pairs, names)
+        if reason is None:
+            yield row
+            continue
+        left_out[reason] += 1
+        if left_out.total() > max_left_out:
+            raise ConfigError(
+                f"data: over {max_left_out} rows cannot be used ({_listed(left_out)}), the last of them row "
+                f"{row.number} of {split}"
+            )
+
+
+def _unusable(row: Row, pairs: bool, names: Sequence[str] | None) -> str | None:
+    label = row.label
+    if label is None or label == "" or (isinstance(label, float) and math.isnan(label)):
+        return "no label"
+    if names is not None and _name(label, names) not in names:  # the hub writes -1 where the label is kept secret
+        return "no label"
+    for text in (row.text, row.second) if pairs else (row.text,):
+        if text is None or not isinstance(text, str):
+            return "no text"
+        if not text.strip():
+            return "an empty text"
+    return None
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} with {reason}" for reason, count in counts.items())
+
+
+def _value(row: Row, split: str) -> float:
+    try:
+        value = float(row.label)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ConfigError(f"a value to predict must be a number: row {row.number} of {split} has {row.label!r}")
+    return value
+
+
+def _name(label: Any, names: Sequence[str] | None) -> str:
+    """The name of a class: a column with holes turns whole numbers into floats, which must not make new classes."""
+    if names is not None and isinstance(label, int) and 0 <= label < len(names):
+        return names[label]
+    return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
+
+
+def _classes(rows: Sequence[Row], names: Sequence[str] | None) -> tuple[str, ...]:
+    found = {_name(row.label, names) for row in rows}
+    if len(found) < 2:
+        raise ConfigError(f"data: all {len(rows)} training rows have the label {found.pop()!r}; two classes are needed")
+    if len(found) > MAX_CLASSES:
+        raise ConfigError(
+            f"data: {len(found):,} different labels in {len(rows):,} rows, over {MAX_CLASSES:,}; a value to predict "
+            "needs data.regression=true"
+        )
+    if names is not None:
+        return tuple(names)
+    return tuple(sorted(found, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name)))
+
+
+def _check_same_classes(train: Sequence[Row], val: Sequence[Row], names: Sequence[str] | None) -> None:
+    known = {_name(row.label, names) for row in train}
+    strange = Counter(name for row in val if (name := _name(row.label, names)) not in known)
+    if strange:
+        shown = ", ".join(f"{name!r} ({count} rows)" for name, count in strange.most_common(SHOWN))
+        raise ConfigError(f"data: {len(strange)} labels of validation are in no training row: {shown}")
 
 
 class TextSource(Protocol):
-    """What the data module asks of a source of labeled text."""
+    """The interface of a source of labeled text."""
 
     def fingerprint(self) -> str:
         """A string that changes whenever the texts would."""
@@ -46,7 +215,7 @@ class PythonPackages(PythonDocs):
     )  # fmt: skip
 
     def __init__(self, val_fraction: float = 0.2) -> None:
-        self.val_fraction = _share(val_fraction)
+        self.val_fraction = check_fraction(val_fraction)
 
     def fingerprint(self) -> str:
         return f"python_packages {self.PACKAGES} {self.val_fraction} {sys.version}"
@@ -64,7 +233,7 @@ class PythonPackages(PythonDocs):
                 if self.SKIPPED_PACKAGES.intersection(path.relative_to(root).parts):
                     continue
                 for text in self._docstrings(path):
-                    if text not in seen:  # the same words in two packages tell neither
+                    if text not in seen:  # the same text in two packages has no single label
                         seen.add(text)
                         yield text, package.removeprefix("_py")
 
@@ -98,16 +267,14 @@ class LabeledFiles:
         if not path:
             raise ConfigError(f"data=labeled_files needs data.path=: a folder, or a {', '.join(READERS)} file")
         self.columns = Columns(text_column, label_column, second_text_column)
-        self.regression, self.val_fraction, self.max_left_out = regression, _share(val_fraction), max_left_out
+        self.regression, self.val_fraction, self.max_left_out = regression, check_fraction(val_fraction), max_left_out
         self.train_files, self.val_files = _find(path)
         if val_path:
-            self.val_files = [_file(val_path, "data.val_path")]
+            self.val_files = [existing_file(val_path, "data.val_path", READERS)]
 
     def fingerprint(self) -> str:
-        files = [*self.train_files, None, *self.val_files]
-        stats = (f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" if file else "|" for file in files)
         settings = (self.columns, self.regression, self.val_fraction, self.max_left_out)
-        return f"labeled_files {settings} {' '.join(stats)}"
+        return f"labeled_files {settings} {fingerprint_of(self.train_files)} | {fingerprint_of(self.val_files)}"
 
     def load(self) -> TextSplits:
         train, val = self._rows(self.train_files), self._rows(self.val_files)
@@ -169,8 +336,7 @@ class Glue:
 
     def fingerprint(self) -> str:
         files = (Path(file) for split in self.files.values() for file in split)
-        stats = " ".join(f"{file.resolve()}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
-        return f"glue {self.name} {stats or self.REPOSITORY}"
+        return f"glue {self.name} {fingerprint_of(files) or self.REPOSITORY}"
 
     def load(self) -> TextSplits:
         splits = self._open()
@@ -189,8 +355,9 @@ class Glue:
                 return load_dataset("parquet", data_files=self.files)
             return load_dataset(self.REPOSITORY, self.name)
         except Exception as error:  # a dozen types of four libraries, all of which mean that there is no data
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigError(f"data.task={self.name} cannot be loaded: {reason}; data.path= takes a folder") from error
+            raise ConfigError(
+                f"data.task={self.name} cannot be loaded: {one_line(error)}; data.path= takes a folder"
+            ) from error
 
     def _rows(self, dataset: Any) -> Iterator[Row]:
         missing = [name for name in (*self.task.columns, "label") if name not in dataset.column_names]
@@ -211,17 +378,11 @@ def held_out(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
     return sides
 
 
-def _share(fraction: float) -> float:
-    if not 0 < fraction < 1:
-        raise ConfigError(f"data.val_fraction must be between 0 and 1, got {fraction}")
-    return fraction
-
-
 def _find(path: str) -> tuple[list[Path], list[Path]]:
     """Files of training and of validation."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        return [_file(path, "data.path")], []
+        return [existing_file(path, "data.path", READERS)], []
     files = sorted(file.resolve() for file in folder.iterdir() if file.suffix.lower() in READERS and file.is_file())
     named: Callable[[str], list[Path]] = lambda names: [  # noqa: E731
         file for file in files if re.match(rf"({names})(?![a-z])", file.name.lower())
@@ -230,12 +391,3 @@ def _find(path: str) -> tuple[list[Path], list[Path]]:
     if not train:
         raise ConfigError(f"data.path={path}: no train* file of {', '.join(READERS)} in it")
     return train, named("val|valid|validation|dev")
-
-
-def _file(path: str, setting: str) -> Path:
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ConfigError(f"{setting}={path}: there is no such file or folder")
-    if file.suffix.lower() not in READERS:
-        raise ConfigError(f"{setting}={path} must be a file of {', '.join(READERS)}")
-    return file.resolve()

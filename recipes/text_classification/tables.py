@@ -5,23 +5,32 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 from datasets import ClassLabel, Features
 
 from lion_lightning.errors import ConfigError
-from recipes.text_classification.labels import Row
+from recipes.files import one_line
 
 MAX_FIELD_CHARACTERS = 2**24
 PARQUET_ROWS_PER_BATCH = 4096
 Read = Callable[[Path], tuple[Sequence[str], Iterator[Sequence[Any]]]]
 
 
+class Row(NamedTuple):
+    """A text or a pair of texts, and its label, as they were found; `number` counts from 1 in its file."""
+
+    text: Any
+    second: Any
+    label: Any
+    number: int
+
+
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns that count; `second` is None where rows have one text."""
+    """Names of the columns that are read; `second` is None where rows have one text."""
 
     text: str
     label: str
@@ -37,7 +46,7 @@ def read_table(file: Path, columns: Columns) -> Iterator[Row]:
     A row that is shorter or longer than its header has no label that could be trusted: it comes without one.
 
     Raises:
-        ConfigError: a column is missing, the file is not UTF-8, or it is not what its name says.
+        ConfigError: a column is missing, the file is not UTF-8, or its content does not fit its ending.
     """
     try:
         header, rows = READERS[file.suffix.lower()](file)
@@ -59,7 +68,7 @@ def read_table(file: Path, columns: Columns) -> Iterator[Row]:
             f"{file} is not UTF-8 (byte 0x{error.object[error.start]:02x}: {error.reason}); convert it first"
         ) from error
     except (csv.Error, pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"{file} cannot be read: {one_line(error)}") from error
 
 
 def class_names(file: Path, label: str) -> tuple[str, ...] | None:
@@ -69,7 +78,7 @@ def class_names(file: Path, label: str) -> tuple[str, ...] | None:
     try:
         feature = Features.from_arrow_schema(pyarrow.parquet.read_schema(file)).get(label)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"{file} cannot be read: {one_line(error)}") from error
     return tuple(feature.names) if isinstance(feature, ClassLabel) else None
 
 

@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from lion_lightning import LionGuard
 from lion_lightning.__main__ import CONFIG_FOLDER
-from lion_lightning.training.building import build_data, build_module
+from lion_lightning.training.build import build_data, build_module
 
 SKIPPED_BLOCKS = 2
 HOOKS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_train_batch_end")

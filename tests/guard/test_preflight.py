@@ -13,8 +13,7 @@ from lion_lightning import Lion
 from lion_lightning.guard.preflight import RunSettings, inspect, turnover
 from lion_lightning.guard.warmup import warmup_length
 from lion_lightning.hyperparams import from_adamw
-from lion_lightning.training.building import build_data, build_module, effective_batch_size, max_steps
-from lion_lightning.training.instantiate import instantiate
+from lion_lightning.training.build import build_data, build_module, effective_batch_size, instantiate, max_steps
 
 RECIPES = ("bert_mlm", "image_classification")
 OPTIMIZERS = ("lion", "adamw", "signum", "sgd", "adafactor", "lion_amos")

@@ -18,8 +18,8 @@ def blocks(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> TextBlocks:
     """200,000 characters of English in blocks of 32 tokens, 512 WordPieces."""
     from small_bert import LENGTH  # not before the environment is set: see pytest_configure
 
-    from recipes.bert_mlm.corpus import TextFiles
     from recipes.bert_mlm.data import TextBlocks
+    from recipes.text.corpus import TextFiles
 
     cut = tmp_path_factory.mktemp("text") / "short.txt"
     cut.write_text(prose.read_text(encoding="utf-8")[:200_000], encoding="utf-8")
@@ -32,15 +32,15 @@ def blocks(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> TextBlocks:
 
 
 @pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of 3 KB, so that a little text has many."""
-    import recipes.bert_mlm.pieces as pieces_module
-    from recipes.bert_mlm.pieces import FilePieces
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TextChunks of 3 KB, so that a little text has many."""
+    import recipes.text.text_chunks as chunks_module
+    from recipes.text.text_chunks import FileChunks
 
-    monkeypatch.setattr(pieces_module, "PIECE_BYTES", 3000)
-    monkeypatch.setattr(pieces_module, "CUT_WITHIN_BYTES", 1000)
-    monkeypatch.setattr(FilePieces, "in_pool", 2)
-    monkeypatch.setattr(FilePieces, "in_sample", 8)
+    monkeypatch.setattr(chunks_module, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(chunks_module, "CUT_WITHIN_BYTES", 1000)
+    monkeypatch.setattr(FileChunks, "chunks_per_pool", 2)
+    monkeypatch.setattr(FileChunks, "chunks_in_sample", 8)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from recipes.bert_mlm.corpus import Corpus, is_held_out
-from recipes.bert_mlm.tokens import BlockSettings
+from recipes.text.blocks import BlockSettings
+from recipes.text.corpus import Corpus, is_held_out
 
 SETTINGS = BlockSettings(sequence_length=16, vocab_size=400, val_fraction=0.2, lowercase=True)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import recipes.bert_mlm.tokens as tokens_module
-from lion_lightning.training.host_memory import release_freed_memory
-from recipes.bert_mlm.tokens import prepare_blocks
+import recipes.text.blocks as tokens_module
+from lion_lightning.data.cache import release_freed_memory
+from recipes.text.blocks import prepare_blocks
 from tests.recipes.listed import SETTINGS, Listed
 
 

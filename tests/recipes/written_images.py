@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from recipes.image_classification.arrays import Images, ImageSplits
 from recipes.image_classification.data import ImageArrays
+from recipes.image_classification.images import Images, ImageSplits
 from recipes.image_classification.sources import ImageFiles
 
 CLASSES = ("cat", "dog", "owl")

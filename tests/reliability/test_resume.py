@@ -18,9 +18,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 import lion_lightning.training.run as run_module
-from lion_lightning.training.checkpoint_io import load
+from lion_lightning.training.checkpoint.files import load
 from lion_lightning.training.signals import TrainingInterrupted
-from recipes.bert_mlm import pieces
+from recipes.text import text_chunks as pieces
 
 WHOLE = os.environ.get("LION_LIGHTNING_WHOLE_MATRIX") == "1"
 STEPS, STEPS_PER_EPOCH, VALIDATION_INTERVAL, WARMUP_STEPS, BATCH = 12, 6, 4, 5, 16
@@ -159,8 +159,8 @@ def train(
 ) -> Callable[..., tuple[dict[str, Any], dict[tuple[str, int], dict[str, float]]]]:
     """Train a case to its end, with its stops or without, and return the last checkpoint and all metrics."""
     build = run_module.progress
-    monkeypatch.setattr(pieces, "PIECE_BYTES", SMALL_PIECES)
-    monkeypatch.setattr(pieces.FilePieces, "in_pool", SMALL_POOL)
+    monkeypatch.setattr(pieces, "CHUNK_BYTES", SMALL_PIECES)
+    monkeypatch.setattr(pieces.FileChunks, "chunks_per_pool", SMALL_POOL)
 
     def trained(case: Case, folder: Path, stops: set[int]) -> tuple[dict[str, Any], dict[Any, Any]]:
         recorder = Recorder(case, set(stops))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lion_lightning.tracking.offline import UnreadableRun, find_runs, read_run, read_runs
+from lion_lightning.tracking.runs import UnreadableRun, find_runs, read_run, read_runs
 from lion_lightning.tracking.wandb import RunLogger
 
 ROOT = Path(__file__).parents[2]

@@ -101,8 +101,8 @@ def test_without_a_key_it_is_said(server: Server, tmp_path: Path) -> None:
 
 
 def test_a_report_needs_a_project(server: Server, tmp_path: Path) -> None:
+    from lion_lightning.tracking.compare import Incomparable
     from lion_lightning.tracking.publish import publish_report
-    from lion_lightning.tracking.variants import Incomparable
 
     with pytest.raises(Incomparable, match="--wandb ENTITY/PROJECT"):
         publish_report(None, None)  # type: ignore[arg-type]

@@ -1,0 +1,398 @@
+"""Text sources: each yields documents, one string at a time, and identifies its content without reading all of it.
+
+A source is a file, folder or glob (`TextFiles`), a dataset of the Hugging Face hub (`HubText`), the documentation of
+the running Python (`PythonDocs`), or several of these with weights (`Mixture`). To add one, write a `Corpus` and a file
+in conf/data/.
+"""
+
+import ast
+import codecs
+import glob
+import hashlib
+import importlib
+import logging
+import re
+import sys
+import sysconfig
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lion_lightning.errors import ConfigError
+from recipes.files import fingerprint_of, one_line
+
+if TYPE_CHECKING:
+    import datasets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+log = logging.getLogger(__name__)
+PASSAGE_CHARACTERS = 20_000
+TOPIC_PASSAGE_CHARACTERS = 2_000  # a few topics are very long; whole, they would decide the validation set alone
+MAX_PARAGRAPH_CHARACTERS = 2**22  # a file without an empty line is cut there, and never held in memory as a whole
+CHARACTERS_PER_READ = 2**20
+_PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
+ROWS_PER_READ = 1000
+SETTING = "data.sources"
+PLACES = ("path", "hub", "corpus")
+
+
+class Corpus(Protocol):
+    """The interface of a text source."""
+
+    def fingerprint(self) -> str:
+        """A string that changes whenever the documents would; cheap, since every start computes it."""
+        ...
+
+    def documents(self) -> Iterator[str]:
+        """The documents, always in the same order."""
+        ...
+
+    def held_out(self) -> Iterator[str] | None:
+        """The documents of a validation set that comes with the source; None: a share of the documents serves."""
+        return None
+
+
+class PythonDocs(Corpus):
+    """CPython's documentation topics and the standard library's docstrings: English that every machine already has.
+
+    About 2 MB. It differs a little from one Python version to the next, so compare runs of one version.
+    """
+
+    SKIPPED_PACKAGES = frozenset({"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "__pycache__"})
+    MIN_CHARACTERS = 80
+
+    def fingerprint(self) -> str:
+        return f"python_docs {TOPIC_PASSAGE_CHARACTERS} {sys.version}"
+
+    def documents(self) -> Iterator[str]:
+        topics = importlib.import_module("pydoc_data.topics").topics
+        for name in sorted(topics):
+            yield from passages(topics[name], TOPIC_PASSAGE_CHARACTERS)
+        root = Path(sysconfig.get_path("stdlib"))
+        for path in sorted(root.rglob("*.py")):
+            if not self.SKIPPED_PACKAGES.intersection(path.relative_to(root).parts):
+                yield from self._docstrings(path)
+
+    def _docstrings(self, path: Path) -> Iterator[str]:
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError) as error:
+            log.warning("%s is left out: %s", path.name, error)
+            return
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node) or ""
+                if len(text) >= self.MIN_CHARACTERS:
+                    yield text
+
+
+class TextFiles(Corpus):
+    """UTF-8 text files: a file, a folder (every `*.txt` and `*.md` below it) or a glob.
+
+    Args:
+        path: where the text is.
+
+    Raises:
+        ConfigError: nothing is there, or a file is not UTF-8.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        if not path:
+            raise ConfigError("data=text_files needs data.path=: a text file, a folder of .txt or .md files, or a glob")
+        self.files = find_files(path)
+
+    def fingerprint(self) -> str:
+        return "text_files " + fingerprint_of(self.files)
+
+    def documents(self) -> Iterator[str]:
+        for file in self.files:
+            yield from passages(read_text(file))
+
+
+def find_files(path: str, suffixes: Collection[str] = (".txt", ".md")) -> list[Path]:
+    """The file at `path`, the files with one of `suffixes` in the folder at `path`, or those that the glob matches.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        files = [file for file in place.rglob("*") if file.suffix in suffixes and file.is_file()]
+    elif place.is_file():  # before globbing: a name may have brackets in it
+        files = [place]
+    else:
+        files = [Path(file) for file in glob.glob(str(place), recursive=True) if Path(file).is_file()]
+    if not files:
+        wanted = f"no {' or '.join(suffixes)} file in it" if place.is_dir() else "there is no such file or folder"
+        raise ConfigError(f"data.path={path}: {wanted}")
+    return sorted(file.resolve() for file in files)
+
+
+def read_text(file: Path) -> Iterator[str]:
+    """The text of `file`, a megabyte at a time.
+
+    Raises:
+        ConfigError: it is not UTF-8.
+    """
+    with file.open(encoding="utf-8-sig") as text:
+        try:
+            while piece := text.read(CHARACTERS_PER_READ):
+                yield piece
+        except UnicodeDecodeError:
+            raise not_utf8(file) from None
+
+
+def not_utf8(file: Path) -> ConfigError:
+    """The error that names the first byte of `file` that is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    done = 0
+    with file.open("rb") as raw:
+        while True:
+            piece = raw.read(CHARACTERS_PER_READ)
+            begun = len(decoder.getstate()[0])  # bytes of a character that the last piece cut
+            try:
+                decoder.decode(piece, final=not piece)
+            except UnicodeDecodeError as error:
+                place, byte = done - begun + error.start, error.object[error.start]
+                return ConfigError(f"{file} is not UTF-8 (byte {place} is 0x{byte:02x}); convert it first")
+            if not piece:
+                return ConfigError(f"{file} changed while it was read")
+            done += len(piece)
+
+
+def passages(text: str | Iterable[str], size: int = PASSAGE_CHARACTERS) -> Iterator[str]:
+    """Cut a long text at paragraph breaks into passages of about `size` characters.
+
+    A book as one document could not be shared between training and validation; its passages can.
+
+    Args:
+        text: whole, or in pieces that are cut anywhere.
+        size: characters.
+    """
+    kept: list[str] = []
+    length = 0
+    for paragraph in _paragraphs([text] if isinstance(text, str) else text):
+        kept.append(paragraph)
+        length += len(paragraph)
+        if length >= size:
+            yield "\n\n".join(kept)
+            kept, length = [], 0
+    if kept:
+        yield "\n\n".join(kept)
+
+
+def _paragraphs(pieces: Iterable[str]) -> Iterator[str]:
+    waiting = ""
+    for piece in pieces:
+        waiting += piece
+        text = waiting.rstrip()  # a break may go on in the next piece
+        *complete, last = _PARAGRAPH_BREAK.split(text)
+        yield from complete
+        waiting = last + waiting[len(text) :]
+        while len(waiting) > MAX_PARAGRAPH_CHARACTERS:
+            space = waiting.rfind(" ", 0, MAX_PARAGRAPH_CHARACTERS)
+            end = space if space > 0 else MAX_PARAGRAPH_CHARACTERS
+            yield waiting[:end]
+            waiting = waiting[end:]
+    yield from _PARAGRAPH_BREAK.split(waiting)
+
+
+def digest(document: str) -> int:
+    """A 64-bit hash of `document`."""
+    return int.from_bytes(hashlib.blake2b(document.encode(), digest_size=8).digest(), "big")
+
+
+def is_held_out(document: str, fraction: float) -> bool:
+    """Whether `document` is for validation: decided by its content alone, independent of order and seed."""
+    return digest(document) < fraction * 2**64
+
+
+class HubText(Corpus):
+    """A text column of a dataset, memory-mapped: downloads are kept in the library's cache.
+
+    Args:
+        path: name on the hub, or a folder or file of parquet, JSON lines, CSV or text.
+        config: configuration of the dataset.
+        split: what is trained on.
+        val_split: what is validated on; None holds out a share of the documents.
+        column: where the text is; a row is a document.
+        revision: branch, tag or commit.
+        document_start: a regular expression; rows are parts of a document, which begins with a row that matches.
+
+    Raises:
+        ConfigError: no path, or (when it is read) the dataset, split or column is not there.
+    """
+
+    def __init__(
+        self,
+        path: str | None,
+        config: str | None = None,
+        split: str = "train",
+        val_split: str | None = None,
+        column: str = "text",
+        revision: str | None = None,
+        document_start: str | None = None,
+    ) -> None:
+        if not path:
+            raise ConfigError("data=hub_text needs data.path=: a dataset's name on the hub, or a folder of its files")
+        self.path, self.config, self.revision = path, config, revision
+        self.split, self.val_split, self.column = split, val_split, column
+        self.document_start = document_start
+
+    def fingerprint(self) -> str:
+        splits = [split for split in (self.split, self.val_split) if split]
+        return f"hub_text {self.column} {self.document_start} " + " ".join(map(self._identity, splits))
+
+    def _identity(self, split: str) -> str:
+        """The library names its files by what they were made from."""
+        data = self._load(split)
+        files = ["/".join(Path(file["filename"]).parts[-5:]) for file in data.cache_files]
+        return f"{split}:{len(data)}:{data.info.version}:{','.join(files)}"
+
+    def documents(self) -> Iterator[str]:
+        return self._documents(self.split)
+
+    def held_out(self) -> Iterator[str] | None:
+        return self._documents(self.val_split) if self.val_split else None
+
+    def _documents(self, split: str) -> Iterator[str]:
+        data = self._load(split).select_columns([self.column]).with_format("arrow")
+        rows = (row for batch in data.iter(ROWS_PER_READ) for row in batch[self.column].to_pylist())
+        return join_rows(rows, self.document_start)
+
+    def _load(self, split: str) -> "datasets.Dataset":
+        return load(self.path, self.config, split, self.column, self.revision, streaming=False)
+
+
+def join_rows(rows: Iterable[str | None], document_start: str | None) -> Iterator[str]:
+    """Documents of `rows`: each row one, or all up to the next row that `document_start` matches.
+
+    A row without text becomes an empty document, which is counted where documents are.
+    """
+    if document_start is None:
+        yield from (row or "" for row in rows)
+        return
+    begins = re.compile(document_start)
+    kept: list[str] = []
+    for row in rows:
+        if kept and row and begins.match(row):
+            yield "\n".join(kept)
+            kept = []
+        kept.append((row or "").rstrip("\n"))
+    if kept:
+        yield "\n".join(kept)
+
+
+def load(path: str, config: str | None, split: str, column: str, revision: str | None, streaming: bool) -> Any:
+    """The dataset, whose `column` is text.
+
+    Raises:
+        ConfigError: it is not there, cannot be reached or read, or has no such configuration, split or text column.
+    """
+    import datasets  # here: half a second and 80 MB that text files do without
+    from datasets.exceptions import DatasetsError
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    name = ", ".join(str(part) for part in (path, config, split, revision) if part)
+    place = Path(path).expanduser()
+    if path.startswith((".", "/", "~")) and not place.exists():
+        raise ConfigError(f"data.path={path}: there is no such file or folder")
+    try:
+        source, files = (place.suffix.lstrip("."), str(place)) if place.is_file() else (str(place), None)
+        source = {"jsonl": "json", "txt": "text"}.get(source, source)
+        found = datasets.load_dataset(
+            source if place.exists() else path, config, data_files=files, split=split, revision=revision,
+            streaming=streaming,
+        )  # fmt: skip
+        features: Any = found.features or next(iter(found), {})
+    except (OSError, ValueError, RuntimeError, KeyError, DatasetsError) as error:
+        unreachable = isinstance(error, ConnectionError) and not place.exists()
+        reason = "the hub cannot be reached, and the dataset is not in its cache"
+        reason = reason if unreachable else "the dataset cannot be opened"
+        raise ConfigError(f"{reason} ({name}): {one_line(error)}") from error
+    if column not in features:
+        raise ConfigError(f"data.column={column} is not in {path}, which has {', '.join(features)}")
+    kind = getattr(features[column], "dtype", type(features[column]).__name__)
+    if kind not in ("string", "large_string", "str"):
+        raise ConfigError(f"data.column={column} of {path} holds {kind}, not text")
+    return found
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text source and its weight among others.
+
+    Attributes:
+        label: what it is called in the summary.
+        corpus: its documents.
+        weight: its share of the training tokens, relative to the other sources.
+    """
+
+    label: str
+    corpus: Corpus
+    weight: float
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Text sources that share the training stream by weights.
+
+    A source that is smaller than its share is repeated more often. Validation holds the held-out documents of all.
+    """
+
+    sources: tuple[Source, ...]
+
+
+def mixture_of(sources: Sequence[Mapping[str, Any]] | None) -> Mixture:
+    """The mixture that the setting `data.sources` describes.
+
+    Args:
+        sources: of each, `weight` (1 if left out) and where it is: `path` as for data=text_files, `hub` with the
+            arguments of data=hub_text, or `corpus`.
+
+    Raises:
+        ConfigError: none, or one without a place or with a weight that is not above 0.
+    """
+    if not sources:
+        raise ConfigError(
+            f"data=mixture needs {SETTING}=, such as '[{{path: books, weight: 3}}, {{path: letters, weight: 1}}]'"
+        )
+    return Mixture(tuple(_source(dict(source)) for source in sources))
+
+
+def check_weight(source: Mapping[str, Any]) -> float:
+    """The weight of `source`; ConfigError if it is none."""
+    weight = source.get("weight", 1)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+        raise ConfigError(f"{SETTING}: weight must be a number above 0, got {weight!r}")
+    return float(weight)
+
+
+def place_of(source: Any) -> str:
+    """Which of the keys `path`, `hub` and `corpus` locates `source`.
+
+    Raises:
+        ConfigError: none of them, or several.
+    """
+    given = [place for place in PLACES if place in source] if isinstance(source, Mapping) else []
+    if len(given) != 1:
+        raise ConfigError(f"{SETTING}: each source needs one of {', '.join(PLACES)}, got {source!r}")
+    return given[0]
+
+
+def _source(source: dict[str, Any]) -> Source:
+    place, weight = place_of(source), check_weight(source)
+    where = source.pop(place)
+    source.pop("weight", None)
+    try:
+        if place == "hub":
+            return Source(str(where), HubText(where, **source), weight)
+        if source:
+            raise TypeError(f"{', '.join(source)} means nothing for a source with {place}")
+    except TypeError as error:
+        raise ConfigError(f"{SETTING}: {error}") from error
+    if place == "path":
+        return Source(str(where), TextFiles(where), weight)
+    return Source(type(where).__name__, where, weight)

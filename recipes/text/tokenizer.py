@@ -1,0 +1,177 @@
+"""The tokenizer: trained on the corpus in BERT's conventions, or loaded from a folder or the hub."""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
+
+from lion_lightning.errors import ConfigError
+from recipes.files import one_line
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MAX_CHARACTERS = 500  # rarer ones become [UNK]; each takes two places of the vocabulary
+UNUSED = re.compile(r"\[unused\d+\]")  # places that BERT's and ModernBERT's vocabularies keep free
+CONTINUES, BEGINS = (
+    "##",
+    ("Ġ", "▁", "Ċ"),
+)  # WordPiece marks pieces that continue a word, the others those that begin one
+
+
+def train_tokenizer(documents: Sequence[str], vocab_size: int, lowercase: bool) -> Tokenizer:
+    """A WordPiece tokenizer in BERT's conventions, trained on `documents`; the same one each time."""
+    learner = _tokenizer(models.WordPiece(unk_token="[UNK]"), lowercase)
+    # The trainer breaks ties by the ids of the pieces, and gives the single characters theirs in the order of a hash
+    # map that differs from run to run. Naming them first, as if they were special, makes it repeat itself.
+    characters = _characters(learner, documents)
+    first = [*SPECIAL_TOKENS, *characters, *(f"##{character}" for character in characters)]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=max(vocab_size, len(first)), special_tokens=first, show_progress=False, min_frequency=2
+    )
+    learner.train_from_iterator(documents, trainer)
+    tokenizer = _tokenizer(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"), lowercase)
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.decoder = decoders.WordPiece()
+    separator, start = SPECIAL_TOKENS.index("[SEP]"), SPECIAL_TOKENS.index("[CLS]")
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", separator), ("[CLS]", start))
+    return tokenizer
+
+
+def _tokenizer(model: models.WordPiece, lowercase: bool) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+def _characters(tokenizer: Tokenizer, documents: Sequence[str]) -> list[str]:
+    """The most frequent characters of the normalised text, in alphabetical order."""
+    counts: Counter[str] = Counter()
+    for document in documents:
+        counts.update(tokenizer.normalizer.normalize_str(document))
+    frequent = sorted((character for character in counts if not character.isspace()), key=lambda c: (-counts[c], c))
+    return sorted(frequent[:MAX_CHARACTERS])
+
+
+def as_transformers(tokenizer: Tokenizer, lowercase: bool, sequence_length: int) -> PreTrainedTokenizerBase:
+    """`tokenizer` as one of `transformers`."""
+    return BertTokenizer(
+        tokenizer_object=tokenizer,
+        do_lower_case=lowercase,
+        model_max_length=sequence_length,
+        model_input_names=["input_ids", "attention_mask"],  # no token types: ModernBERT takes none, BERT needs none
+    )
+
+
+def load_tokenizer(
+    place: str, setting: str = "data.tokenizer", roles: Collection[str] = ("cls_token", "sep_token", "pad_token")
+) -> PreTrainedTokenizerBase:
+    """The tokenizer in a Hugging Face folder, or of that name on the hub.
+
+    Args:
+        place: folder or name.
+        setting: the setting that gave `place`, for error messages.
+        roles: special tokens that it must have.
+
+    Raises:
+        ConfigError: there is none, it is empty, or it lacks one of `roles`.
+    """
+    with opening(setting, place):
+        tokenizer = AutoTokenizer.from_pretrained(existing(setting, place))
+    missing = [role for role in roles if getattr(tokenizer, role, None) is None]
+    if missing or len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ConfigError(
+            f"{setting}={place} has no tokenizer that a BERT can use: it "
+            f"{'has no ' + ', '.join(missing) if missing else 'is empty'}"
+        )
+    return tokenizer
+
+
+def load_masking_tokenizer(place: str) -> PreTrainedTokenizerBase:
+    """The tokenizer at `data.tokenizer=place`, which has everything that masked language modelling needs.
+
+    Raises:
+        ConfigError: see `load_tokenizer`; or it is not a fast one, or leaves out ids.
+    """
+    tokenizer = load_tokenizer(place, roles=("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"))
+    if not tokenizer.is_fast:
+        raise ConfigError(f"data.tokenizer={place} is not a fast tokenizer, which needs a tokenizer.json")
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= len(tokenizer):
+        raise ConfigError(
+            f"data.tokenizer={place} has {len(tokenizer):,} tokens and ids up to {highest:,}: some are left out"
+        )
+    return tokenizer
+
+
+def existing(setting: str, place: str) -> str:
+    """`place` in the form the library expects: an existing folder, or a hub name (`name` or `owner/name`).
+
+    Args:
+        setting: the setting that gave `place`, for error messages.
+        place: folder or name.
+
+    Raises:
+        ConfigError: it can only be meant as a folder, and there is none.
+    """
+    folder = Path(place).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if folder.exists():
+        raise ConfigError(f"{setting}={place} is a file; give the folder it is in")
+    if place.count("/") > 1 or place.startswith((".", "~", "/")):
+        raise ConfigError(f"{setting}={place}: there is no such folder")
+    return place
+
+
+@contextmanager
+def opening(setting: str, place: str) -> Iterator[None]:
+    """Turn what the libraries raise on an unusable folder or name into a one-line ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ConfigError(
+            f"{setting}={place} cannot be opened, as a folder or from the hub: {one_line(error)}"
+        ) from error
+
+
+def identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the tokenizer's definition."""
+    return hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=10).hexdigest()
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Which ids are special tokens, wherever they are in the vocabulary: bool (vocabulary,)."""
+    table = torch.zeros(len(tokenizer), dtype=torch.bool)
+    named_so = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+    table[[*tokenizer.all_special_ids, *named_so]] = True
+    return table
+
+
+def replacement_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The ids that a random token is drawn from, ascending: int64.
+
+    Excluded are special tokens, tokens added to the vocabulary, and its unused places.
+    """
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    barred = special_tokens(tokenizer)
+    barred[list(tokenizer.added_tokens_decoder)] = True
+    barred |= torch.tensor([UNUSED.fullmatch(piece) is not None for piece in pieces])
+    return (~barred).nonzero().flatten()
+
+
+def starts_word(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Which tokens begin a word, by the marks of WordPiece, byte-level BPE or SentencePiece: bool (vocabulary,)."""
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    if any(piece.startswith(BEGINS) for piece in pieces) and not any(piece.startswith(CONTINUES) for piece in pieces):
+        return torch.tensor([piece.startswith(BEGINS) for piece in pieces])
+    return torch.tensor([not piece.startswith(CONTINUES) for piece in pieces])

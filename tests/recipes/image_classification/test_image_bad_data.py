@@ -1,0 +1,219 @@
+"""Bad data for the image recipe: one clear message, or counted and told; nothing silently dropped."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from lion_lightning.errors import ConfigError
+from recipes.image_classification.images import read, square
+from recipes.image_classification.sources import ImageFiles
+from tests.recipes.written_images import (
+    CLASSES,
+    colors_agree,
+    encoded,
+    hub_dataset,
+    load,
+    picture,
+    prepared,
+    write_folder,
+    write_parquet,
+)
+
+
+def giant() -> bytes:
+    """A valid PNG of 100 million pixels in a hundred kilobytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 10_000, 10_000, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(10_000 * (1 + 1250)), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_a_class_that_only_validation_has_is_an_error(tmp_path: Path) -> None:
+    blobs = [encoded(picture("cat"))] * 4
+    write_parquet(tmp_path / "train.parquet", blobs, pa.array(["cat", "dog"] * 2))
+    write_parquet(tmp_path / "test.parquet", blobs, pa.array(["cat", "dog", "owl", "cat"]))
+    with pytest.raises(ConfigError, match=r"test image 2 has label='owl', .* 2 training classes; so has 1 of 4"):
+        load(tmp_path)
+
+
+def test_a_class_folder_that_only_validation_has_keeps_its_name(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"cat": 4, "owl": 4})
+    write_folder(tmp_path / "test", {"cat": 1, "dog": 1, "owl": 1})
+    splits = load(tmp_path)
+    assert splits.classes == CLASSES
+    assert colors_agree(splits.val, splits.classes)
+    assert colors_agree(splits.train, splits.classes)
+
+
+def test_a_missing_label_column_is_an_error_that_lists_the_columns(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [encoded(picture("cat"))] * 4, pa.array([1.0] * 4), column="weight")
+    with pytest.raises(ConfigError, match="needs an image column and a label column, found image, weight"):
+        load(tmp_path)
+
+
+def test_a_parquet_file_without_images_is_an_error(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"], "label": [0]}), tmp_path / "train.parquet")
+    with pytest.raises(ConfigError, match="needs an image column and a label column, found text, label"):
+        load(tmp_path)
+
+
+def test_an_unlabelled_image_is_an_error(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [encoded(picture("cat"))] * 4, pa.array([0, 1, None, 0]))
+    with pytest.raises(ConfigError, match=r"train image 2 has label=None, .* so has 1 of 4 images"):
+        load(tmp_path)
+
+
+BROKEN = {
+    "no picture": b"this is no picture",
+    "cut off": encoded(Image.effect_noise((64, 64), 80))[:900],
+    "only a header": encoded(picture("cat"))[:20],
+    "a wrong checksum": encoded(picture("cat"))[:-20] + bytes(20),
+    "empty": b"",
+    "null": None,
+    "100 million pixels": giant(),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")
+def test_a_broken_picture_is_left_out_and_told(tmp_path: Path, kind: str) -> None:
+    names = ["cat", "dog", "owl", "dog"] * 3
+    blobs: list[bytes | None] = [encoded(picture(name)) for name in names]
+    blobs[5] = BROKEN[kind]
+    write_parquet(tmp_path / "train.parquet", blobs, pa.array(names))
+    hub_dataset(["dog", "cat"]).to_parquet(tmp_path / "test.parquet")
+    data = prepared(tmp_path)
+    assert (len(data.ready.train), len(data.ready.val)) == (11, 2)
+    assert colors_agree(data.ready.train, CLASSES), "labels slipped by one"
+    assert "1 of 12 images cannot be read: image 5: " in data.describe()["left out (train)"]
+    assert prepared(tmp_path).describe()["left out (train)"] == data.describe()["left out (train)"], "the second start"
+
+
+def test_broken_files_in_a_folder_are_named(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"cat": 6, "dog": 6})
+    write_folder(tmp_path / "val", {"cat": 2, "dog": 2})
+    (tmp_path / "val" / "dog" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    data = prepared(tmp_path)
+    assert "1.png" in data.describe()["left out (val)"]
+    assert colors_agree(data.ready.val, data.ready.classes)
+    assert len(data.ready.val) == 3
+
+
+def test_too_many_broken_pictures_are_an_error(tmp_path: Path) -> None:
+    blobs = [b"broken"] * 3 + [encoded(picture("cat"))] * 9
+    write_parquet(tmp_path / "train.parquet", blobs, pa.array(["cat"] * 12))
+    assert len(load(tmp_path, max_broken=3).train) > 0
+    with pytest.raises(ConfigError, match=r"data.path=.*over 1 images cannot be read, the last of them image \d"):
+        load(tmp_path, max_broken=1)
+
+
+def test_no_picture_that_can_be_read_is_an_error(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [encoded(picture("cat"))] * 4, pa.array(["cat"] * 4))
+    write_parquet(tmp_path / "test.parquet", [b"broken"] * 3, pa.array(["cat"] * 3))
+    with pytest.raises(ConfigError, match="none of the 3 val images can be read"):
+        load(tmp_path)
+
+
+def test_a_class_without_training_images_is_told(tmp_path: Path) -> None:
+    hub_dataset(["cat", "cat"]).to_parquet(tmp_path / "train.parquet")
+    hub_dataset(["dog", "cat", "dog"]).to_parquet(tmp_path / "test.parquet")
+    told = prepared(tmp_path).describe()
+    assert told["only in validation"] == "dog (2 images)"
+    assert told["without any image"] == "owl"
+
+
+def test_files_that_are_no_images_are_counted(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"cat": 8, "dog": 8})
+    (tmp_path / "cat" / "notes.txt").write_text("about cats")
+    (tmp_path / "dog" / "song.mp3").write_bytes(b"wuff")
+    assert "2 files that are no images, the first of them cat/notes.txt" in prepared(tmp_path).describe()["not read"]
+
+
+def test_a_parquet_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    hub_dataset(["cat", "dog"] * 4).to_parquet(tmp_path / "train.parquet")
+    whole = (tmp_path / "train.parquet").read_bytes()
+    (tmp_path / "train.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match=r"data.path=.*: cannot be read: .*Parquet"):
+        load(tmp_path)
+
+
+def test_a_validation_file_without_the_label_is_named(tmp_path: Path) -> None:
+    hub_dataset(["cat", "dog"] * 4).to_parquet(tmp_path / "train.parquet")
+    hub_dataset(["cat", "dog"]).remove_columns("label").to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(ConfigError, match=r"data.path="):
+        load(tmp_path)
+
+
+def test_lists_of_labels_are_refused(tmp_path: Path) -> None:
+    labels = pa.array([[0, 1], [1]] * 4)
+    write_parquet(tmp_path / "train.parquet", [encoded(picture("cat"))] * 8, labels)
+    with pytest.raises(ConfigError, match="label must hold one class per image"):
+        load(tmp_path)
+
+
+def test_the_label_column_can_be_named(tmp_path: Path) -> None:
+    hub_dataset(["cat", "dog"] * 4, column="kind").to_parquet(tmp_path / "train.parquet")
+    assert load(tmp_path, label="kind").classes == CLASSES
+    with pytest.raises(ConfigError, match="a label column sort, found image, kind"):
+        load(tmp_path, label="sort")
+
+
+def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path: Path) -> None:
+    """Pillow's own conversion makes everything above 255 white."""
+    ramp = np.linspace(0, 65_535, 64).round().astype(np.uint16).reshape(8, 8)
+    pixels = read({"bytes": encoded(Image.fromarray(ramp)), "path": None})
+    np.testing.assert_array_equal(np.asarray(pixels)[..., 0], ramp // 257)
+
+
+def test_a_turned_photograph_is_turned_back(tmp_path: Path) -> None:
+    """Orientation 6: the camera was held so that the top of the scene is at the right of the stored picture."""
+    upright = Image.new("RGB", (40, 40), "black")
+    upright.paste((255, 255, 255), (0, 0, 40, 20))
+    stream, notes = io.BytesIO(), Image.Exif()
+    notes[0x0112] = 6
+    upright.rotate(90).save(stream, "JPEG", exif=notes)
+    pixels = square({"bytes": stream.getvalue(), "path": None}, 8)
+    assert pixels[:, :3].min() > 200
+    assert pixels[:, -3:].max() < 50
+
+
+def test_the_range_of_floats_is_not_guessed() -> None:
+    with pytest.raises(ValueError, match="32-bit floats"):
+        read({"bytes": encoded(Image.new("F", (8, 8)), "TIFF"), "path": None})
+
+
+def test_a_validation_set_smaller_than_a_batch_is_used_whole(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"cat": 8, "dog": 8})
+    write_folder(tmp_path / "val", {"cat": 1, "dog": 2})
+    data = prepared(tmp_path)
+    data.trainer = SimpleNamespace(
+        global_rank=0, world_size=1, strategy=SimpleNamespace(root_device=torch.device("cpu"))
+    )
+    assert sum(len(batch["labels"]) for batch in data.val_dataloader()) == 3
+    data.trainer.world_size = 4
+    with pytest.raises(ConfigError, match="3 validation images are too few for 4 processes"):
+        data.val_dataloader()
+
+
+@pytest.mark.parametrize("path", [None, "", "/nowhere"])
+def test_a_missing_path_is_named(path: str | None) -> None:
+    with pytest.raises(ConfigError, match=r"data\.path="):
+        ImageFiles(path)
+
+
+def test_an_empty_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(ConfigError, match="no parquet file and no image in it"):
+        ImageFiles(str(tmp_path))

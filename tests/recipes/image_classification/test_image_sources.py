@@ -1,0 +1,195 @@
+"""Image sources: digits, folders and parquet files in the hub's schema, and what is kept of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from lion_lightning.errors import ConfigError
+from recipes.image_classification.data import ImageArrays
+from recipes.image_classification.images import held_out
+from recipes.image_classification.sources import Digits, ImageFiles
+from tests.recipes.written_images import (
+    CLASSES,
+    colors_agree,
+    encoded,
+    hub_dataset,
+    load,
+    picture,
+    write_folder,
+    write_parquet,
+)
+
+
+def test_digits_are_the_embedded_1797() -> None:
+    splits = Digits(0.2).open()
+    assert (len(splits.train), len(splits.val)) == (1438, 359)
+    assert splits.train.pixels.shape[1:] == (3, 8, 8)
+    assert (splits.train.pixels == splits.train.pixels[:, :1]).all(), "grey, as RGB"
+    assert splits.train.pixels.dtype == np.uint8
+    assert splits.train.pixels.max() > 200, "pixels use the range of a byte"
+    assert splits.classes == tuple("0123456789")
+    counts = np.bincount(np.concatenate([splits.train.labels, splits.val.labels]))
+    assert counts.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # as published
+
+
+def test_held_out_images_are_the_same_each_time_and_no_others() -> None:
+    kept, held = held_out(100, 0.3)
+    again_kept, again_held = held_out(100, 0.3)
+    assert sorted([*kept, *held]) == list(range(100))
+    assert len(held) == 30
+    assert sorted(held) == held.tolist() != list(range(30))
+    assert np.array_equal(held, again_held)
+    assert np.array_equal(again_kept, kept)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2.0])
+def test_a_bad_share_is_named(fraction: float) -> None:
+    with pytest.raises(ConfigError, match=f"data.val_fraction must be between 0 and 1, got {fraction}"):
+        Digits(fraction).open()
+
+
+def test_a_folder_of_class_folders(tmp_path: Path) -> None:
+    splits = load(write_folder(tmp_path, {"dog": 8, "cat": 6, "owl": 6}))
+    assert splits.classes == CLASSES
+    assert (len(splits.train), len(splits.val)) == (15, 5)
+    assert splits.train.pixels.shape == (15, 3, 8, 8)
+    assert colors_agree(splits.train, CLASSES)
+    assert colors_agree(splits.val, CLASSES)
+
+
+@pytest.mark.parametrize("held", ["test", "val", "validation"])
+def test_a_folder_with_a_validation_folder(tmp_path: Path, held: str) -> None:
+    write_folder(tmp_path / "train", {"cat": 4, "dog": 4})
+    write_folder(tmp_path / held, {"cat": 1, "dog": 2}, kind="jpg")
+    splits = load(tmp_path)
+    assert (len(splits.train), len(splits.val)) == (8, 3)
+    assert sorted(splits.val.labels) == [0, 1, 1]
+    assert colors_agree(splits.val, splits.classes)
+
+
+def test_parquet_files_as_the_hub_writes_them(tmp_path: Path) -> None:
+    hub_dataset(["cat", "dog", "owl"] * 3).to_parquet(tmp_path / "train-00000-of-00002.parquet")
+    hub_dataset(["owl", "owl"]).to_parquet(tmp_path / "train-00001-of-00002.parquet")
+    hub_dataset(["dog", "cat"]).to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    splits = load(tmp_path)
+    assert splits.classes == CLASSES, "the names of the classes are lost"
+    assert splits.train.labels.tolist() == [0, 1, 2] * 3 + [2, 2]
+    assert splits.val.labels.tolist() == [1, 0]
+    assert colors_agree(splits.train, CLASSES)
+
+
+def test_parquet_files_in_a_folder_per_split(tmp_path: Path) -> None:
+    """The layout of the hub's own conversion to parquet: default/train/0000.parquet, default/test/0000.parquet."""
+    for split, names in (("train", ["cat", "dog"] * 4), ("test", ["dog", "cat", "dog"])):
+        (tmp_path / "default" / split).mkdir(parents=True)
+        hub_dataset(names).to_parquet(tmp_path / "default" / split / "0000.parquet")
+    splits = load(tmp_path)
+    assert (len(splits.train), len(splits.val)) == (8, 3)
+    assert splits.val.labels.tolist() == [1, 0, 1]
+
+
+def test_a_file_is_no_validation_set_for_the_first_letters_of_its_name(tmp_path: Path) -> None:
+    hub_dataset(["cat", "dog"] * 4).to_parquet(tmp_path / "values.parquet")
+    hub_dataset(["cat", "dog"] * 4).to_parquet(tmp_path / "train.parquet")
+    splits = load(tmp_path)
+    assert (len(splits.train), len(splits.val)) == (12, 4)
+
+
+def test_one_parquet_file(tmp_path: Path) -> None:
+    hub_dataset(["cat", "dog", "owl", "cat"] * 5).to_parquet(tmp_path / "birds.parquet")
+    splits = load(tmp_path / "birds.parquet")
+    assert (len(splits.train), len(splits.val)) == (15, 5)
+    assert colors_agree(splits.train, CLASSES)
+    assert colors_agree(splits.val, CLASSES)
+
+
+def test_the_label_column_of_cifar100_is_found(tmp_path: Path) -> None:
+    hub_dataset(["cat", "dog"] * 4, column="fine_label").to_parquet(tmp_path / "train.parquet")
+    assert load(tmp_path).classes == CLASSES
+
+
+def test_parquet_with_names_for_labels(tmp_path: Path) -> None:
+    names = ["owl", "dog", "owl", "cat"] * 2
+    write_parquet(tmp_path / "train.parquet", [encoded(picture(name)) for name in names], pa.array(names))
+    splits = load(tmp_path)
+    assert splits.classes == CLASSES
+    assert colors_agree(splits.train, CLASSES)
+    assert colors_agree(splits.val, CLASSES)
+
+
+@pytest.mark.parametrize("dtype", [pa.int64(), pa.int8(), pa.uint8(), pa.uint16()])
+def test_parquet_with_bare_numbers_for_labels(tmp_path: Path, dtype: pa.DataType) -> None:
+    numbers = list(range(12)) * 2
+    write_parquet(tmp_path / "train.parquet", [encoded(picture("cat"))] * 24, pa.array(numbers, dtype))
+    splits = load(tmp_path)
+    assert splits.classes == tuple(str(number) for number in range(12)), "class 2 has to be called 2, not 10"
+    assert sorted([*splits.train.labels, *splits.val.labels]) == sorted(numbers)
+
+
+@pytest.mark.parametrize("size", [(40, 10), (10, 40), (3, 3), (8, 8), (9, 8), (1000, 3)])
+def test_the_middle_square_of_a_picture_is_taken(tmp_path: Path, size: tuple[int, int]) -> None:
+    """White in the middle square, black beside it."""
+    width, height = size
+    side = min(size)
+    canvas = Image.new("RGB", size, "black")
+    canvas.paste(
+        (255, 255, 255), ((width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2)
+    )
+    write_parquet(tmp_path / "train.parquet", [encoded(canvas)] * 4, pa.array(["cat", "dog"] * 2))
+    pixels = load(tmp_path).train.pixels
+    assert pixels.shape[1:] == (3, 8, 8)
+    assert pixels[:, :, 1:-1, 1:-1].min() > 200
+    assert pixels.mean() > 220
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "LA", "I;16"])
+def test_pictures_of_any_mode_become_rgb(tmp_path: Path, mode: str) -> None:
+    image = Image.new("L", (8, 8), 255)
+    image = (
+        image.convert("I").point(lambda value: value * 257).convert("I;16") if mode == "I;16" else image.convert(mode)
+    )
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    write_parquet(tmp_path / "train.parquet", [encoded(image, kind)] * 4, pa.array(["cat", "dog"] * 2))
+    pixels = load(tmp_path).train.pixels
+    assert pixels.shape == (3, 3, 8, 8)
+    assert pixels.min() == 255
+
+
+def test_decoded_images_are_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "pictures", {"cat": 8, "dog": 8})
+
+    def prepared() -> ImageArrays:
+        data = ImageArrays(
+            ImageFiles(str(tmp_path / "pictures"), image_size=8), batch_size=4, cache_dir=str(tmp_path / "cache")
+        )
+        data.prepare_data()
+        data.setup("fit")
+        return data
+
+    first = prepared()
+    picture("cat").save(tmp_path / "pictures" / "cat" / "new.png")
+    changed = prepared()
+    assert len(changed.ready.train) + len(changed.ready.val) == 17
+    monkeypatch.setattr(ImageFiles, "open", None)
+    second = prepared()
+    assert np.array_equal(second.ready.train.pixels, changed.ready.train.pixels)
+    assert second.ready.classes == first.ready.classes == ("cat", "dog")
+    assert isinstance(second.ready.train.pixels, np.memmap)
+    assert "decoded just now" in first.describe()["images"]
+    assert "from the cache" in second.describe()["images"]
+    batch = second.train_set.__getitems__([(100, 3), (101, 0)])
+    assert batch["sample"].tolist() == [100, 101]
+    assert batch["labels"].tolist() == second.ready.train.labels[[3, 0]].tolist()
+    assert batch["pixels"].numpy().tolist() == second.ready.train.pixels[[3, 0]].tolist()
+
+
+def test_pixel_statistics_are_those_of_the_training_images() -> None:
+    data = ImageArrays(Digits(), batch_size=4)
+    data.setup("fit")
+    mean, std = data.pixel_statistics()
+    pixels = Digits().open().train.pixels.astype(np.float64) / 255
+    assert mean == pytest.approx([pixels.mean()] * 3, rel=1e-4)
+    assert std == pytest.approx([pixels.std()] * 3, rel=1e-4)
