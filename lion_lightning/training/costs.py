@@ -1,4 +1,4 @@
-"""What a run costs beside time: bytes kept per parameter, and energy where a counter can be read."""
+"""Costs of a run beside time: bytes per parameter, and energy where a counter can be read."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +17,8 @@ JOULES_PER_KILOJOULE, MICROJOULES_PER_JOULE, MILLIJOULES_PER_JOULE = 1e3, 1e6, 1
 class Costs(Callback):
     """Logs `perf/bytes_per_parameter` (weights and optimizer state) and, where it can be read, `perf/energy_kj`.
 
-    Energy is that of the devices that the counters see (NVIDIA's NVML, Linux' powercap), this run's or not, since
-    training began.
+    Energy is what the counters (NVIDIA's NVML, Linux' powercap) show for whole devices since training began, including
+    the use by other processes.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Costs(Callback):
 
 
 def bytes_per_parameter(optimizers: Sequence[Optimizer]) -> float:
-    """Bytes of the weights that `optimizers` hold and of the state kept for them, per weight; gradients not counted."""
+    """Bytes of the weights that `optimizers` hold and of their state, per weight, without gradients."""
     weights = {id(p): p for o in optimizers for group in o.param_groups for p in group["params"]}
     state = [tensor for o in optimizers for tensor in _tensors(o.state)]
     numbers = sum(weight.numel() for weight in weights.values())
@@ -54,30 +54,36 @@ def bytes_per_parameter(optimizers: Sequence[Optimizer]) -> float:
 
 
 def meters(device: torch.device, powercap: Path = POWERCAP) -> list[Callable[[], float]]:
-    """Counters of joules that this process may read, none where there are none."""
-    return [*_packages(powercap), *([] if device.type != "cuda" else _nvml(device))]
+    """The energy counters that this process may read, as functions that return joules.
+
+    Args:
+        device: The device that trains; a CUDA device adds its NVML counter.
+        powercap: The folder of Linux' powercap interface.
+    """
+    return [*_packages(powercap), *(_nvml(device) if device.type == "cuda" else [])]
 
 
 def _packages(powercap: Path) -> Iterator[Callable[[], float]]:
-    """Processor packages. A counter that wraps is unwrapped, as long as it is read before it wraps twice."""
     for package in sorted(powercap.glob("intel-rapl:?")):
         try:
-            yield _Unwrapped(package)
-        except (OSError, ValueError):  # usually for root alone
+            yield _Package(package)
+        except (OSError, ValueError):  # usually readable by root only
             continue
 
 
-class _Unwrapped:
+class _Package:
+    """The counter of a processor package, continued when it wraps; it must be read before it wraps twice."""
+
     def __init__(self, package: Path) -> None:
         self.file = package / "energy_uj"
         self.range = int((package / "max_energy_range_uj").read_text())
-        self.last, self.turns = int(self.file.read_text()), 0
+        self.last, self.wraps = int(self.file.read_text()), 0
 
     def __call__(self) -> float:
         now = int(self.file.read_text())
-        self.turns += now < self.last
+        self.wraps += now < self.last
         self.last = now
-        return (now + self.turns * self.range) / MICROJOULES_PER_JOULE
+        return (now + self.wraps * self.range) / MICROJOULES_PER_JOULE
 
 
 def _nvml(device: torch.device) -> list[Callable[[], float]]:
@@ -89,7 +95,7 @@ def _nvml(device: torch.device) -> list[Callable[[], float]]:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except pynvml.NVMLError:  # before Volta there is no such counter
+    except pynvml.NVMLError:  # GPUs older than Volta have no such counter
         return []
     return [lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / MILLIJOULES_PER_JOULE]
 
