@@ -68,7 +68,7 @@ def tables(comparison: Comparison) -> tuple[tuple[str, Rows], tuple[str, Rows]]:
         f"{goal.metric}, best and last, mean ± standard deviation over seeds; "
         f"p: Welch's two-sided test of the best against {baseline}, not corrected for several comparisons."
     )
-    cost = f"What it took to get to {baseline}'s best ({target}), mean of the runs that got there."
+    cost = f"What it took to reach {baseline}'s best ({target}), mean of the runs that reached it."
     return (result, _result_rows(comparison)), (cost, _cost_rows(comparison))
 
 
@@ -264,7 +264,7 @@ def _cost_rows(comparison: Comparison) -> Rows:
     axes = [axis for axis in comparison.axes if axis != "samples" or "tokens" not in comparison.axes]
     costs = {variant.label: comparison.costs(variant) for variant in comparison.variants}
     logged = [name for name in COSTS if any(name in one for one in costs.values())]
-    header = ["optimizer", "got there", *axes, *(COST_FORMATS[name][0] for name in logged)]
+    header = ["optimizer", "reached", *axes, *(COST_FORMATS[name][0] for name in logged)]
     rows = []
     for variant in _ordered(comparison):
         own = costs[variant.label]
