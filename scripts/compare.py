@@ -15,16 +15,9 @@ from typing import Any
 
 from rich.console import Console
 
+from lion_lightning.tracking import report
 from lion_lightning.tracking.compare import Comparison, Incomparable, compare
 from lion_lightning.tracking.page import write_page
-from lion_lightning.tracking.report import (
-    markdown,
-    relative,
-    show,
-    write_curves_csv,
-    write_pictures,
-    write_runs_csv,
-)  # fmt: skip
 from lion_lightning.tracking.runs import Run, UnreadableRun, fetch_runs, find_runs, read_runs
 
 EXIT_USAGE = 2
@@ -57,7 +50,7 @@ def gather(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
     read = read_runs(list(dict.fromkeys(files)))
     runs = [run for run in read if isinstance(run, Run)]
     errors = [str(error).partition(": ") for error in read if isinstance(error, UnreadableRun)]
-    unreadable = [f"not read: {relative(file)}: {reason}" for file, _, reason in errors]
+    unreadable = [f"not read: {report.relative(file)}: {reason}" for file, _, reason in errors]
     if options.wandb:
         runs += fetch_runs(options.wandb, options.group)
     if not runs:
@@ -88,13 +81,13 @@ def write(comparison: Comparison, folder: Path, command: str, date: str) -> list
         date: ISO 8601.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = write_pictures(comparison, folder)
+    pictures = report.write_pictures(comparison, folder)
     page, text, runs, curves = (folder / name for name in ("compare.html", "compare.md", "runs.csv", "curves.csv"))
     write_page(comparison, page, command, date)
     names = [picture.name for picture in pictures]
-    text.write_text(markdown(comparison, command, date, names), encoding="utf-8")
-    write_runs_csv(comparison, runs)
-    write_curves_csv(comparison, comparison.goal.metric, curves)
+    text.write_text(report.markdown(comparison, command, date, names), encoding="utf-8")
+    report.write_runs_csv(comparison, runs)
+    report.write_curves_csv(comparison, comparison.goal.metric, curves)
     return [text, page, runs, curves, *pictures]
 
 
@@ -111,10 +104,11 @@ def _compare(
         unlike=options.unlike,
     )
     comparison.remarks.extend(unreadable)
-    show(comparison, console)
+    report.show(comparison, console)
     command = f"python scripts/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}"  # experiments.py calls this, too
     files = write(comparison, folder, command, datetime.date.today().isoformat())
-    console.print(f"{relative(str(folder))}: {', '.join(file.name for file in files)}", highlight=False, soft_wrap=True)
+    names = ", ".join(file.name for file in files)
+    console.print(f"{report.relative(str(folder))}: {names}", highlight=False, soft_wrap=True)
     if options.report:
         from lion_lightning.tracking.publish import publish_report, publish_workspace
 
