@@ -198,6 +198,34 @@ def cosine(total_steps: int, final: float = 0.0) -> Factor:
     return lambda step: final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / total_steps)))
 
 
+def wsd(total_steps: int, decay: float = 0.2, final: float = 0.0) -> Factor:
+    """Warm-up, stable, decay (Hu et al., 2024, arXiv:2404.06395): the peak, then a decay over the last steps.
+
+    The decay follows `1 - sqrt` of its progress, which ends lower than a line (Hägele et al., 2024, arXiv:2405.18392).
+    Runs of different lengths are equal until the shorter one decays, so a checkpoint of a long run from before that
+    step is also one of the shorter run.
+
+    Args:
+        total_steps: Optimizer steps of the run.
+        decay: Share of the steps that decay, above 0 and at most 1.
+        final: Factor at `total_steps` and after it.
+
+    Raises:
+        ValueError: A value outside its range.
+    """
+    _check_schedule(total_steps, final)
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay must be above 0 and at most 1, got {decay}")
+    stable_steps = total_steps - max(1, round(decay * total_steps))
+
+    def factor(step: int) -> float:
+        if step <= stable_steps:
+            return 1.0
+        return 1.0 - (1.0 - final) * math.sqrt(min(1.0, (step - stable_steps) / (total_steps - stable_steps)))
+
+    return factor
+
+
 def amos(total_steps: int, final: float = 0.1) -> Factor:
     """`1 / (kappa * step + 1)`, with kappa such that the factor is `final` at `total_steps`.
 

@@ -65,10 +65,10 @@ def tables(comparison: Comparison) -> tuple[tuple[str, Rows], tuple[str, Rows]]:
     goal, baseline = comparison.goal, comparison.baseline.label
     target = _number(comparison.target) if math.isfinite(comparison.target) else "not there yet"
     result = (
-        f"{goal.metric}, {'least' if goal.mode == 'min' else 'most'} and last, mean ± standard deviation over seeds; "
+        f"{goal.metric}, best and last, mean ± standard deviation over seeds; "
         f"p: Welch's two-sided test of the best against {baseline}, not corrected for several comparisons."
     )
-    cost = f"What it took to get to {baseline}'s best ({target}), mean of the runs that got there."
+    cost = f"What it took to reach {baseline}'s best ({target}), mean of the runs that reached it."
     return (result, _result_rows(comparison)), (cost, _cost_rows(comparison))
 
 
@@ -119,8 +119,8 @@ def markdown(comparison: Comparison, command: str, date: str, pictures: Sequence
         parts += [markdown_table(*rows, bold=winner(comparison)), caption]
     parts += [f"![{Path(name).stem}]({name})" for name in pictures]
     if lines := notes(comparison):
-        parts.append("\n".join(["Beside the count:", "", *(f"- {line}" for line in lines)]))
-    parts += [f"{origin(comparison, date)}. Seconds hold validation. Made by:", f"```\n{command}\n```"]
+        parts.append("\n".join(["Remarks:", "", *(f"- {line}" for line in lines)]))
+    parts += [f"{origin(comparison, date)}. Seconds include validation. Made by:", f"```\n{command}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -264,7 +264,7 @@ def _cost_rows(comparison: Comparison) -> Rows:
     axes = [axis for axis in comparison.axes if axis != "samples" or "tokens" not in comparison.axes]
     costs = {variant.label: comparison.costs(variant) for variant in comparison.variants}
     logged = [name for name in COSTS if any(name in one for one in costs.values())]
-    header = ["optimizer", "got there", *axes, *(COST_FORMATS[name][0] for name in logged)]
+    header = ["optimizer", "reached", *axes, *(COST_FORMATS[name][0] for name in logged)]
     rows = []
     for variant in _ordered(comparison):
         own = costs[variant.label]
@@ -277,7 +277,7 @@ def _cost_rows(comparison: Comparison) -> Rows:
 
 def _significance(test: Welch | None) -> str:
     if test is None:
-        return "with fewer than two seeds on a side nothing can be said about chance"
+        return "with fewer than two seeds on a side chance cannot be excluded"
     if math.isnan(test.p):
         return "its seeds do not vary, so there is nothing to test"
     low, high = sorted((abs(test.low), abs(test.high)))

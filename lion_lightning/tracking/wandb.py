@@ -5,7 +5,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
 import wandb
@@ -16,25 +16,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 Mode = Literal["online", "offline", "disabled"]
 MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
 MAX_REFERENCED_FILES = 100_000
-Cell = str | float | int | np.ndarray
-
-
-@runtime_checkable
-class Predicting(Protocol):
-    """A module that shows predictions on validation samples."""
-
-    def predictions(self) -> tuple[list[str], list[list[Cell]]]:
-        """Column names and rows; an image is a uint8 array (height, width, channels)."""
-        ...
-
-
-@runtime_checkable
-class Picturing(Protocol):
-    """A module that draws validation results."""
-
-    def pictures(self) -> dict[str, np.ndarray]:
-        """Pictures by name, uint8 (height, width, channels)."""
-        ...
 
 
 class RunLogger(WandbLogger):
@@ -101,15 +82,22 @@ class RunLogger(WandbLogger):
             record(dataset_artifact(params["data"]))
 
     def log_predictions(self, module: LightningModule) -> int:
-        """Log the pictures of a `Picturing` module and the table of a `Predicting` one; returns the table's rows."""
-        if isinstance(module, Picturing):
-            for name, pixels in module.pictures().items():
-                self.log_image(name, [pixels])
-        if not isinstance(module, Predicting):
-            return 0
-        columns, rows = module.predictions()
-        cells = [[wandb.Image(value) if isinstance(value, np.ndarray) else value for value in row] for row in rows]
-        self.log_table("predictions", columns=columns, data=cells)
+        """Log pictures and a table of predictions of a trained module.
+
+        Args:
+            module: May have a method `pictures()` that returns uint8 arrays (height, width, channels) by name, and a
+                method `predictions()` that returns the names of columns and a list of rows; a cell is a string, a
+                number or a uint8 image.
+
+        Returns:
+            The number of rows logged.
+        """
+        for name, pixels in getattr(module, "pictures", dict)().items():
+            self.log_image(name, [pixels])
+        columns, rows = getattr(module, "predictions", lambda: ([], []))()
+        if columns:
+            cells = [[wandb.Image(cell) if isinstance(cell, np.ndarray) else cell for cell in row] for row in rows]
+            self.log_table("predictions", columns=columns, data=cells)
         return len(rows)
 
     @property

@@ -53,8 +53,9 @@ def test_the_last_finite_value_counts(run):
 
 
 def test_of_one_step_the_last_value_counts():
-    steps, values = run_of([{"trainer/global_step": 4, "x": 1.0}, {"trainer/global_step": 4, "x": 2.0}]).curve("x")
-    assert (steps.tolist(), values.tolist()) == ([5.0], [2.0])
+    rows = [{"trainer/global_step": step, "x": value} for step, value in ((4, 1.0), (4, 2.0), (9, 3.0))]
+    steps, values = run_of(rows).curve("x")
+    assert (steps.tolist(), values.tolist()) == ([5.0, 10.0], [2.0, 3.0])
 
 
 def test_settings_are_found_by_dotted_keys(run):
