@@ -1,6 +1,7 @@
-"""Files and errors of data from outside, for every recipe."""
+"""Files of data from outside, for every recipe: listed, accounted for, and identified for the cache."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lion_lightning.errors import ConfigError
@@ -8,14 +9,60 @@ from lion_lightning.errors import ConfigError
 SHOWN_CHARACTERS = 300  # of another library's error message
 
 
+def list_files(folder: Path) -> list[Path]:
+    """Every file below `folder` in the order of their paths; links to files and folders are followed.
+
+    A link to a folder that contains it is left out, since it would never end. A link without a target is listed.
+    """
+    return sorted(_walk(str(folder), (os.path.realpath(folder),)), key=str)
+
+
+def _walk(folder: str, above: tuple[str, ...]) -> Iterator[Path]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir():
+                yield Path(entry.path)
+            elif (target := os.path.realpath(entry.path)) not in above:
+                yield from _walk(entry.path, (*above, target))
+
+
+def is_hidden(file: Path, folder: Path) -> bool:
+    """Whether `file` or a folder between it and `folder` has a name that begins with a dot."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def account(on_disk: int, used: Mapping[str, int], unused: Mapping[str, Sequence[Path]], folder: Path) -> str:
+    """One line that accounts for every file: those on disk are those used and those not used, each with a reason.
+
+    Args:
+        on_disk: all files.
+        used: their number by what they are used for.
+        unused: the files that are not used, by the reason.
+        folder: paths are shown relative to it.
+
+    Raises:
+        RuntimeError: the numbers do not add up, which is an error of this library.
+    """
+    left = sum(map(len, unused.values()))
+    if on_disk != sum(used.values()) + left:
+        raise RuntimeError(f"{on_disk} files on disk, but {dict(used)} used and {left} not used")
+    parts = [f"{count:,} {what}" for what, count in used.items()]
+    parts += [
+        f"{len(files):,} not used: {reason}, such as {os.path.relpath(files[0], folder)}"
+        for reason, files in unused.items()
+        if files
+    ]
+    return f"{on_disk:,} on disk = {' + '.join(parts)}"
+
+
 def fingerprint_of(files: Iterable[Path]) -> str:
-    """Names, sizes and modification times of `files`, links resolved."""
-    stats = ((file.resolve(), file.stat()) for file in files)
-    return " ".join(f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats)
+    """The path of each file as listed, its target, size and modification time."""
+    stats = ((file.absolute(), file.resolve(), file.stat()) for file in files)
+    return " ".join(f"{file}>{target}:{stat.st_size}:{stat.st_mtime_ns}" for file, target, stat in stats)
 
 
 def existing_file(path: str, setting: str, suffixes: Iterable[str]) -> Path:
-    """The file at `path`, resolved.
+    """The file at `path`.
 
     Args:
         path: given by the user.
@@ -28,9 +75,9 @@ def existing_file(path: str, setting: str, suffixes: Iterable[str]) -> Path:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(f"{setting}={path}: there is no such file or folder")
-    if file.suffix.lower() not in suffixes:
+    if not file.name.lower().endswith(tuple(suffixes)):
         raise ConfigError(f"{setting}={path} must be a file of {', '.join(suffixes)}")
-    return file.resolve()
+    return file
 
 
 def check_fraction(fraction: float) -> float:

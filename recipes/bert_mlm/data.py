@@ -167,12 +167,18 @@ class TextBlocks(StreamDataModule):
         return {
             "tokens": f"{blocks.train.size:,} for training, {blocks.val.size:,} for validation ({made})",
             "documents": _account(blocks.counts),
+            **self._files(),
             **self._shares(),
             "blocks": f"{len(blocks.train):,} + {len(blocks.val):,} of {self.settings.sequence_length} tokens",
             "vocabulary": f"{len(blocks.tokenizer):,} {'tokens' if self.settings.tokenizer else 'WordPieces'}",
             "a sample": f"{sample[:120]} ...",
             "unigram entropy": f"{self.unigram_entropy():.3f} nats, what val/loss has to get under",
         }
+
+    def _files(self) -> dict[str, str]:
+        """One line for each source with files, which accounts for all of them."""
+        lines = {source.label: account for source in self.sources if (account := source.corpus.account())}
+        return {"files" if len(self.sources) == 1 else f"files of {label}": line for label, line in lines.items()}
 
     def _shares(self) -> dict[str, str]:
         if len(self.sources) == 1:

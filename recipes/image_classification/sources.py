@@ -5,23 +5,30 @@ Adding a source is a class with `fingerprint()` and `open()`, and a file in conf
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets, load_dataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from pyarrow import ArrowException
+from pyarrow.parquet import read_schema
 
 from lion_lightning.errors import ConfigError
-from recipes.files import fingerprint_of
+from recipes.files import account, fingerprint_of, is_hidden, list_files
 from recipes.image_classification.images import Images, ImageSplits, Pictures, held_out
+from recipes.tables import Columns, check_names, columns_of, label_name, name_at, read_table
 
 HERE = Path(__file__).parent
-IMAGE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS)
-VALIDATION_NAMES = ("validation", "val", "test")
-ABOUT_IMAGES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # that the loader of folders reads
+IMAGE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS) | {".avif"}
+SPLITS = {
+    "train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val",
+    "testing": "test", "test": "test",
+}  # fmt: skip
+HUB_VALIDATION = ("validation", "val", "test")
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # labels by file_name
 LABEL_NAMES = ("label", "labels", "fine_label")
 MAX_CLASSES = 1_000_000  # a larger number in a column of bare numbers is no class
 
@@ -83,8 +90,11 @@ class Digits:
 class ImageFiles:
     """Pictures on disk: a folder with one folder per class, or parquet files as the Hugging Face hub writes them.
 
-    Both are read by the `datasets` library. Files or folders named test, val or validation are the validation set;
-    without any, a fixed share of the training set is held out.
+    Folders directly in `path` are the splits if all that hold images have names in `SPLITS` (train, val, test, ...) and
+    one is for training; otherwise they are classes. A class is the path of its folder. A `metadata.csv`, `.jsonl` or
+    `.parquet` in `path` or a split folder may give the labels instead, by `file_name`. The split of a parquet file is
+    in its name or that of its folder. Without a validation set a fixed share of the training set is held out. Every
+    file is used or reported.
 
     Args:
         path: the folder, or one parquet file.
@@ -93,6 +103,7 @@ class ImageFiles:
         max_broken: so many pictures that cannot be decoded are left out; more are an error.
         label: the label column; None finds it.
         val_share: of the shorter side that validation sees, where pictures are decoded on access.
+        split_folders: whether the folders in `path` are splits (true) or classes (false); None decides by their names.
 
     Raises:
         ConfigError: nothing usable is there.
@@ -106,6 +117,7 @@ class ImageFiles:
         max_broken: int = 100,
         label: str | None = None,
         val_share: float = 1.0,
+        split_folders: bool | None = None,
     ) -> None:
         if not path:
             raise ConfigError("data.path=null: it must be an image folder, or parquet files in the hub's schema")
@@ -115,51 +127,181 @@ class ImageFiles:
             raise ConfigError(f"data.source.val_share must be in (0, 1], got {val_share}")
         self.path = Path(path).expanduser()
         self.image_size, self.val_fraction, self.max_broken = image_size, val_fraction, max_broken
-        self.label, self.val_share = label, val_share
+        self.label, self.val_share, self.split_folders = label, val_share, split_folders
         self._find_files()
 
     def _find_files(self) -> None:
         if not self.path.exists():
             raise ConfigError(f"data.path={self.path}: there is no such file or folder")
-        found = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
-        parquet = [file for file in found if file.suffix == ".parquet" and file.name not in ABOUT_IMAGES]
+        self.folder = self.path if self.path.is_dir() else self.path.parent
+        self.found = list_files(self.path) if self.path.is_dir() else [self.path]
+        hidden = {file for file in self.found if is_hidden(file, self.folder)}
+        visible = [file for file in self.found if file not in hidden]
+        lost = {file for file in visible if not file.exists()}
+        self.labels_from: set[Path] = set()
+        self.metadata = [file for file in visible if file.name in METADATA and file not in lost]
+        images = [file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES and file not in lost]
+        parquet = [
+            file for file in visible if file.suffix.lower() == ".parquet" and file not in {*self.metadata, *lost}
+        ]
         self.is_parquet = bool(parquet) or self.path.is_file()
-        self.files = parquet or [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
+        self.files = parquet or (self.found if self.path.is_file() else images)
         if not self.files:
             raise ConfigError(f"data.path={self.path}: no parquet file and no image in it")
-        known = {*self.files, *(file for file in found if file.name in ABOUT_IMAGES or file.name.startswith("."))}
-        self.others = [file for file in found if file.is_file() and file not in known]
+        known = {*self.files, *self.metadata, *hidden, *lost}
+        self.unused = {
+            "hidden": sorted(hidden),
+            "a link without a target": sorted(lost),
+            "images beside parquet files": images if self.is_parquet else [],
+        }
+        known |= set(self.unused["images beside parquet files"])
+        self.unused["no images"] = [file for file in visible if file not in known]
 
     def fingerprint(self) -> str:
-        settings = f"{self.image_size} {self.val_fraction} {self.max_broken} {self.label} {len(self.others)}"
-        return f"image_files {settings} {fingerprint_of(self.files)}"
+        settings = f"{self.image_size} {self.val_fraction} {self.max_broken} {self.label} {self.split_folders}"
+        unused = sum(map(len, self.unused.values()))
+        return f"image_files {settings} {unused} {fingerprint_of([*self.files, *self.metadata])}"
 
     def open(self) -> PictureSplits:
-        notes = {}
-        if self.others:
-            name = self.others[0].relative_to(self.path)
-            notes["not read"] = f"{len(self.others):,} files that are no images, the first of them {name}"
         try:
-            return self._pictures(self._load(), notes)
+            unused = {reason: list(files) for reason, files in self.unused.items()}
+            notes: dict[str, str] = {}
+            parts = self._parquet_parts(unused) if self.is_parquet else self._folder_parts(unused, notes)
+            kind = "files" if self.is_parquet else "images"
+            used = {f"{name} {kind}": sum(part.files for part in found) for name, found in parts.items()}
+            if self.labels_from:
+                used["files with labels"] = len(self.labels_from)
+            unused["metadata without labels of images here"] = [
+                file for file in self.metadata if file not in self.labels_from
+            ]
+            notes["files"] = account(len(self.found), used, unused, self.folder)
+            return self._pictures(parts, notes)
         except ConfigError as error:
             raise ConfigError(f"data.path={self.path}: {error}") from error
 
-    def _load(self) -> DatasetDict:
-        files: dict[str, list[str]] = {}
-        for file in self.files:
-            inside = file.relative_to(self.path) if self.path.is_dir() else Path(file.name)
-            files.setdefault(_split_of(inside), []).append(str(file))
+    def _parquet_parts(self, unused: dict[str, list[Path]]) -> "Parts":
+        """The datasets of each split, one for each run of files that declare the same columns and class names."""
+        splits = {file: split_of(file.relative_to(self.folder)) for file in self.files}
+        if None in splits.values() and any(splits.values()):
+            stray = next(file for file, split in splits.items() if split is None)
+            raise ConfigError(
+                f"the name of {stray.relative_to(self.folder)} says no split, while other files' names do"
+            )
+        parts: Parts = {}
+        for split in ("train", "val", "test"):
+            files = [file for file, found in splits.items() if (found or "train") == split]
+            if split == "test" and "val" in parts:
+                unused["files of the test split, since there is a validation split"] = files
+            elif files:
+                parts["val" if split == "test" else split] = self._read_parquet(files)
+        return parts
+
+    def _read_parquet(self, files: Sequence[Path]) -> "list[Part]":
+        runs: list[tuple[Any, list[str]]] = []
+        for file in files:
+            try:
+                features = Features.from_arrow_schema(read_schema(file))
+            except (ArrowException, OSError) as error:
+                raise ConfigError(f"{file} cannot be read: {_root_cause(error)}") from error
+            if not runs or runs[-1][0] != features:
+                runs.append((features, []))
+            runs[-1][1].append(str(file))
         try:
-            if not self.is_parquet:
-                return load_dataset("imagefolder", data_dir=str(self.path), drop_labels=False)
-            return load_dataset("parquet", data_files=files)
+            return [Part(load_dataset("parquet", data_files=run, split="train"), len(run)) for _, run in runs]
         except Exception as error:  # of pyarrow, fsspec and datasets, none with a common base
             raise ConfigError(f"cannot be read: {_root_cause(error)}") from error
 
-    def _pictures(self, splits: DatasetDict, notes: Mapping[str, str]) -> PictureSplits:
+    def _folder_parts(self, unused: dict[str, list[Path]], notes: dict[str, str]) -> "Parts":
+        """The pictures of each split with the names of their classes, from their folders or from metadata."""
+        tops: dict[str, list[Path]] = {}
+        for file in self.files:
+            inside = file.relative_to(self.folder).parts
+            tops.setdefault(inside[0] if len(inside) > 1 else "", []).append(file)
+        splits = {top: SPLITS.get(top.lower()) for top in tops if top}
+        by_name = bool(splits) and all(splits.values()) and "train" in splits.values()
+        if self.split_folders if self.split_folders is not None else by_name:
+            sides = {split: [top for top in splits if splits[top] == split] for split in ("train", "val", "test")}
+            if sides["val"] and sides["test"]:
+                unused["images of the test split, since there is a validation split"] = _files_of(
+                    tops, sides.pop("test")
+                )
+            sides = {"train": sides["train"], "val": sides["val"] or sides.get("test", [])}
+            unused["images in no split folder"] = _files_of(tops, [top for top in tops if not splits.get(top)])
+            roots = {split: {top: tops[top] for top in found} for split, found in sides.items()}
+        else:
+            if named := sorted(top for top, split in splits.items() if split):
+                notes["folders"] = (
+                    f"{', '.join(named)}: taken for classes, since not all folders are splits; "
+                    "data.source.split_folders=true reads them as splits"
+                )
+            roots = {"train": {"": self.files}}
+        labels = {
+            split: [pair for top, files in found.items() for pair in self._labelled(self.folder / top, files, unused)]
+            for split, found in roots.items()
+        }
+        shortened = _short_names({name for found in labels.values() for _, name in found if isinstance(name, tuple)})
+        return {
+            split: [Part.of_files([file for file, _ in pairs], [shortened.get(name) or str(name) for _, name in pairs])]
+            for split, pairs in labels.items()
+            if pairs
+        }
+
+    def _labelled(
+        self, root: Path, files: Sequence[Path], unused: dict[str, list[Path]]
+    ) -> list[tuple[Path, str | tuple[str, ...]]]:
+        """The images below `root`, each with the folders of its class, or with its label in the metadata."""
+        known = self._read_metadata(root)
+        if known is None:
+            loose = [file for file in files if file.parent == root]
+            if loose:
+                unused.setdefault("images in no class folder", []).extend(loose)
+            return [(file, file.relative_to(root).parts[:-1]) for file in files if file.parent != root]
+        unnamed = [file for file in files if file.relative_to(root).as_posix() not in known]
+        if unnamed:
+            unused.setdefault("images that the metadata does not name", []).extend(unnamed)
+        named = {file.relative_to(root).as_posix(): file for file in files}
+        missing = known.keys() - named.keys()
+        if missing:
+            raise ConfigError(
+                f"{len(missing):,} of the {len(known):,} images that the metadata names are not there, "
+                f"such as {min(missing)}"
+            )
+        return [(file, known[name]) for name, file in named.items() if name in known]
+
+    def _read_metadata(self, root: Path) -> dict[str, str] | None:
+        """Label by path below `root`, None without metadata that has labels."""
+        labels: dict[str, str] = {}
+        files = [file for file in self.metadata if file.parent == root]
+        for file in files:
+            column = self.label or next((name for name in LABEL_NAMES if name in columns_of(file)), None)
+            if column is None:
+                return None
+            self.labels_from.add(file)
+            for row in read_table(file, Columns("file_name", column)):
+                label = label_name(row.label, f"{file.name}, row {row.number}")
+                if label is None:
+                    raise ConfigError(f"{file.name}, row {row.number}: {row.text} has no {column}")
+                if labels.setdefault(str(row.text), label) != label:
+                    raise ConfigError(f"{file.name} gives {row.text} the labels {labels[row.text]!r} and {label!r}")
+        return labels if files else None
+
+    def _pictures(self, parts: "Parts", notes: Mapping[str, str]) -> PictureSplits:
         return pictures_of(
-            splits, self.image_size, self.val_fraction, self.max_broken, self.label, self.val_share, notes
+            parts, self.image_size, self.val_fraction, self.max_broken, self.label, self.val_share, notes
         )
+
+
+def _files_of(tops: Mapping[str, list[Path]], names: Iterable[str]) -> list[Path]:
+    return [file for name in names for file in tops[name]]
+
+
+def _short_names(folders: set[tuple[str, ...]]) -> dict[str | tuple[str, ...], str]:
+    """The name of a class by the folders of its images: their path, without a first or last part that all share."""
+    short = {folder: folder for folder in folders}
+    for end, rest in ((-1, slice(None, -1)), (0, slice(1, None))):
+        while len(short) > 1 and all(len(s) > 1 for s in short.values()) and len({s[end] for s in short.values()}) == 1:
+            short = {folder: s[rest] for folder, s in short.items()}
+    return {folder: "/".join(s) for folder, s in short.items()}
 
 
 class HubImages(ImageFiles):
@@ -188,7 +330,6 @@ class HubImages(ImageFiles):
         super().__init__(path or dataset, image_size, max_broken=max_broken, label=label, val_share=val_share)
 
     def _find_files(self) -> None:
-        self.others: list[Path] = []
         if not self.fetched:
             super()._find_files()
 
@@ -204,7 +345,10 @@ class HubImages(ImageFiles):
             splits = load_dataset(self.dataset, revision=self.revision)
         except Exception as error:  # of the network, the hub and the cache, none with a common base
             raise ConfigError(self._advice(error)) from error
-        return self._pictures(splits, {})
+        train = "train" if "train" in splits else next(iter(splits))
+        val = next((name for name in HUB_VALIDATION if name in splits and name != train), None)
+        found = {"train": train} if val is None else {"train": train, "val": val}
+        return self._pictures({split: [Part(splits[name], 0)] for split, name in found.items()}, {})
 
     def _advice(self, error: Exception) -> str:
         login = f"accept its terms at huggingface.co/datasets/{self.dataset} and run `hf auth login`, or "
@@ -214,8 +358,33 @@ class HubImages(ImageFiles):
         )
 
 
+@dataclass(frozen=True)
+class Part:
+    """Pictures of one split whose labels mean the same.
+
+    Attributes:
+        data: the dataset, or the pictures alone.
+        files: so many files it was read from.
+        names: the class of each picture, where no column of `data` has it.
+    """
+
+    data: Dataset
+    files: int
+    names: Sequence[str] | None = None
+
+    @classmethod
+    def of_files(cls, files: Sequence[Path], names: Sequence[str]) -> "Part":
+        """Pictures in files of their own, with the names of their classes."""
+        rows = [{"bytes": None, "path": str(file)} for file in files]
+        features = Features({"image": Image(decode=False)})
+        return cls(Dataset.from_dict({"image": rows}, features=features), len(files), names)
+
+
+Parts = dict[str, list[Part]]
+
+
 def pictures_of(
-    splits: DatasetDict,
+    parts: Parts,
     size: int,
     val_fraction: float,
     max_broken: int,
@@ -223,41 +392,113 @@ def pictures_of(
     share: float,
     notes: Mapping[str, str],
 ) -> PictureSplits:
-    """The pictures of a dataset with a training set and, if it has one, a validation set.
+    """The pictures of the parts of a training set and, if there is one, a validation set; classes are mapped by name.
+
+    Args:
+        parts: of `train` and perhaps `val`.
+        size, max_broken, share, notes: see `PictureSplits`.
+        val_fraction: share held out where there is no validation set.
+        label: the label column; None finds it.
 
     Raises:
-        ConfigError: a column is missing, an image has no class, or nothing is left for one of the two sets.
+        ConfigError: a column is missing, an image has no class, the classes of the parts cannot be mapped to each
+            other, all images have one class, or nothing is left for one of the two sets.
     """
-    train_name = "train" if "train" in splits else next(iter(splits))
-    val_name = next((name for name in VALIDATION_NAMES if name in splits and name != train_name), None)
-    image, label = find_columns(splits[train_name], label)
-    classes = class_names(splits[train_name], label)
-
-    def pictures(name: str) -> Pictures:
-        if {image, label} - set(splits[name].column_names):
-            raise ConfigError(f"the {name} files have no column {image} or {label}, which the training files have")
-        rows = splits[name].cast_column(image, Image(decode=False))
-        return Pictures(rows, image, class_indices(rows, label, classes, name))
-
-    train = pictures(train_name)
-    if val_name is None:
+    if not parts.get("train"):
+        raise ConfigError("there is no training image in it")
+    read = {split: [_labelled(part, label, split) for part in found] for split, found in parts.items()}
+    kinds = {found.kind for of_split in read.values() for found in of_split}
+    if {"declared", "number"} <= kinds:
+        raise ConfigError(
+            "some files declare names for the numbers of their classes and others do not; which are which?"
+        )
+    classes = _classes(read["train"], read.get("val", []))
+    train = _pictures(read["train"], classes, "train")
+    if "val" in read:
+        val = _pictures(read["val"], classes, "validation")
+    else:
         kept, held = held_out(len(train), val_fraction)
         train, val = train.subset(kept), train.subset(held)
-    else:
-        val = pictures(val_name)
     if not len(train) or not len(val):
         raise ConfigError(f"{len(train)} training and {len(val)} validation images; need both")
-    told = {**notes, **class_notes(train.labels, val.labels, classes)}
-    return PictureSplits(train, val, classes, size, max_broken, share, told)
+    if len(only := set(train.labels.tolist())) < 2:
+        raise ConfigError(f"all {len(train)} training images have the class {classes[only.pop()]!r}; two are needed")
+    remarks = {**notes, **class_notes(train.labels, val.labels, classes)}
+    return PictureSplits(train, val, classes, size, max_broken, share, remarks)
 
 
-def _split_of(file: Path) -> str:
-    """By the name of the file, else of the folder it is in: `test-00000.parquet`, `default/test/0000.parquet`."""
-    for name in reversed(file.parts):
-        found = re.match(r"(train|test|validation|val)(?![a-z])", name.lower())
+@dataclass(frozen=True)
+class _Labelled:
+    """Pictures and the names of their classes.
+
+    Attributes:
+        kind: how the file gives classes: `declared` numbers, bare `number`s, or their `name`s.
+        declared: the names in their order, where it declares them.
+    """
+
+    rows: Dataset
+    names: list[str | None]
+    kind: str
+    declared: tuple[str, ...] = ()
+
+
+def _labelled(part: Part, label: str | None, split: str) -> _Labelled:
+    if part.names is not None:
+        return _Labelled(part.data, list(part.names), "folder")
+    image, column = find_columns(part.data, label)
+    rows = part.data.select_columns([image]).cast_column(image, Image(decode=False))
+    rows = rows if image == "image" else rows.rename_column(image, "image")
+    values, feature = part.data.select_columns([column])[:][column], part.data.features[column]
+    if isinstance(feature, ClassLabel):
+        return _Labelled(rows, [name_at(feature.names, value) for value in values], "declared", tuple(feature.names))
+    kind = "number" if feature.dtype.startswith(("int", "uint")) else "name"
+    return _Labelled(rows, [label_name(value, f"{split} image {n}") for n, value in enumerate(values)], kind)
+
+
+def _classes(train: Sequence[_Labelled], val: Sequence[_Labelled]) -> tuple[str, ...]:
+    """The classes of the training set: as its files declare them, else those that occur."""
+    counts = Counter(name for found in (*train, *val) for name in found.names if name is not None)
+    check_names(counts)
+    trained = {name for found in train for name in found.names if name is not None}
+    if not trained:
+        raise ConfigError("the label column is empty")
+    if any(found.kind == "folder" for found in train):
+        return tuple(sorted(counts))
+    declared = tuple(dict.fromkeys(name for found in train for name in found.declared))
+    if declared:
+        return (*declared, *sorted(trained - set(declared)))
+    if any(found.kind != "number" for found in train):
+        return tuple(sorted(trained))
+    most = max(map(int, trained))
+    if most >= MAX_CLASSES:
+        raise ConfigError(f"the label column holds {most}, which is no class below {MAX_CLASSES:,}")
+    return tuple(str(number) for number in range(most + 1))
+
+
+def _pictures(parts: Sequence[_Labelled], classes: Sequence[str], split: str) -> Pictures:
+    """One set of all `parts`; ConfigError for images that have none of `classes`."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    names = [name for part in parts for name in part.names]
+    labels = np.array([numbers.get(name, -1) if name is not None else -1 for name in names], np.int64)
+    wrong = np.flatnonzero(labels < 0)
+    if len(wrong):
+        raise ConfigError(
+            f"{split} image {wrong[0]} has the label {names[wrong[0]]!r}, which is none of the {len(classes)} training "
+            f"classes; so {'has' if len(wrong) == 1 else 'have'} {len(wrong):,} of {len(names):,} images"
+        )
+    rows = parts[0].rows if len(parts) == 1 else concatenate_datasets([part.rows for part in parts])
+    if len(rows) != len(labels):
+        raise RuntimeError(f"{len(rows)} pictures and {len(labels)} labels of {split}")
+    return Pictures(rows, "image", labels)
+
+
+def split_of(file: Path) -> str | None:
+    """`train`, `val` or `test` by the name of a file, else of its folder: `test-00000.parquet`, `test/0000.parquet`."""
+    for name in (file.name, file.parent.name):
+        found = re.match(rf"({'|'.join(SPLITS)})(?![a-z])", name.lower())
         if found:
-            return found[1]
-    return "train"
+            return SPLITS[found[1]]
+    return None
 
 
 def _root_cause(error: BaseException) -> str:
@@ -286,36 +527,6 @@ def _is_image(feature: Any) -> bool:
     return isinstance(feature, Image) or (isinstance(feature, dict) and {"bytes", "path"} <= feature.keys())
 
 
-def class_names(dataset: Dataset, label: str) -> tuple[str, ...]:
-    """The classes of the training set: as the dataset declares them, else those that occur."""
-    feature = dataset.features[label]
-    if isinstance(feature, ClassLabel):
-        return tuple(feature.names)
-    values = {value for value in _values(dataset, label) if value is not None}
-    if not values:
-        raise ConfigError(f"the label column {label} is empty")
-    if not feature.dtype.startswith(("int", "uint")):
-        return tuple(sorted(str(value) for value in values))
-    if max(values) >= MAX_CLASSES:
-        raise ConfigError(f"the label column {label} holds {max(values)}, which is no class below {MAX_CLASSES:,}")
-    return tuple(str(value) for value in range(max(values) + 1))
-
-
-def class_indices(dataset: Dataset, label: str, classes: Sequence[str], split: str) -> np.ndarray:
-    """The class of each image, int64 (images,); ConfigError for images that have none of `classes`."""
-    numbers = {name: number for number, name in enumerate(classes)}
-    values = _values(dataset, label)
-    found = [value if isinstance(value, int) else numbers.get(str(value), -1) for value in values]
-    indices = np.array([-1 if value is None else index for value, index in zip(values, found, strict=True)], np.int64)
-    wrong = np.flatnonzero((indices < 0) | (indices >= len(classes)))
-    if len(wrong):
-        raise ConfigError(
-            f"{split} image {wrong[0]} has {label}={values[wrong[0]]!r}, which is none of the {len(classes)} training "
-            f"classes; so {'has' if len(wrong) == 1 else 'have'} {len(wrong):,} of {len(values):,} images"
-        )
-    return indices
-
-
 def class_notes(train: np.ndarray, val: np.ndarray, classes: Sequence[str]) -> dict[str, str]:
     """A line on classes that cannot be learned, and one on those that never occur."""
     trained, validated = Counter(train.tolist()), Counter(val.tolist())
@@ -327,7 +538,3 @@ def class_notes(train: np.ndarray, val: np.ndarray, classes: Sequence[str]) -> d
 
 def _listed(names: Sequence[str], shown: int = 5) -> str:
     return ", ".join(names[:shown]) + (f" and {len(names) - shown:,} more" if len(names) > shown else "")
-
-
-def _values(dataset: Dataset, label: str) -> list[Any]:
-    return dataset.select_columns([label])[:][label]

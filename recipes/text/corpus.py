@@ -14,12 +14,12 @@ import logging
 import re
 import sys
 import sysconfig
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lion_lightning.errors import ConfigError
-from recipes.files import fingerprint_of, one_line
+from recipes.files import account, fingerprint_of, is_hidden, list_files, one_line
 
 if TYPE_CHECKING:
     import datasets
@@ -28,11 +28,16 @@ from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
 PASSAGE_CHARACTERS = 20_000
+TEXT_ENDINGS = (".txt", ".md")
 TOPIC_PASSAGE_CHARACTERS = 2_000  # a few topics are very long; whole, they would decide the validation set alone
 MAX_PARAGRAPH_CHARACTERS = 2**22  # a file without an empty line is cut there, and never held in memory as a whole
 CHARACTERS_PER_READ = 2**20
 _PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
 ROWS_PER_READ = 1000
+FORMATS: dict[str, tuple[str, dict[str, str]]] = {  # of `datasets`, by the ending of a file
+    ".jsonl": ("json", {}), ".json": ("json", {}), ".txt": ("text", {}), ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+}  # fmt: skip
 SETTING = "data.sources"
 PLACES = ("path", "hub", "corpus")
 
@@ -50,6 +55,10 @@ class Corpus(Protocol):
 
     def held_out(self) -> Iterator[str] | None:
         """The documents of a validation set that comes with the source; None: a share of the documents serves."""
+        return None
+
+    def account(self) -> str | None:
+        """One line that accounts for every file; None for a source without files."""
         return None
 
 
@@ -88,7 +97,7 @@ class PythonDocs(Corpus):
 
 
 class TextFiles(Corpus):
-    """UTF-8 text files: a file, a folder (every `*.txt` and `*.md` below it) or a glob.
+    """UTF-8 text files: a file, a folder (every `.txt` and `.md` file below it, links followed) or a glob.
 
     Args:
         path: where the text is.
@@ -100,7 +109,10 @@ class TextFiles(Corpus):
     def __init__(self, path: str | None) -> None:
         if not path:
             raise ConfigError("data=text_files needs data.path=: a text file, a folder of .txt or .md files, or a glob")
-        self.files = find_files(path)
+        self.files, self._account = find_files(path)
+
+    def account(self) -> str | None:
+        return self._account
 
     def fingerprint(self) -> str:
         return "text_files " + fingerprint_of(self.files)
@@ -110,23 +122,37 @@ class TextFiles(Corpus):
             yield from passages(read_text(file))
 
 
-def find_files(path: str, suffixes: Collection[str] = (".txt", ".md")) -> list[Path]:
-    """The file at `path`, the files with one of `suffixes` in the folder at `path`, or those that the glob matches.
+def find_files(path: str) -> tuple[list[Path], str]:
+    """The text files at `path`, and one line that accounts for every file there.
+
+    Args:
+        path: a file, a folder with files that end in `TEXT_ENDINGS`, in capitals too, or a glob. Links are followed.
 
     Raises:
         ConfigError: there are none.
     """
     place = Path(path).expanduser()
+    unused: dict[str, list[Path]] = {}
     if place.is_dir():
-        files = [file for file in place.rglob("*") if file.suffix in suffixes and file.is_file()]
+        found = list_files(place)
+        for file in found:
+            if is_hidden(file, place):
+                unused.setdefault("hidden", []).append(file)
+            elif not file.is_file():
+                unused.setdefault("a link without a target", []).append(file)
+            elif file.suffix.lower() not in TEXT_ENDINGS:
+                unused.setdefault(f"neither {' nor '.join(TEXT_ENDINGS)}", []).append(file)
+        files = sorted(set(found).difference(*unused.values()))
     elif place.is_file():  # before globbing: a name may have brackets in it
-        files = [place]
+        found = files = [place]
     else:
-        files = [Path(file) for file in glob.glob(str(place), recursive=True) if Path(file).is_file()]
+        literal = str(place).replace("[", "[[]")
+        matches = glob.glob(str(place), recursive=True) or glob.glob(literal, recursive=True)
+        found = files = sorted(Path(file) for file in matches if Path(file).is_file())
     if not files:
-        wanted = f"no {' or '.join(suffixes)} file in it" if place.is_dir() else "there is no such file or folder"
-        raise ConfigError(f"data.path={path}: {wanted}")
-    return sorted(file.resolve() for file in files)
+        missing = f"no {' or '.join(TEXT_ENDINGS)} file in it" if place.is_dir() else "there is no such file or folder"
+        raise ConfigError(f"data.path={path}: {missing}")
+    return files, account(len(found), {"read": len(files)}, unused, place)
 
 
 def read_text(file: Path) -> Iterator[str]:
@@ -300,12 +326,15 @@ def load(path: str, config: str | None, split: str, column: str, revision: str |
     if path.startswith((".", "/", "~")) and not place.exists():
         raise ConfigError(f"data.path={path}: there is no such file or folder")
     try:
-        source, files = (place.suffix.lstrip("."), str(place)) if place.is_file() else (str(place), None)
-        source = {"jsonl": "json", "txt": "text"}.get(source, source)
+        source, files = str(place) if place.exists() else path, None
+        options: dict[str, str] = {}
+        if place.is_file():
+            ending = place.with_suffix("").suffix if place.suffix.lower() == ".gz" else place.suffix
+            source, options = FORMATS.get(ending.lower(), (ending.lstrip("."), {}))
+            files = str(place)
         found = datasets.load_dataset(
-            source if place.exists() else path, config, data_files=files, split=split, revision=revision,
-            streaming=streaming,
-        )  # fmt: skip
+            source, config, data_files=files, split=split, revision=revision, streaming=streaming, **options
+        )
         features: Any = found.features or next(iter(found), {})
     except (OSError, ValueError, RuntimeError, KeyError, DatasetsError) as error:
         unreachable = isinstance(error, ConnectionError) and not place.exists()

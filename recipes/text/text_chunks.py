@@ -23,10 +23,12 @@ class TextChunks(Protocol):
     Attributes:
         chunks_per_pool: chunks whose blocks are shuffled together.
         chunks_in_sample: chunks that the tokenizer and the validation set are made from.
+        account: one line that accounts for every file, None for a source without files.
     """
 
     chunks_per_pool: int
     chunks_in_sample: int
+    account: str | None = None
 
     def __len__(self) -> int: ...
 
@@ -51,7 +53,7 @@ class FileChunks(TextChunks):
     chunks_per_pool, chunks_in_sample = 16, 128
 
     def __init__(self, path: str) -> None:
-        self.files = find_files(path)
+        self.files, self.account = find_files(path)
         self.ends = np.cumsum([file.stat().st_size for file in self.files])
         if not self.ends[-1]:
             raise ConfigError(f"data.path={path}: every file is empty")
@@ -150,6 +152,9 @@ class ChunkSample(Corpus):
         self.chunks = chunks
         count = min(len(chunks), chunks.chunks_in_sample)
         self.chosen = np.linspace(0, len(chunks) - 1, count).round().astype(int).tolist()
+
+    def account(self) -> str | None:
+        return self.chunks.account
 
     def fingerprint(self) -> str:
         return f"sample of {len(self.chosen)} {self.chunks.fingerprint()}"

@@ -180,6 +180,8 @@ class LabeledTexts(StreamDataModule):
             "labels": self._labels(val.labels),
             "vocabulary": f"{len(self.tokenizer):,} tokens of {self.named or 'a tokenizer trained on these texts'}",
         }
+        if account := self.source.account():
+            lines["files"] = account
         if self.left_out:
             lines["left out"] = ", ".join(f"{count} rows with {reason}" for reason, count in self.left_out.items())
         return lines

@@ -9,20 +9,33 @@ import re
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from datasets import ClassLabel, DatasetDict, load_dataset
 
 from lion_lightning.errors import ConfigError
-from recipes.files import check_fraction, existing_file, fingerprint_of, one_line
+from recipes.files import account, check_fraction, existing_file, fingerprint_of, is_hidden, list_files, one_line
+from recipes.tables import (
+    READERS,
+    Columns,
+    Row,
+    check_names,
+    declared_names,
+    is_number,
+    label_name,
+    name_at,
+    read_table,
+    suffix_of,
+)
 from recipes.text.corpus import PythonDocs, is_held_out
-from recipes.text_classification.tables import READERS, Columns, Row, class_names, read_table
 
 log = logging.getLogger(__name__)
 MAX_CLASSES = 1000
+SPLIT_NAME = re.compile(r"(training|train|validation|valid|val|dev)(?![a-z])")
 SHOWN = 3  # examples in a message
 
 
@@ -65,60 +78,61 @@ def label_splits(
     *,
     pairs: bool = False,
     regression: bool = False,
-    names: Sequence[str] | None = None,
+    declared: Sequence[str] | None = None,
     max_left_out: int = 100,
 ) -> TextSplits:
-    """Number the classes of the training rows and check that the validation rows have no others.
+    """Number the classes of the training rows by their names and check that the validation rows have no others.
 
     Args:
         train, val: the rows; those without a label or a text are left out and counted.
         pairs: whether a row needs a second text.
         regression: whether labels are values to predict.
-        names: of the classes, where labels are their numbers already.
+        declared: the names of all classes in their order, where the training files declare them.
         max_left_out: so many rows may be left out; more are an error.
 
     Raises:
-        ConfigError: too many unusable rows, none left in a split, one class alone, classes that only validation has, so
-            many that the label must be a value, or a value that is no number.
+        ConfigError: too many unusable rows, none left in a split, one class alone, a class that is not declared,
+            classes that only validation has, names that cannot be told apart, so many classes that the label must be
+            a value, or a value that is no number.
+        RuntimeError: rows are neither used nor counted as left out, which is an error of this library.
     """
     left_out: Counter[str] = Counter()
-    kept = {}
+    read: Counter[str] = Counter()
+    kept: dict[str, list[Row]] = {}
     for name, rows in (("train", train), ("val", val)):
-        kept[name] = list(_usable(rows, name, pairs, names, left_out, max_left_out))
-    for name, rows in kept.items():
-        if not rows:
+        kept[name] = list(_usable(_counted(rows, read), name, pairs, left_out, max_left_out))
+    if read.total() != sum(map(len, kept.values())) + left_out.total():
+        raise RuntimeError(f"{read.total()} rows read, {list(map(len, kept.values()))} used and {left_out} left out")
+    for name, used in kept.items():
+        if not used:
             raise ConfigError(f"data: the {name} split has no usable row (left out: {_listed(left_out) or 'none'})")
     if left_out:
         log.warning("%d rows are left out: %s", left_out.total(), _listed(left_out))
+    labels: dict[str, list[float]]
     if regression:
         classes: tuple[str, ...] = ()
-        number: Callable[[Row, str], float] = _value
+        labels = {name: [_value(row, name) for row in rows] for name, rows in kept.items()}
     else:
-        classes = _classes(kept["train"], names)
-        _check_same_classes(kept["train"], kept["val"], names)
-        index = {name: place for place, name in enumerate(classes)}
-        number = lambda row, split: index[_name(row.label, names)]  # noqa: E731
-    labeled = {
-        split: Labeled(
-            texts=[row.text for row in rows],
-            seconds=[row.second for row in rows] if pairs else None,
-            labels=[number(row, split) for row in rows],
-        )
+        names = {name: [_name(row, name) for row in rows] for name, rows in kept.items()}
+        classes = _classes(names["train"], names["val"], declared)
+        index = {name: number for number, name in enumerate(classes)}
+        labels = {split: [index[name] for name in found] for split, found in names.items()}
+    sides = {
+        split: Labeled([row.text for row in rows], [row.second for row in rows] if pairs else None, labels[split])
         for split, rows in kept.items()
     }
-    return TextSplits(labeled["train"], labeled["val"], classes, dict(left_out))
+    return TextSplits(sides["train"], sides["val"], classes, dict(left_out))
 
 
-def _usable(
-    rows: Iterable[Row],
-    split: str,
-    pairs: bool,
-    names: Sequence[str] | None,
-    left_out: Counter[str],
-    max_left_out: int,
-) -> Iterator[Row]:
+def _counted(rows: Iterable[Row], read: Counter[str]) -> Iterator[Row]:
     for row in rows:
-        reason = _unusable(row, pairs, names)
+        read["rows"] += 1
+        yield row
+
+
+def _usable(rows: Iterable[Row], split: str, pairs: bool, left_out: Counter[str], max_left_out: int) -> Iterator[Row]:
+    for row in rows:
+        reason = _unusable(row, split, pairs)
         if reason is None:
             yield row
             continue
@@ -130,11 +144,8 @@ def _usable(
             )
 
 
-def _unusable(row: Row, pairs: bool, names: Sequence[str] | None) -> str | None:
-    label = row.label
-    if label is None or label == "" or (isinstance(label, float) and math.isnan(label)):
-        return "no label"
-    if names is not None and _name(label, names) not in names:  # the hub writes -1 where the label is kept secret
+def _unusable(row: Row, split: str, pairs: bool) -> str | None:
+    if _name(row, split) is None:
         return "no label"
     for text in (row.text, row.second) if pairs else (row.text,):
         if text is None or not isinstance(text, str):
@@ -142,6 +153,10 @@ def _unusable(row: Row, pairs: bool, names: Sequence[str] | None) -> str | None:
         if not text.strip():
             return "an empty text"
     return None
+
+
+def _name(row: Row, split: str) -> Any:
+    return label_name(row.label, f"data: row {row.number} of {split}")
 
 
 def _listed(counts: Counter[str]) -> str:
@@ -158,33 +173,29 @@ def _value(row: Row, split: str) -> float:
     return value
 
 
-def _name(label: Any, names: Sequence[str] | None) -> str:
-    """The name of a class: a column with holes turns whole numbers into floats, which must not make new classes."""
-    if names is not None and isinstance(label, int) and 0 <= label < len(names):
-        return names[label]
-    return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
-
-
-def _classes(rows: Sequence[Row], names: Sequence[str] | None) -> tuple[str, ...]:
-    found = {_name(row.label, names) for row in rows}
-    if len(found) < 2:
-        raise ConfigError(f"data: all {len(rows)} training rows have the label {found.pop()!r}; two classes are needed")
+def _classes(train: Sequence[str], val: Sequence[str], declared: Sequence[str] | None) -> tuple[str, ...]:
+    """The names of the classes by number, after checking that every label is one of them."""
+    found, validated = Counter(train), Counter(val)
     if len(found) > MAX_CLASSES:
         raise ConfigError(
-            f"data: {len(found):,} different labels in {len(rows):,} rows, over {MAX_CLASSES:,}; a value to predict "
+            f"data: {len(found):,} different labels in {len(train):,} rows, over {MAX_CLASSES:,}; a value to predict "
             "needs data.regression=true"
         )
-    if names is not None:
-        return tuple(names)
-    return tuple(sorted(found, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name)))
-
-
-def _check_same_classes(train: Sequence[Row], val: Sequence[Row], names: Sequence[str] | None) -> None:
-    known = {_name(row.label, names) for row in train}
-    strange = Counter(name for row in val if (name := _name(row.label, names)) not in known)
+    check_names(found + validated)
+    if declared is not None and (other := [name for name in found if name not in declared]):
+        raise ConfigError(
+            f"data: {found[other[0]]:,} training rows have the label {other[0]!r}, none of the names that other "
+            f"training files declare for their numbers: {', '.join(declared[:SHOWN])} ..."
+        )
+    if len(found) < 2:
+        raise ConfigError(f"data: all {len(train)} training rows have the label {train[0]!r}; two classes are needed")
+    strange = validated.keys() - found.keys()
     if strange:
-        shown = ", ".join(f"{name!r} ({count} rows)" for name, count in strange.most_common(SHOWN))
+        shown = ", ".join(f"{name!r} ({validated[name]} rows)" for name in sorted(strange)[:SHOWN])
         raise ConfigError(f"data: {len(strange)} labels of validation are in no training row: {shown}")
+    if declared is not None:
+        return tuple(declared)
+    return tuple(sorted(found, key=lambda name: (not is_number(name), int(name) if is_number(name) else 0, name)))
 
 
 class TextSource(Protocol):
@@ -198,8 +209,12 @@ class TextSource(Protocol):
         """Read everything; the same texts in the same order each time."""
         ...
 
+    def account(self) -> str | None:
+        """One line that accounts for every file; None for a source without files."""
+        return None
 
-class PythonPackages(PythonDocs):
+
+class PythonPackages(PythonDocs, TextSource):
     """Which package of the standard library a docstring is from: real, and on every machine.
 
     About 1,300 docstrings of 12 packages. Texts differ a little from one Python version to the next.
@@ -238,7 +253,7 @@ class PythonPackages(PythonDocs):
                         yield text, package.removeprefix("_py")
 
 
-class LabeledFiles:
+class LabeledFiles(TextSource):
     """Your own table: CSV, TSV (without quoting), JSON lines or parquet, with a text or a pair of texts in each row.
 
     Args:
@@ -268,13 +283,16 @@ class LabeledFiles:
             raise ConfigError(f"data=labeled_files needs data.path=: a folder, or a {', '.join(READERS)} file")
         self.columns = Columns(text_column, label_column, second_text_column)
         self.regression, self.val_fraction, self.max_left_out = regression, check_fraction(val_fraction), max_left_out
-        self.train_files, self.val_files = _find(path)
+        self.train_files, self.val_files, self._account = _find(path)
         if val_path:
             self.val_files = [existing_file(val_path, "data.val_path", READERS)]
 
     def fingerprint(self) -> str:
         settings = (self.columns, self.regression, self.val_fraction, self.max_left_out)
         return f"labeled_files {settings} {fingerprint_of(self.train_files)} | {fingerprint_of(self.val_files)}"
+
+    def account(self) -> str | None:
+        return self._account
 
     def load(self) -> TextSplits:
         train, val = self._rows(self.train_files), self._rows(self.val_files)
@@ -285,12 +303,12 @@ class LabeledFiles:
             val,
             pairs=self.columns.second is not None,
             regression=self.regression,
-            names=None if self.regression else class_names(self.train_files[0], self.columns.label),
+            declared=None if self.regression else declared_classes(self.train_files, self.columns.label),
             max_left_out=self.max_left_out,
         )
 
     def _rows(self, files: list[Path]) -> list[Row]:
-        return [row for file in files for row in read_table(file, self.columns)]
+        return [row for file in files for row in read_table(file, self.columns, by_name=not self.regression)]
 
 
 class Task(NamedTuple):
@@ -301,7 +319,7 @@ class Task(NamedTuple):
     regression: bool = False
 
 
-class Glue:
+class Glue(TextSource):
     """A task of GLUE (Wang et al., 2019, arXiv:1804.07461) in the schema of the hub's `nyu-mll/glue`.
 
     Args:
@@ -326,48 +344,54 @@ class Glue:
         if task not in self.TASKS:
             raise ConfigError(f"data.task must be one of {', '.join(self.TASKS)}, got {task!r}")
         self.name, self.task = task, self.TASKS[task]
-        self.files: dict[str, list[str]] = {}
+        self.files: dict[str, list[Path]] = {}
         if path:
             folder = Path(path).expanduser() / task
             for split in ("train", self.task.validation):
-                self.files[split] = sorted(str(file) for file in folder.glob(f"{split}-*.parquet"))
+                self.files[split] = sorted(folder.glob(f"{split}-*.parquet"))
                 if not self.files[split]:
                     raise ConfigError(f"data.path={path}: there is no {task}/{split}-*.parquet")
 
     def fingerprint(self) -> str:
-        files = (Path(file) for split in self.files.values() for file in split)
+        files = chain.from_iterable(self.files.values())
         return f"glue {self.name} {fingerprint_of(files) or self.REPOSITORY}"
 
     def load(self) -> TextSplits:
-        splits = self._open()
-        label = splits["train"].features.get("label")
-        rows = [self._rows(splits[name]) for name in ("train", self.task.validation)]
+        if self.files:
+            columns = Columns(self.task.columns[0], "label", *self.task.columns[1:])
+            by_name = not self.task.regression
+            rows = [
+                chain.from_iterable(read_table(file, columns, by_name) for file in part) for part in self.files.values()
+            ]
+            declared = declared_classes(self.files["train"], "label")
+        else:
+            splits = self._download()
+            label = splits["train"].features.get("label")
+            declared = tuple(label.names) if isinstance(label, ClassLabel) else None
+            rows = [chain(self._rows(splits[name], declared)) for name in ("train", self.task.validation)]
         return label_splits(
-            *rows,
-            pairs=len(self.task.columns) == 2,
-            regression=self.task.regression,
-            names=label.names if isinstance(label, ClassLabel) else None,
+            *rows, pairs=len(self.task.columns) == 2, regression=self.task.regression, declared=declared
         )
 
-    def _open(self) -> DatasetDict:
+    def _download(self) -> DatasetDict:
         try:
-            if self.files:
-                return load_dataset("parquet", data_files=self.files)
             return load_dataset(self.REPOSITORY, self.name)
         except Exception as error:  # a dozen types of four libraries, all of which mean that there is no data
             raise ConfigError(
                 f"data.task={self.name} cannot be loaded: {one_line(error)}; data.path= takes a folder"
             ) from error
 
-    def _rows(self, dataset: Any) -> Iterator[Row]:
-        missing = [name for name in (*self.task.columns, "label") if name not in dataset.column_names]
-        if missing:
-            found = ", ".join(dataset.column_names)
-            raise ConfigError(f"data.task={self.name}: there is no column {', '.join(missing)}; there are {found}")
+    def _rows(self, dataset: Any, names: Sequence[str] | None) -> Iterator[Row]:
         texts = [dataset[name] for name in self.task.columns]
         seconds = texts[1] if len(texts) == 2 else [None] * len(dataset)
         for number, (text, second, label) in enumerate(zip(texts[0], seconds, dataset["label"], strict=True), 1):
-            yield Row(text, second, label, number)
+            yield Row(text, second, label if names is None else name_at(names, label), number)
+
+
+def declared_classes(files: Sequence[Path], label: str) -> tuple[str, ...] | None:
+    """The names that training files declare for their classes, by first mention; None without any."""
+    declared = [names for file in files if (names := declared_names(file, label)) is not None]
+    return tuple(dict.fromkeys(chain.from_iterable(declared))) if declared else None
 
 
 def held_out(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
@@ -378,16 +402,36 @@ def held_out(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
     return sides
 
 
-def _find(path: str) -> tuple[list[Path], list[Path]]:
-    """Files of training and of validation."""
+def _find(path: str) -> tuple[list[Path], list[Path], str]:
+    """Files of training and of validation, and the account of all files at `path`."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        return [existing_file(path, "data.path", READERS)], []
-    files = sorted(file.resolve() for file in folder.iterdir() if file.suffix.lower() in READERS and file.is_file())
-    named: Callable[[str], list[Path]] = lambda names: [  # noqa: E731
-        file for file in files if re.match(rf"({names})(?![a-z])", file.name.lower())
-    ]
-    train = named("train|training")
-    if not train:
+        return [existing_file(path, "data.path", READERS)], [], account(1, {"training tables": 1}, {}, folder.parent)
+    splits: dict[str, list[Path]] = {"train": [], "val": []}
+    unused: dict[str, list[Path]] = {}
+    found = list_files(folder)
+    for file in found:
+        split = SPLIT_NAME.match(file.name.lower())
+        reason = (
+            "hidden" if is_hidden(file, folder)
+            else "in a folder below" if file.parent != folder
+            else "a link without a target" if not file.is_file()
+            else "no table" if suffix_of(file) not in READERS
+            else "tables whose names begin with neither train nor val" if split is None
+            else None
+        )  # fmt: skip
+        if reason is None and split is not None:
+            splits["train" if split[1].startswith("train") else "val"].append(file)
+        else:
+            unused.setdefault(str(reason), []).append(file)
+    for name, files in splits.items():
+        endings = sorted({suffix_of(file) for file in files})
+        if len(endings) > 1:
+            raise ConfigError(
+                f"data.path={path}: the {name} split is there as {' and '.join(endings)}, perhaps with the same rows; "
+                "give one file as data.path="
+            )
+    if not splits["train"]:
         raise ConfigError(f"data.path={path}: no train* file of {', '.join(READERS)} in it")
-    return train, named("val|valid|validation|dev")
+    used = {"training tables": len(splits["train"]), "validation tables": len(splits["val"])}
+    return splits["train"], splits["val"], account(len(found), used, unused, folder)

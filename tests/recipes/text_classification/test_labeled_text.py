@@ -13,7 +13,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from lion_lightning.errors import ConfigError
-from recipes.text_classification.sources import Glue, LabeledFiles, PythonPackages, Row, label_splits
+from recipes.tables import Row
+from recipes.text_classification.sources import Glue, LabeledFiles, PythonPackages, label_splits
 
 ROWS = [
     ("a film, worth seeing", "good"),

@@ -1,11 +1,18 @@
-"""Tables on disk, read row by row: CSV, TSV, JSON lines and parquet."""
+"""Tables on disk, read row by row, and classes by name: CSV, TSV, JSON lines and parquet, for every recipe.
+
+A label is identified by its name. Files may declare the same names in another order, so numbers are turned into names
+file by file; names that cannot be told apart are an error.
+"""
 
 import csv
+import gzip
 import json
+import math
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -16,6 +23,7 @@ from recipes.files import one_line
 
 MAX_FIELD_CHARACTERS = 2**24
 PARQUET_ROWS_PER_BATCH = 4096
+SHOWN_NAMES = 3
 Read = Callable[[Path], tuple[Sequence[str], Iterator[Sequence[Any]]]]
 
 
@@ -40,16 +48,29 @@ class Columns:
         return [name for name in (self.text, self.second, self.label) if name is not None]
 
 
-def read_table(file: Path, columns: Columns) -> Iterator[Row]:
-    """The rows of a `.csv`, `.tsv`, `.jsonl`, `.json` (lines too) or `.parquet` file.
+def suffix_of(file: Path) -> str:
+    """The ending by which `file` is read, in lower case: `.csv`, or `.csv.gz`."""
+    endings = "".join(file.suffixes[-2:]).lower()
+    return endings if endings in READERS else file.suffix.lower()
+
+
+def read_table(file: Path, columns: Columns, by_name: bool = True) -> Iterator[Row]:
+    """The rows of a file with one of the endings in `READERS`.
 
     A row that is shorter or longer than its header has no label that could be trusted: it comes without one.
+
+    Args:
+        file: its ending says how it is read.
+        columns: what is read of it.
+        by_name: whether numbers of classes become the names that the file declares for them; a number without a name,
+            such as the hub's -1 for a secret label, becomes None.
 
     Raises:
         ConfigError: a column is missing, the file is not UTF-8, or its content does not fit its ending.
     """
+    names = declared_names(file, columns.label) if by_name else None
     try:
-        header, rows = READERS[file.suffix.lower()](file)
+        header, rows = READERS[suffix_of(file)](file)
         missing = [name for name in columns.wanted() if name not in header]
         if missing:
             raise ConfigError(
@@ -60,19 +81,25 @@ def read_table(file: Path, columns: Columns) -> Iterator[Row]:
         second = header.index(columns.second) if columns.second else None
         for number, row in enumerate(rows, 1):
             if len(row) == len(header):
-                yield Row(row[text], None if second is None else row[second], row[label], number)
+                found = row[label] if names is None else name_at(names, row[label])
+                yield Row(row[text], None if second is None else row[second], found, number)
             else:
                 yield Row("", None, None, number)
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{file} is not UTF-8 (byte 0x{error.object[error.start]:02x}: {error.reason}); convert it first"
         ) from error
-    except (csv.Error, pyarrow.ArrowException, OSError) as error:
+    except (csv.Error, pyarrow.ArrowException, OSError, EOFError) as error:
         raise ConfigError(f"{file} cannot be read: {one_line(error)}") from error
 
 
-def class_names(file: Path, label: str) -> tuple[str, ...] | None:
-    """The names that a parquet file of the hub declares for its classes; None where it declares none."""
+def columns_of(file: Path) -> Sequence[str]:
+    """The names in the header of a table."""
+    return READERS[suffix_of(file)](file)[0]
+
+
+def declared_names(file: Path, label: str) -> tuple[str, ...] | None:
+    """The names that a parquet file of the hub declares for the classes in its column `label`; None without any."""
     if file.suffix.lower() != ".parquet":
         return None
     try:
@@ -82,11 +109,64 @@ def class_names(file: Path, label: str) -> tuple[str, ...] | None:
     return tuple(feature.names) if isinstance(feature, ClassLabel) else None
 
 
+def name_at(names: Sequence[str], number: int | None) -> str | None:
+    """The name of class `number`; None where there is none."""
+    return names[number] if number is not None and 0 <= number < len(names) else None
+
+
+def label_name(label: Any, place: str) -> str | None:
+    """The name of the class that a cell holds, None for an empty cell.
+
+    A column with holes turns whole numbers into floats, which must not make new classes: 2.0 is "2".
+
+    Args:
+        label: the cell.
+        place: where it is, for the error message.
+
+    Raises:
+        ConfigError: the cell holds a list or another structure.
+    """
+    if label is None or label == "" or (isinstance(label, float) and math.isnan(label)):
+        return None
+    if not isinstance(label, str | int | float):
+        raise ConfigError(f"{place} has the label {label!r}, a {type(label).__name__}; a class is one word or number")
+    return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
+
+
+def check_names(counts: Mapping[str, int]) -> None:
+    """ConfigError if two class names differ only in spaces, leading zeros or Unicode form, as `pos` and `pos ` do.
+
+    Args:
+        counts: samples of each class.
+    """
+    alike: dict[str, list[str]] = {}
+    for name in counts:
+        form = " ".join(unicodedata.normalize("NFKC", name).split())
+        alike.setdefault(str(int(form)) if is_number(form) else form, []).append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            shown = " and ".join(f"{name!r} ({counts[name]:,} times)" for name in names[:SHOWN_NAMES])
+            raise ConfigError(
+                f"data: the labels {shown} differ only in spaces, leading zeros or Unicode form; write them alike"
+            )
+
+
+def is_number(name: str) -> bool:
+    """Whether `name` consists of the digits 0 to 9; other digits, such as ①, are letters here."""
+    return name.isascii() and name.isdigit()
+
+
+def _open(file: Path, newline: str | None = None) -> IO[str]:
+    if file.suffix.lower() == ".gz":
+        return gzip.open(file, "rt", encoding="utf-8-sig", newline=newline)
+    return file.open(encoding="utf-8-sig", newline=newline)
+
+
 def _separated(delimiter: str, quoting: int) -> Read:
     def read(file: Path) -> tuple[Sequence[str], Iterator[Sequence[Any]]]:
         def lines() -> Iterator[Sequence[str]]:
             csv.field_size_limit(MAX_FIELD_CHARACTERS)
-            with file.open(encoding="utf-8-sig", newline="") as opened:
+            with _open(file, newline="") as opened:
                 yield from (row for row in csv.reader(opened, delimiter=delimiter, quoting=quoting) if row)  # type: ignore[arg-type]
 
         rows = lines()
@@ -97,7 +177,7 @@ def _separated(delimiter: str, quoting: int) -> Read:
 
 def _json_lines(file: Path) -> tuple[Sequence[str], Iterator[Sequence[Any]]]:
     def objects() -> Iterator[Mapping[str, Any]]:
-        with file.open(encoding="utf-8-sig") as opened:
+        with _open(file) as opened:
             for number, line in enumerate(opened, 1):
                 if line.strip():
                     yield _object(line, file, number)
@@ -128,10 +208,10 @@ def _parquet(file: Path) -> tuple[Sequence[str], Iterator[Sequence[Any]]]:
     return opened.schema_arrow.names, rows()
 
 
-READERS: dict[str, Read] = {
+_PLAIN: dict[str, Read] = {
     ".csv": _separated(",", csv.QUOTE_MINIMAL),
     ".tsv": _separated("\t", csv.QUOTE_NONE),  # text/tab-separated-values has no quoting, nor have GLUE's files
     ".jsonl": _json_lines,
     ".json": _json_lines,
-    ".parquet": _parquet,
 }
+READERS: dict[str, Read] = {**_PLAIN, **{f"{ending}.gz": read for ending, read in _PLAIN.items()}, ".parquet": _parquet}

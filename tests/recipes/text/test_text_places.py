@@ -1,0 +1,87 @@
+"""Text files in any place: links, capitals and brackets; every file is read or reported."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from lion_lightning.errors import ConfigError
+from recipes.text.corpus import HubText, TextFiles
+from recipes.text_classification.data import LabeledTexts
+from recipes.text_classification.sources import LabeledFiles
+
+TABLE = "text,label\n" + "".join(f"some words {number},{('x', 'y')[number % 2]}\n" for number in range(40))
+
+
+def test_linked_folders_capitals_and_hidden_files(tmp_path: Path) -> None:
+    library, books = tmp_path / "library", tmp_path / "books"
+    for folder in (library, books / "novels"):
+        folder.mkdir(parents=True)
+    (books / "novels" / "one.txt").write_text("the first book")
+    (library / "TWO.TXT").write_text("the second book")
+    (library / "notes.pdf").write_text("no text")
+    (library / ".draft.txt").write_text("hidden")
+    (library / "novels").symlink_to(books / "novels")
+    (library / "three.md").symlink_to(library / "missing.md")
+    corpus = TextFiles(str(library))
+    assert list(corpus.documents()) == ["the second book", "the first book"]
+    assert corpus.account() == (
+        "5 on disk = 2 read + 1 not used: hidden, such as .draft.txt + 1 not used: neither .txt nor .md, such as "
+        "notes.pdf + 1 not used: a link without a target, such as three.md"
+    )
+
+
+@pytest.mark.parametrize("path", ["books [1]", "books [1]/a [2].txt", "books [1]/*.txt", "books [1]/**/*.txt"])
+def test_brackets_in_a_path(tmp_path: Path, path: str) -> None:
+    (tmp_path / "books [1]").mkdir()
+    (tmp_path / "books [1]" / "a [2].txt").write_text("a book")
+    assert list(TextFiles(str(tmp_path / path)).documents()) == ["a book"]
+
+
+def test_the_summary_has_the_account(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(TABLE)
+    (tmp_path / "test.csv").write_text(TABLE)
+    (tmp_path / "README.md").write_text("a table")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "train.csv").write_text(TABLE)
+    data = LabeledTexts(LabeledFiles(str(tmp_path)), batch_size=4, cache_dir=str(tmp_path / "cache"))
+    data.setup("fit")
+    assert data.describe()["files"] == (
+        "4 on disk = 1 training tables + 0 validation tables + 1 not used: no table, such as README.md + 1 not used: in "
+        "a folder below, such as old/train.csv + 1 not used: tables whose names begin with neither train nor val, such "
+        "as test.csv"
+    )
+
+
+def test_two_kinds_of_tables_for_one_split_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(TABLE)
+    (tmp_path / "train.jsonl").write_text('{"text": "some words 1", "label": "y"}\n')
+    with pytest.raises(ConfigError, match=r"the train split is there as .csv and .jsonl, perhaps with the same rows"):
+        LabeledFiles(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["table.jsonl.gz", "table.CSV", "table.csv.gz", "table.tsv"])
+def test_one_file_of_any_ending(tmp_path: Path, name: str) -> None:
+    text = TABLE.replace(",", "\t") if "tsv" in name else TABLE
+    if "jsonl" in name:
+        rows = [line.split(",") for line in TABLE.splitlines()[1:]]
+        text = "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
+    content = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    splits = LabeledFiles(str(tmp_path / name)).load()
+    assert len(splits.train) + len(splits.val) == 40
+    assert splits.classes == ("x", "y")
+    assert sorted(HubText(str(tmp_path / name)).documents()) == sorted(splits.train.texts + splits.val.texts)
+
+
+def test_a_table_behind_another_link_has_another_fingerprint(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.csv").write_text(TABLE)
+    link = tmp_path / "train.csv"
+    link.symlink_to(tmp_path / "a.csv")
+    before = LabeledFiles(str(link)).fingerprint()
+    assert LabeledFiles(str(link)).fingerprint() == before
+    link.unlink()
+    link.symlink_to(tmp_path / "b.csv")
+    assert LabeledFiles(str(link)).fingerprint() != before
