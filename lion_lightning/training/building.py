@@ -11,8 +11,8 @@ from torch import nn
 
 from lion_lightning.data.stream import StreamDataModule
 from lion_lightning.errors import ConfigError, configuring
-from lion_lightning.mixin import OptimizerFactory
-from lion_lightning.schedules import Schedule
+from lion_lightning.hyperparams import Schedule
+from lion_lightning.lightning import OptimizerFactory
 from lion_lightning.training.bookkeeping import known_run_id
 from lion_lightning.training.instantiate import instantiate
 

@@ -6,18 +6,18 @@ import math
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lion_lightning.optim.kernels.measures import MEASURES, Survey
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lion_lightning import Lion, LionGuard
-from lion_lightning.gradient_release import GradientRelease
 from lion_lightning.guard.sampling import SampledCoordinates
 from lion_lightning.guard.thresholds import Thresholds
 from lion_lightning.guard.warmup import LinearWarmup
 from lion_lightning.guard.watch import Losses, OptimizerWatch
+from lion_lightning.lightning import GradientRelease
 from lion_lightning.optim import release_gradients
 from lion_lightning.optim.kernels import library
-from lion_lightning.optim.kernels.measures import MEASURES, Survey
 from tests.faults.injected import NaNBatch, Outlier
 from tests.faults.task import INPUTS, Student, train
 from tests.guard.test_sampling import Oracle, give_gradients, parameters

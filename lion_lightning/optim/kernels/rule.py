@@ -1,4 +1,4 @@
-"""The Lion rule on plain tensors: what every engine computes, and the objects that an engine is handed.
+"""The Lion rule on plain tensors, the sums that telemetry takes of it, and the objects that an engine is given.
 
 For gradient g, momentum m, parameter p, learning rate eta, betas (b1, b2) and decoupled weight decay lam:
 
@@ -21,6 +21,13 @@ from lion_lightning.optim.kernels.storage_formats import BLOCK_ELEMENTS
 
 CAUTIOUS_LIMIT = 2.0
 """With `cautious`, no element moves further than this multiple of lr (and its decay)."""
+
+UNMOVED, ZERO, AGREE, MOMENTUM_SQUARED, WEIGHT_SQUARED, NEAR_BOUND, DECAY, NONFINITE, FLIPPED = range(9)
+STATISTICS = 9
+"""Length of a row of sums; the order is that of the enumeration in cpu.c."""
+
+BOUND_SHARE = 0.9
+"""Lion solves min f with |p| <= 1/weight_decay; weights beyond this share of the bound are counted."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,9 @@ class TensorUpdate:
     kind: str = "matrix"
     """"scalar", "vector" or "matrix" (two dimensions and more), for telemetry."""
     statistics: Tensor | None = None
-    """Where not None, a row of sums (float64; see telemetry.py) that the engine adds to."""
+    """Where not None, a row of sums (float64; see `observe`) that the engine adds to."""
     observed_below: int = 0
-    """With statistics: which blocks the sums are of (`telemetry.is_observed`)."""
+    """With statistics: which blocks the sums cover (see `is_observed`)."""
     signs: Tensor | None = None
     """With statistics: int8 signs of u at the last sample, of every `sign_stride`-th element from `sign_start` on."""
     sign_stride: int = 1
@@ -182,3 +189,58 @@ def gradient_factor(settings: Settings, dtype: torch.dtype) -> float | Tensor:
     if settings.grad_scale == 1.0:
         return sign
     return sign * torch.tensor(settings.grad_scale, dtype=dtype).reciprocal().item()
+
+
+def is_observed(block: Tensor, below: int) -> Tensor:
+    """Whether telemetry sums include a block of 256 elements.
+
+    Multiples of the golden ratio spread the observed blocks evenly, whatever the width of the matrix, and always
+    include the first. Observing all of them would cost a third of the time of a step on a CPU.
+
+    Args:
+        block: int64 numbers of blocks within the tensor.
+        below: share of the blocks that are observed, of 2^32.
+
+    Returns:
+        bool, shaped as `block`.
+    """
+    return (block * storage_formats.GOLDEN & storage_formats.WORD_MASK) < below
+
+
+def observe(
+    update: TensorUpdate,
+    values: tuple[Tensor, Tensor, Tensor],
+    new_values: tuple[Tensor, Tensor],
+    direction: Tensor,
+) -> None:
+    """Adds an update's observed elements to `update.statistics`, and compares and refreshes its sampled signs.
+
+    Args:
+        update: has statistics; the count of gradients that are not finite is added elsewhere.
+        values: weight, unscaled gradient with the sign to descend along, and momentum, before the step; shape (n,).
+        new_values: the weight as it reads back from storage, and the momentum, after the step; shape (n,).
+        direction: u, after caution; 0 where the element was skipped; shape (n,).
+    """
+    assert update.statistics is not None
+    if update.signs is not None and update.signs.numel():
+        signs = direction[update.sign_start :: update.sign_stride].sign()
+        update.statistics[FLIPPED] += (update.signs * signs < 0).sum()
+        update.signs.copy_(signs)
+    settings, count = update.settings, update.param.numel()
+    first, last = update.start // BLOCK_ELEMENTS, -(-(update.start + count) // BLOCK_ELEMENTS)
+    blocks = is_observed(torch.arange(first, last, device=update.param.device), update.observed_below)
+    seen = blocks.repeat_interleave(BLOCK_ELEMENTS)[:count]
+    weight, grad, momentum, stored, new_momentum, direction = (
+        tensor[seen] for tensor in (*values, *new_values, direction)
+    )
+    bound = BOUND_SHARE / settings.weight_decay if settings.weight_decay > 0 else torch.inf
+    sums = (
+        stored == weight,
+        direction == 0,
+        momentum * grad > 0,
+        new_momentum * new_momentum,
+        weight * weight,
+        weight.abs() > bound,
+        (weight - stored - direction * settings.lr) * weight,
+    )
+    update.statistics[: len(sums)] += torch.stack([value.sum(dtype=update.statistics.dtype) for value in sums])
