@@ -56,9 +56,8 @@ def assert_step_is_exact(
         unsure = unsure + momentum_spacing(momentum, stored)
     after_weight, after_momentum = kept(param, state)
     expected = weight - lr * (mixed.sign() + decay * weight)
-    allowed = (
-        2 * weight_spacing(weight, param.dtype, group["weight_bits"]) + 2.0 ** (-50 if full else -22) * expected.abs()
-    )
+    precision = 2.0 ** (-50 if full else -22)
+    allowed = 2 * weight_spacing(weight, param.dtype, group["weight_bits"]) + precision * (expected.abs() + lr)
     allowed = torch.where(mixed.abs() <= unsure, allowed + 2 * lr, allowed)
     error = (after_weight - expected).abs()
     assert (error <= allowed).all(), f"a weight is {float((error - allowed).max()):.3e} further off than allowed"

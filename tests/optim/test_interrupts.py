@@ -53,9 +53,13 @@ def test_ctrl_c_surfaces_from_a_step() -> None:
         param, optimizer = large()
         optimizer.step()
         threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
-        with pytest.raises(KeyboardInterrupt):
+
+        def train() -> None:
             for _ in range(100_000):
                 optimizer.step()
+
+        with pytest.raises(KeyboardInterrupt):
+            train()
         taken = param.detach().clone()
         time.sleep(0.02)
         assert torch.equal(param, taken)

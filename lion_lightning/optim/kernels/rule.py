@@ -113,6 +113,27 @@ class TensorUpdate:
             start=self.start + start,
         )
 
+    def misfit(self) -> str | None:
+        """Why engines that take addresses cannot trust the tensors, as the end of a sentence; None if they fit."""
+        param, count, bits = self.param, self.param.numel(), self.settings.weight_bits
+        arrays = {"grad": self.grad, "exp_avg": self.exp_avg, "weight_remainder": self.weight_remainder}
+        for name, array in arrays.items():
+            if array is not None and (
+                array.numel() != count or not array.is_contiguous() or array.device != param.device
+            ):
+                return f"{name} does not have the {count} elements of the parameter beside each other on {param.device}"
+        low = {32: torch.int16, 24: torch.int8}.get(bits) if param.dtype == torch.bfloat16 else None
+        if low != (None if self.weight_remainder is None else self.weight_remainder.dtype):
+            return f"weight_remainder is not of {low}"
+        scale = self.exp_avg_scale
+        if (self.exp_avg.dtype == torch.int8) != (scale is not None):
+            return "exp_avg_scale belongs to an exp_avg of int8"
+        if scale is not None and (
+            scale.dtype != torch.float32 or scale.numel() * BLOCK_ELEMENTS < count or not scale.is_contiguous()
+        ):
+            return "exp_avg_scale does not have a float32 number for each block"
+        return None
+
     @property
     def is_random(self) -> bool:
         """Whether what is stored is rounded stochastically."""

@@ -108,8 +108,12 @@ class TritonEngine:
         self._objections: dict[torch.device, str | None] = {}
 
     def objection(self, update: TensorUpdate) -> str | None:
-        if update.param.dtype not in PARAM_DTYPES or update.grad.dtype not in NUMBER_DTYPES:
-            return f"gradients of {update.grad.dtype} for parameters of {update.param.dtype} are not supported"
+        misfit = update.misfit()
+        if misfit is not None:
+            return misfit
+        param, grad, exp_avg = update.param.dtype, update.grad.dtype, update.exp_avg.dtype
+        if param not in PARAM_DTYPES or grad not in NUMBER_DTYPES or exp_avg not in (*PARAM_DTYPES, torch.int8):
+            return f"gradients of {grad} and momentum of {exp_avg} for parameters of {param} are not supported"
         device = update.param.device
         if device not in self._objections:
             self._objections[device] = _device_objection(device)
