@@ -184,6 +184,8 @@ def translated_options(peer: str, group: Entry) -> dict[str, Any]:
 
 
 SOURCES = (*PEERS, "lion_lightning")
+PLAIN = ("lion-pytorch", "timm", "pytorch_optimizer")
+"""Peers whose state and options load unchanged."""
 OTHER_OPTIONS = {
     *("eps", "amsgrad", "momentum", "dampening", "nesterov", "alpha", "centered", "momentum_decay", "lr_decay"),
     *("lambd", "t0", "rho", "etas", "step_sizes", "beta2_decay", "ns_steps", "max_iter"),
@@ -265,13 +267,22 @@ def check_loadable(state_dict: Any) -> None:
             "from it: begin with a fresh state, with lr and weight_decay from lion_lightning.from_adamw. States of "
             "other Lions are converted by lion_lightning.optim.import_state"
         )
-    lost = [name for group in groups for name in PEERS[source].names if group.get(name)] if source else []
-    if lost or (source and not tensors <= {"exp_avg"}):
-        reason = f", which sets {', '.join(lost)}" if lost else ""
+    try:
+        lost = [options for group in groups for options in _renamed_options(source, group)] if source else []
+    except ValueError as error:
+        lost = [str(error)]
+    if lost or (source and (source not in PLAIN or not tensors <= {"exp_avg"})):
         raise ValueError(
-            f"state_dict is of {source}{reason}: load it by lion_lightning.optim.import_state.import_state(state_dict, "
-            "optimizer), or convert the file by `python scripts/convert_checkpoint.py IN OUT`"
+            f"state_dict is of {source}{''.join(f', with {option}' for option in lost)}: load it by "
+            "lion_lightning.optim.import_state.import_state(state_dict, optimizer), or convert the file by "
+            "`python scripts/convert_checkpoint.py IN OUT`"
         )
+
+
+def _renamed_options(source: str, group: Entry) -> list[str]:
+    """Options that are set and that Lion knows by another name; a ValueError for those that it does not know."""
+    translated_options(source, group)
+    return [name for name, ours in PEERS[source].names.items() if name != ours and group.get(name)]
 
 
 def source_of(state_dict: StateDict) -> str:

@@ -45,7 +45,9 @@ def is_ready(entry: Mapping[str, Any], param: Tensor, weight_bits: int, momentum
     """
     exp_avg, scale, remainder = entry.get("exp_avg"), entry.get("exp_avg_scale"), entry.get("weight_remainder")
     remainder_dtype = REMAINDER_DTYPES[weight_bits] if param.dtype == torch.bfloat16 else None
-    if not isinstance(exp_avg, Tensor) or exp_avg.dtype != _stored_dtype(exp_avg.dtype, param, momentum_dtype):
+    if not isinstance(exp_avg, Tensor) or exp_avg.dtype not in DTYPES["exp_avg"]:
+        return False
+    if exp_avg.dtype != _stored_dtype(exp_avg.dtype, param, momentum_dtype):
         return False
     if not _fits(exp_avg, param) or (exp_avg.dtype == torch.int8) != (scale is not None):
         return False

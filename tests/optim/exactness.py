@@ -17,7 +17,7 @@ def kept(param: Tensor, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
     momentum = torch.zeros_like(param, dtype=torch.float64)
     if exp_avg is not None:
         momentum = kept_momentum(exp_avg, state.get("exp_avg_scale"))
-    return kept_weight(param, state.get("weight_remainder")), momentum
+    return kept_weight(param, state.get("weight_remainder")).clone(), momentum.clone()
 
 
 def assert_step_is_exact(
@@ -57,7 +57,9 @@ def assert_step_is_exact(
     after_weight, after_momentum = kept(param, state)
     expected = weight - lr * (mixed.sign() + decay * weight)
     precision = 2.0 ** (-50 if full else -22)
-    allowed = 2 * weight_spacing(weight, param.dtype, group["weight_bits"]) + precision * (expected.abs() + lr)
+    allowed = 2 * weight_spacing(
+        weight.abs().maximum(expected.abs()), param.dtype, group["weight_bits"]
+    ) + precision * (expected.abs() + lr)
     allowed = torch.where(mixed.abs() <= unsure, allowed + 2 * lr, allowed)
     error = (after_weight - expected).abs()
     assert (error <= allowed).all(), f"a weight is {float((error - allowed).max()):.3e} further off than allowed"
