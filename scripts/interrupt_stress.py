@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lion_lightning.optim import Lion
 
-SIZES = (1_000_003, 300_000, 4_099, 17)
+SIZES = (600_011, 270_000, 4_099, 17)
 """Elements of the parameters: several chunks, one, and less than one."""
 FRESH_SHARE = 0.2
 """Of the interrupts, those that hit an optimizer without state."""
@@ -100,12 +100,13 @@ def next_step_is_exact(params: list[nn.Parameter], optimizer: Lion, options: dic
     return alike(contents(params, optimizer), contents(copies, second))
 
 
-def stress(interrupts: int, seed: int) -> dict[str, int]:
+def stress(interrupts: int, seed: int, threads: int) -> dict[str, int]:
     """Interrupts steps of every mode in turn.
 
     Args:
         interrupts: how many, over all modes.
         seed: of the moments and of the numbers.
+        threads: of an interrupted step that is not eager; all else runs on one.
 
     Returns:
         Counts: interrupts that `came` within a step, what `moved` after one, and next steps that were `wrong`.
@@ -115,7 +116,8 @@ def stress(interrupts: int, seed: int) -> dict[str, int]:
     try:
         for number, (dtype, options) in enumerate(MODES.values()):
             share = interrupts // len(MODES) + (number < interrupts % len(MODES))
-            _stress_mode(dtype, options, share, moments, timer, counts)
+            used = 1 if options.get("fused") is False else threads
+            _stress_mode(dtype, options, share, moments, timer, counts, used)
     finally:
         timer.restore()
     return counts
@@ -128,6 +130,7 @@ def _stress_mode(
     moments: random.Random,
     timer: Timer,
     counts: dict[str, int],
+    threads: int,
 ) -> None:
     params, optimizer = made(dtype, options, moments.randrange(2**31))
     start = time.perf_counter()
@@ -137,6 +140,7 @@ def _stress_mode(
     for _ in range(interrupts):
         if moments.random() < FRESH_SHARE:
             params, optimizer = made(dtype, options, moments.randrange(2**31))
+        torch.set_num_threads(threads)
         try:
             timer.arm(1e-5 + moments.random() * usual)
             while True:
@@ -144,6 +148,7 @@ def _stress_mode(
         except KeyboardInterrupt:
             pass
         timer.disarm()
+        torch.set_num_threads(1)
         counts["came"] += 1
         before = contents(params, optimizer)
         time.sleep(REST_SECONDS)
@@ -158,9 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the moments and the numbers")
     parser.add_argument("--threads", type=int, default=2, help="threads of a step")
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(arguments.threads)
     start = time.perf_counter()
-    counts = stress(arguments.interrupts, arguments.seed)
+    counts = stress(arguments.interrupts, arguments.seed, arguments.threads)
     print(
         f"seed {arguments.seed}, {arguments.threads} threads: {counts['came']} interrupts, after {counts['moved']} of "
         f"which something moved, and {counts['wrong']} wrong next steps ({time.perf_counter() - start:.0f} s)"

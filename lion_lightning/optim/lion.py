@@ -359,6 +359,11 @@ class Lion(Optimizer):
 
         `fused` depends on the machine: it is saved as None, and not loaded.
         """
+        for param, place in self._places():
+            try:
+                state.check_gatherable(self.state.get(param, {}), param)
+            except ValueError as error:
+                raise ValueError(f"{self._label(place)}: {error}") from None
         saved = super().state_dict()
         for group in saved["param_groups"]:
             group.update({key: group_options.plain(value) for key, value in group.items() if key != "params"})

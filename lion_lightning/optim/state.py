@@ -203,6 +203,24 @@ def loaded(entry: Any, param: Tensor) -> dict[str, Any]:
     return fresh
 
 
+def check_gatherable(entry: Mapping[str, Any], param: Tensor) -> None:
+    """Refuses to save state that FSDP1 (FullyShardedDataParallel) would gather wrongly: it knows `exp_avg` alone.
+
+    Args:
+        entry: the parameter's entry in `Optimizer.state`.
+        param: the parameter; FSDP1 marks those that are views of its flat parameters.
+
+    Raises:
+        ValueError: names the tensors and the ways out.
+    """
+    beyond = [key for key in ("exp_avg_scale", "weight_remainder") if key in entry]
+    if beyond and (getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False)):
+        raise ValueError(
+            f"{' and '.join(beyond)} of a parameter of FSDP1 cannot be gathered, so that saving is not allowed: use "
+            "float32 parameters with a momentum_dtype other than int8, or FSDP2 (torch.distributed.fsdp.fully_shard)"
+        )
+
+
 def _stored_dtype(found: torch.dtype, param: Tensor, requested: torch.dtype | None) -> torch.dtype:
     """The dtype of a parameter's momentum, given the one found and the group's `momentum_dtype`."""
     if requested is not None:

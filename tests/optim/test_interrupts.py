@@ -42,7 +42,7 @@ def test_after_an_interrupt_nothing_moves_and_the_next_step_is_exact() -> None:
 
     def check() -> None:
         torch.set_num_threads(2)
-        assert stress(64, seed=3) == {"came": 64, "moved": 0, "wrong": 0}
+        assert stress(40, seed=3, threads=2) == {"came": 40, "moved": 0, "wrong": 0}
 
     in_a_fork(check, 120)
 
@@ -153,6 +153,7 @@ def test_a_fork_after_a_step_and_one_during_a_step_of_another_thread() -> None:
                     try:
                         optimizer.step()
                         optimizer.step()
+                        torch.set_num_threads(1)  # torch's own threads do not survive a fork
                         code = 0 if torch.equal(param, expected) else 2
                     finally:
                         os._exit(code)
