@@ -33,7 +33,22 @@ from tests.optim.exactness import assert_step_is_exact, kept, record  # noqa: E4
 
 LIMIT_SECONDS = 60
 ACTIONS_PER_CASE = 6
-SHAPES = [(), (1,), (0,), (7,), (255,), (257,), (4095,), (4096,), (65, 64), (33, 257), (3, 5, 7), (2, 3, 4, 300), (300, 1), (1, 5000)]
+SHAPES = [
+    (),
+    (1,),
+    (0,),
+    (7,),
+    (255,),
+    (257,),
+    (4095,),
+    (4096,),
+    (65, 64),
+    (33, 257),
+    (3, 5, 7),
+    (2, 3, 4, 300),
+    (300, 1),
+    (1, 5000),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 MOMENTA = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool]
@@ -102,7 +117,9 @@ class Case:
         """All actions; returns how many ended in which way."""
         self.step()
         for _ in range(ACTIONS_PER_CASE):
-            self.random.choice([self.tamper, self.tamper, self.load, self.load, self.change, self.set_option, self.reload])()
+            self.random.choice(
+                [self.tamper, self.tamper, self.load, self.load, self.change, self.set_option, self.reload]
+            )()
         return dict(self.counts)
 
     def step(self) -> None:
@@ -148,7 +165,9 @@ class Case:
             }
             entry[key] = made[key]()
             return
-        shape = choice([(), (0,), (1,), tuple(value.shape)[1:], (*value.shape, 1), (5, *value.shape), (10,), (value.numel() + 1,)])
+        shape = choice(
+            [(), (0,), (1,), tuple(value.shape)[1:], (*value.shape, 1), (5, *value.shape), (10,), (value.numel() + 1,)]
+        )
         edits: list[Callable[[], Any]] = [
             lambda: value.to(choice([*MOMENTA, *INTEGERS, torch.complex64])),
             lambda: value.to(choice(MOMENTA)),

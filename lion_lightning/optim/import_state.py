@@ -339,7 +339,8 @@ def converted(
                 state[key] = _entry(source, entry, group, weight, name, drop_compensation)
             position += 1
         options = translated_options(source, group) if hyperparameters else {}
-        groups.append({**options, "step": _steps(entries, group), "params": list(group["params"])})
+        steps = max(int(entry.get("step", 0)) for entry in (group, *entries))  # 0 where the peer does not count
+        groups.append({**options, "step": steps, "params": list(group["params"])})
     return {"state": state, "param_groups": groups}
 
 
@@ -378,7 +379,10 @@ def import_state(
         raise ValueError("parameters of type DTensor are not allowed: import before sharding")
     fresh = converted(found, weights, source, hyperparameters=hyperparameters)
     if source != "lion_lightning":
-        _check_groups(fresh["param_groups"], optimizer)
+        sizes = [len(group["params"]) for group in fresh["param_groups"]]
+        allowed = [len(group["params"]) for group in optimizer.param_groups]
+        if sizes != allowed:
+            raise ValueError(f"state has parameter groups of sizes {sizes}; allowed here are {allowed}")
         current = optimizer.state_dict()["param_groups"]
         pairs = zip(current, fresh["param_groups"], strict=True)
         fresh["param_groups"] = [{**ours, **theirs} for ours, theirs in pairs]
@@ -405,15 +409,3 @@ def _entry(
     full = moments.full_weight(weight.detach())
     state["weight_remainder"] = remainder_of(full, weight.detach())
     return state
-
-
-def _steps(entries: Sequence[Entry], group: Entry) -> int:
-    """Steps taken: the largest count found; 0 for peers that do not count."""
-    return max(int(entry.get("step", 0)) for entry in (group, *entries))
-
-
-def _check_groups(groups: Sequence[Mapping[str, Any]], optimizer: Optimizer) -> None:
-    sizes = [len(group["params"]) for group in groups]
-    allowed = [len(group["params"]) for group in optimizer.param_groups]
-    if sizes != allowed:
-        raise ValueError(f"state has parameter groups of sizes {sizes}; allowed here are {allowed}")

@@ -20,7 +20,8 @@ ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tens
 Group = dict[str, Any]
 
 
-class _Place(NamedTuple):
+@dataclass(frozen=True)
+class _Place:
     """Where a parameter stands: the number of its group, and its own number over all groups."""
 
     group: int

@@ -4,6 +4,7 @@ An engine adds to a row of sums per tensor (`rule.observe` defines them). `Telem
 keeps the rows of the last sample and turns them into named metrics.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ OBSERVED_ELEMENTS = 1 << 19
 KINDS = ("scalar", "vector", "matrix")
 
 
-class Outline(NamedTuple):
+@dataclass(frozen=True)
+class Outline:
     """What telemetry needs of an update; not the update itself, which would keep its gradient alive."""
 
     index: int
@@ -92,7 +94,8 @@ class Telemetry:
         self._below = min(1 << 28, (OBSERVED_ELEMENTS << 32) // max(1, elements))
         self._samples = self._samples + 1 if self._signs else 1
         self._rows, self._is_open = {}, True
-        for index, count, device, kind, settings in outlines:
+        for outline in outlines:
+            index, count, device = outline.index, outline.elements, outline.device
             length = -(-count // self._stride)
             signs = self._signs.get(index)
             if signs is None or signs.numel() != length or signs.device != device:
@@ -101,7 +104,7 @@ class Telemetry:
                 self._counts[count, self._below] = observed_count(count, self._below)
             dtype = torch.float32 if device.type == "mps" else torch.float64
             sums = torch.zeros(rule.STATISTICS, dtype=dtype, device=device)
-            self._rows[index] = _Row(sums, signs, self._counts[count, self._below], kind, settings)
+            self._rows[index] = _Row(sums, signs, self._counts[count, self._below], outline.kind, outline.settings)
 
     def attach(self, update: TensorUpdate) -> None:
         """Gives an update of a sampled step its row of sums and its sampled signs."""

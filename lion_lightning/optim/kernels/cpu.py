@@ -72,7 +72,7 @@ class CpuEngine:
         for update in updates:
             chunks = -(-update.param.numel() // CHUNK_ELEMENTS)
             row = update.statistics
-            if row is not None and chunks > 1:  # threads share no row: each chunk has its own, summed up below
+            if update.statistics is not None and chunks > 1:  # threads share no row
                 row = torch.zeros(chunks, rule.STATISTICS, dtype=torch.float64)
                 chunk_rows.append((update.statistics, row))
             table += _task(update, first_chunk, row)

@@ -148,18 +148,6 @@ class TensorUpdate:
         return storage_formats.random_bits(keys, self.offset, self.param.numel(), self.param.device)
 
 
-def mixture(grad: Tensor, momentum: Tensor, settings: Settings) -> Tensor:
-    """c, the interpolation of momentum and gradient."""
-    mixed = momentum * settings.beta1
-    mixed += grad * (1 - settings.beta1)
-    return mixed
-
-
-def direction(mixed: Tensor) -> Tensor:
-    """u, before caution: the sign of c; a NaN stays one, where torch's sign makes it 0."""
-    return torch.where(mixed.isnan(), mixed, mixed.sign())
-
-
 def caution(update: Tensor, grad: Tensor) -> Tensor:
     """Masks the elements of u whose sign the gradient does not share and makes up for them within each block.
 
@@ -175,31 +163,19 @@ def caution(update: Tensor, grad: Tensor) -> Tensor:
     return update * torch.where(mask, factor, 0.0)
 
 
-def moved(weight: Tensor, update: Tensor, settings: Settings) -> Tensor:
-    """The weight after step and decay, given u."""
-    change = weight * settings.weight_decay
-    change += update
-    change *= settings.lr
-    return torch.sub(weight, change, out=change)
-
-
-def averaged(momentum: Tensor, grad: Tensor, settings: Settings) -> Tensor:
-    """The momentum after the step."""
-    new_momentum = momentum * settings.beta2
-    new_momentum += grad * (1 - settings.beta2)
-    return new_momentum
-
-
 def ruled(weight: Tensor, grad: Tensor, momentum: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """The rule, in the precision of its arguments; gradients that are not finite propagate.
 
     Returns:
         New weight, new momentum, and u.
     """
-    update = direction(mixture(grad, momentum, settings))
+    mixed = momentum * settings.beta1 + grad * (1 - settings.beta1)
+    update = torch.where(mixed.isnan(), mixed, mixed.sign())  # torch's sign of NaN is 0
     if settings.cautious:
         update = caution(update, grad)
-    return moved(weight, update, settings), averaged(momentum, grad, settings), update
+    new_weight = weight - (weight * settings.weight_decay + update) * settings.lr
+    new_momentum = momentum * settings.beta2 + grad * (1 - settings.beta2)
+    return new_weight, new_momentum, update
 
 
 def gradient_factor(settings: Settings, dtype: torch.dtype) -> float | Tensor:

@@ -58,8 +58,8 @@ GROUP_COLUMNS = (
 )
 """Columns of the table of settings: float64 numbers, then int64. Addresses are of 0-d tensors, 0 for None."""
 
-KEPT_BYTES = 1 << 26
-"""Tables beyond this are dropped, oldest first."""
+KEPT_TABLES = 64
+"""Tables beyond this number are dropped, the least recently used first: a schedule makes a new one at every step."""
 
 _TENSOR_ROW = struct.Struct(f"{len(TENSOR_COLUMNS)}q")
 _GROUP_ROW = struct.Struct(f"{len(NUMBERS)}d{len(GROUP_COLUMNS) - len(NUMBERS)}q")
@@ -132,15 +132,15 @@ class TritonEngine:
         converted: list[Tensor] = []  # freed after the launch: the stream keeps the order
         rows, groups, tiles = _rows(combination, batch, kernels.TILE_ELEMENTS, converted)
         device = nonfinite.device
-        tensors = self._table(rows, device)
+        tensors = self._tables.table(rows, device)
         lanes = nonfinite
         if combination.statistics:
             shape = len(batch), kernels.LANES, kernels.LANE_COLUMNS
             lanes = torch.zeros(shape, dtype=torch.float64, device=device)
         kernels.lion_kernel[(sum(tiles),)](
             tensors,
-            self._table(groups, device),
-            self._find(tiles, lambda: _tensor_of_tile(tiles), device),
+            self._tables.table(groups, device),
+            self._tables.find(tiles, lambda: _tensor_of_tile(tiles), device),
             nonfinite,
             lanes,
             **_constants(combination, kernels),
@@ -298,7 +298,6 @@ class DeviceTables:
 
     def __init__(self) -> None:
         self._tables: OrderedDict[tuple[torch.device, int, Hashable], Tensor] = OrderedDict()
-        self._bytes = 0
         self._of_graphs: list[Tensor] = []
         self._set_aside: dict[int, Tensor] = {}
 
@@ -322,9 +321,10 @@ class DeviceTables:
         if full_key not in self._tables:
             pinned = _pinned(make())
             self._tables[full_key] = pinned.to(device, non_blocking=True)
-            self._bytes += pinned.nbytes
-            self._set_aside.setdefault(pinned.nbytes, torch.empty(pinned.nbytes, dtype=torch.uint8, pin_memory=True))
-            self._forget()
+            if pinned.nbytes not in self._set_aside:
+                self._set_aside[pinned.nbytes] = torch.empty(pinned.nbytes, dtype=torch.uint8, pin_memory=True)
+            if len(self._tables) > KEPT_TABLES:
+                self._tables.popitem(last=False)
         self._tables.move_to_end(full_key)
         return self._tables[full_key]
 
@@ -340,11 +340,6 @@ class DeviceTables:
         table = pinned.to(device, non_blocking=True)
         self._of_graphs += [pinned, table]
         return table
-
-    def _forget(self) -> None:
-        while self._bytes > KEPT_BYTES and len(self._tables) > 1:
-            _, table = self._tables.popitem(last=False)
-            self._bytes -= table.nbytes
 
 
 def _pinned(content: Tensor) -> Tensor:
