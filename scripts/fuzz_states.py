@@ -144,8 +144,7 @@ class Case:
         before = record(self.optimizer)
         try:
             action()
-        except ValueError as error:
-            assert "allowed" in str(error) or "use " in str(error), error
+        except ValueError:
             assert record(self.optimizer) == before, "a refusal changed the optimizer"
             self.counts["refused"] += 1
             return

@@ -5,11 +5,11 @@ Keys, each present only where it is needed:
     exp_avg_scale: fp32 scales of an int8 momentum, one per block of 256 elements in memory order.
     weight_remainder: int16 (32 bits) or int8 (24 bits), the bits that a bf16 weight cannot hold, with the shape and
         memory layout of the parameter.
-A DTensor parameter has DTensors as state. The scales of its int8 momentum belong to the blocks of each local shard, so
-such a state can be loaded by as many processes as saved it.
+A DTensor parameter has DTensors as state. The scales of its int8 momentum belong to the blocks of each local shard.
+Their number identifies the shards, and a state of other shards is refused.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,7 +86,8 @@ def check(entry: Mapping[str, Any], param: Tensor) -> None:
             raise ValueError(f"{key} has dtype {value.dtype}, which is not allowed: use {names}")
         shape = _scale_shape(param) if key == "exp_avg_scale" else param.shape
         if value.shape != shape:
-            raise ValueError(f"{key} has shape {tuple(value.shape)}, which is not allowed: use {tuple(shape)}")
+            sharded = " (those of sharded parameters fit the same shards only)" if key == "exp_avg_scale" else ""
+            raise ValueError(f"{key} has shape {tuple(value.shape)}, which is not allowed: use {tuple(shape)}{sharded}")
         if layout.is_sharded(value) != layout.is_sharded(param):
             kinds = type(value).__name__, type(param).__name__
             raise ValueError(
@@ -229,18 +230,38 @@ def _stored_dtype(found: torch.dtype, param: Tensor, requested: torch.dtype | No
     return widest if found in (torch.float16, torch.float64) else found
 
 
-def _scale_shape(param: Tensor) -> torch.Size:
-    """Shape of the scales of an int8 momentum: (ceil(n / 256),), or as many for each shard of a DTensor."""
+def scale_count(shape: Sequence[int], ways: Sequence[int]) -> int:
+    """Number of scales of an int8 momentum over all shards, from which their layout can be told.
+
+    Where the shards' blocks are those of the whole tensor, it is one for each. Otherwise each shard has a few more than
+    it uses: an odd number, which tells world sizes that are powers of two apart, of remainder 1 by 4 where rows are
+    sharded and 3 elsewhere. A state of another layout therefore does not fit, instead of being misread.
+
+    Args:
+        shape: of the whole parameter.
+        ways: into how many shards each dimension is cut.
+    """
     block = storage_formats.BLOCK_ELEMENTS
+    shards, whole = torch.Size(ways).numel(), -(-torch.Size(shape).numel() // block)
+    elements = torch.Size(-(-size // cut) for size, cut in zip(shape, ways, strict=True)).numel()
+    blocks, is_by_rows = -(-elements // block), shards == max(ways[:1], default=1)
+    if shards == 1 or (is_by_rows and shape[0] % shards == 0 and elements % block == 0):
+        return whole
+    while blocks % 4 != (1 if is_by_rows else 3) or blocks * shards == whole:
+        blocks += 1
+    return blocks * shards
+
+
+def _scale_shape(param: Tensor) -> torch.Size:
+    """Shape of the scales of an int8 momentum; they are sharded along their only dimension."""
     if not layout.is_sharded(param):
-        return torch.Size((-(-param.numel() // block),))
-    largest, shards = list(param.shape), 1
+        return torch.Size((-(-param.numel() // storage_formats.BLOCK_ELEMENTS),))
+    ways = [1] * param.ndim
     placements: tuple[Any, ...] = param.placements  # type: ignore[attr-defined]
-    for ways, placement in zip(param.device_mesh.shape, placements, strict=True):  # type: ignore[attr-defined]
+    for cut, placement in zip(param.device_mesh.shape, placements, strict=True):  # type: ignore[attr-defined]
         if placement.is_shard():
-            largest[placement.dim] = -(-largest[placement.dim] // ways)
-            shards *= ways
-    return torch.Size((-(-torch.Size(largest).numel() // block) * shards,))
+            ways[placement.dim] *= cut
+    return torch.Size((scale_count(param.shape, ways),))
 
 
 def _zero_scale(param: Tensor) -> Tensor:

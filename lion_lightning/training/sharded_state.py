@@ -15,7 +15,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.optim import Optimizer
 
 from lion_lightning.optim import layout
-from lion_lightning.optim.kernels import storage_formats
+from lion_lightning.optim.state import scale_count
 from lion_lightning.training.momentum_blocks import SavedBlocks, reblocked
 from lion_lightning.training.sharded_files import META_FILE, load_sharded, read_whole, shards_of
 
@@ -89,8 +89,8 @@ def _expect_saved_scales(state: dict[str, Any], shards: dict[str, int], name: st
         count = shards.get(f"{name}.state.{param}.{SCALES}")
         if SCALES in entry and count not in (None, entry[SCALES].device_mesh.size()):
             waiting[param] = entry[SCALES]
-            elements = -(-entry[LEVELS].shape[0] // count) * entry[LEVELS].shape[1:].numel()
-            entry[SCALES] = torch.empty(count * -(-elements // storage_formats.BLOCK_ELEMENTS))
+            shape = entry[LEVELS].shape
+            entry[SCALES] = torch.empty(scale_count(shape, (count, *(1 for _ in shape[1:]))))
     return waiting
 
 

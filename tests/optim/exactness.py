@@ -74,7 +74,11 @@ def _content(value: Any) -> Any:
     if isinstance(value, Tensor) and value.device.type == "cpu" and value.layout == torch.strided and value.numel():
         plain = value.detach().resolve_neg().resolve_conj()
         if not plain.is_quantized and plain.dtype.itemsize:
-            return plain.dtype, tuple(plain.shape), plain.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            return (
+                plain.dtype,
+                tuple(plain.shape),
+                plain.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy().tobytes(),
+            )
     return repr(value)
 
 
