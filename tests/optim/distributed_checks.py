@@ -226,7 +226,7 @@ def check_ddp_replicas_stay_alike_with_and_without_release(mesh: DeviceMesh) -> 
 def check_release_says_what_ddp_cannot_do(mesh: DeviceMesh) -> None:
     inside = replica(torch.float32)
     handle = release_gradients(inside.module, Lion(inside.parameters()))
-    _expect(RuntimeError, "give it the wrapper", lambda: inside(torch.ones(2, 64)))
+    _expect(RuntimeError, "pass the wrapper", lambda: inside(torch.ones(2, 64)))
     handle.remove()
     unused = replica(torch.float32, find_unused_parameters=True)
     _expect(ValueError, "find_unused_parameters=True", lambda: release_gradients(unused, Lion(unused.parameters())))
