@@ -61,6 +61,8 @@ class CpuEngine:
             return misfit
         dtypes = param, grad, exp_avg = update.param.dtype, update.grad.dtype, update.exp_avg.dtype
         if dtypes != DOUBLE and (param not in NARROW or grad not in NARROW or exp_avg not in (*NARROW, torch.int8)):
+            if param == torch.float64:
+                return f"float64 parameters need gradients and momentum of float64, got {grad} and {exp_avg}"
             return f"gradients of {grad} and momentum of {exp_avg} for parameters of {param} are not supported"
         if load() is None:
             return "cpu.c could not be compiled"
