@@ -115,22 +115,17 @@ class TensorUpdate:
 
     def misfit(self) -> str | None:
         """Why engines that take addresses cannot trust the tensors, as the end of a sentence; None if they fit."""
-        param, count, bits = self.param, self.param.numel(), self.settings.weight_bits
-        arrays = {"grad": self.grad, "exp_avg": self.exp_avg, "weight_remainder": self.weight_remainder}
-        for name, array in arrays.items():
-            if array is not None and (
-                array.numel() != count or not array.is_contiguous() or array.device != param.device
-            ):
-                return f"{name} does not have the {count} elements of the parameter beside each other on {param.device}"
-        low = {32: torch.int16, 24: torch.int8}.get(bits) if param.dtype == torch.bfloat16 else None
-        if low != (None if self.weight_remainder is None else self.weight_remainder.dtype):
-            return f"weight_remainder is not of {low}"
-        scale = self.exp_avg_scale
+        count, remainder, scale = self.param.numel(), self.weight_remainder, self.exp_avg_scale
+        if not self.grad.numel() == self.exp_avg.numel() == count:
+            return f"gradient and momentum of {self.grad.numel()} and {self.exp_avg.numel()} elements for {count}"
+        low = {32: torch.int16, 24: torch.int8}.get(self.settings.weight_bits)
+        low = low if self.param.dtype == torch.bfloat16 else None
+        kept = (None, count) if remainder is None else (remainder.dtype, remainder.numel())
+        if kept != (low, count):
+            return f"weight_remainder is not of {low} with {count} elements"
         if (self.exp_avg.dtype == torch.int8) != (scale is not None):
             return "exp_avg_scale belongs to an exp_avg of int8"
-        if scale is not None and (
-            scale.dtype != torch.float32 or scale.numel() * BLOCK_ELEMENTS < count or not scale.is_contiguous()
-        ):
+        if scale is not None and (scale.dtype != torch.float32 or scale.numel() * BLOCK_ELEMENTS < count):
             return "exp_avg_scale does not have a float32 number for each block"
         return None
 
