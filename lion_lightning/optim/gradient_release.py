@@ -38,6 +38,8 @@ def release_gradients(model: nn.Module, optimizer: Optimizer, *, clip_value: flo
     release, `torch.nn.utils.clip_grad_norm_` finds no gradients and clips nothing. Leave it out (a step of Lion is
     bounded by lr) or use `clip_value`.
 
+    If backward raises, the next forward begins the iteration again; parameters that had stepped by then step once more.
+
     DDP: pass the wrapper; a parameter steps when its bucket has been reduced. DDP keeps its buckets, which are as large
     as the gradients, so little memory is saved there. FSDP2 works on each rank's shards.
 
@@ -81,7 +83,8 @@ class Release:
         self._optimizer, self._clip_value = optimizer, clip_value
         self._stepped: set[Tensor] = set()
         self._rates: list[float | None] = []
-        self._begun = self._inside_step = False
+        self._begun = self._inside_step = self._in_backward = False
+        self._hooked: set[Tensor] = set()
         self._lock = threading.RLock()
         self._active = True
         self._replace_step()
@@ -89,9 +92,8 @@ class Release:
         if isinstance(model, DistributedDataParallel):
             self._handles = [_step_in_buckets(model, self)]
         else:
-            trainable = [param for param in self._groups if param.requires_grad]
-            self._handles = [param.register_post_accumulate_grad_hook(self._on_gradient) for param in trainable]
-            self._handles.append(model.register_forward_pre_hook(_refuse_hidden_wrapper))
+            self._handles = [model.register_forward_pre_hook(self._before_forward)]
+            self._hook_trainable()
 
     @property
     def active(self) -> bool:
@@ -158,9 +160,34 @@ class Release:
     def _pre_hooks(self) -> dict[int, Any]:
         return self._optimizer._optimizer_step_pre_hooks
 
+    def _before_forward(self, model: nn.Module, _: Any) -> None:
+        if DistributedDataParallel._get_active_ddp_module() is not None:
+            raise RuntimeError(
+                "model is wrapped in DistributedDataParallel, and release_gradients got the module inside: it would "
+                "step on gradients that are not yet reduced; pass the wrapper"
+            )
+        if self._in_backward:  # it has raised: the iteration begins again
+            self._stepped.clear()
+            self._in_backward = False
+        self._hook_trainable()
+
+    def _hook_trainable(self) -> None:
+        """Adds the hooks of parameters that train, which may have been unfrozen since the last forward."""
+        for param in self._groups:
+            if param.requires_grad and param not in self._hooked:
+                self._hooked.add(param)
+                self._handles.append(param.register_post_accumulate_grad_hook(self._on_gradient))
+
     def _on_gradient(self, param: Tensor) -> None:
+        if not self._in_backward:
+            self._in_backward = True
+            Variable._execution_engine.queue_callback(self._end_backward)
         self.step(param)
         param.grad = None
+
+    def _end_backward(self) -> None:
+        """Runs when backward has ended without an exception."""
+        self._in_backward = False
 
     def _replace_step(self) -> None:
         """Puts `_end` before the optimizer's step, as a method: schedulers that come later wrap it."""
@@ -234,14 +261,6 @@ def _known_rate(group: dict[str, Any]) -> float | None:
     """The learning rate where it can be read without waiting for a device."""
     rate = group["lr"]
     return None if isinstance(rate, Tensor) and rate.device.type != "cpu" else float(rate)
-
-
-def _refuse_hidden_wrapper(model: nn.Module, _: Any) -> None:
-    if DistributedDataParallel._get_active_ddp_module() is not None:
-        raise RuntimeError(
-            "model is wrapped in DistributedDataParallel, and release_gradients got the module inside: it would step "
-            "on gradients that are not yet reduced; pass the wrapper"
-        )
 
 
 def _step_alone(optimizer: Optimizer, number: int, param: Tensor) -> None:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lion_lightning.optim import layout
-from lion_lightning.optim.lion import Lion
 from lion_lightning.optim.state import remainder_of
 
 StateDict = Mapping[str, Any]
@@ -184,6 +184,13 @@ def translated_options(peer: str, group: Entry) -> dict[str, Any]:
 
 
 SOURCES = (*PEERS, "lion_lightning")
+PLAIN = ("lion-pytorch", "timm", "pytorch_optimizer")
+"""Peers whose state and options load unchanged."""
+OTHER_OPTIONS = {
+    *("eps", "amsgrad", "momentum", "dampening", "nesterov", "alpha", "centered", "momentum_decay", "lr_decay"),
+    *("lambd", "t0", "rho", "etas", "step_sizes", "beta2_decay", "ns_steps", "max_iter"),
+}
+"""Options of optimizers in torch.optim that no Lion has."""
 CONTAINERS = ("optimizer_states", "optimizer_state_dict", "optimizer", "optim")
 """Keys under which checkpoints of Lightning and of plain loops keep an optimizer's state."""
 
@@ -225,6 +232,57 @@ def optimizer_state(checkpoint: StateDict) -> StateDict:
         f"no optimizer state ('state', 'param_groups') in {keys}; looked there and under {', '.join(CONTAINERS)}. "
         "Partitions of DeepSpeed ZeRO are to be merged first (ds_to_universal.py)"
     )
+
+
+def check_loadable(state_dict: Any) -> None:
+    """Refuses what `Lion.load_state_dict` would not understand or would misunderstand.
+
+    Raises:
+        ValueError: it is no state dict, or that of another optimizer; names the way to convert it.
+    """
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        found = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        raise ValueError(f"state_dict is {found}, which is not allowed: use a dict of 'state' and 'param_groups'")
+    states, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(states, Mapping):
+        raise ValueError(f"state is a {type(states).__name__}, which is not allowed: use a dict")
+    for group in groups if isinstance(groups, Sequence) else [groups]:
+        if not isinstance(group, Mapping) or not isinstance(groups, Sequence):
+            raise ValueError(f"param_groups has a {type(group).__name__}, which is not allowed: use a list of dicts")
+        params = group.get("params")
+        if not isinstance(params, Sequence) or len(set(params)) != len(params):
+            raise ValueError(f"params={params!r} of a group is not allowed: use a list of different names or numbers")
+    if any("weight_bits" in group for group in groups):
+        return
+    entries = [entry for entry in states.values() if isinstance(entry, Mapping)]
+    tensors = {key for entry in entries for key in entry}
+    options = sorted(OTHER_OPTIONS & {key for group in groups for key in group})
+    try:
+        source = detect(entries, groups)
+    except ValueError:
+        source = ""
+    if (options and source in ("", "deepspeed")) or (not source and not tensors <= {"exp_avg", "weight_remainder"}):
+        raise ValueError(
+            f"state_dict is not of a Lion (options {options}, state {sorted(tensors)}), and a Lion cannot continue "
+            "from it: begin with a fresh state, with lr and weight_decay from lion_lightning.from_adamw. States of "
+            "other Lions are converted by lion_lightning.optim.import_state"
+        )
+    try:
+        lost = [options for group in groups for options in _renamed_options(source, group)] if source else []
+    except ValueError as error:
+        lost = [str(error)]
+    if lost or (source and (source not in PLAIN or not tensors <= {"exp_avg"})):
+        raise ValueError(
+            f"state_dict is of {source}{''.join(f', with {option}' for option in lost)}: load it by "
+            "lion_lightning.optim.import_state.import_state(state_dict, optimizer), or convert the file by "
+            "`python scripts/convert_checkpoint.py IN OUT`"
+        )
+
+
+def _renamed_options(source: str, group: Entry) -> list[str]:
+    """Options that are set and that Lion knows by another name; a ValueError for those that it does not know."""
+    translated_options(source, group)
+    return [name for name, ours in PEERS[source].names.items() if name != ours and group.get(name)]
 
 
 def source_of(state_dict: StateDict) -> str:
@@ -288,7 +346,7 @@ def converted(
 
 def import_state(
     state: StateDict | str | os.PathLike[str],
-    optimizer: Lion,
+    optimizer: Optimizer,
     source: str | None = None,
     *,
     hyperparameters: bool = True,

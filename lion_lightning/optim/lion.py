@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -12,7 +11,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lion_lightning.optim import group_options, layout, state
+from lion_lightning.optim import group_options, import_state, layout, state
 from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
 from lion_lightning.optim.kernels.select import Engine, choose
 from lion_lightning.optim.telemetry import Outline, Telemetry
@@ -243,15 +242,24 @@ class Lion(Optimizer):
         return [(param, _Place(number, index)) for index, (number, param) in enumerate(pairs)]
 
     def _collect(self, params: list[tuple[Tensor, _Place]], shared: _Pass) -> _Work:
-        """Prepares the state of parameters that have gradients, flattens them and chooses their engines."""
+        """Checks everything, then prepares the state of parameters, flattens them and chooses their engines."""
+        unready = []
+        for param, place in params:
+            assert param.grad is not None
+            try:
+                group_options.check_grad(param.grad, param)
+                self._settings(place.group, param.device, shared)
+                entry, stored = self.state.get(param, {}), _storage(self.param_groups[place.group])
+                if not state.is_ready(entry, param, *stored):
+                    state.check(entry, param)
+                    unready.append((param, stored))
+            except ValueError as error:
+                raise ValueError(f"{self._label(place)}: {error}") from None
+        for param, stored in unready:
+            self.state[param] = state.prepare(self.state[param], param, *stored)
         work = _Work([], [], [])
         for param, place in params:
-            group = self.param_groups[place.group]
-            assert param.grad is not None
-            group_options.check_grad(param.grad)
-            settings = self._settings(place.group, param.device, shared)
-            momentum_dtype = group_options.momentum_dtype(group["momentum_dtype"])
-            state.prepare(self.state[param], param, group["weight_bits"], momentum_dtype)
+            group, settings = self.param_groups[place.group], self._settings(place.group, param.device, shared)
             if settings is not None:
                 update = layout.tensor_update(param, self.state[param], place.index, settings, work.copies)
                 work.updates.append((choose(update, group["fused"]), update))
@@ -272,6 +280,14 @@ class Lion(Optimizer):
         torch.autograd.graph.increment_version(work.params)  # engines that write memory do not inform autograd
         for target, source in work.copies:
             target.copy_(source)
+
+    def _label(self, place: _Place) -> str:
+        """A parameter's number, and its name where the optimizer has names."""
+        names = [
+            name for group in self.param_groups for name in group.get("param_names", [None] * len(group["params"]))
+        ]
+        name = names[place.index]
+        return f"parameter {place.index}" + (f" ({name!r})" if name is not None else "")
 
     def _settings(self, number: int, device: torch.device, shared: _Pass) -> Settings | None:
         """A group's settings for one step on a device; None where the host knows that the step is skipped."""
@@ -298,11 +314,11 @@ class Lion(Optimizer):
             beta1=float(group["betas"][0]),
             beta2=float(group["betas"][1]),
             weight_decay=float(group["weight_decay"]),
-            weight_bits=group["weight_bits"],
-            cautious=group["cautious"],
-            maximize=group["maximize"],
+            weight_bits=int(group["weight_bits"]),
+            cautious=bool(group["cautious"]),
+            maximize=bool(group["maximize"]),
             skip_nonfinite=group["nonfinite"] == "skip",
-            seed=group["seed"],
+            seed=int(group["seed"]),
             step=_number(group["step"], device),
             grad_scale=1.0 if grad_scale is None else grad_scale,
             found_inf=found_inf,
@@ -340,42 +356,74 @@ class Lion(Optimizer):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """State of every parameter and the options of every group except `fused`, which depends on the machine."""
+        """State of every parameter, and the options of every group as plain numbers and names.
+
+        `fused` depends on the machine: it is saved as None, and not loaded.
+        """
+        for param, place in self._places():
+            try:
+                state.check_gatherable(self.state.get(param, {}), param)
+            except ValueError as error:
+                raise ValueError(f"{self._label(place)}: {error}") from None
         saved = super().state_dict()
         for group in saved["param_groups"]:
-            group.pop("fused", None)
-            group["step"] = int(group["step"])
+            group.update({key: group_options.plain(value) for key, value in group.items() if key != "params"})
+            momentum_dtype = group_options.momentum_dtype(group["momentum_dtype"])
+            name = None if momentum_dtype is None else str(momentum_dtype).removeprefix("torch.")
+            group.update(fused=None, step=int(group["step"]), momentum_dtype=name)
         return saved
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a `state_dict`, each tensor in the dtype it was saved in (torch casts it to the parameter's).
 
-        State of other Lion implementations that call the momentum `exp_avg` loads as it is.
+        State of other Lion implementations that keep nothing but `exp_avg` loads unchanged. Everything is checked
+        before anything changes.
 
         Raises:
-            ValueError: groups differ in number or size from those of this optimizer.
+            ValueError: the state is of another optimizer, or does not fit; names the parameter, tensor or option, what
+                was found and what is allowed.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        groups = deepcopy(state_dict["param_groups"])
-        sizes = [len(group["params"]) for group in self.param_groups]
-        saved_sizes = [len(group["params"]) for group in groups]
-        if sizes != saved_sizes:
-            raise ValueError(f"state_dict has parameter groups of sizes {saved_sizes}; allowed here are {sizes}")
-        saved_ids = chain.from_iterable(group["params"] for group in groups)
-        params = dict(zip(saved_ids, chain.from_iterable(g["params"] for g in self.param_groups), strict=True))
-        fresh = {params.get(key, key): state.loaded(of, params.get(key)) for key, of in state_dict["state"].items()}
-        for group, current in zip(groups, self.param_groups, strict=True):
-            group["params"] = current["params"]
-            group["fused"] = current["fused"]
-            if "param_names" in current:
-                group.setdefault("param_names", current["param_names"])
+        groups, fresh = self._checked(state_dict)
         self.__setstate__({"state": type(self.state)(dict, fresh), "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _checked(self, state_dict: dict[str, Any]) -> tuple[list[Group], dict[Tensor, dict[str, Any]]]:
+        """Groups and state as they are to be after a load; changes nothing."""
+        import_state.check_loadable(state_dict)
+        sizes = [len(group["params"]) for group in self.param_groups]
+        saved_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+        if sizes != saved_sizes:
+            raise ValueError(f"state_dict has parameter groups of sizes {saved_sizes}; allowed here are {sizes}")
+        groups = []
+        for saved, current in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            group = {**self.defaults, **deepcopy({key: value for key, value in saved.items() if key != "params"})}
+            group_options.check({**group, "fused": current["fused"]})
+            group.update(params=current["params"], fused=current["fused"])
+            group["momentum_dtype"] = group_options.momentum_dtype(group["momentum_dtype"])
+            group["step"] = int(group.get("step", 0))
+            if "param_names" in current:
+                group.setdefault("param_names", current["param_names"])
+            groups.append(group)
+        saved_ids = [key for group in state_dict["param_groups"] for key in group["params"]]
+        unknown = [key for key in state_dict["state"] if key not in saved_ids]
+        if unknown:
+            raise ValueError(
+                f"state_dict has state of {unknown[:5]}, which no parameter group lists; use {saved_ids[:5]}"
+            )
+        fresh = {}
+        for key, (param, place) in zip(saved_ids, self._places(), strict=True):
+            if key in state_dict["state"]:
+                try:
+                    fresh[param] = state.loaded(state_dict["state"][key], param)
+                except ValueError as error:
+                    raise ValueError(f"{self._label(place)}: {error}") from None
+        return groups, fresh
 
 
 class Signum(Lion):
@@ -403,10 +451,15 @@ class Signum(Lion):
         super().__init__(params, lr, (momentum, momentum), weight_decay, **options)
 
 
+def _storage(group: Group) -> tuple[int, torch.dtype | None]:
+    """`weight_bits` and `momentum_dtype` of a group."""
+    return group["weight_bits"], group_options.momentum_dtype(group["momentum_dtype"])
+
+
 def _number(value: Any, device: torch.device) -> Any:
     """A number where the host can know it without waiting for the device, else a tensor of shape () on the device."""
     if not isinstance(value, Tensor):
-        return value
+        return group_options.plain(value)
     if value.device.type == "cpu" or device.type == "cpu":
         return value.item()
     return value.reshape(()).to(device, non_blocking=True)

@@ -11,6 +11,10 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifndef _WIN32
+#include <pthread.h>
+#include <signal.h>
+#endif
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(NO_CLONES)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -519,19 +523,53 @@ CLONES static int64_t run_double(const Task *task, int64_t start, int64_t stop, 
     return nonfinite;
 }
 
-/* Takes chunks from a counter shared between threads until none is left; adds to the count of non-finite gradients. */
-void lion_step(const Task *tasks, int64_t task_count, int64_t chunk_count, int64_t *next_chunk, int64_t *nonfinite) {
+/* One step: what its threads share. */
+typedef struct {
+    const Task *tasks;
+    int64_t task_count, chunk_count, next_chunk;
+    int64_t *nonfinite;
+} Step;
+
+/* Takes chunks from the shared counter until none is left; adds to the count of non-finite gradients. */
+static void *run_chunks(void *argument) {
+    Step *step = argument;
     int64_t chunk, task = 0;
-    while ((chunk = __atomic_fetch_add(next_chunk, 1, __ATOMIC_RELAXED)) < chunk_count) {
-        while (task + 1 < task_count && tasks[task + 1].first_chunk <= chunk) task++;
-        const Task *current = tasks + task;
+    while ((chunk = __atomic_fetch_add(&step->next_chunk, 1, __ATOMIC_RELAXED)) < step->chunk_count) {
+        while (task + 1 < step->task_count && step->tasks[task + 1].first_chunk <= chunk) task++;
+        const Task *current = step->tasks + task;
         int64_t start = (chunk - current->first_chunk) * CHUNK;
         int64_t stop = start + CHUNK < current->count ? start + CHUNK : current->count;
         double *row = current->statistics ? current->statistics + STATISTICS * (chunk - current->first_chunk) : 0;
         int64_t found = (current->param_type == FLOAT64 ? run_double : run_float)(current, start, stop, row);
         if (row) row[NONFINITE] += (double)found;
-        if (found) __atomic_fetch_add(nonfinite, found, __ATOMIC_RELAXED);
+        if (found) __atomic_fetch_add(step->nonfinite, found, __ATOMIC_RELAXED);
     }
+    return 0;
+}
+
+/* Runs a step on up to `threads` threads, the calling one included, and returns when all have ended: no thread outlives
+ * the call, so interrupts, exits and forks meet none. Where the system grants no thread the others do its work. Threads
+ * block all signals, which stay with the threads of the caller. */
+void lion_step(const Task *tasks, int64_t task_count, int64_t chunk_count, int64_t threads, int64_t *nonfinite) {
+    Step step = {tasks, task_count, chunk_count, 0, nonfinite};
+#ifndef _WIN32
+    enum { LARGEST = 256 };
+    pthread_t others[LARGEST];
+    int64_t started = 0;
+    sigset_t all, before;
+    sigfillset(&all);
+    if (threads > 1 && pthread_sigmask(SIG_SETMASK, &all, &before) == 0) {
+        while (started < threads - 1 && started < LARGEST &&
+               pthread_create(others + started, 0, run_chunks, &step) == 0)
+            started++;
+        pthread_sigmask(SIG_SETMASK, &before, 0);
+    }
+    run_chunks(&step);
+    while (started) pthread_join(others[--started], 0);
+#else
+    (void)threads;
+    run_chunks(&step);
+#endif
 }
 
 int64_t lion_task_bytes(void) { return sizeof(Task); }

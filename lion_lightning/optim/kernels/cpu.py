@@ -1,4 +1,4 @@
-"""The cpu engine: cpu.c through ctypes from a few Python threads, which run in parallel because ctypes drops the GIL.
+"""The cpu engine: cpu.c through ctypes. A step is one call, whose threads begin and end in C.
 
 The compiled library comes with the package, or is built on first use into the user's cache,
 `$XDG_CACHE_HOME/lion_lightning` (by default `~/.cache/lion_lightning`). A file there is named after a hash of source,
@@ -17,7 +17,6 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -27,13 +26,23 @@ from lion_lightning.optim.kernels import rule, storage_formats
 from lion_lightning.optim.kernels.rule import TensorUpdate
 
 SOURCE = Path(__file__).with_name("cpu.c")
-FLAGS = ("-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd")
+FLAGS = (
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
+    "-pthread",
+)
 COMPILE_TIMEOUT_SECONDS = 120
 STALE_SECONDS = 60
 
 CHUNK_ELEMENTS = 262_144
 CAUTIOUS_FLAG, SKIP_NONFINITE_FLAG = 1, 2
-GRAD_TYPES = (torch.float32, torch.bfloat16)
+NARROW = (torch.float32, torch.bfloat16)
+DOUBLE = (torch.float64, torch.float64, torch.float64)
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.int8: 3}
 TASK = struct.Struct("19q7d")
 """The fields of Task in cpu.c, in order."""
@@ -46,16 +55,15 @@ class CpuEngine:
 
     name = "cpu"
 
-    def __init__(self) -> None:
-        self._threads: ThreadPoolExecutor | None = None
-        self._thread_count = 0
-
     def objection(self, update: TensorUpdate) -> str | None:
-        param, grad, exp_avg = update.param.dtype, update.grad.dtype, update.exp_avg.dtype
-        if param == torch.float64 and not param == grad == exp_avg:
-            return f"float64 parameters need gradients and momentum of float64, got {grad} and {exp_avg}"
-        if grad not in GRAD_TYPES and grad != param:
-            return f"gradients of {grad} for parameters of {param} are not supported"
+        misfit = update.misfit()
+        if misfit is not None:
+            return misfit
+        dtypes = param, grad, exp_avg = update.param.dtype, update.grad.dtype, update.exp_avg.dtype
+        if dtypes != DOUBLE and (param not in NARROW or grad not in NARROW or exp_avg not in (*NARROW, torch.int8)):
+            if param == torch.float64:
+                return f"float64 parameters need gradients and momentum of float64, got {grad} and {exp_avg}"
+            return f"gradients of {grad} and momentum of {exp_avg} for parameters of {param} are not supported"
         if load() is None:
             return "cpu.c could not be compiled"
         return None
@@ -71,33 +79,13 @@ class CpuEngine:
                 chunk_rows.append((update.statistics, row))
             table += _task(update, first_chunk, row)
             first_chunk += chunks
-        self._run(bytes(table), len(updates), first_chunk, nonfinite)
-        for total, row in chunk_rows:
-            total += row.sum(0)
-
-    def _run(self, table: bytes, tasks: int, chunks: int, nonfinite: Tensor) -> None:
-        """Calls cpu.c from every thread, the calling one included."""
         compiled = load()
         assert compiled is not None, "objection() was not consulted"
-        next_chunk = ctypes.c_int64(0)
-        arguments = table, tasks, chunks, ctypes.addressof(next_chunk), nonfinite.data_ptr()
-        threads = min(torch.get_num_threads(), chunks)
-        others = [self._pool(threads - 1).submit(compiled.lion_step, *arguments) for _ in range(threads - 1)]
-        compiled.lion_step(*arguments)
-        for other in others:
-            other.result()
-
-    def _pool(self, threads: int) -> ThreadPoolExecutor:
-        if self._threads is None or self._thread_count < threads:
-            if self._threads is not None:
-                self._threads.shutdown()
-            self._threads = ThreadPoolExecutor(threads, thread_name_prefix="lion")
-            self._thread_count = threads
-        return self._threads
-
-    def forget_threads(self) -> None:
-        """Drops the pool in a forked child, which has none of its parent's threads."""
-        self._threads = None
+        threads = min(torch.get_num_threads(), first_chunk)
+        # No Python runs until all threads have ended: an interrupt surfaces when nothing is written any more.
+        compiled.lion_step(bytes(table), len(updates), first_chunk, threads, nonfinite.data_ptr())
+        for total, row in chunk_rows:
+            total += row.sum(0)
 
 
 def _task(update: TensorUpdate, first_chunk: int, row: Tensor | None) -> bytes:
@@ -146,10 +134,10 @@ def load() -> ctypes.CDLL | None:
         try:
             library = ctypes.CDLL(str(find()))
             pointer, number = ctypes.c_void_p, ctypes.c_int64
-            library.lion_step.argtypes, library.lion_step.restype = (pointer, number, number, pointer, pointer), None
+            library.lion_step.argtypes, library.lion_step.restype = (pointer, number, number, number, pointer), None
             library.lion_task_bytes.argtypes, library.lion_task_bytes.restype = (), number
             return library
-        except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        except (OSError, RuntimeError, subprocess.SubprocessError, AttributeError) as error:
             problems.append(f"{find.__name__}: {error}")
     log.warning("Lion's CPU engine is not available, the slower eager engine serves instead (%s)", "; ".join(problems))
     return None
@@ -190,5 +178,3 @@ def cached() -> Path:
 
 
 engine = CpuEngine()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=engine.forget_threads)

@@ -58,8 +58,8 @@ GROUP_COLUMNS = (
 )
 """Columns of the table of settings: float64 numbers, then int64. Addresses are of 0-d tensors, 0 for None."""
 
-KEPT_BYTES = 1 << 26
-"""Tables beyond this are dropped, oldest first."""
+KEPT_TABLES = 64
+"""Tables beyond this number are dropped, the least recently used first: a schedule makes a new one at every step."""
 
 _TENSOR_ROW = struct.Struct(f"{len(TENSOR_COLUMNS)}q")
 _GROUP_ROW = struct.Struct(f"{len(NUMBERS)}d{len(GROUP_COLUMNS) - len(NUMBERS)}q")
@@ -108,8 +108,12 @@ class TritonEngine:
         self._objections: dict[torch.device, str | None] = {}
 
     def objection(self, update: TensorUpdate) -> str | None:
-        if update.param.dtype not in PARAM_DTYPES or update.grad.dtype not in NUMBER_DTYPES:
-            return f"gradients of {update.grad.dtype} for parameters of {update.param.dtype} are not supported"
+        misfit = update.misfit()
+        if misfit is not None:
+            return misfit
+        param, grad, exp_avg = update.param.dtype, update.grad.dtype, update.exp_avg.dtype
+        if param not in PARAM_DTYPES or grad not in NUMBER_DTYPES or exp_avg not in (*PARAM_DTYPES, torch.int8):
+            return f"gradients of {grad} and momentum of {exp_avg} for parameters of {param} are not supported"
         device = update.param.device
         if device not in self._objections:
             self._objections[device] = _device_objection(device)
@@ -294,7 +298,6 @@ class DeviceTables:
 
     def __init__(self) -> None:
         self._tables: OrderedDict[tuple[torch.device, int, Hashable], Tensor] = OrderedDict()
-        self._bytes = 0
         self._of_graphs: list[Tensor] = []
         self._set_aside: dict[int, Tensor] = {}
 
@@ -318,9 +321,10 @@ class DeviceTables:
         if full_key not in self._tables:
             pinned = _pinned(make())
             self._tables[full_key] = pinned.to(device, non_blocking=True)
-            self._bytes += pinned.nbytes
-            self._set_aside.setdefault(pinned.nbytes, torch.empty(pinned.nbytes, dtype=torch.uint8, pin_memory=True))
-            self._forget()
+            if pinned.nbytes not in self._set_aside:
+                self._set_aside[pinned.nbytes] = torch.empty(pinned.nbytes, dtype=torch.uint8, pin_memory=True)
+            if len(self._tables) > KEPT_TABLES:
+                self._tables.popitem(last=False)
         self._tables.move_to_end(full_key)
         return self._tables[full_key]
 
@@ -336,11 +340,6 @@ class DeviceTables:
         table = pinned.to(device, non_blocking=True)
         self._of_graphs += [pinned, table]
         return table
-
-    def _forget(self) -> None:
-        while self._bytes > KEPT_BYTES and len(self._tables) > 1:
-            _, table = self._tables.popitem(last=False)
-            self._bytes -= table.nbytes
 
 
 def _pinned(content: Tensor) -> Tensor:
