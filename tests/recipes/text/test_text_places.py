@@ -49,8 +49,8 @@ def test_the_summary_has_the_account(tmp_path: Path) -> None:
     data.setup("fit")
     assert data.describe()["files"] == (
         "4 on disk = 1 training tables + 0 validation tables + 1 not used: no table, such as README.md + 1 not used: "
-        "in a folder below, such as old/train.csv + 1 not used: tables whose names begin with neither train nor val, such "
-        "as test.csv"
+        "in a folder below, such as old/train.csv + 1 not used: tables whose names begin with neither train nor val, "
+        "such as test.csv"
     )
 
 
