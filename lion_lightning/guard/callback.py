@@ -1,10 +1,13 @@
 """LionGuard, the Lightning callback: connects the hooks of a Trainer to monitors, rules and recovery."""
 
+import contextlib
+import functools
 import logging
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -20,23 +23,54 @@ from lion_lightning.guard.step_monitor import Losses, StepMonitor
 from lion_lightning.guard.warmup import LinearWarmup, warmup_length
 from lion_lightning.optim import Lion
 
-WHAT_TO_DO = (
-    "Lower the learning rate, warm up for longer (guard.warmup_steps), or look for bad samples near this step; "
-    "train.py has written no checkpoint since the run looked sick"
-)
+Manual = Literal["watch", "act"]
+FORMAT = 2
+"""Of the state in checkpoints."""
+OnBadLoss = Literal["note", "skip"]
+ON_BAD_LOSS: tuple[OnBadLoss, ...] = ("note", "skip")
+WHAT_TO_DO = "Lower the learning rate, warm up for longer (warmup_steps), or look for bad samples near this step"
 NO_GRADIENTS = (
     "there are no gradients when the optimizer steps (are they released in backward?): the guard sees the loss alone, "
     "and cannot gate steps"
 )
 
 
+log = logging.getLogger(__name__)
+
+
 class TrainingStopped(RuntimeError):
     """The guard ended a run that could not go on. The message says what was seen and what to do.
 
-    `train.py` exits with `exit_code` when it is raised.
+    A command line may exit with `exit_code`.
     """
 
     exit_code = 42
+
+
+Hook = TypeVar("Hook", bound=Callable[..., None])
+
+
+def harmless(hook: Hook) -> Hook:
+    """Turns the guard off, with one message, when a hook of it meets what it did not expect: training goes on.
+
+    `TrainingStopped` passes. With several processes every error passes: one of them alone would leave the others
+    waiting in the sum over ranks.
+    """
+
+    @functools.wraps(hook)
+    def call(self: "LionGuard", trainer: Trainer, *args: Any) -> None:
+        if self.is_off:
+            return
+        try:
+            hook(self, trainer, *args)
+        except TrainingStopped:
+            raise
+        except Exception as error:
+            if trainer.world_size > 1:
+                raise
+            self.turn_off(f"{hook.__name__}: {type(error).__name__}: {error}")
+
+    return cast(Hook, call)
 
 
 class LionGuard(Callback):
@@ -56,6 +90,7 @@ class LionGuard(Callback):
             the run. The same for every optimizer.
         min_batch_size: samples that an optimizer step should have.
         on_small_batch: below it, "warn" once, "accumulate" more micro-batches, or "error".
+        on_bad_loss: steps whose loss is far above the others are counted ("note"), and skipped if isolated ("skip").
         on_divergence: "recover" (rewind, rewind at half the learning rate, stop), "stop" or "warn".
         gate: whether outliers are clipped and non-finite steps skipped.
         dry_run: report what would be done and do nothing; warm-up stays on.
@@ -63,6 +98,8 @@ class LionGuard(Callback):
         telemetry_every: optimizer steps between `lion/*` samples; 0 for none.
         checkpoint_snapshots: whether checkpoints include the snapshots (a model and its optimizer state each), so
             that a rewind right after a resume goes back as far as it would have without.
+        samples: from a batch to its number of samples, where its structure does not determine it.
+        manual_optimization: under manual optimization, or with several optimizers, only "watch" and warn, or "act" too.
         trace: a CSV file for every step's readings, input of `scripts/replay_guard.py`; None for none.
 
     Raises:
@@ -75,13 +112,16 @@ class LionGuard(Callback):
         warmup_steps: float | None = None,
         min_batch_size: int = MIN_BATCH_SIZE,
         on_small_batch: OnSmallBatch = "warn",
-        on_divergence: OnDivergence = "recover",
+        on_bad_loss: OnBadLoss = "note",
+        on_divergence: OnDivergence = "warn",
         gate: bool = True,
         dry_run: bool = False,
         thresholds: Thresholds | None = None,
         telemetry_every: int = 100,
         checkpoint_snapshots: bool = False,
         trace: str | Path | None = None,
+        samples: Callable[[Any], int] | None = None,
+        manual_optimization: Manual = "watch",
     ) -> None:
         for name, value in (
             ("min_batch_size", min_batch_size),
@@ -92,22 +132,28 @@ class LionGuard(Callback):
                 raise ValueError(f"{name} must be at least 0, got {value}")
         choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             ("on_small_batch", on_small_batch, ON_SMALL_BATCH),
+            ("manual_optimization", manual_optimization, ("watch", "act")),
+            ("on_bad_loss", on_bad_loss, ON_BAD_LOSS),
             ("on_divergence", on_divergence, ON_DIVERGENCE),
         )
         for name, choice, allowed in choices:
             if choice not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {choice!r}")
         self.warmup_steps, self.min_batch_size, self.on_small_batch = warmup_steps, min_batch_size, on_small_batch
-        self.on_divergence, self.gates, self.acts = on_divergence, gate, not dry_run
+        self.on_bad_loss, self.on_divergence, self.gates, self.acts = on_bad_loss, on_divergence, gate, not dry_run
         self.thresholds = thresholds or Thresholds()
         self.telemetry_every, self.checkpoint_snapshots = telemetry_every, checkpoint_snapshots
         self.trace = None if trace is None else Trace(trace)
+        self.samples, self.manual_optimization = samples, manual_optimization
         self.monitors: list[StepMonitor] = []
+        self._stage: str | None = None
         self._loaded: dict[str, Any] | None = None
         """A state that was loaded before there were optimizers."""
         self._reset()
 
     def _reset(self) -> None:
+        self.is_off = False
+        """Whether the guard has turned itself off."""
         self.warmup = LinearWarmup(0)  # of the first optimizer
         self.batch, self.noise, self.losses = EffectiveBatch(self.min_batch_size), NoiseScale(), Losses()
         self.recovery = Recovery(self.thresholds, self.on_divergence, acts=self.acts, gates=self.gates)
@@ -132,6 +178,7 @@ class LionGuard(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settles the accumulation before optimizers, schedules and loaders are made from it."""
+        self._stage = stage
         if stage != "fit":
             return
         self._reset()
@@ -141,15 +188,27 @@ class LionGuard(Callback):
                 self._report_once(trainer, "accumulate", message)
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    @harmless
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attaches to the optimizers; by now the data are there, and a resumed run has its state."""
         loaded, self._loaded = self._loaded, None
-        optimizers = trainer.optimizers
+        if loaded is not None and not loaded.get("monitors", loaded.get("watches")):
+            loaded = None  # saved before training, as tuners do
+        optimizers = [optimizer for optimizer in trainer.optimizers if any(g["params"] for g in optimizer.param_groups)]
+        plain = len(optimizers) == 1 and pl_module.automatic_optimization
+        acts = self.acts and (plain or self.manual_optimization == "act")
+        self.recovery.acts = acts
         if loaded is None:
-            total_steps = trainer.estimated_stepping_batches
-            self.warmup = LinearWarmup(warmup_length(self.warmup_steps, optimizers, total_steps))
+            length = warmup_length(self.warmup_steps, optimizers, preflight.total_steps(trainer))
+            self.warmup = LinearWarmup(length)
+            if trainer.global_step:
+                self.steps = self.warmup.step = trainer.global_step
+                report(
+                    f"LionGuard starts at step {self.steps} without a state of its own, and with the warm-up behind it."
+                )
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         # A GradScaler scales the loss; with several optimizers it is not known whose loss it is.
-        self._loss_compares = not scaled and len(optimizers) == 1 and pl_module.automatic_optimization
+        self._loss_compares = not scaled and plain
         warmups = [self.warmup, *(LinearWarmup(self.warmup.warmup_steps) for _ in optimizers[1:])]
         self.monitors = [
             StepMonitor(
@@ -159,8 +218,9 @@ class LionGuard(Callback):
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
                 reduce=partial(trainer.strategy.reduce, reduce_op="sum") if trainer.world_size > 1 else None,
-                acts=self.acts and self.gates,
+                acts=acts and self.gates,
                 scaled=scaled,
+                skips_bad_losses=self.on_bad_loss == "skip",
             )
             for optimizer, warmup in zip(optimizers, warmups, strict=True)
         ]
@@ -174,9 +234,14 @@ class LionGuard(Callback):
         self.recovery.module = pl_module
         if loaded is not None:
             self._restore(loaded)
-            return
+        elif self.monitors:
+            self._preflight(trainer, optimizers)
+        if self.monitors:
+            self.recovery.keep(self.steps, trusted=True)
+
+    def _preflight(self, trainer: Trainer, optimizers: list[Optimizer]) -> None:
         settings = preflight.RunSettings(
-            total_steps=trainer.estimated_stepping_batches,
+            total_steps=preflight.total_steps(trainer),
             warmup_steps=self.warmup.warmup_steps,
             batch_size=preflight.batch_size(trainer),
             gradient_clip_val=trainer.gradient_clip_val,
@@ -187,30 +252,37 @@ class LionGuard(Callback):
             self._report_once(trainer, finding.name, finding.message)
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the first snapshot; a resumed run has its optimizer state by now."""
-        self.recovery.keep(self.steps, trusted=True)
-
-    @override
+    @harmless
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._samples = preflight.samples_in(batch)
+        self._samples = self.samples(batch) if self.samples is not None else preflight.samples_in(batch)
         if not self.batch.pending:
             self._micro_samples = self._samples
         self.batch.pending += self._samples * trainer.world_size
 
     @override
+    @harmless
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self.losses.before_backward(loss, self._loss_compares, trainer.accumulate_grad_batches)
 
     @override
+    @harmless
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the gradient of the first of several micro-batches: with the whole one it gives the noise scale."""
+        if not self.monitors:
+            return
         several = trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization
         if several and self._samples * trainer.world_size == self.batch.pending and self.monitors[0].measures_noise:
             self.losses.micro_square = self.monitors[0].squared_norm() * trainer.accumulate_grad_batches**2
 
     @override
+    @harmless
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if all(
+            monitor.optimizer is not optimizer for monitor in self.monitors
+        ):  # setup_optimizers in the middle of a run
+            self._loaded = None if not self.monitors else self.state_dict()
+            self._detach()
+            self.on_train_start(trainer, pl_module)
         number = [monitor.optimizer for monitor in self.monitors].index(optimizer)
         if number == 0:
             self.batch.close()
@@ -229,12 +301,13 @@ class LionGuard(Callback):
             self.losses.nonfinite = 0.0  # counted for this optimizer, not for the next one
 
     @override
+    @harmless
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
-            self.losses.add(loss, self._samples)
+            self.losses.add(loss, self._samples or 1)
         if not self._stepped:
             return
         self._stepped = False
@@ -248,17 +321,19 @@ class LionGuard(Callback):
             self._log_metrics(trainer)
 
     @override
+    @harmless
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._react(trainer, flush=True)
         if self.trace is not None:
             self.trace.flush()
-        streak = max(monitor.rules.nonfinite_in_a_row for monitor in self.monitors)
-        if streak >= self.thresholds.nonfinite_steps:
+        streak = max((monitor.rules.nonfinite_in_a_row for monitor in self.monitors), default=0)
+        if streak >= self.thresholds.nonfinite_steps and self.on_divergence != "warn":
             raise TrainingStopped(f"the last {streak} steps had no finite gradient: nothing was learned. {WHAT_TO_DO}")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
+        self._stage = None
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -290,7 +365,7 @@ class LionGuard(Callback):
     def _report(self, trainer: Trainer, treated: Treated, step: int) -> None:
         symptom = treated.symptom
         self.log.add(Event(step, symptom.kind, treated.said, symptom.message), trainer.loggers)
-        if treated.remedy is Remedy.STOP and self.acts:
+        if treated.remedy is Remedy.STOP and self.recovery.acts:
             raise TrainingStopped(f"{symptom.message}. {WHAT_TO_DO}")
 
     def _report_once(self, trainer: Trainer, kind: str, message: str) -> None:
@@ -321,6 +396,18 @@ class LionGuard(Callback):
             if symptom := first.rules.averages.observe(name, found.get(f"lion/{name}", math.nan)):
                 self._report(trainer, self.recovery.treat(symptom, self.steps, first), self.steps)
 
+    def turn_off(self, reason: str) -> None:
+        """Takes the guard off the run, which goes on without it.
+
+        Args:
+            reason: what it met.
+        """
+        self.is_off = True
+        log.debug("LionGuard is off", exc_info=True)
+        report(f"LionGuard is off for the rest of this run, which goes on: {reason}")
+        with contextlib.suppress(Exception):
+            self._detach()
+
     def _detach(self) -> None:
         """Leaves the optimizers as they were found, and keeps the state for `state_dict`."""
         if self.monitors:
@@ -337,6 +424,7 @@ class LionGuard(Callback):
         if finished_or_loaded is not None and not self.monitors:
             return finished_or_loaded
         return {
+            "format": FORMAT,
             "steps": self.steps,
             "warmup": self.warmup.state_dict(),
             "monitors": [monitor.state_dict() for monitor in self.monitors],
@@ -351,7 +439,9 @@ class LionGuard(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes effect when the optimizers are there: before `on_fit_start`, or after it under FSDP2."""
+        """Takes effect when training starts. A state that is loaded for a test or a validation is ignored."""
+        if self._stage not in (None, "fit"):
+            return
         if self.monitors:
             self._restore(state_dict)
         else:
@@ -360,6 +450,11 @@ class LionGuard(Callback):
     def _restore(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
         self.warmup.load_state_dict(state["warmup"])
+        if state.get("format") != FORMAT or len(state["monitors"]) != len(self.monitors):
+            report(
+                "LionGuard takes over the step and the warm-up of the checkpoint; its rules start with new histories."
+            )
+            return
         for monitor, saved in zip(self.monitors, state["monitors"], strict=True):
             monitor.load_state_dict(saved)
         self.batch.load_state_dict(state["batch"])

@@ -112,6 +112,7 @@ def metrics(monitors: Sequence[StepMonitor], reading: Reading) -> dict[str, floa
         **{name: getattr(reading, name) for name in ("loss", "grad_norm", "norm_z", "loss_z", "flip_rate")},
         "clipped": float(rules.clipped),
         "skipped": float(rules.skipped),
+        "bad_losses": float(rules.bad_losses),
         "cosine": rules.averages.cosine.value,
         "dead": rules.averages.dead.value,
         "loss_average": rules.divergence.fast.value,

@@ -2,7 +2,9 @@
 
 Lion moves every weight by lr whatever the gradient's size, so a constant factor means nothing to it. One outlier means
 much: it fills the momentum and sets the direction for hundreds of steps. So the norm is compared with its own history,
-not with a fixed limit. Everything is computed with tensors on the device of the gradients, without synchronising.
+not with a fixed limit. What recurs is data, not a fault: rare classes and heavy tails have outliers too. The gate acts
+on an outlier only if it is isolated, and every finite value enters the history, whatever was done about it. Everything
+is computed with tensors on the device of the gradients, without synchronising.
 """
 
 import math
@@ -21,8 +23,15 @@ LEAST_LOG_NORM_DEVIATION, LEAST_LOSS_DEVIATION_SHARE = 1e-3, 1e-2
 of its median."""
 
 
+KEPT_OUTLIERS = 16
+SAME_KIND_RATIO = 3.0
+"""An earlier outlier at least a third as far out is of the same kind."""
+ISOLATED_OUTLIERS, ISOLATED_LOSSES = 2, 1
+"""Outliers of the same kind within `thresholds.horizon` steps that are acted on; further ones are taken."""
+
+
 class History:
-    """The values of the last `size` accepted steps, of several kinds side by side: a (kinds, size) tensor.
+    """The values of the last `size` finite steps, of several kinds side by side: a (kinds, size) tensor.
 
     Args:
         kinds: number of rows.
@@ -36,7 +45,7 @@ class History:
     def clear(self) -> None:
         self._values = torch.full((self.kinds, self.size), torch.inf)
         self.count = torch.zeros(self.kinds, dtype=torch.int64)
-        """Values accepted so far, shape (kinds,)."""
+        """Values stored so far, shape (kinds,)."""
         self._places = torch.arange(self.size)
 
     def to(self, device: torch.device) -> None:
@@ -87,14 +96,19 @@ class Verdict:
 
 
 class Gate:
-    """Robust z of the log norm, and of the loss, over the steps that were accepted.
+    """Robust z of the log norm, and of the loss, over the latest steps; acts on isolated outliers.
 
     Args:
-        thresholds: `window`, `armed_after`, `outlier_z`, `outlier_ratio`, `loss_z`.
+        thresholds: `window`, `armed_after`, `outlier_z`, `outlier_ratio`, `loss_z`, `horizon`.
+        skips_bad_losses: whether a step with an isolated outlier of the loss is skipped.
     """
 
-    def __init__(self, thresholds: Thresholds) -> None:
-        self.thresholds = thresholds
+    def __init__(self, thresholds: Thresholds, skips_bad_losses: bool = False) -> None:
+        self.thresholds, self.skips_bad_losses = thresholds, skips_bad_losses
+        self._allowed = torch.tensor([ISOLATED_OUTLIERS, ISOLATED_LOSSES])
+        self._outliers = torch.full((2, KEPT_OUTLIERS), -torch.inf)
+        self._outlier_steps = torch.full((2, KEPT_OUTLIERS), -(10**9))
+        self._step = 0
         self._history = History(2, thresholds.window)
         self._limits = torch.tensor([thresholds.outlier_z, thresholds.loss_z])
         self._least = torch.tensor([LEAST_LOG_NORM_DEVIATION, 0.0])
@@ -105,7 +119,7 @@ class Gate:
         self._history.clear()
 
     def judge(self, norm: Tensor, loss: Tensor) -> Verdict:
-        """Judges one step, and remembers it if it is accepted.
+        """Judges one step and stores its values.
 
         Args:
             norm: gradient norm, floating, shape ().
@@ -117,20 +131,48 @@ class Gate:
         z = (values - center) / deviation.maximum(center.abs() * self._least_share + self._least)
         z = torch.where(self._history.count >= self.thresholds.armed_after, z, torch.nan)
         above = values[0] - center[0] - math.log(self.thresholds.outlier_ratio)
-        far, bad_loss = (z > self._limits).unbind()
-        outlier, skip = far & finite & (above > 0), bad_loss | ~finite
+        far = (z > self._limits) & values.isfinite()
+        far = far & torch.stack([above > 0, finite])
+        outlier, bad_loss = (far & self._isolated(values, center)).unbind()
+        skip = bad_loss & self.skips_bad_losses | ~finite
+        self._remember(values, far)
         # The logarithm of a gradient of zeros is not finite, and has no information about the usual size.
-        self._history.add(values, ~(outlier | skip) & values.isfinite())
+        self._history.add(values, values.isfinite() & finite)
         return Verdict(torch.where(outlier, above.exp(), 1.0), skip.float(), norm_z=z[0], loss_z=z[1])
+
+    def _isolated(self, values: Tensor, center: Tensor) -> Tensor:
+        """Whether the step has had few enough outliers of the same kind before it, bool of shape (2,)."""
+        same_norm, same_loss = (
+            values[0] - math.log(SAME_KIND_RATIO),
+            center[1] + (values[1] - center[1]) / SAME_KIND_RATIO,
+        )
+        similar = self._outliers >= torch.stack([same_norm, same_loss]).unsqueeze(1)
+        recent = self._step - self._outlier_steps <= self.thresholds.horizon
+        return (similar & recent).sum(1) < self._allowed
+
+    def _remember(self, values: Tensor, far: Tensor) -> None:
+        """Stores outliers, (2,), whether they are acted on or not; the oldest are dropped."""
+        shifted = torch.cat([values.unsqueeze(1), self._outliers[:, :-1]], 1)
+        steps = torch.cat([torch.full_like(self._outlier_steps[:, :1], self._step), self._outlier_steps[:, :-1]], 1)
+        self._outliers = torch.where(far.unsqueeze(1), shifted, self._outliers)
+        self._outlier_steps = torch.where(far.unsqueeze(1), steps, self._outlier_steps)
+        self._step += 1
 
     def _to(self, device: torch.device) -> None:
         self._history.to(device)
         if self._limits.device != device:
             self._limits, self._least = self._limits.to(device), self._least.to(device)
-            self._least_share = self._least_share.to(device)
+            self._least_share, self._allowed = self._least_share.to(device), self._allowed.to(device)
+            self._outliers, self._outlier_steps = self._outliers.to(device), self._outlier_steps.to(device)
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(zip(("norms", "losses"), self._history.state_dict(), strict=True))
+        histories = dict(zip(("norms", "losses"), self._history.state_dict(), strict=True))
+        outliers = {"values": self._outliers.tolist(), "steps": self._outlier_steps.tolist(), "step": self._step}
+        return {**histories, "outliers": outliers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._history.load_state_dict([state["norms"], state["losses"]])
+        device, outliers = self._limits.device, state["outliers"]
+        self._outliers = torch.tensor(outliers["values"], dtype=torch.float32, device=device)
+        self._outlier_steps = torch.tensor(outliers["steps"], device=device)
+        self._step = outliers["step"]

@@ -7,10 +7,9 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
 from lion_lightning.guard.rules import Average, Stateful
@@ -260,18 +259,35 @@ def raise_accumulation(trainer: Trainer, on_small_batch: OnSmallBatch, least: in
 
 
 def samples_in(batch: Any) -> int:
-    """Samples of a micro-batch; 0, with a warning, where its structure does not tell."""
+    """Samples of a micro-batch; 0 where its structure does not determine them.
+
+    Tensors of unequal first dimensions (time-major or ragged data) and lists of images are ambiguous.
+    """
+    graphs = getattr(batch, "num_graphs", None)
+    if isinstance(graphs, int):
+        return graphs
+    if isinstance(batch, PackedSequence):
+        return int(batch.batch_sizes[0])
+    if isinstance(batch, (list, tuple)) and batch and all(_is_image(entry) for entry in batch):
+        return 0
     entries = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else (batch,)
     sizes = [entry.size(0) for entry in entries if isinstance(entry, Tensor) and entry.ndim]
-    if sizes and sizes.count(sizes[0]) == len(entries):
-        return sizes[0]
+    if (not sizes and isinstance(batch, (list, tuple))) or (not sizes and isinstance(batch, dict)):
+        sizes = [len(entry) for entry in entries if isinstance(entry, (list, tuple))]
+    return sizes[0] if sizes and sizes.count(sizes[0]) == len(sizes) else 0
+
+
+def _is_image(entry: Any) -> bool:
+    return isinstance(entry, Tensor) and entry.ndim == 3
+
+
+def total_steps(trainer: Trainer) -> float:
+    """Optimizer steps of the whole run; infinite if they are not known."""
     try:
-        return extract_batch_size(batch)
-    except MisconfigurationException:
-        rank_zero_warn(
-            f"LionGuard cannot tell the size of a batch of type {type(batch).__name__} and does not judge it"
-        )
-        return 0
+        steps = float(trainer.estimated_stepping_batches)
+    except (MisconfigurationException, TypeError, ValueError, ZeroDivisionError):
+        return math.inf
+    return steps if steps > 0 else math.inf
 
 
 class EffectiveBatch(Stateful):

@@ -26,6 +26,7 @@ class Remedy(str, Enum):
     CLIP = "the step was clipped"
     SKIP = "the step was skipped"
     REBASELINE = "the rule starts a new history"
+    NEW_LEVEL = "noted; the loss is compared with its new level from now on"
     ZERO_MOMENTUM = "the momentum was zeroed"
     REPAIR = "what was not finite was restored from the newest snapshot"
     REWIND = "rewound to the newest healthy snapshot"
@@ -33,7 +34,7 @@ class Remedy(str, Enum):
     STOP = "the run stops"
 
 
-AT_ONCE = {"outlier": Remedy.CLIP, "bad_loss": Remedy.SKIP, "nonfinite": Remedy.SKIP, "lock_in": Remedy.REBASELINE}
+AT_ONCE = {"outlier": Remedy.CLIP, "bad_loss": Remedy.SKIP, "nonfinite": Remedy.SKIP}
 REWINDS = (Remedy.REWIND, Remedy.REWIND_AT_HALF_RATE)
 ESCALATION = (*REWINDS, Remedy.STOP)
 
@@ -51,7 +52,7 @@ class EscalationPolicy(Stateful):
 
     STATE = ("level", "last_escalation", "last_reset", "last_repair")
 
-    def __init__(self, thresholds: Thresholds, on_divergence: OnDivergence = "recover") -> None:
+    def __init__(self, thresholds: Thresholds, on_divergence: OnDivergence = "warn") -> None:
         self.thresholds, self.on_divergence = thresholds, on_divergence
         self.level = self.last_escalation = 0
         self.last_reset: int | None = None
@@ -67,6 +68,8 @@ class EscalationPolicy(Stateful):
             return Remedy.REBASELINE if again else Remedy.ZERO_MOMENTUM
         if kind not in ("divergence", "sick_weights", "nonfinite_limit"):
             return Remedy.NOTE
+        if kind != "divergence" and self.on_divergence == "warn":
+            return Remedy.NOTE
         if kind == "nonfinite_limit" or (self.on_divergence != "recover" and kind == "sick_weights"):
             return Remedy.STOP
         if kind == "sick_weights" and not self._is_recent(self.last_repair, step):
@@ -74,7 +77,7 @@ class EscalationPolicy(Stateful):
             return Remedy.REPAIR
         if self.on_divergence == "recover":
             return self._escalate(step)
-        return Remedy.STOP if self.on_divergence == "stop" else Remedy.NOTE
+        return Remedy.STOP if self.on_divergence == "stop" else Remedy.NEW_LEVEL
 
     def _is_recent(self, last: int | None, step: int) -> bool:
         return last is not None and step - last <= self.thresholds.proven_after
@@ -320,7 +323,7 @@ class Recovery:
             return Treated(symptom, remedy, f"nothing was done (would be: {said})")
         if remedy is Remedy.ZERO_MOMENTUM:
             monitor.zero_momentum()
-        elif remedy is Remedy.REBASELINE:
+        elif remedy in (Remedy.REBASELINE, Remedy.NEW_LEVEL):
             monitor.rebaseline(symptom.kind)
         elif remedy is Remedy.REPAIR and kept is not None:
             repair(kept, self.module, self.optimizers)
@@ -339,7 +342,8 @@ class Recovery:
             step: optimizer steps so far.
             trusted: the state that training starts from.
         """
-        if self.ring.is_due(step) and self.is_healthy():  # health waits for the latest reading
+        rewinds = self.policy.on_divergence == "recover"
+        if rewinds and self.ring.is_due(step) and self.is_healthy():  # health waits for the latest reading
             rules = [monitor.rules_state() for monitor in self.monitors]
             self.ring.take(step, self.module, self.optimizers, rules, trusted)
 

@@ -23,12 +23,13 @@ class Settings:
 
     Attributes:
         thresholds: of all rules.
-        on_divergence: as LionGuard's.
+        on_divergence, on_bad_loss: as LionGuard's.
         clip_val: the norm that the Trainer clipped gradients to; None for none.
     """
 
     thresholds: Thresholds = field(default_factory=Thresholds)
-    on_divergence: OnDivergence = "recover"
+    on_divergence: OnDivergence = "warn"
+    on_bad_loss: str = "note"
     clip_val: float | None = None
 
 
@@ -56,7 +57,7 @@ class ReplayedRules(GatedRules):
     """
 
     def __init__(self, readings: Sequence[Reading], settings: Settings) -> None:
-        super().__init__(settings.thresholds)
+        super().__init__(settings.thresholds, skips_bad_losses=settings.on_bad_loss == "skip")
         self.readings, self.clip_val = {reading.step: reading for reading in readings}, settings.clip_val
 
     def judge_step(self, step: int) -> None:
@@ -131,13 +132,14 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
     """
     guard, trainer = config.get("guard") or {}, config.get("trainer") or {}
     given = {name: value for name, value in (guard.get("thresholds") or {}).items() if name != "_target_"}
-    on_divergence = guard.get("on_divergence", "recover")
+    on_divergence = guard.get("on_divergence", "warn")
     if on_divergence not in ON_DIVERGENCE:
         raise ValueError(f"on_divergence must be one of {', '.join(ON_DIVERGENCE)}, got {on_divergence!r}")
     by_norm = trainer.get("gradient_clip_algorithm") in (None, "norm")
     return Settings(
         thresholds=changed(Thresholds(), [f"{name}={value}" for name, value in given.items()]),
         on_divergence=on_divergence,
+        on_bad_loss=guard.get("on_bad_loss", "note"),
         clip_val=trainer.get("gradient_clip_val") if by_norm else None,
     )
 

@@ -44,9 +44,6 @@ class Thresholds:
     """The fast average diverges above the best slow one by the larger of so many deviations and this share of it ..."""
     divergence_steps: int = 20
     """... for this many steps in a row."""
-    lock_in_window: int = 64
-    lock_in_rejections: int = 32
-    """Rejected steps of the latest `lock_in_window` after which the gate starts a new history, if the loss is quiet."""
     snapshot_every: int = 100
     snapshots: int = 3
     """Spacing in steps and number of the snapshots kept in host memory."""
@@ -125,7 +122,8 @@ class Symptom:
     """Something that a rule has seen.
 
     Attributes:
-        kind: outlier, bad_loss, nonfinite, poison, divergence, lock_in, dead, unmoved, near_bound or cosine.
+        kind: outlier, bad_loss, bad_losses, nonfinite, nonfinite_loss, poison, divergence, dead,
+             unmoved, near_bound or cosine.
         message: what was seen and why it matters.
     """
 
@@ -235,6 +233,10 @@ class Divergence(Stateful):
         limits = self.thresholds
         return self.best + max(limits.divergence_sigmas * deviation, limits.divergence_share * abs(self.best))
 
+    def take_level(self) -> None:
+        """Takes the raised loss as the new best level: it has risen for a reason, or stays up."""
+        self.best, self.slow, self.high_steps = math.inf, Average(self.thresholds.slow_half_life), 0
+
     def observe(self, loss: float, skipped: bool = False) -> bool:
         """Takes in a step's loss; True at the step that completes a run of high ones.
 
@@ -298,24 +300,6 @@ class WarningAverages(Stateful):
         return Symptom(name, AVERAGE_WARNINGS[name].format(value=mean))
 
 
-class GateLockout(Stateful):
-    """Sees a gate that rejects step after step while the loss is quiet: the gradients have changed for good."""
-
-    STATE = ("rejected",)
-
-    def __init__(self, thresholds: Thresholds) -> None:
-        self.thresholds = thresholds
-        self.rejected: deque[bool] = deque(maxlen=thresholds.lock_in_window)
-
-    def observe(self, rejected: bool, quiet: bool) -> bool:
-        """Takes in a step; True when the gate should start a new history."""
-        self.rejected.append(rejected)
-        if not quiet or sum(self.rejected) < self.thresholds.lock_in_rejections:
-            return False
-        self.rejected.clear()
-        return True
-
-
 NONFINITE = "the gradient is not finite{where}: one such step would stay in the momentum for ever"
 OUTLIER = (
     "the gradient norm {reading.grad_norm:.3g} is an outlier (robust z {reading.norm_z:.0f}): in the momentum it would "
@@ -325,27 +309,40 @@ BAD_LOSS = (
     "the loss {reading.backward_loss:.4g} is far out of line (robust z {reading.loss_z:.0f}): the batch would teach "
     "something else than all others"
 )
+OUTLIER_MEMORY_STEPS = 30
+"""Steps after an outlier within which a frozen update is attributed to it."""
 POISON = (
-    "the sign of the update has nearly stopped flipping (rate {rate:.4f}): an outlier sits in the momentum, the "
-    "weights move one way whatever the gradients say"
+    "the sign of the update has nearly stopped flipping (rate {rate:.4f}): the weights move one way whatever "
+    "the gradients are, as after an outlier that has filled the momentum"
 )
 DIVERGENCE = "the loss has risen to {level:.4g} and stayed above {rule.limit:.4g} (best average {rule.best:.4g})"
-LOCK_IN = (
-    "half of the latest steps were clipped or skipped though the run does not diverge: norms of {norm:.3g} are the new "
-    "normal, so norms and losses are measured afresh"
+BAD_LOSSES = (
+    "the loss {reading.backward_loss:.4g} of step {reading.step} is far above the others (robust z "
+    "{reading.loss_z:.0f}); such steps are counted as guard/bad_losses and taken as they are"
 )
+NONFINITE_LOSS = "the loss is not finite on rank {ranks}, though the gradient is: the step was taken"
 
 
 class RuleSet(Stateful):
     """All rules over the readings of one optimizer."""
 
-    STATE = ("stuck_momentum", "divergence", "averages", "lockout", "nonfinite_in_a_row", "clipped", "skipped")
+    STATE = (
+        "last_outlier",
+        "stuck_momentum",
+        "divergence",
+        "averages",
+        "nonfinite_in_a_row",
+        "clipped",
+        "skipped",
+        "bad_losses",
+    )
 
     def __init__(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds
         self.stuck_momentum, self.divergence = StuckMomentum(thresholds), Divergence(thresholds)
-        self.averages, self.lockout = WarningAverages(thresholds), GateLockout(thresholds)
-        self.nonfinite_in_a_row = self.clipped = self.skipped = 0
+        self.averages = WarningAverages(thresholds)
+        self.last_outlier = -math.inf
+        self.nonfinite_in_a_row = self.clipped = self.skipped = self.bad_losses = 0
 
     def observe(self, reading: Reading) -> list[Symptom]:
         """The symptoms in the next step's reading, in the order in which they should be acted on."""
@@ -353,14 +350,18 @@ class RuleSet(Stateful):
         if reading.is_finite:
             self.nonfinite_in_a_row = 0
         symptoms = self._gated(reading) if gated or not reading.is_finite else []
+        if reading.loss_z > self.thresholds.loss_z:
+            self.bad_losses += 1
+            if self.bad_losses == 1 and not reading.skipped:
+                symptoms.append(Symptom("bad_losses", BAD_LOSSES.format(reading=reading)))
+        far = reading.norm_z > self.thresholds.outlier_z
+        if far and reading.is_finite:
+            self.last_outlier = reading.step
         if self.stuck_momentum.observe(reading.flip_rate):
-            symptoms.append(Symptom("poison", POISON.format(rate=reading.flip_rate)))
+            seen = reading.step - self.last_outlier <= OUTLIER_MEMORY_STEPS
+            symptoms.append(Symptom("poison" if seen else "low_flip_rate", POISON.format(rate=reading.flip_rate)))
         if self.divergence.observe(reading.level, reading.skipped):
             symptoms.append(Symptom("divergence", DIVERGENCE.format(level=reading.level, rule=self.divergence)))
-        # Quiet, or high for so long that the escalation policy, if it was to act, would have acted.
-        quiet = not 0 < self.divergence.high_steps <= self.thresholds.divergence_steps
-        if self.lockout.observe(reading.is_finite and gated, quiet):
-            symptoms.append(Symptom("lock_in", LOCK_IN.format(norm=reading.grad_norm)))
         averages = (self.averages.observe(name, getattr(reading, name)) for name in ("dead", "cosine"))
         return symptoms + [symptom for symptom in averages if symptom is not None]
 
@@ -368,9 +369,11 @@ class RuleSet(Stateful):
         """Records what the gate did to a step that it did not let pass unchanged."""
         self.skipped += reading.skipped
         self.clipped += reading.factor > 1
+        ranks = ", ".join(map(str, reading.bad_ranks))
+        if not reading.is_finite and math.isfinite(reading.grad_norm) and not reading.skipped:
+            return [Symptom("nonfinite_loss", NONFINITE_LOSS.format(ranks=ranks))]
         if not reading.is_finite:
             self.nonfinite_in_a_row += 1
-            ranks = ", ".join(map(str, reading.bad_ranks))
             where = f", with a loss that is not finite on rank {ranks}" if ranks else ""
             return [Symptom("nonfinite", NONFINITE.format(where=where))]
         if reading.skipped:

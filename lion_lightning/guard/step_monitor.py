@@ -135,9 +135,10 @@ class Losses:
 class GatedRules:
     """Gate, rules and unread readings of one optimizer: what a run and a replay of it have in common."""
 
-    def __init__(self, thresholds: Thresholds, world_size: int = 1) -> None:
+    def __init__(self, thresholds: Thresholds, world_size: int = 1, skips_bad_losses: bool = False) -> None:
         self.world_size = world_size
-        self.gate, self.rules, self.readback = Gate(thresholds), RuleSet(thresholds), AsyncReadback()
+        self.gate = Gate(thresholds, skips_bad_losses)
+        self.rules, self.readback = RuleSet(thresholds), AsyncReadback()
 
     def judge(self, vector: Tensor, clip_val: float | None, facts: Sequence[float]) -> tuple[Verdict, Tensor]:
         """Judges a step and posts its reading.
@@ -179,7 +180,7 @@ class GatedRules:
         if kind == "poison":
             self.rules.stuck_momentum = StuckMomentum(self.rules.thresholds)
         else:
-            self.gate.clear()
+            self.rules.divergence.take_level()
 
     def zero_momentum(self) -> None:
         self.rules.stuck_momentum.low_steps = 0
@@ -218,6 +219,7 @@ class StepMonitor(GatedRules):
         reduce: sums a vector over all ranks; the one communication of a step.
         acts: whether the gate's verdicts are carried out.
         scaled: whether a GradScaler steps the optimizer: it then owns `grad_scale` and `found_inf` of fused ones.
+        skips_bad_losses: see `Gate`.
     """
 
     def __init__(
@@ -230,8 +232,9 @@ class StepMonitor(GatedRules):
         reduce: Reduce | None = None,
         acts: bool = True,
         scaled: bool = False,
+        skips_bad_losses: bool = False,
     ) -> None:
-        super().__init__(thresholds, world_size)
+        super().__init__(thresholds, world_size, skips_bad_losses)
         self.optimizer, self.rank, self.acts = optimizer, rank, acts
         self._reduce = reduce
         self._handles = [optimizer.register_step_pre_hook(self._begin_step)]

@@ -62,7 +62,7 @@ class AlternatingGuard(LionGuard):
             self._is_attached = not self._is_attached
             if self._is_attached:
                 self.load_state_dict(self.state_dict())
-                self.on_fit_start(trainer, trainer.lightning_module)
+                self.on_train_start(trainer, trainer.lightning_module)
             else:
                 self.teardown(trainer, trainer.lightning_module, "fit")
         if self._is_attached:

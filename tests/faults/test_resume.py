@@ -18,7 +18,7 @@ def faults() -> list:
 
 
 def guard(**options) -> LionGuard:
-    return LionGuard(warmup_steps=60, checkpoint_snapshots=True, **options)
+    return LionGuard(warmup_steps=60, checkpoint_snapshots=True, on_bad_loss="skip", on_divergence="recover", **options)
 
 
 CHECKPOINTS = {

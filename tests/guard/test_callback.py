@@ -107,7 +107,7 @@ def test_one_loss_that_is_not_a_number_is_skipped_and_told(tmp_path, step):
 
 
 def test_losses_that_stay_not_a_number_stop_the_run_and_say_why(tmp_path):
-    guard = LionGuard(warmup_steps=0)
+    guard = LionGuard(warmup_steps=0, on_divergence="stop")
     with pytest.raises(TrainingStopped, match=r"the last 6 steps had no finite gradient.*learning rate") as stopped:
         fit(Regression(poisoned_steps=range(2, 8)), guard, tmp_path)
     assert stopped.value.exit_code == 42

@@ -19,9 +19,7 @@ MODES = ("recover", "stop", "warn")
         ("outlier", Remedy.CLIP),
         ("bad_loss", Remedy.SKIP),
         ("nonfinite", Remedy.SKIP),
-        ("lock_in", Remedy.REBASELINE),
         ("poison", Remedy.ZERO_MOMENTUM),
-        ("nonfinite_limit", Remedy.STOP),
         ("dead", Remedy.NOTE),
         ("unmoved", Remedy.NOTE),
         ("near_bound", Remedy.NOTE),
@@ -33,7 +31,7 @@ def test_these_symptoms_get_the_same_remedy_in_every_mode(mode, kind, remedy):
 
 
 def test_divergences_climb_the_ladder_to_the_end_and_stay_there():
-    policy = EscalationPolicy(LIMITS)
+    policy = EscalationPolicy(LIMITS, "recover")
     assert [policy.remedy("divergence", step) for step in (100, 300, 500, 700)] == [
         Remedy.REWIND,
         Remedy.REWIND_AT_HALF_RATE,
@@ -44,13 +42,13 @@ def test_divergences_climb_the_ladder_to_the_end_and_stay_there():
 
 @pytest.mark.parametrize(("pause", "expected"), [(1000, Remedy.REWIND_AT_HALF_RATE), (1001, Remedy.REWIND)])
 def test_it_comes_down_after_a_thousand_steps_without_a_divergence(pause, expected):
-    policy = EscalationPolicy(LIMITS)
+    policy = EscalationPolicy(LIMITS, "recover")
     policy.remedy("divergence", 100)
     assert policy.remedy("divergence", 100 + pause) is expected
 
 
 def test_milder_symptoms_do_not_climb():
-    policy = EscalationPolicy(LIMITS)
+    policy = EscalationPolicy(LIMITS, "recover")
     for step in range(10):
         policy.remedy("outlier", step)
         policy.remedy("nonfinite", step)
@@ -58,7 +56,7 @@ def test_milder_symptoms_do_not_climb():
     assert policy.level == 0
 
 
-@pytest.mark.parametrize(("mode", "remedy"), [("stop", Remedy.STOP), ("warn", Remedy.NOTE)])
+@pytest.mark.parametrize(("mode", "remedy"), [("stop", Remedy.STOP), ("warn", Remedy.NEW_LEVEL)])
 def test_the_other_modes_do_not_rewind(mode, remedy):
     policy = EscalationPolicy(LIMITS, mode)
     assert {policy.remedy("divergence", step) for step in (100, 200)} == {remedy}
@@ -66,25 +64,26 @@ def test_the_other_modes_do_not_rewind(mode, remedy):
 
 
 def test_sick_weights_are_repaired_and_rewound_if_they_are_sick_again_soon():
-    policy = EscalationPolicy(LIMITS)
+    policy = EscalationPolicy(LIMITS, "recover")
     assert policy.remedy("sick_weights", 50) is Remedy.REPAIR
     assert policy.remedy("sick_weights", 150) is Remedy.REWIND
-    assert EscalationPolicy(LIMITS).remedy("sick_weights", 50) is Remedy.REPAIR
+    assert EscalationPolicy(LIMITS, "recover").remedy("sick_weights", 50) is Remedy.REPAIR
 
 
 def test_sick_weights_long_after_a_repair_are_repaired_again():
-    policy = EscalationPolicy(LIMITS)
+    policy = EscalationPolicy(LIMITS, "recover")
     policy.remedy("sick_weights", 50)
     assert policy.remedy("sick_weights", 151) is Remedy.REPAIR
 
 
-@pytest.mark.parametrize("mode", ["stop", "warn"])
-def test_sick_weights_end_a_run_that_may_not_be_put_back(mode):
-    assert EscalationPolicy(LIMITS, mode).remedy("sick_weights", 50) is Remedy.STOP
+@pytest.mark.parametrize("kind", ["sick_weights", "nonfinite_limit"])
+@pytest.mark.parametrize(("mode", "remedy"), [("stop", Remedy.STOP), ("warn", Remedy.NOTE)])
+def test_a_run_that_is_lost_ends_only_where_that_is_asked(mode, remedy, kind):
+    assert EscalationPolicy(LIMITS, mode).remedy(kind, 50) is remedy
 
 
 def test_a_momentum_that_looks_poisoned_right_after_it_was_zeroed_was_not():
-    policy = EscalationPolicy(LIMITS)
+    policy = EscalationPolicy(LIMITS, "recover")
     assert policy.remedy("poison", 100) is Remedy.ZERO_MOMENTUM
     assert policy.remedy("poison", 200) is Remedy.REBASELINE
     assert policy.remedy("poison", 301) is Remedy.ZERO_MOMENTUM

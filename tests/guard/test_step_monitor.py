@@ -108,8 +108,8 @@ def test_an_outlier_counts_as_three_times_the_median_whoever_clips_afterwards(na
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_bad_loss_is_skipped_and_both_are_told(name):
-    params, optimizer, monitor = made(name)
+def test_a_bad_loss_is_skipped_if_that_is_asked(name):
+    params, optimizer, monitor = made(name, skips_bad_losses=True)
     for number in range(ARMED):
         step(params, optimizer, monitor, number, loss=2.0 + 0.01 * (number % 7))
         monitor.read()
@@ -155,7 +155,7 @@ def test_a_norm_that_the_trainer_would_clip_is_judged_as_clipped_but_infinity_is
     before = monitor.gate.state_dict()
     assert sorted(before["norms"]["values"])[:4] == pytest.approx([math.log(5.0)] * 4)
     step(params, optimizer, monitor, 4, factor=math.inf, clip_val=5.0)
-    assert monitor.gate.state_dict() == before
+    assert monitor.gate.state_dict()["norms"] == before["norms"]
     assert monitor.read(flush=True) is not None
 
 

@@ -19,7 +19,7 @@ from tests.faults.task import train
 def run(tmp_path_factory):
     """An outlier, two NaN batches, and labels that are wrong for good: two rungs of the ladder."""
     folder = tmp_path_factory.mktemp("run")
-    guard = LionGuard(trace=folder / "guard.csv")
+    guard = LionGuard(on_bad_loss="skip", on_divergence="recover", trace=folder / "guard.csv")
     faults = [Outlier(150, 1e4), NaNBatch([170, 171]), LabelNoise(every(205))]
     return folder, train(1, guard, faults, steps=400)
 
