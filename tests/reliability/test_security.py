@@ -207,7 +207,7 @@ def test_a_members_path_never_leaves_its_folder(tmp_path: Path) -> None:
     torch.save({"state_dict": {"w": torch.ones(2)}, "global_step": 1}, path)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("../outside", "written")
-    with contextlib.suppress(RuntimeError, ValueError):  # refused as a whole: as good
+    with contextlib.suppress(pickle.UnpicklingError):  # refused as a whole: as good
         load(path)
     assert not outside.exists()
     assert [file.name for file in tmp_path.iterdir()] == ["inside"]
