@@ -209,7 +209,7 @@ class LionGuard(Callback):
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         # A GradScaler scales the loss; with several optimizers it is not known whose loss it is.
         self._loss_compares = not scaled and plain
-        warmups = [self.warmup, *(LinearWarmup(self.warmup.warmup_steps) for _ in optimizers[1:])]
+        warmups = [self.warmup, *(LinearWarmup(self.warmup.warmup_steps) for _ in optimizers[1:])][: len(optimizers)]
         self.monitors = [
             StepMonitor(
                 optimizer,
@@ -277,9 +277,9 @@ class LionGuard(Callback):
     @override
     @harmless
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if all(
-            monitor.optimizer is not optimizer for monitor in self.monitors
-        ):  # setup_optimizers in the middle of a run
+        if not any(group["params"] for group in optimizer.param_groups):
+            return  # Lightning's stand-in where configure_optimizers returned None
+        if all(monitor.optimizer is not optimizer for monitor in self.monitors):  # set up again in the middle of a run
             self._loaded = None if not self.monitors else self.state_dict()
             self._detach()
             self.on_train_start(trainer, pl_module)

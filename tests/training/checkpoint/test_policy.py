@@ -65,16 +65,9 @@ def without_decay_groups(checkpoint: Checkpoint) -> None:
     checkpoint["optimizer_states"][0]["param_groups"].pop()
 
 
-def of_two_optimizers(checkpoint: Checkpoint) -> None:
-    watches = checkpoint["callbacks"]["LionGuard"]["watches"]
-    watches.append(deepcopy(watches[0]))
-
-
 MISFITS: dict[str, tuple[Any, str]] = {
     "tokens_seen": (("callbacks", "Throughput", "tokens_seen"), "the state of Throughput lacks 'tokens_seen'"),
     "best_step": (("callbacks", "RunCheckpoint", "best_step"), "the state of RunCheckpoint lacks 'best_step'"),
-    "guard": (("callbacks", "LionGuard", "losses"), "the state of LionGuard lacks 'losses'"),
-    "watches": (of_two_optimizers, "the state of LionGuard has more or fewer parts than this run"),
     **{
         key: ((key,), f"the checkpoint lacks '{key}'")
         for key in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "loops", "global_step", KEY)
