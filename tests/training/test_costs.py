@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lion_lightning import Lion
-from lion_lightning.training import costs
+from lion_lightning.training import performance as costs
 
 CPU = torch.device("cpu")
 

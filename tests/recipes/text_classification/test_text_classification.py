@@ -34,6 +34,9 @@ class Made:
     def fingerprint(self) -> str:
         return f"made {self.count} {self.classes} {self.pairs}"
 
+    def account(self) -> None:
+        return None
+
     def load(self) -> TextSplits:
         random = np.random.default_rng(0)
         rows = []
