@@ -137,7 +137,7 @@ def test_another_vocabulary_of_the_same_size_is_named(export: Path, blocks: Text
     first, second = list(words)[100:102]
     words[first], words[second] = words[second], words[first]
     (export / "tokenizer.json").write_text(json.dumps(kept))
-    refused(blocks, export, "knows other tokens than the data's tokenizer")
+    refused(blocks, export, "has another vocabulary than the data's tokenizer")
 
 
 def test_more_positions_than_the_checkpoint_has_are_refused(export: Path, blocks: TextBlocks) -> None:
