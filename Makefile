@@ -16,7 +16,7 @@ test: environment ## run the tests; TESTS=tests/optim picks some
 	$(BIN)/python -m pytest $(TESTS)
 
 test-resume: environment ## every resume, signal and two-process test, and 50 kills (half an hour)
-	LION_LIGHTNING_WHOLE_MATRIX=1 $(BIN)/python -m pytest tests/reliability tests/training/test_durable.py
+	LION_LIGHTNING_WHOLE_MATRIX=1 $(BIN)/python -m pytest tests/reliability tests/training/checkpoint/test_files.py
 	$(BIN)/python scripts/kill_test.py --kills 50 --seed 1
 	$(BIN)/python scripts/signal_test.py --repeats 20 --seed 1
 

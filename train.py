@@ -1,7 +1,7 @@
-"""The door to every recipe: `python train.py recipe=bert_mlm optim=lion`, and `python train.py --help` for the rest.
+"""The command line of every recipe: `python train.py recipe=bert_mlm optim=lion`; `python train.py --help` explains it.
 
-The configuration lies in conf/, what runs is `lion_lightning.training.run`. The same door opens as `lion-train` and as
-`python -m lion_lightning` where the package is installed.
+The configuration is in conf/, what runs is `lion_lightning.training.run`. An installed package has the same command
+line as `lion-train` and as `python -m lion_lightning`.
 """
 
 from lion_lightning.__main__ import main

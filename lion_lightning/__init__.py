@@ -11,17 +11,16 @@ __version__ = "0.1.0"
 __all__ = ["GradientRelease", "Lion", "LionGuard", "LionMixin", "from_adamw", "release_gradients"]
 
 if TYPE_CHECKING:
-    from lion_lightning.gradient_release import GradientRelease
     from lion_lightning.guard.callback import LionGuard
     from lion_lightning.hyperparams import from_adamw
-    from lion_lightning.mixin import LionMixin
+    from lion_lightning.lightning import GradientRelease, LionMixin
     from lion_lightning.optim import Lion, release_gradients
 
 _HOMES = {
-    "GradientRelease": "lion_lightning.gradient_release",
+    "GradientRelease": "lion_lightning.lightning",
     "Lion": "lion_lightning.optim",
     "LionGuard": "lion_lightning.guard.callback",
-    "LionMixin": "lion_lightning.mixin",
+    "LionMixin": "lion_lightning.lightning",
     "from_adamw": "lion_lightning.hyperparams",
     "release_gradients": "lion_lightning.optim",
 }

@@ -1,7 +1,7 @@
-"""The door: command line -> Hydra configuration -> `training.run`, with mistakes told in one line.
+"""The command line: `train.py`, `python -m lion_lightning` and `lion-train`.
 
-`train.py`, `python -m lion_lightning` and `lion-train` all come through here. Nothing heavy is imported before there is
-something to run, so `--help`, `--cfg` and tab completion answer at once.
+Command line -> Hydra configuration -> `training.run`; mistakes are reported in one line. Nothing heavy is imported
+before there is something to run, so `--help`, `--cfg` and tab completion answer at once.
 """
 
 import os
@@ -16,8 +16,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from lion_lightning.training import run_stamp
-from lion_lightning.training.secret_overrides import carried_in_environment, is_sweep
+from lion_lightning.errors import ConfigError
+from lion_lightning.training.logging_setup import carried_in_environment, is_sweep
 
 EXIT_USAGE = 2
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -25,15 +25,10 @@ _HERE = Path(__file__).resolve().parent
 # In a checkout conf/ lies beside the package, in a wheel inside it.
 CONFIG_FOLDER = next(folder for folder in (_HERE / "conf", _HERE.parent / "conf") if (folder / "train.yaml").is_file())
 
-run_stamp.register()
-
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name="train")
 def train(cfg: DictConfig) -> float:
     """Run what `cfg` describes; returns the best value of the recipe's metric, which Hydra's sweepers optimise."""
-    from lion_lightning.training.libraries import load_libraries
-
-    load_libraries()
     from lion_lightning.training.run import run
     from lion_lightning.training.signals import TrainingInterrupted
 
@@ -45,7 +40,7 @@ def train(cfg: DictConfig) -> float:
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # Hydra notes it and goes on with the other jobs
-        _report(error)
+        report_error(error)
 
 
 def main() -> None:
@@ -61,14 +56,12 @@ def main() -> None:
             sys.argv[1:] = carried_in_environment(sys.argv[1:])
         train()
     except Exception as error:
-        _report(error)
+        report_error(error)
 
 
-def _report(error: Exception) -> NoReturn:
-    """Leave with one line for an error that its message explains; any other goes on with its traceback."""
-    from lion_lightning.errors import ConfigError
-
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun tells at its end which rank failed first, and of what
+def report_error(error: Exception) -> NoReturn:
+    """Exit with one line for an error that its message explains; any other goes on with its traceback."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun prints at its end which rank failed first, and why
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
@@ -77,23 +70,20 @@ def _report(error: Exception) -> NoReturn:
         code = EXIT_USAGE
     if code is None or WANTS_TRACEBACK:
         raise error
-    print(f"{_rank()}error: {_one_line(error)}", file=sys.stderr)
+    if isinstance(error, MissingConfigException) and "hydra/launcher/submitit" in str(error):
+        text = "hydra/launcher=slurm needs a plugin that is not installed: pip install hydra-submitit-launcher"
+    else:
+        text = str(error).split("Config search path")[0].split("set HYDRA_FULL_ERROR")[0]
+    print(f"{_rank()}error: {' '.join(text.split())}", file=sys.stderr)
     sys.exit(code)
 
 
 def _rank() -> str:
-    """Who speaks, where there are several."""
+    """A prefix that names this rank, if there are several."""
     for rank, world_size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):  # of torchrun, of srun
         if rank in os.environ and int(os.environ.get(world_size, "1")) > 1:
             return f"[rank {os.environ[rank]}] "
     return ""
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, MissingConfigException) and "hydra/launcher/submitit" in str(error):
-        return "hydra/launcher=slurm needs a plugin that is not installed: pip install hydra-submitit-launcher"
-    text = str(error).split("Config search path")[0].split("set HYDRA_FULL_ERROR")[0]
-    return " ".join(text.split())
 
 
 if __name__ == "__main__":

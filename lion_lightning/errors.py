@@ -1,4 +1,4 @@
-"""The one exception that means: the run was asked for something that cannot be, and the message says what can."""
+"""ConfigError: the run was asked for something that cannot work, and the message says what can."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,13 +7,13 @@ from contextlib import contextmanager
 class ConfigError(ValueError):
     """A setting that cannot work. The message is one line: the setting, its value, and what is allowed.
 
-    The door (`lion_lightning/__main__.py`) prints it without a traceback and exits with status 2.
+    The command line prints it without a traceback and exits with status 2.
     """
 
 
 @contextmanager
 def configuring(setting: str) -> Iterator[None]:
-    """Turn what a constructor says of a bad value into a ConfigError that names the setting it came from."""
+    """Turn a constructor's complaint about a bad value into a ConfigError that names the `setting` it came from."""
     try:
         yield
     except ConfigError:

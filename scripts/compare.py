@@ -1,8 +1,8 @@
-"""Which optimizer won, by how much, how surely, at what cost: `python scripts/compare.py outputs/multirun/...`.
+"""Compare optimizers, with significance and cost: `python scripts/compare.py outputs/multirun/...`.
 
 Reads offline W&B runs from folders, runs on the server (`--wandb entity/project --group NAME`), or both. Prints two
 tables and writes compare.md, runs.csv, curves.csv, a PNG per axis and compare.html. Runs that differ in more than
-optimizer and seed are refused, with the reason.
+optimizer and seed are refused with the reason.
 """
 
 import argparse
@@ -15,19 +15,16 @@ from typing import Any
 
 from rich.console import Console
 
-from lion_lightning.tracking.compare import Comparison, compare
-from lion_lightning.tracking.figures import write_pictures
-from lion_lightning.tracking.offline import UnreadableRun, find_runs, read_runs
+from lion_lightning.tracking import report
+from lion_lightning.tracking.compare import Comparison, Incomparable, compare
 from lion_lightning.tracking.page import write_page
-from lion_lightning.tracking.report import markdown, relative, show, write_curves_csv, write_runs_csv
-from lion_lightning.tracking.runs import Run
-from lion_lightning.tracking.variants import Incomparable
+from lion_lightning.tracking.runs import Run, UnreadableRun, fetch_runs, find_runs, read_runs
 
 EXIT_USAGE = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 with one line that says what is wrong."""
+    """Run the command line; returns the exit code: 0, or 2 with a message of one line."""
     options = _parser().parse_intermixed_args(arguments)
     console = Console()
     try:
@@ -44,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def gather(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
-    """The runs that were asked for, and a line for each that cannot be read."""
+    """The runs that the options name, and a line for each that cannot be read."""
     if not options.folders and not options.wandb:
         raise Incomparable("nothing to compare: name folders with runs, or --wandb entity/project")
     files = [file for folder in options.folders for file in find_runs(folder)]
@@ -52,20 +49,19 @@ def gather(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
         raise Incomparable(f"no W&B run in {', '.join(map(str, options.folders))}")
     read = read_runs(list(dict.fromkeys(files)))
     runs = [run for run in read if isinstance(run, Run)]
-    unreadable = [f"not read: {relative_to_here(error)}" for error in read if isinstance(error, UnreadableRun)]
+    errors = [str(error).partition(": ") for error in read if isinstance(error, UnreadableRun)]
+    unreadable = [f"not read: {report.relative(file)}: {reason}" for file, _, reason in errors]
     if options.wandb:
-        from lion_lightning.tracking.online import fetch_runs
-
         runs += fetch_runs(options.wandb, options.group)
     if not runs:
         of_group = f" of group {options.group}" if options.group else ""
         raise Incomparable("; ".join(unreadable) or f"no run{of_group} in {options.wandb}")
-    # A copied folder, or a run that is on disk and was synced: one run all the same.
+    # A copied folder, or a run that is both on disk and on the server, counts once.
     return list({run.id or run.source: run for run in reversed(runs)}.values())[::-1], unreadable
 
 
 def split(runs: list[Run], options: argparse.Namespace) -> list[list[Run]]:
-    """The runs to compare with one another: those of --group, or one list per group."""
+    """The lists of runs to compare: those of --group, one list per group, or all in one."""
     groups = list(dict.fromkeys(run.group for run in runs))
     if options.group:
         wanted = [run for run in runs if run.group == options.group]
@@ -75,23 +71,24 @@ def split(runs: list[Run], options: argparse.Namespace) -> list[list[Run]]:
     return [[run for run in runs if run.group == group] for group in groups] if options.each_group else [runs]
 
 
-def write(comparison: Comparison, folder: Path, command: str, date: str, unreadable: Sequence[str]) -> list[Path]:
-    """Write every file of the report to `folder` and return them."""
+def write(comparison: Comparison, folder: Path, command: str, date: str) -> list[Path]:
+    """Write every file of the report and return their paths.
+
+    Args:
+        comparison: What is reported.
+        folder: Where the files go; created if missing.
+        command: The command line, for the end of the report.
+        date: ISO 8601.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = write_pictures(comparison, folder)
+    pictures = report.write_pictures(comparison, folder)
     page, text, runs, curves = (folder / name for name in ("compare.html", "compare.md", "runs.csv", "curves.csv"))
-    metrics = write_page(comparison, page, command, date, unreadable)
+    write_page(comparison, page, command, date)
     names = [picture.name for picture in pictures]
-    text.write_text(markdown(comparison, command, date, names, unreadable), encoding="utf-8")
-    write_runs_csv(comparison, runs)
-    write_curves_csv(comparison, metrics[:1], curves)
+    text.write_text(report.markdown(comparison, command, date, names), encoding="utf-8")
+    report.write_runs_csv(comparison, runs)
+    report.write_curves_csv(comparison, comparison.goal.metric, curves)
     return [text, page, runs, curves, *pictures]
-
-
-def relative_to_here(error: UnreadableRun) -> str:
-    """The error with its file as seen from here."""
-    file, _, reason = str(error).partition(": ")
-    return f"{relative(file)}: {reason}"
 
 
 def _compare(
@@ -106,12 +103,12 @@ def _compare(
         aside=options.aside,
         unlike=options.unlike,
     )
-    show(comparison, console)
-    for line in unreadable:
-        console.print(f"! {line}", highlight=False, style="yellow")
-    command = f"python scripts/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}"  # experiments.py compares, too
-    files = write(comparison, folder, command, datetime.date.today().isoformat(), unreadable)
-    console.print(f"{relative(str(folder))}: {', '.join(file.name for file in files)}", highlight=False, soft_wrap=True)
+    comparison.remarks.extend(unreadable)
+    report.show(comparison, console)
+    command = f"python scripts/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}"  # experiments.py calls this, too
+    files = write(comparison, folder, command, datetime.date.today().isoformat())
+    names = ", ".join(file.name for file in files)
+    console.print(f"{report.relative(str(folder))}: {names}", highlight=False, soft_wrap=True)
     if options.report:
         from lion_lightning.tracking.publish import publish_report, publish_workspace
 
@@ -126,17 +123,19 @@ def _refuse(message: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folders", nargs="*", type=Path, help="folders with runs, searched all the way down")
+    parser.add_argument("folders", nargs="*", type=Path, help="folders with runs, searched recursively")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="runs on the server; needs WANDB_API_KEY")
     parser.add_argument("--group", help="only runs of this W&B group")
-    parser.add_argument("--each-group", action="store_true", help="compare every group for itself")
-    parser.add_argument("--metric", help="what decides; default: what the recipe monitors")
+    parser.add_argument("--each-group", action="store_true", help="compare each group separately")
+    parser.add_argument("--metric", help="the metric that decides (default: what the recipe monitors)")
     parser.add_argument("--mode", choices=("min", "max"), help="whether less or more of the metric is better")
-    parser.add_argument("--baseline", help="what the others are tested against (default: adamw where there is one)")
+    parser.add_argument(
+        "--baseline", help="the variant that the others are tested against (default: adamw, if present)"
+    )
     keys: dict[str, Any] = {"type": lambda text: text.split(","), "default": [], "metavar": "KEY,KEY"}
-    parser.add_argument("--by", **keys, help="settings compared beside the optimizer, such as data.batch_size")
+    parser.add_argument("--by", **keys, help="further settings that are compared, such as data.batch_size")
     parser.add_argument("--aside", **keys, help="settings that follow from those, such as a rate scaled with the batch")
-    parser.add_argument("--unlike", action="store_true", help="compare runs that are not alike all the same")
+    parser.add_argument("--unlike", action="store_true", help="compare runs in spite of other differences")
     parser.add_argument("--output", type=Path, default=Path("outputs/comparison"), help="folder (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="publish a W&B report and a workspace (needs --wandb)")
     return parser

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lion_lightning.optim.checkpoints import SOURCES, converted, optimizer_state, read, source_of
+from lion_lightning.optim.import_state import SOURCES, converted, optimizer_state, read, source_of
 
 MODEL_CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
 

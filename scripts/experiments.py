@@ -1,7 +1,7 @@
 """The experiments of docs/experiments.md by name: `python scripts/experiments.py betas recipe=bert_mlm --seeds 1,2,3`.
 
-Every run is a process of its own under outputs/experiments/, so a crash stops that run alone; what has finished is not
-run again, what was interrupted goes on. At the end the runs are compared (scripts/compare.py).
+Every run is a process with a folder under outputs/experiments/, so a crash stops that run alone. A finished run is not
+repeated, an interrupted one resumes. At the end the runs are compared (scripts/compare.py).
 """
 
 import argparse
@@ -20,12 +20,11 @@ from omegaconf import DictConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the modules beside this one
 
 from lion_lightning.__main__ import CONFIG_FOLDER
-from lion_lightning.tracking.offline import find_runs, read_runs
-from lion_lightning.tracking.runs import Run
+from lion_lightning.tracking.runs import Run, find_runs, read_runs
 from scripts import compare
 
 EXIT_FAILED = 1
-EXIT_OF_THE_GUARD = 42  # a run that the guard ended is a result, not an accident
+EXIT_OF_THE_GUARD = 42  # a run that the guard ended is a result and is not repeated
 BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 REFERENCE_BATCH_SIZE = 64
 VALIDATIONS = 8
@@ -34,11 +33,12 @@ Variants = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class Experiment:
-    """One question.
+    """A question that a comparison answers.
 
     Attributes:
-        variants: from the command line's overrides to what is compared: a folder's name and its own overrides.
-        by, aside: see `scripts/compare.py`.
+        question: For the help text.
+        variants: Takes the overrides of the command line and returns, by folder name, the overrides of each variant.
+        by, aside: The options of `scripts/compare.py`.
     """
 
     question: str
@@ -72,7 +72,7 @@ def betas(overrides: list[str]) -> Variants:
 
 
 def precision(overrides: list[str]) -> Variants:
-    """Pure bf16 with each number of kept bits, against fp32."""
+    """Pure bf16 with each value of `weight_bits`, against fp32."""
     pure = ["trainer.precision=bf16-true"]
     return {
         "lion-fp32": ["optim=lion", "trainer.precision=32-true"],
@@ -84,7 +84,7 @@ def precision(overrides: list[str]) -> Variants:
 
 
 def batch_size(overrides: list[str]) -> Variants:
-    """8 to 1,024 over the same number of samples; learning rates scale with the batch's root, decay stays."""
+    """Batches of 8 to 1,024 over the same number of samples; the learning rate scales with the root of the batch."""
     return {
         f"{optim}-{size}": [f"optim={optim}", *_of_batch_size(_composed([f"optim={optim}", *overrides]), size)]
         for optim in ("lion", "adamw")
@@ -93,7 +93,7 @@ def batch_size(overrides: list[str]) -> Variants:
 
 
 def _of_batch_size(cfg: DictConfig, size: int) -> list[str]:
-    """What a batch of `size` changes. The root is for sign-like updates (Malladi et al., 2022, arXiv:2205.10287)."""
+    """Overrides for a batch of `size`; the root suits sign-like updates (Malladi et al., 2022, arXiv:2205.10287)."""
     ratio = size / REFERENCE_BATCH_SIZE
     samples = cfg.trainer.max_steps * cfg.data.batch_size
     steps = max(VALIDATIONS, round(samples / size))
@@ -124,7 +124,7 @@ EXPERIMENTS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0, or 1 if a run failed that the guard did not end."""
+    """Run the command line; returns 0, or 1 if a run failed other than by the guard."""
     options = _options(arguments)
     experiment = EXPERIMENTS[options.name]
     recipe = _composed(options.overrides).recipe.name
@@ -137,18 +137,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.dry_run:
                 print("python", shlex.join(command))
             elif is_done(run_dir):
-                print(f"{run_dir.name}: done already", flush=True)
+                print(f"{run_dir.name}: finished already", flush=True)
             elif code := subprocess.run([sys.executable, *command], check=False).returncode:
                 print(f"{run_dir.name}: ended with code {code}", flush=True)
                 failed += [run_dir.name] if code != EXIT_OF_THE_GUARD else []
     if options.dry_run:
         return 0
-    told = [*(["--by", ",".join(experiment.by)] if experiment.by else [])]
-    told += ["--aside", ",".join(experiment.aside)] if experiment.aside else []
-    output = options.output or folder / "comparison"
-    code = compare.main([str(folder), *told, "--output", str(output)])
+    keys = {"--by": experiment.by, "--aside": experiment.aside}
+    settings = [word for option, names in keys.items() if names for word in (option, ",".join(names))]
+    code = compare.main([str(folder), *settings, "--output", str(options.output or folder / "comparison")])
     if failed:
-        print(f"failed: {', '.join(failed)}; the same command runs them again", file=sys.stderr)
+        print(f"failed: {', '.join(failed)}; repeat the command to run them again", file=sys.stderr)
     return EXIT_FAILED if failed else code
 
 
@@ -173,8 +172,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     seeds: dict[str, Any] = {"type": lambda text: [int(seed) for seed in text.split(",")], "default": [1, 2, 3]}
     parser.add_argument("--seeds", **seeds, help="default: 1,2,3")
     parser.add_argument("--folder", type=Path, default=Path("outputs/experiments"), help="default: %(default)s")
-    parser.add_argument("--output", type=Path, help="where the comparison goes (default: beside the runs)")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands of the runs and leave")
+    parser.add_argument("--output", type=Path, help="folder of the comparison (default: beside the runs)")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands of the runs and exit")
     return parser.parse_intermixed_args(arguments)
 
 

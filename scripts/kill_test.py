@@ -29,9 +29,8 @@ from typing import Any
 import hydra
 import torch
 
-from lion_lightning.training.checkpoint_io import CheckpointFailed, load
-from lion_lightning.training.durable import TEMPORARY_PREFIX, sweep_temporaries, verify
-from lion_lightning.training.resume import newest_valid
+from lion_lightning.training.checkpoint.files import TEMPORARY_PREFIX, CheckpointFailed, load, sweep_temporaries, verify
+from lion_lightning.training.checkpoint.policy import newest_valid
 from lion_lightning.training.run import run
 
 # What a run imports by name, imported here once instead of in every attempt.

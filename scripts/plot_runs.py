@@ -1,22 +1,22 @@
-"""One picture of runs against optimizer steps: `python scripts/plot_runs.py outputs/... --output curve.png`.
+"""Draw one picture of runs: `python scripts/plot_runs.py outputs/... --output curve.png`.
 
-The curves of `scripts/compare.py`, without the statistics: the mean over seeds with its band. The dashed line is the
-entropy of the validation tokens, where the runs logged it: what a model without any context would reach.
+The curves are those of `scripts/compare.py`: the mean over seeds with a band of one standard deviation. The dashed line
+is the entropy of the validation tokens, where the runs logged it: the loss of a model that ignores context.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from lion_lightning.tracking.compare import compare
-from lion_lightning.tracking.figures import write_picture
-from lion_lightning.tracking.offline import UnreadableRun, find_runs, read_runs
-from lion_lightning.tracking.runs import AXES, Run
-from lion_lightning.tracking.variants import Incomparable
+from lion_lightning.tracking.compare import Incomparable, compare
+from lion_lightning.tracking.report import write_picture
+from lion_lightning.tracking.runs import AXES, Run, UnreadableRun, find_runs, read_runs
 
 
-def main() -> int:
-    options = _arguments()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, or 2 with a message of one line."""
+    options = _options(arguments)
     try:
         read = read_runs([file for place in options.folders for file in find_runs(place)])
         runs = [run for run in read if isinstance(run, Run)]
@@ -32,16 +32,18 @@ def main() -> int:
     return 0 if drawn else 2
 
 
-def _arguments() -> argparse.Namespace:
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folders", nargs="+", type=Path, help="where to look for runs")
-    parser.add_argument("--metric", help="what to draw; default: the metric the recipe monitors")
-    parser.add_argument("--axis", choices=tuple(AXES), default="steps", help="against what (default: %(default)s)")
-    parser.add_argument("--unlike", action="store_true", help="draw runs that are not alike all the same")
+    parser.add_argument("folders", nargs="+", type=Path, help="folders with runs, searched recursively")
+    parser.add_argument("--metric", help="the metric to draw (default: what the recipe monitors)")
+    parser.add_argument(
+        "--axis", choices=tuple(AXES), default="steps", help="the horizontal axis (default: %(default)s)"
+    )
+    parser.add_argument("--unlike", action="store_true", help="draw runs in spite of other differences")
     parser.add_argument(
         "--output", type=Path, default=Path("curve.png"), help="the PNG to write (default: %(default)s)"
     )
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,11 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from lion_lightning.guard.readings import Reading
+from lion_lightning.guard.events import read_trace
 from lion_lightning.guard.recovery import ON_DIVERGENCE, Remedy
-from lion_lightning.guard.replay import Replayed, Rules, changed, logged_readings, replay, rules_of
-from lion_lightning.guard.trace import read_trace
-from lion_lightning.tracking.offline import find_runs, read_run
-from lion_lightning.tracking.runs import STEP
+from lion_lightning.guard.replay import Replayed, Settings, changed, logged_readings, replay, settings_of
+from lion_lightning.guard.rules import Reading
+from lion_lightning.tracking.runs import STEP, find_runs, read_run
 
 STRETCHES_SHOWN = 12
 LOGGED_ONLY = (
@@ -47,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read(place: Path) -> tuple[dict[int, list[Reading]], Rules, str]:
+def read(place: Path) -> tuple[dict[int, list[Reading]], Settings, str]:
     """Readings, the rules the run had, and what has to be said about them.
 
     Raises:
@@ -56,7 +55,7 @@ def read(place: Path) -> tuple[dict[int, list[Reading]], Rules, str]:
     trace = place / "guard.csv" if place.is_dir() else place
     if trace.suffix == ".csv" and trace.is_file():
         config = trace.parent / "config.yaml"
-        rules = rules_of(OmegaConf.load(config)) if config.is_file() else Rules()  # type: ignore[arg-type]
+        rules = settings_of(OmegaConf.load(config)) if config.is_file() else Settings()  # type: ignore[arg-type]
         return _some(read_trace(trace), place), rules, ""
     if not place.exists():
         raise ValueError(f"{place}: there is no such file or folder")
@@ -65,7 +64,7 @@ def read(place: Path) -> tuple[dict[int, list[Reading]], Rules, str]:
     run = read_run(place)
     readings = logged_readings(run.history, STEP)
     found = _some({0: readings} if readings else {}, place)
-    return found, rules_of(run.config), LOGGED_ONLY.format(count=len(readings), last=run.last_step)
+    return found, settings_of(run.config), LOGGED_ONLY.format(count=len(readings), last=run.last_step)
 
 
 def _some(readings: dict[int, list[Reading]], place: Path) -> dict[int, list[Reading]]:

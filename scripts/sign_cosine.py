@@ -23,9 +23,8 @@ from torch.nn.functional import cosine_similarity
 from torch.optim import Optimizer
 
 from lion_lightning.__main__ import CONFIG_FOLDER
-from lion_lightning.tracking.figures import style_of
-from lion_lightning.tracking.report import relative
-from lion_lightning.training.building import build_data, build_guard, build_module
+from lion_lightning.tracking.report import relative, style_of
+from lion_lightning.training.build import build_callbacks, build_data, build_module
 
 STEPS = 300
 TOLD = (1, 2, 3, 5, 10, 20, 50, 100, 200, 300, 500, 1000)
@@ -80,7 +79,7 @@ def measure(overrides: Sequence[str], steps: int) -> list[dict[str, float]]:
     trainer = pl.Trainer(
         max_steps=steps, accelerator=cfg.trainer.accelerator, devices=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, use_distributed_sampler=False,
-        callbacks=[*build_guard(cfg), cosines],
+        callbacks=[*build_callbacks(cfg, "guard"), cosines],
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
     return cosines.rows

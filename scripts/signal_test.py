@@ -32,9 +32,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import lion_lightning.training.run as run_module
-from lion_lightning.training.checkpoint_io import load
-from lion_lightning.training.durable import TEMPORARY_PREFIX, verify
-from lion_lightning.training.resume import newest_valid
+from lion_lightning.training.checkpoint.files import TEMPORARY_PREFIX, load, verify
+from lion_lightning.training.checkpoint.policy import newest_valid
 from lion_lightning.training.signals import EXIT_CODE_OFFSET
 
 # What a run imports by name, imported here once instead of in every attempt.

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from lion_lightning.training.building import build_data, build_module
-from lion_lightning.training.checkpoint_io import load
-from lion_lightning.training.plain import with_names_of
+from lion_lightning.training.build import build_data, build_module
+from lion_lightning.training.checkpoint.files import load, with_names_of
 
 
 def run_folders(places: list[Path]) -> list[Path]:

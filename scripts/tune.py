@@ -1,9 +1,9 @@
 """The same search for every optimizer: `python scripts/tune.py recipe=image_classification --optim lion,adamw`.
 
 Each optimizer gets the same number of trials of the same length, over its own range of learning rate, decay, betas and
-warm-up (`SPACES`), by Optuna's TPE; the trials lie in an SQLite file, so a search that was ended goes on where it was.
-The winner goes to conf/tuned/<recipe>_<optim>.yaml with the evidence. `--heat-map` walks a grid of learning rate and
-decay instead, everything else at the winner's, and draws it.
+warm-up (`SPACES`), chosen by Optuna's TPE. Trials are stored in an SQLite file, so an interrupted search continues. The
+winner goes to conf/tuned/<recipe>_<optim>.yaml with the evidence. `--heat-map` trains a grid of learning rate and decay
+with the winner's other settings instead, and draws it.
 """
 
 import argparse
@@ -34,13 +34,13 @@ from scripts.tune_spaces import SPACES, Space, overrides_of, warmup_steps
 
 EXIT_USAGE = 2
 SQLITE = "sqlite:///"
-WARM_UP_TRIALS = 6  # drawn at random before TPE starts to choose
+RANDOM_TRIALS = 6  # before TPE starts to choose
 Run = Callable[[DictConfig], float]
 
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched, and with what budget."""
+    """A search of one optimizer: its settings and budget."""
 
     optim: str
     recipe: str
@@ -56,7 +56,7 @@ class Search:
 
     @property
     def name(self) -> str:
-        """The study's name: whatever makes results unlike is in it."""
+        """The name of the study: it contains everything that makes results differ."""
         kind = "heat_map" if self.heat_map else "search"
         return " ".join((kind, self.recipe, self.optim, *sorted(self.overrides), f"seeds={list(self.seeds)}"))
 
@@ -67,7 +67,12 @@ class Search:
 
 
 def main(arguments: Sequence[str] | None = None, run: Run | None = None) -> int:
-    """Run the command line; `run` trains one configuration (None: the real thing)."""
+    """Run the command line.
+
+    Args:
+        arguments: None: those of the process.
+        run: Trains one configuration and returns its best metric; None: a real training.
+    """
     options = _options(arguments)
     try:
         searches = [_search(optim, options) for optim in options.optim]
@@ -84,7 +89,12 @@ def main(arguments: Sequence[str] | None = None, run: Run | None = None) -> int:
 
 
 def explore(search: Search, run: Run) -> optuna.Study:
-    """Run the trials that the study still lacks. A killed trial is run again; a diverged one counts, as the worst."""
+    """Run the missing trials of a study.
+
+    Args:
+        search: The search. A killed trial is repeated; a diverged one counts as the worst.
+        run: Trains one configuration and returns its best metric.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     mode = compose(search, {}, search.seeds[0]).recipe.mode
     study = study_of(search, mode)
@@ -97,9 +107,14 @@ def explore(search: Search, run: Run) -> optuna.Study:
 
 
 def study_of(search: Search, mode: Mode) -> optuna.Study:
-    """The study of `search`, made if need be: by one process, while others that were started with it wait.
+    """The study of `search`, created if missing.
 
-    Optuna makes the tables of a new database one by one, and fails on those that another process made meanwhile.
+    A lock lets one process create it: Optuna creates the tables of a new database one by one and fails on a table that
+    another process has created in the meantime.
+
+    Args:
+        search: The search.
+        mode: Whether less (`min`) or more (`max`) of the metric is better.
     """
     with FileLock(f"{search.storage.removeprefix(SQLITE)}.lock"):
         return optuna.create_study(
@@ -111,21 +126,21 @@ def study_of(search: Search, mode: Mode) -> optuna.Study:
 
 
 def _search_on(search: Search, run: Run, mode: Mode) -> Callable[[optuna.Study, int], None]:
-    """One trial of the search, wherever the sampler wants it."""
+    """A function that runs one trial, with settings chosen by the sampler."""
 
     def objective(trial: optuna.Trial) -> float:
         return _mean(run, search, search.space.suggest(trial), mode)
 
     def step(study: optuna.Study, done: int) -> None:
-        # Keyed by how far the study is: one that goes on must not draw its first trials again.
-        study.sampler = optuna.samplers.TPESampler(seed=1000 + done, n_startup_trials=WARM_UP_TRIALS)
+        # The seed depends on the number of finished trials, so that a continued study does not repeat its first draws.
+        study.sampler = optuna.samplers.TPESampler(seed=1000 + done, n_startup_trials=RANDOM_TRIALS)
         study.optimize(objective, n_trials=1)
 
     return step
 
 
 def _walk(search: Search, run: Run, mode: Mode) -> Callable[[optuna.Study, int], None]:
-    """The next cell of the heat map."""
+    """A function that runs the next cell of the heat map."""
     fixed = _rest_of_winner(search)
     spans = {key: search.space.ranges[key] for key in search.space.plane}
     distributions: dict[str, optuna.distributions.BaseDistribution] = {
@@ -147,7 +162,7 @@ def _mean(run: Run, search: Search, params: dict[str, Any], mode: Mode) -> float
 
 
 def _value(run: Run, search: Search, params: dict[str, Any], seed: int, mode: Mode) -> float:
-    """The best metric of one run; a run that diverged has the worst there is."""
+    """The best metric of one run; an infinite value of the bad sign for a run that diverged."""
     from lion_lightning.guard.callback import TrainingStopped
 
     with tempfile.TemporaryDirectory(prefix="lion_lightning-trial-") as folder:
@@ -159,7 +174,7 @@ def _value(run: Run, search: Search, params: dict[str, Any], seed: int, mode: Mo
 
 
 def _train(cfg: DictConfig) -> float:
-    """One real run, in silence."""
+    """One real run without output."""
     from lion_lightning.training.run import run
 
     with contextlib.redirect_stdout(io.StringIO()):
@@ -172,12 +187,12 @@ def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 
 def _rest_of_winner(search: Search) -> dict[str, Any]:
-    """The best setting of the same optimizer's search, if there was one, without the two that the map walks."""
+    """The best settings of the optimizer's search, without the two of the heat map; empty without a search."""
     try:
         study = optuna.load_study(study_name=replace(search, heat_map=False).name, storage=search.storage)
         best = study.best_params
     except (KeyError, ValueError):
-        print(f"{search.optim}: no search yet; everything but learning rate and decay stays as in conf/optim")
+        print(f"{search.optim}: no search yet; all settings except learning rate and decay are those of conf/optim")
         return {}
     return {key: value for key, value in best.items() if key not in search.space.plane}
 

@@ -1,4 +1,4 @@
-"""What comes of tuning: a settings file with its evidence, and the heat map of learning rate and decay."""
+"""Results of tuning: a settings file with its evidence, and the heat map of learning rate and decay."""
 
 import math
 import textwrap
@@ -12,13 +12,13 @@ from lion_lightning.tracking.compare import Mode
 from scripts.tune_spaces import DEFAULT, WARM_UP, rounded
 
 LINE_WIDTH = 118
-NEAR_THE_BEST = 0.05  # a cell is near the best within 5 % of it (of the error where more is better)
+NEAR_THE_BEST = 0.05  # relative distance, of the error where more is better
 Cells = Mapping[tuple[float, float], float]
 COMMENTS = {
     "lr": "peak learning rate",
     "weight_decay": "decoupled; coupled for sgd",
     "betas": "update direction or first moment, momentum or second moment",
-    "momentum": "share of the old momentum kept",
+    "momentum": "weight of the old momentum",
     "beta2_decay": "exponent of the second moment's decay",
     "alpha_0": "relative size of a step",
     "q": "larger is less decay",
@@ -26,7 +26,12 @@ COMMENTS = {
 
 
 def tuned_file(params: Mapping[str, Any], evidence: str) -> str:
-    """The YAML of conf/tuned for the values of a trial."""
+    """The YAML of conf/tuned.
+
+    Args:
+        params: The values of a trial, by dotted key.
+        evidence: What was tried and by which command; becomes a comment.
+    """
     lines = ["# @package _global_", *(f"# {line}" for line in textwrap.wrap(evidence, LINE_WIDTH)), "optim:"]
     for key, value in rounded({key: value for key, value in params.items() if key != WARM_UP}).items():
         name = key.removeprefix("optim.")
@@ -38,8 +43,13 @@ def tuned_file(params: Mapping[str, Any], evidence: str) -> str:
 
 
 def flatness(cells: Cells, mode: Mode) -> tuple[float, float]:
-    """Share of the cells near the best one, and how near that is; by itself a statement about these ranges only."""
-    values = np.array([value for value in cells.values()])
+    """The share of cells near the best one, and the distance that counts as near.
+
+    Args:
+        cells: Values by learning rate and decay. The share depends on the ranges that they cover.
+        mode: Whether less (`min`) or more (`max`) is better.
+    """
+    values = np.array(list(cells.values()))
     finite = values[np.isfinite(values)]
     if not finite.size:
         return math.nan, math.nan
@@ -52,14 +62,22 @@ def flatness(cells: Cells, mode: Mode) -> tuple[float, float]:
 def draw_heat_map(
     results: Mapping[str, Cells], metric: str, mode: Mode, planes: Mapping[str, tuple[str, str]], file: Path
 ) -> None:
-    """One panel per optimizer over one scale of colours; the best cell is framed, a diverged one is white."""
+    """Draw one panel per optimizer with a common colour scale; the best cell is framed, a diverged one is white.
+
+    Args:
+        results: Cells by optimizer.
+        metric: Name of their values.
+        mode: Whether less (`min`) or more (`max`) is better.
+        planes: The keys of the two axes, by optimizer.
+        file: The PNG.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     finite = [value for cells in results.values() for value in cells.values() if math.isfinite(value)]
-    # The worst fifth share a colour: a diverged corner must not wash out the rest.
+    # The worst fifth shares a colour, so that nearly diverged cells do not compress the scale of the others.
     low, high = np.quantile(finite, (0.2, 1.0) if mode == "max" else (0.0, 0.8))
     figure, panels = plt.subplots(
         1, len(results), figsize=(1.5 + 3.6 * len(results), 3.6), dpi=150, squeeze=False, layout="constrained"

@@ -1,8 +1,8 @@
-"""What `scripts/tune.py` searches: for each optimizer its own ranges, equally wide for all.
+"""The ranges that `scripts/tune.py` searches, per optimizer and equally wide for all.
 
-Learning rates span two and a half decades around what is usual for the optimizer on small models, decays three; Lion's
-rates lie a third of a decade below AdamW's and its decays a decade above (Chen et al., 2023, arXiv:2302.06675,
-section 5), so that both have their optimum inside. Keys are Hydra's, except `warm_up`, a share of the run.
+Learning rates span two and a half decades around the usual values for small models, decays three. Lion's rates are
+half a decade below AdamW's and its decays a decade above (Chen et al., 2023, arXiv:2302.06675, section 5), so that the
+ranges contain both optima. Keys are Hydra's, except `warm_up`, a share of the run.
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ SIGNIFICANT_DIGITS = 3
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers between two, evenly in the logarithm."""
+    """An interval that is searched evenly in the logarithm."""
 
     low: float
     high: float
 
     def points(self, count: int) -> list[float]:
-        """`count` values from the low to the high end."""
+        """`count` values from low to high, both included."""
         return [min(self.high, max(self.low, float(f"{x:.4g}"))) for x in np.geomspace(self.low, self.high, count)]
 
 
@@ -35,7 +35,8 @@ class Space:
     """The ranges of one optimizer.
 
     Attributes:
-        plane: the keys of the heat map, learning rate and decay or what stands for them.
+        ranges: Numeric keys; the first two, learning rate and decay or their equivalents, are the axes of the heat map.
+        choices: Keys with a list of values.
     """
 
     ranges: Mapping[str, Range]
@@ -43,6 +44,7 @@ class Space:
 
     @property
     def plane(self) -> tuple[str, str]:
+        """The keys of the heat map's axes."""
         rate, decay = list(self.ranges)[:2]
         return rate, decay
 
@@ -70,7 +72,7 @@ def _short(key: str) -> str:
     return key.removeprefix("optim.").replace("_", " ")
 
 
-DEFAULT = "default"  # the guard's own warm-up
+DEFAULT = "default"  # warm-up as the guard chooses it
 _SHARES = ("default", "0.03", "0.2")
 SPACES: Mapping[str, Space] = MappingProxyType({
     "lion": Space(
@@ -101,7 +103,7 @@ SPACES: Mapping[str, Space] = MappingProxyType({
 
 
 def rounded(params: Mapping[str, Any]) -> dict[str, Any]:
-    """As many digits as a tuned setting deserves."""
+    """The values with three significant digits."""
     return {
         key: float(f"{value:.{SIGNIFICANT_DIGITS}g}") if isinstance(value, float) else value
         for key, value in params.items()
@@ -114,6 +116,6 @@ def overrides_of(params: Mapping[str, Any]) -> list[str]:
 
 
 def warmup_steps(params: Mapping[str, Any], max_steps: int) -> int | None:
-    """Optimizer steps of warm-up; None: what the guard does by itself."""
+    """Optimizer steps of warm-up; None: the guard's default."""
     share = params.get(WARM_UP, DEFAULT)
     return None if share == DEFAULT else round(float(share) * max_steps)

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the modules beside this one
 
-from lion_lightning.tracking.figures import style_of
-from lion_lightning.tracking.report import relative
+from lion_lightning.tracking.compare import variant_labels
+from lion_lightning.tracking.report import relative, style_of
 from lion_lightning.tracking.runs import Run
-from lion_lightning.tracking.variants import variant_labels
 from scripts.trained import load_run, run_folders
 
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3)

@@ -10,6 +10,8 @@ import hydra
 import pytest
 from omegaconf import DictConfig
 
+import lion_lightning.training  # noqa: F401  # registers the resolvers of conf/
+
 ROOT = Path(__file__).resolve().parent.parent
 Compose = Callable[..., DictConfig]
 

@@ -112,7 +112,7 @@ def test_an_optimizer_is_what_its_file_says_in_both_recipes(compose: Compose, op
     + [f"{group}={name}" for group, names in (("data", DATA), ("logger", LOGGERS)) for name in names],
 )
 def test_every_target_is_allowed_and_takes_its_arguments(compose: Compose, choice: str) -> None:
-    from lion_lightning.training.instantiate import LABEL, resolve
+    from lion_lightning.training.build import LABEL, resolve
 
     found = list(targets(plain(compose(choice, "run_dir=out"))))
     assert len(found) >= 8
@@ -125,7 +125,7 @@ def test_every_target_is_allowed_and_takes_its_arguments(compose: Compose, choic
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_key_is_an_attribute_of_its_configuration(compose: Compose, model: str) -> None:
     """`transformers` configurations take any keyword, so a misspelt size would pass unseen."""
-    from lion_lightning.training.instantiate import resolve
+    from lion_lightning.training.build import resolve
 
     node = plain(compose(f"model={model}", "run_dir=out"))["model"]["config"]
     default = resolve(node["_target_"])()
@@ -138,7 +138,7 @@ def test_every_optimizer_and_schedule_is_built_as_configured(compose: Compose, o
     import torch
 
     from lion_lightning.hyperparams import parameter_groups
-    from lion_lightning.training.instantiate import instantiate
+    from lion_lightning.training.build import instantiate
 
     cfg = compose(f"optim={optim}", f"schedule={schedule}", "run_dir=out")
     optimizer = instantiate(cfg.optim)(parameter_groups(torch.nn.Linear(4, 3), weight_decay=0.1))

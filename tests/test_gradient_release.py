@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from lion_lightning.gradient_release import GradientRelease, check
 from lion_lightning.guard.callback import LionGuard
+from lion_lightning.lightning import GradientRelease, check
 from lion_lightning.optim import Lion
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lion_lightning import Lion, LionMixin, from_adamw
-from lion_lightning.schedules import linear
+from lion_lightning.hyperparams import linear
 
 
 class Regression(LightningModule):

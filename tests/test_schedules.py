@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from lion_lightning.schedules import amos, constant, cosine, linear
+from lion_lightning.hyperparams import amos, constant, cosine, linear
 
 
 def test_each_schedule_starts_at_the_peak_and_ends_where_it_says():

@@ -1,4 +1,4 @@
-"""Prepared data on disk: made once, found again by what it was made from, never half-written."""
+"""Prepared data on disk: made once, looked up by what it was made from, and never used half-written."""
 
 import ctypes
 import hashlib
@@ -6,11 +6,8 @@ import logging
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -24,86 +21,52 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lion_lightning"
 
 
-def cached_folder(cache: Path, key: str, write: Callable[[Path], None]) -> tuple[Path, bool]:
-    """The folder of `cache` that belongs to `key`, filled by `write` if it is not there yet.
+def cached_folder(cache: Path, key: str, write: Callable[[Path], None], resumable: bool = False) -> tuple[Path, bool]:
+    """The folder of `cache` that belongs to `key`, filled by `write` if it does not exist yet.
 
-    It is written under another name and renamed at the end: a run that is killed leaves no half of it, and two runs
-    that start together do not meet.
-
-    Args:
-        cache: made if missing.
-        key: everything the content depends on, in one string.
-        write: fills the empty folder it is given.
-
-    Returns:
-        The folder, and whether it was there already.
-    """
-    folder = cache / hashlib.blake2b(key.encode(), digest_size=10).hexdigest()
-    if folder.is_dir():
-        return folder, True
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix="writing-", dir=cache))
-    try:
-        write(temporary)
-        _publish(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder, False
-
-
-def resumable_folder(cache: Path, key: str, write: Callable[[Path], None]) -> tuple[Path, bool]:
-    """Like `cached_folder`, for what takes long: an interrupted `write` is called again and finds what it had written.
-
-    Only one process at a time writes, the others wait for it: its lock ends with the process, however that ends.
+    One process writes, under another name that is changed at the end; the others wait for it. Its lock ends with the
+    process, however that ends, so a killed run leaves nothing that counts as complete.
 
     Args:
         cache: made if missing.
         key: everything the content depends on, in one string.
-        write: fills the folder it is given, which may hold a part of it already. After a ConfigError nothing is kept.
+        write: fills the folder it is given.
+        resumable: whether an interrupted `write` is called again on what it had written; else on an empty folder.
 
     Returns:
-        The folder, and whether it was there already.
+        The folder, and whether it existed already.
     """
     name = hashlib.blake2b(key.encode(), digest_size=10).hexdigest()
     folder, unfinished = cache / name, cache / f"unfinished-{name}"
     if folder.is_dir():
         return folder, True
     (cache / "locks").mkdir(parents=True, exist_ok=True)
-    with _locked(cache / "locks" / name):
+    lock = FileLock(cache / "locks" / name)
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        log.info("waiting for another process that prepares the same data")
+        held = lock.acquire()
+    with held:
         if folder.is_dir():
             return folder, True
+        if not resumable:
+            shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(exist_ok=True)
         try:
             write(unfinished)
-        except ConfigError:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        except Exception as error:
+            if not resumable or isinstance(error, ConfigError):
+                shutil.rmtree(unfinished, ignore_errors=True)
             raise
         os.rename(unfinished, folder)
     return folder, False
 
 
-def _locked(path: Path) -> AbstractContextManager[Any]:
-    lock = FileLock(path)
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        log.info("waiting for another process that prepares the same data")
-        return lock.acquire()
-
-
-def _publish(temporary: Path, folder: Path) -> None:
-    try:
-        os.rename(temporary, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        log.info("%s was made by another run in the meantime", folder)
-
-
 def release_freed_memory() -> None:
-    """Return freed memory from glibc's malloc to the system; no effect with another C library.
+    """Return what malloc holds after preparing data, such as training a tokenizer, to the system (glibc only).
 
-    After preparing data malloc would keep most of it for the rest of the run, in pieces too small for large tensors.
+    glibc would keep most of it for the rest of the run, in pieces too small for the tensors of the training.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))

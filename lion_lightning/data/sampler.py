@@ -1,9 +1,8 @@
-"""Data position as one integer: which sample comes when is a pure function of (seed, position).
+"""The position in the data is one integer: which sample comes when is a pure function of (seed, position).
 
 A run sees one endless stream of samples: epoch after epoch, each a fresh permutation. Position 0 is the first sample
-of the run, whatever the batch size, the number of ranks, the number of workers or how often the run was resumed; so a
-resume needs no more than the count of the samples it has consumed. Batches run across the end of an epoch, so no
-sample is ever dropped.
+of the run, whatever the batch size, the number of ranks or workers, or how often the run was resumed. A resume
+therefore needs only the count of consumed samples. Batches run across the end of an epoch, so no sample is dropped.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,13 +19,13 @@ MAX_SOURCES = 100
 
 @dataclass(frozen=True)
 class StepValues:
-    """A whole number for each step, which changes at a few of them.
+    """A whole number for each step that changes at a few of them.
 
     Attributes:
         changes: (first step, value), the first one from step 0 on.
 
     Raises:
-        ValueError: the steps do not begin with 0 and rise, or a value is below 1.
+        ValueError: the steps do not start at 0 and increase, or a value is below 1.
     """
 
     changes: tuple[tuple[int, int], ...]
@@ -55,7 +54,7 @@ class StepValues:
         )
 
     def steps_in(self, total: int) -> int:
-        """How many steps can be taken until the sum of their values is more than `total`."""
+        """The largest number of steps whose values sum to at most `total`."""
         taken = 0
         for (first, value), end in zip(self.changes, [*(first for first, _ in self.changes[1:]), None], strict=True):
             fit = total // value
@@ -66,9 +65,9 @@ class StepValues:
 
 
 class SourceTurns:
-    """Whose turn it is at each position, when several sources share a stream by weights.
+    """Which of several sources supplies each position of a stream that they share by weights.
 
-    The turns repeat in a fixed pattern in which every stretch is as near to the weights as can be.
+    The turns repeat in a fixed pattern; within it every stretch is as close to the weights as possible.
 
     Args:
         weights: of the sources, above 0; they are rounded to whole turns out of at most 10,000.
@@ -112,8 +111,8 @@ class StreamOrder:
 
     Args:
         sizes: items of each source.
-        weights: shares of the stream that each source has.
         seed: keys every permutation.
+        weights: share of the stream that each source has; None for equal shares.
     """
 
     def __init__(self, sizes: Sequence[int], seed: int, weights: Sequence[float] | None = None) -> None:
@@ -136,17 +135,17 @@ class StreamOrder:
 class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (position, index) pairs: the sample's number in the run, and which item of the dataset it is.
 
-    Each rank takes its own consecutive part of each global batch: where batches have one size, global batch `b` holds
-    positions `[b * batch_size * world_size, (b + 1) * batch_size * world_size)`.
+    Each rank takes its own consecutive part of each global batch: with one batch size, global batch `b` holds positions
+    `[b * batch_size * world_size, (b + 1) * batch_size * world_size)`.
 
     Args:
         dataset_size: number of items in the dataset.
         batch_size: samples per batch on this rank; may differ from batch to batch.
         num_batches: batches on this rank from position 0 to the end of the run.
         seed: keys every permutation.
-        rank, world_size: which part of each global batch is ours.
+        rank, world_size: which part of each global batch belongs to this rank.
         start: samples of the whole run, over all ranks, that are already consumed.
-        order: in place of `dataset_size` and `seed`.
+        order: replaces the one of `dataset_size` and `seed`.
     """
 
     def __init__(
@@ -170,11 +169,7 @@ class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
         self.batch_sizes = StepValues(((0, batch_size),)) if isinstance(batch_size, int) else batch_size
         self.num_batches, self.rank, self.world_size, self.start = num_batches, rank, world_size, start
         self.order = order or StreamOrder([dataset_size], seed)
-
-    @property
-    def first_batch(self) -> int:
-        """Batches on this rank that are already consumed."""
-        return self.batch_sizes.steps_in(self.start // self.world_size)
+        self.first_batch = self.batch_sizes.steps_in(start // world_size)  # batches of this rank already consumed
 
     def __len__(self) -> int:
         return max(0, self.num_batches - self.first_batch)
@@ -184,9 +179,25 @@ class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
         for batch in range(self.first_batch, self.num_batches):
             size = self.batch_sizes.at(batch)
             mine = position + self.rank * size
-            yield [(p, self.index(p)) for p in range(mine, mine + size)]
+            yield [(p, self.order.index(p)) for p in range(mine, mine + size)]
             position += size * self.world_size
 
-    def index(self, position: int) -> int:
-        """The dataset item at `position` of the stream."""
-        return self.order.index(position)
+
+class FixedBatches(Sampler[list[tuple[int, int]]]):
+    """Every item once, in order, each rank its share; an item's position is its index, so all passes are alike.
+
+    Args:
+        size: number of items.
+        batch_size: items per batch.
+        rank, world_size: this rank takes the items `rank`, `rank + world_size`, ...
+    """
+
+    def __init__(self, size: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.indices, self.batch_size = range(rank, size, world_size), batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            yield [(index, index) for index in self.indices[start : start + self.batch_size]]

@@ -1,16 +1,18 @@
 """StreamDataModule: what the data modules of all recipes share."""
 
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from lion_lightning.data.sampler import StepValues, StreamBatchSampler, StreamOrder
+from lion_lightning.data.sampler import FixedBatches, StepValues, StreamBatchSampler, StreamOrder
 from lion_lightning.errors import ConfigError
-from lion_lightning.training.signals import outlive_stop_signals
 
 VAL_BATCH_FACTOR = 2  # validation keeps no gradients, so twice the batch fits
+WORKER_GRACE_SECONDS = 20
 
 
 class StreamDataModule(pl.LightningDataModule):
@@ -41,10 +43,12 @@ class StreamDataModule(pl.LightningDataModule):
         batch_schedule: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
-        _check_whole("batch_size", batch_size, 1)
-        _check_whole("num_workers", num_workers, 0)
+        least = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0)}
         if limit_train_samples is not None:
-            _check_whole("limit_train_samples", limit_train_samples, 1)
+            least["limit_train_samples"] = (limit_train_samples, 1)
+        for name, (value, minimum) in least.items():
+            if not isinstance(value, int) or value < minimum:
+                raise ConfigError(f"data.{name} must be a whole number of at least {minimum}, got {value!r}")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.limit_train_samples = limit_train_samples
         self.batch_schedule = read_schedule("batch_schedule", batch_schedule, "batch_size", batch_size)
@@ -100,7 +104,7 @@ class StreamDataModule(pl.LightningDataModule):
     def _options(self) -> dict[str, Any]:
         return {
             "num_workers": self.num_workers,
-            "collate_fn": _as_it_is,
+            "collate_fn": _unchanged,
             "pin_memory": self._trainer().strategy.root_device.type == "cuda",
             "persistent_workers": self.num_workers > 0,
             "worker_init_fn": outlive_stop_signals,
@@ -115,8 +119,8 @@ class StreamDataModule(pl.LightningDataModule):
 class StreamLoader(DataLoader):
     """A loader whose length is that of the whole run, also where it starts in the middle.
 
-    Lightning counts the batches of a resumed run from its beginning. It restores a loader that has a state, and warns
-    of one that has none; the state of this one is the Trainer's step count, so there is nothing to keep.
+    Lightning counts the batches of a resumed run from its beginning, restores a loader that has a state, and warns
+    about one that has none. The position of this one follows from the Trainer's step count, so its state is empty.
     """
 
     def __init__(self, *arguments: Any, num_batches: int, **options: Any) -> None:
@@ -134,26 +138,17 @@ class StreamLoader(DataLoader):
             raise ValueError(f"the checkpoint's loader is not a StreamLoader: its state has {', '.join(state_dict)}")
 
 
-class FixedBatches(Sampler[list[tuple[int, int]]]):
-    """Every item once, in order, each rank its share; an item's position is its index, so each pass treats it alike."""
-
-    def __init__(self, size: int, batch_size: int, rank: int, world_size: int) -> None:
-        self.indices = range(rank, size, world_size)
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for start in range(0, len(self.indices), self.batch_size):
-            yield [(index, index) for index in self.indices[start : start + self.batch_size]]
-
-
 def read_schedule(name: str, changes: Sequence[Sequence[int]] | None, end: str, value: int) -> StepValues:
-    """The setting `data.<name>`, which has to end with `value`, that of `data.<end>`; always `value` if it is None.
+    """Read a schedule setting.
+
+    Args:
+        name: of the setting below `data.`.
+        changes: its value, a list of [first step, value]; None for `value` at every step.
+        end: the setting below `data.` whose value the schedule must end with.
+        value: the value of `end`.
 
     Raises:
-        ConfigError: it is no list of [step, value] that begins with step 0, rises, and ends so.
+        ConfigError: not a list of [step, value] that starts at step 0, increases, and ends with `value`.
     """
     if changes is None:
         return StepValues(((0, value),))
@@ -166,10 +161,20 @@ def read_schedule(name: str, changes: Sequence[Sequence[int]] | None, end: str, 
     return schedule
 
 
-def _as_it_is(batch: Any) -> Any:
+def outlive_stop_signals(worker: int) -> None:
+    """Let a loader worker ignore signals to the whole process group, since the main process still needs it.
+
+    The main process ends its workers with SIGTERM when it exits itself, so SIGTERM ends a worker after a delay.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_later)
+
+
+def _end_later(signum: int, frame: FrameType | None) -> None:
+    signal.alarm(WORKER_GRACE_SECONDS)
+
+
+def _unchanged(batch: Any) -> Any:
+    """The datasets return finished batches; a function of a module, since spawned workers pickle it."""
     return batch
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise ConfigError(f"data.{name} must be a whole number of at least {least}, got {value!r}")

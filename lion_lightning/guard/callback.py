@@ -1,9 +1,13 @@
-"""LionGuard: the Lightning callback. It feeds the policies of this folder and does what they say."""
+"""LionGuard, the Lightning callback: connects the hooks of a Trainer to monitors, rules and recovery."""
 
+import contextlib
+import functools
+import logging
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -11,53 +15,74 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lion_lightning.guard import preflight
-from lion_lightning.guard.arguments import check_choice, check_count
-from lion_lightning.guard.batch_size import MIN_BATCH_SIZE, ON_SMALL_BATCH, EffectiveBatch, OnSmallBatch
-from lion_lightning.guard.events import Diary, Event, remark
-from lion_lightning.guard.figures import TelemetryReader, guard_figures, learning_rates
-from lion_lightning.guard.micro_batch import loss_of, samples_in
-from lion_lightning.guard.monitors import Symptom
-from lion_lightning.guard.noise_scale import NoiseScale
-from lion_lightning.guard.readings import Reading
-from lion_lightning.guard.recovery import ON_DIVERGENCE, OnDivergence, Remedy
-from lion_lightning.guard.thresholds import Thresholds
-from lion_lightning.guard.trace import Trace
-from lion_lightning.guard.trainer import clip_norm, run_settings, sees_final_gradients, settle_batch, warmup_length
-from lion_lightning.guard.treatment import Treatment
-from lion_lightning.guard.warmup import LinearWarmup
-from lion_lightning.guard.watch import Losses, OptimizerWatch
+from lion_lightning.guard.events import Event, EventLog, TelemetryReader, Trace, metrics, report
+from lion_lightning.guard.preflight import MIN_BATCH_SIZE, ON_SMALL_BATCH, EffectiveBatch, NoiseScale, OnSmallBatch
+from lion_lightning.guard.recovery import ON_DIVERGENCE, OnDivergence, Recovery, Remedy, Treated
+from lion_lightning.guard.rules import Reading, Thresholds
+from lion_lightning.guard.step_monitor import Losses, StepMonitor
+from lion_lightning.guard.warmup import LinearWarmup, warmup_length
 from lion_lightning.optim import Lion
 
-WHAT_TO_DO = (
-    "Lower the learning rate, warm up for longer (guard.warmup_steps), or look for bad samples near this step; "
-    "train.py has written no checkpoint since the run looked sick"
-)
+Manual = Literal["watch", "act"]
+FORMAT = 2
+"""Of the state in checkpoints."""
+OnBadLoss = Literal["note", "skip"]
+ON_BAD_LOSS: tuple[OnBadLoss, ...] = ("note", "skip")
+WHAT_TO_DO = "Lower the learning rate, warm up for longer (warmup_steps), or look for bad samples near this step"
 NO_GRADIENTS = (
-    "no gradients are there when the optimizer steps (are they released in backward?): the guard sees the loss alone, "
+    "there are no gradients when the optimizer steps (are they released in backward?): the guard sees the loss alone, "
     "and cannot gate steps"
 )
+
+
+log = logging.getLogger(__name__)
 
 
 class TrainingStopped(RuntimeError):
     """The guard ended a run that could not go on. The message says what was seen and what to do.
 
-    `train.py` exits with `exit_code` when it meets one.
+    A command line may exit with `exit_code`.
     """
 
     exit_code = 42
 
 
-class LionGuard(Callback):
-    """Check the settings, warm up, count the real batch, gate bad steps, notice sickness, and recover from it.
+Hook = TypeVar("Hook", bound=Callable[..., None])
 
-    Works with any torch optimizer, so that a control run gets the same treatment; what is special to Lion's update is
-    left out for others::
+
+def harmless(hook: Hook) -> Hook:
+    """Turns the guard off, with one message, when a hook of it meets what it did not expect: training goes on.
+
+    `TrainingStopped` passes. With several processes every error passes: one of them alone would leave the others
+    waiting in the sum over ranks.
+    """
+
+    @functools.wraps(hook)
+    def call(self: "LionGuard", trainer: Trainer, *args: Any) -> None:
+        if self.is_off:
+            return
+        try:
+            hook(self, trainer, *args)
+        except TrainingStopped:
+            raise
+        except Exception as error:
+            if trainer.world_size > 1:
+                raise
+            self.turn_off(f"{hook.__name__}: {type(error).__name__}: {error}")
+
+    return cast(Hook, call)
+
+
+class LionGuard(Callback):
+    """Checks settings, warms up, counts the effective batch, gates faulty steps, detects divergence and recovers.
+
+    Works with any torch optimizer, so that a control run gets the same treatment; rules that are special to Lion's
+    update are left out for others. The gate acts within each step, on the device. All other rules look at readings that
+    reach the host a step late, so nothing waits for them; every rank decides from the same sums.
+
+    Example::
 
         Trainer(callbacks=[LionGuard()])
-
-    The gate acts within each step, on the device. All other rules look at readings that reach the host a step late, so
-    nothing waits for it, and at several together where nothing is going on (`thresholds.look_every`); every rank
-    decides from the same sums.
 
     Args:
         warmup_steps: optimizer steps of linear warm-up, or below 1 a share of the run. None: long enough for the
@@ -65,18 +90,21 @@ class LionGuard(Callback):
             the run. The same for every optimizer.
         min_batch_size: samples that an optimizer step should have.
         on_small_batch: below it, "warn" once, "accumulate" more micro-batches, or "error".
-        on_divergence: "recover" (rewind, rewind at half the rate, stop), "stop" or "warn".
+        on_bad_loss: steps whose loss is far above the others are counted ("note"), and skipped if isolated ("skip").
+        on_divergence: "recover" (rewind, rewind at half the learning rate, stop), "stop" or "warn".
         gate: whether outliers are clipped and non-finite steps skipped.
-        dry_run: note what would be done and do nothing; warm-up stays on.
-        thresholds: of all rules.
+        dry_run: report what would be done and do nothing; warm-up stays on.
+        thresholds: limits of all rules.
         telemetry_every: optimizer steps between `lion/*` samples; 0 for none.
-        checkpoint_snapshots: whether checkpoints hold the snapshots too (a model and its optimizer state each), so
+        checkpoint_snapshots: whether checkpoints include the snapshots (a model and its optimizer state each), so
             that a rewind right after a resume goes back as far as it would have without.
-        trace: a CSV file for every step's readings, which `scripts/replay_guard.py` takes; None for none.
+        samples: from a batch to its number of samples, where its structure does not determine it.
+        manual_optimization: under manual optimization, or with several optimizers, only "watch" and warn, or "act" too.
+        trace: a CSV file for every step's readings, input of `scripts/replay_guard.py`; None for none.
 
     Raises:
         ValueError: an argument is not allowed.
-        TrainingStopped: during training, when the ladder ends.
+        TrainingStopped: during training, when no remedy is left.
     """
 
     def __init__(
@@ -84,314 +112,356 @@ class LionGuard(Callback):
         warmup_steps: float | None = None,
         min_batch_size: int = MIN_BATCH_SIZE,
         on_small_batch: OnSmallBatch = "warn",
-        on_divergence: OnDivergence = "recover",
+        on_bad_loss: OnBadLoss = "note",
+        on_divergence: OnDivergence = "warn",
         gate: bool = True,
         dry_run: bool = False,
         thresholds: Thresholds | None = None,
         telemetry_every: int = 100,
         checkpoint_snapshots: bool = False,
         trace: str | Path | None = None,
+        samples: Callable[[Any], int] | None = None,
+        manual_optimization: Manual = "watch",
     ) -> None:
-        check_count("min_batch_size", min_batch_size)
-        if warmup_steps is not None:
-            check_count("warmup_steps", warmup_steps)
-        check_count("telemetry_every", telemetry_every)
-        check_choice("on_small_batch", on_small_batch, ON_SMALL_BATCH)
-        check_choice("on_divergence", on_divergence, ON_DIVERGENCE)
-        self.warmup_steps, self.on_small_batch, self.acts = warmup_steps, on_small_batch, not dry_run
-        self.gates, self.telemetry_every, self.checkpoint_snapshots = gate, telemetry_every, checkpoint_snapshots
-        self.thresholds = limits = thresholds or Thresholds()
-        self._may_wait = min(limits.look_every, limits.poison_steps, limits.divergence_steps)
-        """Readings; with more, a rule that tells from so few steps in a row would be late."""
-        self.min_batch_size, self.on_divergence = min_batch_size, on_divergence
+        for name, value in (
+            ("min_batch_size", min_batch_size),
+            ("warmup_steps", warmup_steps or 0),
+            ("telemetry_every", telemetry_every),
+        ):
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+            ("on_small_batch", on_small_batch, ON_SMALL_BATCH),
+            ("manual_optimization", manual_optimization, ("watch", "act")),
+            ("on_bad_loss", on_bad_loss, ON_BAD_LOSS),
+            ("on_divergence", on_divergence, ON_DIVERGENCE),
+        )
+        for name, choice, allowed in choices:
+            if choice not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {choice!r}")
+        self.warmup_steps, self.min_batch_size, self.on_small_batch = warmup_steps, min_batch_size, on_small_batch
+        self.on_bad_loss, self.on_divergence, self.gates, self.acts = on_bad_loss, on_divergence, gate, not dry_run
+        self.thresholds = thresholds or Thresholds()
+        self.telemetry_every, self.checkpoint_snapshots = telemetry_every, checkpoint_snapshots
         self.trace = None if trace is None else Trace(trace)
-        self.watches: list[OptimizerWatch] = []
-        self._restored: dict[str, Any] | None = None
-        """A state that waits for the optimizers."""
-        self._start_afresh()
+        self.samples, self.manual_optimization = samples, manual_optimization
+        self.monitors: list[StepMonitor] = []
+        self._stage: str | None = None
+        self._loaded: dict[str, Any] | None = None
+        """A state that was loaded before there were optimizers."""
+        self._reset()
 
-    def _start_afresh(self) -> None:
+    def _reset(self) -> None:
+        self.is_off = False
+        """Whether the guard has turned itself off."""
         self.warmup = LinearWarmup(0)  # of the first optimizer
         self.batch, self.noise, self.losses = EffectiveBatch(self.min_batch_size), NoiseScale(), Losses()
-        self.treatment = Treatment(self.thresholds, self.on_divergence, acts=self.acts, gates=self.gates)
-        self.diary, self.steps = Diary(), 0
+        self.recovery = Recovery(self.thresholds, self.on_divergence, acts=self.acts, gates=self.gates)
+        self.log, self.steps = EventLog(), 0
         self._final: dict[str, Any] | None = None
         """The state at the end of training."""
         self._telemetry: TelemetryReader | None = None
-        self._lion_figures: dict[str, float] = {}
+        self._lion_metrics: dict[str, float] = {}
         self._latest = Reading()
         self._samples = self._micro_samples = 0
-        self._loss: Tensor | float | None = None
-        """What backward was called on, where it is what `training_step` returned: read once, not twice."""
-        self._stepped = self._judges_loss = False
-        self._alert = True
-        """Whether a rule was on its way to a verdict at the last look."""
+        self._stepped = self._loss_compares = False
 
     @property
     def events(self) -> list[Event]:
         """What was seen and done, in order."""
-        return self.diary.events
+        return self.log.events
 
     def is_healthy(self) -> bool:
-        """Whether the run may be saved as one to go on from."""
-        return self.treatment.is_healthy()
+        """Whether the run may be saved as one to continue from."""
+        return self.recovery.is_healthy()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settles the accumulation before optimizers, schedules and loaders are made from it."""
+        self._stage = stage
         if stage != "fit":
             return
-        self._start_afresh()
+        self._reset()
         if self.on_small_batch != "warn":
-            message = settle_batch(trainer, self.on_small_batch, self.batch.min_batch_size)
+            message = preflight.raise_accumulation(trainer, self.on_small_batch, self.min_batch_size)
             if message is not None:
-                self._tell_once(trainer, "accumulate", message)
+                self._report_once(trainer, "accumulate", message)
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        restored, self._restored = self._restored, None
-        if restored is None:
-            steps = trainer.estimated_stepping_batches
-            self.warmup = LinearWarmup(warmup_length(self.warmup_steps, trainer.optimizers, steps))
-        warmups = [self.warmup, *(LinearWarmup(self.warmup.warmup_steps) for _ in trainer.optimizers[1:])]
+    @harmless
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attaches to the optimizers; by now the data are there, and a resumed run has its state."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None and not loaded.get("monitors", loaded.get("watches")):
+            loaded = None  # saved before training, as tuners do
+        optimizers = [optimizer for optimizer in trainer.optimizers if any(g["params"] for g in optimizer.param_groups)]
+        plain = len(optimizers) == 1 and pl_module.automatic_optimization
+        acts = self.acts and (plain or self.manual_optimization == "act")
+        self.recovery.acts = acts
+        if loaded is None:
+            length = warmup_length(self.warmup_steps, optimizers, preflight.total_steps(trainer))
+            self.warmup = LinearWarmup(length)
+            if trainer.global_step:
+                self.steps = self.warmup.step = trainer.global_step
+                report(
+                    f"LionGuard starts at step {self.steps} without a state of its own, and with the warm-up behind it."
+                )
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        # With a GradScaler the loss comes scaled; with several optimizers nobody knows whose it is.
-        self._judges_loss = not scaled and len(trainer.optimizers) == 1 and pl_module.automatic_optimization
-        self.watches = [
-            OptimizerWatch(
+        # A GradScaler scales the loss; with several optimizers it is not known whose loss it is.
+        self._loss_compares = not scaled and plain
+        warmups = [self.warmup, *(LinearWarmup(self.warmup.warmup_steps) for _ in optimizers[1:])]
+        self.monitors = [
+            StepMonitor(
                 optimizer,
                 self.thresholds,
                 warmup,
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
                 reduce=partial(trainer.strategy.reduce, reduce_op="sum") if trainer.world_size > 1 else None,
-                acts=self.acts and self.gates,
+                acts=acts and self.gates,
                 scaled=scaled,
-                joins_step=self._judges_loss and trainer.world_size == 1 and sees_final_gradients(trainer, self),
+                skips_bad_losses=self.on_bad_loss == "skip",
             )
-            for optimizer, warmup in zip(trainer.optimizers, warmups, strict=True)
+            for optimizer, warmup in zip(optimizers, warmups, strict=True)
         ]
-        lion = next((optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Lion)), None)
+        lion = next((optimizer for optimizer in optimizers if isinstance(optimizer, Lion)), None)
         self._telemetry = TelemetryReader(lion, self.telemetry_every) if lion and self.telemetry_every else None
-        foreign = {type(optimizer).__name__ for optimizer in trainer.optimizers if not isinstance(optimizer, Lion)}
+        foreign = {type(optimizer).__name__ for optimizer in optimizers if not isinstance(optimizer, Lion)}
         if foreign:
-            remark(
-                f"{', '.join(sorted(foreign))}: no rule of Lion's update (poison, cosine, dead units, lion/* figures)"
-            )
-        self.treatment.watches, self.treatment.module = self.watches, pl_module
-        if restored is not None:
-            self._restore(restored)
-        else:
-            self._preflight(trainer)
+            left_out = "the rules of Lion's update are left out (stuck momentum, cosine, dead units, lion/* metrics)"
+            report(f"LionGuard: {', '.join(sorted(foreign))}: {left_out}", logging.INFO)
+        self.recovery.monitors, self.recovery.optimizers = self.monitors, optimizers
+        self.recovery.module = pl_module
+        if loaded is not None:
+            self._restore(loaded)
+        elif self.monitors:
+            self._preflight(trainer, optimizers)
+        if self.monitors:
+            self.recovery.keep(self.steps, trusted=True)
+
+    def _preflight(self, trainer: Trainer, optimizers: list[Optimizer]) -> None:
+        settings = preflight.RunSettings(
+            total_steps=preflight.total_steps(trainer),
+            warmup_steps=self.warmup.warmup_steps,
+            batch_size=preflight.batch_size(trainer),
+            gradient_clip_val=trainer.gradient_clip_val,
+            gate=self.gates,
+            min_batch_size=self.min_batch_size,
+        )
+        for finding in [found for optimizer in optimizers for found in preflight.inspect(optimizer, settings)]:
+            self._report_once(trainer, finding.name, finding.message)
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed run has its optimizer state by now."""
-        self.treatment.keep(self.steps, trusted=True)
-
-    @override
+    @harmless
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._samples = samples_in(batch)
+        self._samples = self.samples(batch) if self.samples is not None else preflight.samples_in(batch)
         if not self.batch.pending:
             self._micro_samples = self._samples
-        self.batch.add(self._samples * trainer.world_size)
+        self.batch.pending += self._samples * trainer.world_size
 
     @override
+    @harmless
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        accumulate = trainer.accumulate_grad_batches
-        value = self.losses.before_backward(loss, self._judges_loss, accumulate)
-        self._loss = value if self._judges_loss and accumulate == 1 else None
+        self.losses.before_backward(loss, self._loss_compares, trainer.accumulate_grad_batches)
 
     @override
+    @harmless
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first micro-batch of several: its gradient beside the whole one gives the noise scale."""
-        many = trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization
-        if many and self._samples * trainer.world_size == self.batch.pending and self.watches[0].measures_noise:
-            self.losses.micro_square = self.watches[0].squared_norm() * trainer.accumulate_grad_batches**2
+        """Measures the gradient of the first of several micro-batches: with the whole one it gives the noise scale."""
+        if not self.monitors:
+            return
+        several = trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization
+        if several and self._samples * trainer.world_size == self.batch.pending and self.monitors[0].measures_noise:
+            self.losses.micro_square = self.monitors[0].squared_norm() * trainer.accumulate_grad_batches**2
 
     @override
+    @harmless
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        number = 0
-        while self.watches[number].optimizer is not optimizer:
-            number += 1
+        if all(
+            monitor.optimizer is not optimizer for monitor in self.monitors
+        ):  # setup_optimizers in the middle of a run
+            self._loaded = None if not self.monitors else self.state_dict()
+            self._detach()
+            self.on_train_start(trainer, pl_module)
+        number = [monitor.optimizer for monitor in self.monitors].index(optimizer)
         if number == 0:
             self.batch.close()
             self.steps += 1
             self._stepped = True
             if self._telemetry is not None:
                 self._telemetry.before_step(self.steps)
+        by_norm = trainer.gradient_clip_algorithm in (None, "norm")
+        clip_val = float(trainer.gradient_clip_val) if trainer.gradient_clip_val and by_norm else None
         facts = (self.steps, self.batch.last, self._micro_samples)
-        if not self.watches[number].before_step(self.losses, clip_norm(trainer), facts):
-            self._tell_once(trainer, "no_gradients", NO_GRADIENTS)
-        if number == len(self.watches) - 1 or pl_module.automatic_optimization:
+        if not self.monitors[number].before_step(self.losses, clip_val, facts):
+            self._report_once(trainer, "no_gradients", NO_GRADIENTS)
+        if number == len(self.monitors) - 1 or pl_module.automatic_optimization:
             self.losses = Losses()
         else:
-            self.losses.nonfinite = 0.0  # it is this optimizer's, not the next one's
+            self.losses.nonfinite = 0.0  # counted for this optimizer, not for the next one
 
     @override
+    @harmless
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = loss_of(outputs)
-        if loss is not None:
-            self.losses.add(loss if self._loss is None else self._loss, self._samples)
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor):
+            self.losses.add(loss, self._samples or 1)
         if not self._stepped:
             return
         self._stepped = False
         self._read_telemetry(trainer)
         if self.batch.is_small:
-            self._tell_once(trainer, "batch_size", self.batch.advice())
+            self._report_once(trainer, "batch_size", self.batch.advice())
+        self._react(trainer, flush=False)
+        self.recovery.keep(self.steps)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        logs = bool(every) and self.steps % every == 0  # 0 is Lightning's word for never
-        if logs or self._has_news() or self.treatment.ring.is_due(self.steps):
-            self._react(trainer, flush=False)
-            self._alert = any(watch.monitors.is_suspicious() for watch in self.watches)
-            self.treatment.keep(self.steps)
-        if logs:
-            self._log(trainer)
+        if every and self.steps % every == 0:  # 0 means never
+            self._log_metrics(trainer)
 
     @override
+    @harmless
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._react(trainer, flush=True)
         if self.trace is not None:
             self.trace.flush()
-        streak = max(watch.monitors.nonfinite_in_a_row for watch in self.watches)
-        if streak >= self.thresholds.nonfinite_steps:
+        streak = max((monitor.rules.nonfinite_in_a_row for monitor in self.monitors), default=0)
+        if streak >= self.thresholds.nonfinite_steps and self.on_divergence != "warn":
             raise TrainingStopped(f"the last {streak} steps had no finite gradient: nothing was learned. {WHAT_TO_DO}")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
+        self._stage = None
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Lightning tears nothing down then."""
+        """Detaches, as Lightning calls no teardown then."""
         if self.trace is not None:
             self.trace.flush()  # what follows may wait for a device that is broken
-            for number, watch in enumerate(self.watches):
-                for reading in watch.unread():  # a run that is resumed reads them once more
+            for number, monitor in enumerate(self.monitors):
+                for reading in monitor.unread():  # a run that is resumed reads them once more
                     self.trace.add(number, reading)
             self.trace.flush()
         self._detach()
 
-    def _has_news(self) -> bool:
-        """Whether the rules should look now: many readings wait, the gate has acted, or a rule is on its way.
-
-        So a verdict comes when it would have come had they looked at every step; on a GPU one about gated steps may be
-        late, as nobody knows of the gate before the reading is there. In a cold cache a look at five readings takes
-        little longer than at one.
-        """
-        return self._alert or any(watch.mailbox.should_be_read(self._may_wait) for watch in self.watches)
-
     def _react(self, trainer: Trainer, flush: bool) -> None:
-        """Lets the rules look at the readings that have arrived, and does what the ladder says."""
-        for number, watch in enumerate(self.watches):
-            while (reading := watch.read(flush)) is not None:
-                self._observe(number, reading)
-                symptoms = watch.monitors.observe(reading)
-                if not reading.is_finite:
-                    symptoms += self.treatment.examine(watch, trainer.strategy.reduce_boolean_decision)
-                for symptom in symptoms:
-                    self._act(trainer, watch, symptom, reading.step)
+        """Lets the rules look at the readings that have arrived, and carries out the remedies."""
+        all_ranks = trainer.strategy.reduce_boolean_decision
+        for number, monitor in enumerate(self.monitors):
+            while (reading := monitor.read(flush)) is not None:
+                if self.trace is not None:
+                    self.trace.add(number, reading)
+                if number == 0:
+                    self._latest = reading
+                    if reading.micro_batch_size < reading.batch_size:
+                        small, large = reading.micro_norm**2, reading.grad_norm**2
+                        self.noise.observe(small, reading.micro_batch_size, large, reading.batch_size)
+                is_finite = lambda monitor=monitor: all_ranks(monitor.is_finite())  # noqa: E731
+                for treated in self.recovery.process(monitor, reading, is_finite):
+                    self._report(trainer, treated, reading.step)
 
-    def _observe(self, number: int, reading: Reading) -> None:
-        if number == 0:
-            self._latest = reading
-            if reading.micro_batch_size < reading.batch_size:
-                small, large = reading.micro_norm**2, reading.grad_norm**2
-                self.noise.observe(small, reading.micro_batch_size, large, reading.batch_size)
-        if self.trace is not None:
-            self.trace.add(number, reading)
-
-    def _act(self, trainer: Trainer, watch: OptimizerWatch, symptom: Symptom, step: int) -> None:
-        remedy, said = self.treatment.treat(symptom, step, watch)
-        self.diary.note(Event(step, symptom.kind, said, symptom.message), trainer.loggers)
-        if remedy is Remedy.STOP and self.acts:
+    def _report(self, trainer: Trainer, treated: Treated, step: int) -> None:
+        symptom = treated.symptom
+        self.log.add(Event(step, symptom.kind, treated.said, symptom.message), trainer.loggers)
+        if treated.remedy is Remedy.STOP and self.recovery.acts:
             raise TrainingStopped(f"{symptom.message}. {WHAT_TO_DO}")
 
-    def _log(self, trainer: Trainer) -> None:
-        """Straight to the loggers, with Lightning's step: `log_dict` takes milliseconds for so many figures."""
-        figures: dict[str, float | Tensor] = {
-            **guard_figures(self.watches[0], self._latest),
-            **learning_rates([watch.warmup for watch in self.watches]),
-            **self._lion_figures,
-            "guard/effective_batch_size": float(self.batch.last),
-            "guard/events": float(len(self.events)),
-            "guard/rung": float(self.treatment.ladder.rung),
+    def _report_once(self, trainer: Trainer, kind: str, message: str) -> None:
+        if all(event.kind != kind for event in self.events):
+            self.log.add(Event(self.steps, kind, Remedy.NOTE.value, message), trainer.loggers)
+
+    def _log_metrics(self, trainer: Trainer) -> None:
+        """Passes metrics straight to the loggers, with Lightning's step: `log_dict` takes milliseconds for so many."""
+        found = {
+            **metrics(self.monitors, self._latest),
+            **self._lion_metrics,
+            "guard/effective_batch_size": self.batch.last,
+            "guard/events": len(self.events),
+            "guard/rung": self.recovery.policy.level,
         }
         if math.isfinite(self.noise.value):
-            figures["guard/noise_scale"] = self.noise.value
+            found["guard/noise_scale"] = self.noise.value
         for logger in trainer.loggers:
-            logger.log_metrics({name: float(value) for name, value in figures.items()}, step=trainer.global_step - 1)
-        self._lion_figures = {}
+            logger.log_metrics({name: float(value) for name, value in found.items()}, step=trainer.global_step - 1)
+        self._lion_metrics = {}
 
     def _read_telemetry(self, trainer: Trainer) -> None:
-        """The first Lion's."""
-        if self._telemetry is None or not (figures := self._telemetry.read(self.steps)):
+        if self._telemetry is None or not (found := self._telemetry.read(self.steps)):
             return
-        self._lion_figures |= figures
+        self._lion_metrics |= found
+        first = self.monitors[0]
         for name in ("unmoved", "near_bound"):
-            gauges = self.watches[0].monitors.gauges
-            if symptom := gauges.observe(name, figures.get(f"lion/{name}", math.nan)):
-                self._act(trainer, self.watches[0], symptom, self.steps)
+            if symptom := first.rules.averages.observe(name, found.get(f"lion/{name}", math.nan)):
+                self._report(trainer, self.recovery.treat(symptom, self.steps, first), self.steps)
 
-    def _preflight(self, trainer: Trainer) -> None:
-        settings = run_settings(trainer, self.warmup.warmup_steps, self.gates, self.batch.min_batch_size)
-        for watch in self.watches:
-            for finding in preflight.inspect(watch.optimizer, settings):
-                self._tell_once(trainer, finding.name, finding.message)
+    def turn_off(self, reason: str) -> None:
+        """Takes the guard off the run, which goes on without it.
 
-    def _tell_once(self, trainer: Trainer, kind: str, message: str) -> None:
-        if all(event.kind != kind for event in self.events):
-            self.diary.note(Event(self.steps, kind, Remedy.NOTE.value, message), trainer.loggers)
+        Args:
+            reason: what it met.
+        """
+        self.is_off = True
+        log.debug("LionGuard is off", exc_info=True)
+        report(f"LionGuard is off for the rest of this run, which goes on: {reason}")
+        with contextlib.suppress(Exception):
+            self._detach()
 
     def _detach(self) -> None:
-        """Leaves the optimizers alone, and remembers the state for whoever asks later."""
-        if self.watches:
+        """Leaves the optimizers as they were found, and keeps the state for `state_dict`."""
+        if self.monitors:
             self._final = self.state_dict()
         if self._telemetry is not None:
             self._telemetry.remove()
-        for watch in self.watches:
-            watch.remove()
-        self.watches = []
+        for monitor in self.monitors:
+            monitor.remove()
+        self.monitors = []
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        finished_or_loaded = self._restored or self._final
-        if finished_or_loaded is not None and not self.watches:
+        finished_or_loaded = self._loaded or self._final
+        if finished_or_loaded is not None and not self.monitors:
             return finished_or_loaded
-        ring = self.treatment.ring.state_dict() if self.checkpoint_snapshots else []
         return {
+            "format": FORMAT,
             "steps": self.steps,
             "warmup": self.warmup.state_dict(),
-            "watches": [watch.state_dict() for watch in self.watches],
+            "monitors": [monitor.state_dict() for monitor in self.monitors],
             "batch": self.batch.state_dict(),
             "losses": self.losses.state_dict(),
             "noise": self.noise.state_dict(),
-            "ladder": self.treatment.ladder.state_dict(),
-            "events": self.diary.state_dict(),
-            "snapshots": ring,
+            "policy": self.recovery.policy.state_dict(),
+            "events": self.log.state_dict(),
+            "snapshots": self.recovery.ring.state_dict() if self.checkpoint_snapshots else [],
             "telemetry": None if self._telemetry is None else self._telemetry.state_dict(),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes effect when the optimizers are there: before `on_fit_start`, or after it under FSDP2."""
-        if self.watches:
+        """Takes effect when training starts. A state that is loaded for a test or a validation is ignored."""
+        if self._stage not in (None, "fit"):
+            return
+        if self.monitors:
             self._restore(state_dict)
         else:
-            self._restored = state_dict
+            self._loaded = state_dict
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.steps, self._alert = state["steps"], True
+        self.steps = state["steps"]
         self.warmup.load_state_dict(state["warmup"])
-        for watch, saved in zip(self.watches, state["watches"], strict=True):
-            watch.load_state_dict(saved)
+        if state.get("format") != FORMAT or len(state["monitors"]) != len(self.monitors):
+            report(
+                "LionGuard takes over the step and the warm-up of the checkpoint; its rules start with new histories."
+            )
+            return
+        for monitor, saved in zip(self.monitors, state["monitors"], strict=True):
+            monitor.load_state_dict(saved)
         self.batch.load_state_dict(state["batch"])
         self.losses.load_state_dict(state["losses"])
         self.noise.load_state_dict(state["noise"])
-        self.treatment.ladder.load_state_dict(state["ladder"])
-        self.diary.load_state_dict(state["events"])
-        self.treatment.ring.load_state_dict(state["snapshots"])
+        self.recovery.policy.load_state_dict(state["policy"])
+        self.log.load_state_dict(state["events"])
+        self.recovery.ring.load_state_dict(state["snapshots"])
         if self._telemetry is not None and state["telemetry"] is not None:
             self._telemetry.load_state_dict(state["telemetry"])

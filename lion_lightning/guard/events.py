@@ -1,21 +1,33 @@
-"""What the guard has seen and done, for the terminal, the log and the checkpoint."""
+"""What the guard reports: events, metrics for the loggers, and a trace of every step for replays."""
 
+import csv
 import logging
+import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+
+from lion_lightning.guard.rules import Reading
+from lion_lightning.guard.step_monitor import AsyncReadback, StepMonitor
+from lion_lightning.optim import Lion
 
 log = logging.getLogger(__name__)
 
 COLUMNS = ["step", "kind", "remedy", "message"]
+TRACE_COLUMNS = ["optimizer", *(field.name for field in fields(Reading))]
+FLUSH_EVERY_ROWS = 100
 
 
 @runtime_checkable
 class TableLogger(Protocol):
-    """Lightning's WandbLogger, told by what it can do: wandb need not be installed."""
+    """Lightning's WandbLogger, recognised by its methods: wandb need not be installed."""
 
     @property
     def experiment(self) -> Any: ...
@@ -25,11 +37,11 @@ class TableLogger(Protocol):
 
 @dataclass(frozen=True)
 class Event:
-    """One line of the guard's diary.
+    """One line of the event log.
 
     Attributes:
-        step: the optimizer step it is about, from 1 on; 0 before training. The guard looks at it a step later or more.
-        kind: the rule (see `monitors.Symptom` and `preflight.Finding`).
+        step: the optimizer step it is about, from 1 on; 0 before training. It is reported a step later.
+        kind: the rule (see `rules.Symptom` and `preflight.Finding`).
         remedy: what was done.
         message: what was seen and why it matters.
     """
@@ -40,25 +52,36 @@ class Event:
     message: str
 
 
-class Diary:
-    """Every event in order. Says the first few of a kind aloud, and after that every tenth, hundredth, ...
+class EventLog:
+    """Every event in order. Prints the first few of a kind, and after that every tenth, hundredth, ...
 
-    A run of a million steps must not drown in lines about clipped steps.
+    So a run of a million steps prints a bounded number of lines about clipped steps.
     """
 
     def __init__(self) -> None:
         self.events: list[Event] = []
         self._counts: Counter[str] = Counter()
 
-    def note(self, event: Event, loggers: list[Logger]) -> None:
-        """Remembers an event, says it in the terminal and in W&B (rank 0)."""
+    def add(self, event: Event, loggers: Sequence[Logger]) -> None:
+        """Stores an event and reports it in the terminal and in W&B (rank 0)."""
         self.events.append(event)
         self._counts[event.kind] += 1
         count = self._counts[event.kind]
         if count <= 3 or count in (10, 100, 1000, 10_000):
             times = f" (number {count})" if count > 1 else ""
-            _say(f"LionGuard, step {event.step}, {event.kind}{times}: {event.message}; {event.remedy}.")
-            publish(self.events, event if count == 1 else None, loggers)
+            report(f"LionGuard, step {event.step}, {event.kind}{times}: {event.message}; {event.remedy}.")
+            self._publish(event if count == 1 else None, loggers)
+
+    @rank_zero_only
+    def _publish(self, alert: Event | None, loggers: Sequence[Logger]) -> None:
+        """The table `guard/event_table`, and an alert, in every logger that has such things (W&B's has)."""
+        for logger in loggers:
+            if isinstance(logger, TableLogger):
+                rows = [[event.step, event.kind, event.remedy, event.message] for event in self.events]
+                logger.log_table("guard/event_table", columns=COLUMNS, data=rows)
+                if alert is not None:
+                    text = f"{alert.message}; {alert.remedy}"
+                    logger.experiment.alert(title=f"LionGuard: {alert.kind}", text=text)
 
     def state_dict(self) -> list[dict[str, Any]]:
         return [asdict(event) for event in self.events]
@@ -69,22 +92,141 @@ class Diary:
 
 
 @rank_zero_only
-def remark(message: str) -> None:
-    """A line for the terminal that is no event: nothing is wrong."""
-    log.info("LionGuard: %s", message)
+def report(message: str, level: int = logging.WARNING) -> None:
+    log.log(level, message)
 
 
-@rank_zero_only
-def _say(message: str) -> None:
-    log.warning(message)
+def metrics(monitors: Sequence[StepMonitor], reading: Reading) -> dict[str, float | Tensor]:
+    """`guard/*` of the first optimizer after its latest reading, and the learning rates that the last step applied.
+
+    What is not known is left out. A second optimizer's rates have `-1` after its name.
+
+    Args:
+        monitors: of all optimizers.
+        reading: of the first.
+    """
+    rules, warmup = monitors[0].rules, monitors[0].warmup.warmup
+    values = {
+        "warmup_factor": min(1.0, warmup.step / max(1, warmup.warmup_steps)),
+        "lr_factor": warmup.factor,
+        **{name: getattr(reading, name) for name in ("loss", "grad_norm", "norm_z", "loss_z", "flip_rate")},
+        "clipped": float(rules.clipped),
+        "skipped": float(rules.skipped),
+        "bad_losses": float(rules.bad_losses),
+        "cosine": rules.averages.cosine.value,
+        "dead": rules.averages.dead.value,
+        "loss_average": rules.divergence.fast.value,
+        "loss_limit": rules.divergence.limit,
+    }
+    found: dict[str, float | Tensor] = {
+        f"guard/{name}": value for name, value in values.items() if math.isfinite(value)
+    }
+    for number, hook in enumerate(monitor.warmup for monitor in monitors):
+        label = f"lr-{type(hook.optimizer).__name__}" + (f"-{number}" if number else "")
+        for index, (group, rate) in enumerate(zip(hook.optimizer.param_groups, hook.applied, strict=False)):
+            found[f"{label}/{group.get('name', index)}"] = rate
+    return found
 
 
-@rank_zero_only
-def publish(events: list[Event], alert: Event | None, loggers: list[Logger]) -> None:
-    """The table `guard/events`, and an alert, in every logger that has such things (W&B's has)."""
-    for logger in loggers:
-        if isinstance(logger, TableLogger):
-            rows = [[event.step, event.kind, event.remedy, event.message] for event in events]
-            logger.log_table("guard/event_table", columns=COLUMNS, data=rows)
-            if alert is not None:
-                logger.experiment.alert(title=f"LionGuard: {alert.kind}", text=f"{alert.message}; {alert.remedy}")
+class TelemetryReader:
+    """Lets a Lion optimizer sample its `lion/*` figures every few steps, and reads them one step late.
+
+    Args:
+        optimizer: one whose telemetry is on already is left as it is.
+        every: optimizer steps between samples; which steps are sampled does not depend on where a run was resumed.
+    """
+
+    def __init__(self, optimizer: Lion, every: int) -> None:
+        self.optimizer, self.every = optimizer, every
+        self._is_ours = not optimizer.telemetry_every
+        self._readback, self._names = AsyncReadback(), list[str]()
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.every == 1 % self.every
+
+    def before_step(self, step: int) -> None:
+        """Switches sampling on for the steps that are due."""
+        if self._is_ours:
+            self.optimizer.telemetry_every = int(self._is_due(step))
+
+    def read(self, step: int) -> dict[str, float]:
+        """Figures of the sampled step before, if there are any. To be called after every step."""
+        values = self._readback.take(flush=True)
+        arrived = {} if values is None else dict(zip(self._names, values, strict=True))
+        if self._is_due(step) and (figures := self.optimizer.telemetry()):
+            self._names = list(figures)
+            self._readback.post(torch.stack([figure.float() for figure in figures.values()]))
+        return arrived
+
+    def remove(self) -> None:
+        """Leaves the optimizer as it was found."""
+        if self._is_ours:
+            self.optimizer.telemetry_every = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"unread": self._readback.state_dict(), "names": list(self._names)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._readback.load_state_dict(state["unread"])
+        self._names = list(state["names"])
+
+
+class Trace:
+    """Appends every step's reading to a CSV file (rank 0), from which thresholds can be tried without training.
+
+    Args:
+        path: made with its folder when the first rows are written; a resumed run goes on in the same file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._rows: list[list[Any]] = []
+
+    @rank_zero_only
+    def add(self, optimizer: int, reading: Reading) -> None:
+        """Stores the reading of the optimizer with this number; every hundredth row writes."""
+        values = asdict(reading)
+        values["bad_ranks"] = " ".join(map(str, reading.bad_ranks))
+        values["skipped"] = int(reading.skipped)
+        self._rows.append([optimizer, *values.values()])
+        if len(self._rows) >= FLUSH_EVERY_ROWS:
+            self.flush()
+
+    @rank_zero_only
+    def flush(self) -> None:
+        """Writes the rows that are still in memory."""
+        if not self._rows:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(([TRACE_COLUMNS] if is_new else []) + self._rows)
+        self._rows.clear()
+
+
+def read_trace(path: str | Path) -> dict[int, list[Reading]]:
+    """The readings of each optimizer in the order of their steps; of a step that was repeated, the last.
+
+    Raises:
+        ValueError: the file is not a trace, or one of another version.
+    """
+    found: dict[int, dict[int, Reading]] = {}
+    for optimizer, reading in _rows(Path(path)):
+        found.setdefault(optimizer, {})[reading.step] = reading
+    return {optimizer: [rows[step] for step in sorted(rows)] for optimizer, rows in found.items()}
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Reading]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != TRACE_COLUMNS:
+            wanted = f"its columns are {reader.fieldnames}, not {TRACE_COLUMNS}"
+            raise ValueError(f"{path} is not a trace of this version of the guard: {wanted}")
+        for row in reader:
+            values: dict[str, Any] = {
+                field.name: int(row[field.name]) if field.type is int else float(row[field.name] or math.nan)
+                for field in fields(Reading)
+                if field.type in (int, float)
+            }
+            ranks = tuple(int(rank) for rank in row["bad_ranks"].split())
+            yield int(row["optimizer"]), Reading(**values, skipped=row["skipped"] == "1", bad_ranks=ranks)

@@ -2,10 +2,9 @@
 
 Lion moves every weight by lr whatever the gradient's size, so a constant factor means nothing to it. One outlier means
 much: it fills the momentum and sets the direction for hundreds of steps. So the norm is compared with its own history,
-not with a fixed limit; and a batch whose loss is far out of line teaches something wrong, whatever its norm.
-
-There are two of it, the same rule: `DeviceGate` on tensors, which nobody waits for, and `HostGate` on numbers, where
-the gradients are on a CPU and fifty tensor operations would cost more than the rest of the guard.
+not with a fixed limit. What recurs is data, not a fault: rare classes and heavy tails have outliers too. The gate acts
+on an outlier only if it is isolated, and every finite value enters the history, whatever was done about it. Everything
+is computed with tensors on the device of the gradients, without synchronising.
 """
 
 import math
@@ -15,27 +14,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_lightning.guard.thresholds import Thresholds
-from lion_lightning.guard.window import Window
+from lion_lightning.guard.rules import Thresholds
 
 DEVIATIONS_PER_MAD = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation."""
 LEAST_LOG_NORM_DEVIATION, LEAST_LOSS_DEVIATION_SHARE = 1e-3, 1e-2
-"""So that a history without variation does not divide by zero; of the loss, as a share of its median."""
+"""Lower limits of the deviations, so that a history without variation does not divide by zero; of the loss as a share
+of its median."""
+
+
+KEPT_OUTLIERS = 16
+SAME_KIND_RATIO = 3.0
+"""An earlier outlier at least a third as far out is of the same kind."""
+ISOLATED_OUTLIERS, ISOLATED_LOSSES = 2, 1
+"""Outliers of the same kind within `thresholds.horizon` steps that are acted on; further ones are taken."""
 
 
 class History:
-    """The values of the last `size` steps that were accepted, of several kinds side by side: a (kinds, size) tensor."""
+    """The values of the last `size` finite steps, of several kinds side by side: a (kinds, size) tensor.
+
+    Args:
+        kinds: number of rows.
+        size: values kept of each kind.
+    """
 
     def __init__(self, kinds: int, size: int) -> None:
         self.kinds, self.size = kinds, size
-        self.forget()
+        self.clear()
 
-    def forget(self) -> None:
-        """Starts a new one."""
+    def clear(self) -> None:
         self._values = torch.full((self.kinds, self.size), torch.inf)
         self.count = torch.zeros(self.kinds, dtype=torch.int64)
-        """Values accepted so far, shape (kinds,)."""
+        """Values stored so far, shape (kinds,)."""
         self._places = torch.arange(self.size)
 
     def to(self, device: torch.device) -> None:
@@ -52,7 +62,7 @@ class History:
         return center.squeeze(1), DEVIATIONS_PER_MAD * deviation.squeeze(1)
 
     def add(self, values: Tensor, accepted: Tensor) -> None:
-        """Remembers those of the values, (kinds,), that are `accepted`."""
+        """Stores those of the values, (kinds,), that are `accepted`, bool of shape (kinds,)."""
         here = (self._places == (self.count % self.size).unsqueeze(1)) & accepted.unsqueeze(1)
         self._values = torch.where(here, values.unsqueeze(1), self._values)
         self.count = self.count + accepted
@@ -71,7 +81,7 @@ class History:
 
 @dataclass(slots=True)
 class Verdict:
-    """What to do with a step; float32 tensors of shape () from a `DeviceGate`, numbers from a `HostGate`.
+    """What to do with a step; float32 tensors of shape ().
 
     Attributes:
         factor: divide the gradients by it; 1 for a step that is taken as it is.
@@ -79,112 +89,90 @@ class Verdict:
         norm_z, loss_z: robust z of log norm and loss; NaN until the gate is armed.
     """
 
-    factor: Any
-    skip: Any
-    norm_z: Any
-    loss_z: Any
+    factor: Tensor
+    skip: Tensor
+    norm_z: Tensor
+    loss_z: Tensor
 
 
-class DeviceGate:
-    """Robust z of the log norm, and of the loss, over the steps that were accepted. Nothing is read on the host.
+class Gate:
+    """Robust z of the log norm, and of the loss, over the latest steps; acts on isolated outliers.
 
     Args:
-        thresholds: `window`, `armed_after`, `outlier_z`, `outlier_ratio`, `loss_z`.
+        thresholds: `window`, `armed_after`, `outlier_z`, `outlier_ratio`, `loss_z`, `horizon`.
+        skips_bad_losses: whether a step with an isolated outlier of the loss is skipped.
     """
 
-    def __init__(self, thresholds: Thresholds) -> None:
-        self.thresholds = thresholds
+    def __init__(self, thresholds: Thresholds, skips_bad_losses: bool = False) -> None:
+        self.thresholds, self.skips_bad_losses = thresholds, skips_bad_losses
+        self._allowed = torch.tensor([ISOLATED_OUTLIERS, ISOLATED_LOSSES])
+        self._outliers = torch.full((2, KEPT_OUTLIERS), -torch.inf)
+        self._outlier_steps = torch.full((2, KEPT_OUTLIERS), -(10**9))
+        self._step = 0
         self._history = History(2, thresholds.window)
         self._limits = torch.tensor([thresholds.outlier_z, thresholds.loss_z])
         self._least = torch.tensor([LEAST_LOG_NORM_DEVIATION, 0.0])
         self._least_share = torch.tensor([0.0, LEAST_LOSS_DEVIATION_SHARE])
 
-    def forget(self) -> None:
-        """The next `armed_after` steps are taken as they come."""
-        self._history.forget()
+    def clear(self) -> None:
+        """Starts a new history: the next `armed_after` steps are taken as they are."""
+        self._history.clear()
 
     def judge(self, norm: Tensor, loss: Tensor) -> Verdict:
-        """Judges one step, and remembers it if it is accepted.
+        """Judges one step and stores its values.
 
         Args:
-            norm: gradient norm, shape ().
-            loss: of the same step, shape (); NaN where it is not known.
+            norm: gradient norm, floating, shape ().
+            loss: of the same step, floating, shape (); NaN where it is not known.
         """
         self._to(norm.device)
-        finite, values = norm.isfinite(), torch.stack([norm.float().log(), loss])
+        finite, values = norm.isfinite(), torch.stack([norm.log(), loss.to(norm.dtype)]).float()
         center, deviation = self._history.spread()
         z = (values - center) / deviation.maximum(center.abs() * self._least_share + self._least)
         z = torch.where(self._history.count >= self.thresholds.armed_after, z, torch.nan)
         above = values[0] - center[0] - math.log(self.thresholds.outlier_ratio)
-        far, bad_loss = (z > self._limits).unbind()
-        outlier, skip = far & finite & (above > 0), bad_loss | ~finite
-        # The logarithm of a gradient of zeros is not finite, and says nothing about size.
-        self._history.add(values, ~(outlier | skip) & values.isfinite())
+        far = (z > self._limits) & values.isfinite()
+        far = far & torch.stack([above > 0, finite])
+        outlier, bad_loss = (far & self._isolated(values, center)).unbind()
+        skip = bad_loss & self.skips_bad_losses | ~finite
+        self._remember(values, far)
+        # The logarithm of a gradient of zeros is not finite, and has no information about the usual size.
+        self._history.add(values, values.isfinite() & finite)
         return Verdict(torch.where(outlier, above.exp(), 1.0), skip.float(), norm_z=z[0], loss_z=z[1])
+
+    def _isolated(self, values: Tensor, center: Tensor) -> Tensor:
+        """Whether the step has had few enough outliers of the same kind before it, bool of shape (2,)."""
+        same_norm, same_loss = (
+            values[0] - math.log(SAME_KIND_RATIO),
+            center[1] + (values[1] - center[1]) / SAME_KIND_RATIO,
+        )
+        similar = self._outliers >= torch.stack([same_norm, same_loss]).unsqueeze(1)
+        recent = self._step - self._outlier_steps <= self.thresholds.horizon
+        return (similar & recent).sum(1) < self._allowed
+
+    def _remember(self, values: Tensor, far: Tensor) -> None:
+        """Stores outliers, (2,), whether they are acted on or not; the oldest are dropped."""
+        shifted = torch.cat([values.unsqueeze(1), self._outliers[:, :-1]], 1)
+        steps = torch.cat([torch.full_like(self._outlier_steps[:, :1], self._step), self._outlier_steps[:, :-1]], 1)
+        self._outliers = torch.where(far.unsqueeze(1), shifted, self._outliers)
+        self._outlier_steps = torch.where(far.unsqueeze(1), steps, self._outlier_steps)
+        self._step += 1
 
     def _to(self, device: torch.device) -> None:
         self._history.to(device)
         if self._limits.device != device:
             self._limits, self._least = self._limits.to(device), self._least.to(device)
-            self._least_share = self._least_share.to(device)
+            self._least_share, self._allowed = self._least_share.to(device), self._allowed.to(device)
+            self._outliers, self._outlier_steps = self._outliers.to(device), self._outlier_steps.to(device)
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(zip(("norms", "losses"), self._history.state_dict(), strict=True))
+        histories = dict(zip(("norms", "losses"), self._history.state_dict(), strict=True))
+        outliers = {"values": self._outliers.tolist(), "steps": self._outlier_steps.tolist(), "step": self._step}
+        return {**histories, "outliers": outliers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._history.load_state_dict([state["norms"], state["losses"]])
-
-
-class HostGate:
-    """`DeviceGate` on Python's numbers.
-
-    Args:
-        thresholds: `window`, `armed_after`, `outlier_z`, `outlier_ratio`, `loss_z`.
-    """
-
-    def __init__(self, thresholds: Thresholds) -> None:
-        self.thresholds = thresholds
-        self.forget()
-
-    def forget(self) -> None:
-        """The next `armed_after` steps are taken as they come."""
-        self._norms, self._losses = Window(self.thresholds.window), Window(self.thresholds.window)
-
-    def judge(self, norm: float, loss: float) -> Verdict:
-        """Judges one step, and remembers it if it is accepted; see `DeviceGate.judge`."""
-        limits, finite = self.thresholds, math.isfinite(norm)
-        log_norm = math.log(norm) if norm > 0 else -math.inf if norm == 0 else math.nan
-        above, norm_z = self._compare(self._norms, log_norm, LEAST_LOG_NORM_DEVIATION, 0.0)
-        _, loss_z = self._compare(self._losses, loss, 0.0, LEAST_LOSS_DEVIATION_SHARE)
-        above -= math.log(limits.outlier_ratio)
-        outlier = finite and norm_z > limits.outlier_z and above > 0
-        skip = loss_z > limits.loss_z or not finite
-        if not outlier and not skip:
-            for history, value in ((self._norms, log_norm), (self._losses, loss)):
-                if math.isfinite(value):
-                    history.add(value)
-        return Verdict(math.exp(above) if outlier else 1.0, float(skip), norm_z, loss_z)
-
-    def _compare(self, history: Window, value: float, least: float, least_share: float) -> tuple[float, float]:
-        """Distance from the median, and robust z: NaN until the gate is armed."""
-        center, deviation = history.spread()
-        deviation = max(DEVIATIONS_PER_MAD * deviation, least, least_share * abs(center))
-        armed = history.count >= self.thresholds.armed_after and deviation > 0
-        return value - center, (value - center) / deviation if armed else math.nan
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"norms": _row(self._norms), "losses": _row(self._losses)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for window, row in ((self._norms, state["norms"]), (self._losses, state["losses"])):
-            if len(row["values"]) != window.size:
-                raise ValueError(f"thresholds.window={window.size} does not fit the checkpoint's {len(row['values'])}")
-            count, place = row["count"], row["count"] % window.size
-            ring = row["values"]
-            window.load(ring[:count] if count < window.size else ring[place:] + ring[:place])
-
-
-def _row(window: Window) -> dict[str, Any]:
-    """As `History` keeps it, so that a run may move between devices: a ring, filled up with infinity."""
-    values = window.values()
-    return {"values": values + [math.inf] * (window.size - len(values)), "count": len(values)}
+        device, outliers = self._limits.device, state["outliers"]
+        self._outliers = torch.tensor(outliers["values"], dtype=torch.float32, device=device)
+        self._outlier_steps = torch.tensor(outliers["steps"], device=device)
+        self._step = outliers["step"]

@@ -1,16 +1,25 @@
-"""What is likely wrong with a run's settings, told before the first step. No Lightning: settings in, findings out."""
+"""Checks of a run's settings before the first step, and of the batch that its steps really use."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
-from lion_lightning.guard.batch_size import MIN_BATCH_SIZE
+from lion_lightning.guard.rules import Average, Stateful
 from lion_lightning.optim import Lion, layout
+
+MIN_BATCH_SIZE = 64
+"""Lion's advantage over AdamW was measured at 64 and more (Chen et al., 2023, arXiv:2302.06675, section 5)."""
+OnSmallBatch = Literal["warn", "accumulate", "error"]
+ON_SMALL_BATCH: tuple[OnSmallBatch, ...] = ("warn", "accumulate", "error")
+NOISE_HALF_LIFE_STEPS = 50.0
 
 STEP_LIMIT, TRIAL_STEP_LIMIT = 1.0, 2.0
 """Largest lr * sqrt(fan_in) / RMS(p): how much of a layer's output one step of Lion may turn over (see `turnover`).
@@ -20,7 +29,8 @@ FAR_TOO_HIGH = 5.0
 LEAST_DECAY = 0.005
 """Share of itself that a weight should lose to decay over a run, if decay is asked for at all."""
 SHORT_RUN_STEPS = 1000
-"""Up to here runs are trials: they bear a higher rate, and their decay is judged as if they were this long."""
+"""Runs of up to so many steps are trials: they tolerate a higher rate, and their decay is judged as if they were this
+long."""
 BETA1_RANGE, BETA2_RANGE = (0.8, 0.99), (0.9, 0.9999)
 HALF_SPACING_BF16 = 2.0**-9
 """Half the distance of neighbouring bf16 numbers, relative to their size (at its largest)."""
@@ -41,12 +51,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What preflight has to know beside the optimizer.
+    """Settings that preflight checks beside the optimizer.
 
     Attributes:
-        total_steps: optimizer steps of the whole run; infinite if nobody knows.
+        total_steps: optimizer steps of the whole run; infinite if it is not known.
         warmup_steps: of the guard.
-        batch_size: samples of an optimizer step; None if it shows only in training.
+        batch_size: samples of an optimizer step; None if it is known only in training.
         gradient_clip_val: the Trainer's.
         gate: whether the guard clips outliers.
     """
@@ -60,7 +70,12 @@ class RunSettings:
 
 
 def inspect(optimizer: Optimizer, run: RunSettings) -> list[Finding]:
-    """Findings for one optimizer; what is special to Lion is left out for others."""
+    """Findings for one optimizer; checks that are special to Lion are left out for others.
+
+    Args:
+        optimizer: with the rates, decays and weights that training starts from.
+        run: the other settings.
+    """
     checks = [_bf16(optimizer), _batch_size(run)]
     if isinstance(optimizer, Lion):
         checks += [
@@ -178,8 +193,8 @@ def _clipping(run: RunSettings) -> Finding | None:
         return None
     return Finding(
         "clipping",
-        f"gradient_clip_val={run.gradient_clip_val:g} and the guard's own clipping are both on: Lion does not feel a "
-        "fixed limit unless it changes from step to step; leave it to the guard",
+        f"gradient_clip_val={run.gradient_clip_val:g} and the guard's own clipping are both on: a fixed limit has no "
+        "effect on Lion unless it changes from step to step; leave clipping to the guard",
     )
 
 
@@ -198,3 +213,144 @@ def _peak(group: dict[str, Any]) -> float:
 def _rms(param: Tensor) -> float:
     local = layout.local(param.detach())
     return float(local.float().square().mean().sqrt()) if local.numel() else 0.0
+
+
+def batch_size(trainer: Trainer) -> int | None:
+    """Samples of an optimizer step by the settings; None if neither data module nor loader has a batch size."""
+    given = getattr(trainer.fit_loop, "_data_source", None)  # before the loaders are set up
+    sources = (getattr(trainer, "datamodule", None), trainer.train_dataloader, getattr(given, "instance", None))
+    size = next((size for source in sources if (size := getattr(source, "batch_size", None))), None)
+    return size * trainer.accumulate_grad_batches * trainer.world_size if isinstance(size, int) else None
+
+
+def raise_accumulation(trainer: Trainer, on_small_batch: OnSmallBatch, least: int) -> str | None:
+    """Raises the accumulation so that a step has `least` samples, before optimizers and loaders are made.
+
+    Args:
+        trainer: changed in place.
+        on_small_batch: "accumulate" or "error".
+        least: samples of an optimizer step.
+
+    Returns:
+        A line that says so, or None where nothing had to be done.
+
+    Raises:
+        ValueError: with "error", if the batch is too small; if its size is not known; or under manual optimization.
+    """
+    size, before = batch_size(trainer), trainer.accumulate_grad_batches
+    if size is None:
+        raise ValueError(
+            f"on_small_batch={on_small_batch!r} needs the batch size before training: give the data module a "
+            "batch_size, or use on_small_batch='warn'"
+        )
+    if size >= least:
+        return None
+    if on_small_batch == "error":
+        raise ValueError(
+            f"the effective batch is {size} samples, below min_batch_size={least} (on_small_batch='error')"
+        )
+    if not trainer.lightning_module.automatic_optimization:
+        raise ValueError("on_small_batch='accumulate' cannot act under manual optimization: use 'warn' or 'error'")
+    micro_batch = size // before
+    trainer.accumulate_grad_batches = max(before, -(-least // micro_batch))
+    if isinstance(trainer.val_check_interval, int):  # counted in micro-batches
+        trainer.val_check_interval = trainer.val_check_interval * trainer.accumulate_grad_batches // before
+    return f"accumulate_grad_batches is {trainer.accumulate_grad_batches}, not {before}, for {least} samples a step"
+
+
+def samples_in(batch: Any) -> int:
+    """Samples of a micro-batch; 0 where its structure does not determine them.
+
+    Tensors of unequal first dimensions (time-major or ragged data) and lists of images are ambiguous.
+    """
+    graphs = getattr(batch, "num_graphs", None)
+    if isinstance(graphs, int):
+        return graphs
+    if isinstance(batch, PackedSequence):
+        return int(batch.batch_sizes[0])
+    if isinstance(batch, (list, tuple)) and batch and all(_is_image(entry) for entry in batch):
+        return 0
+    entries = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else (batch,)
+    sizes = [entry.size(0) for entry in entries if isinstance(entry, Tensor) and entry.ndim]
+    if (not sizes and isinstance(batch, (list, tuple))) or (not sizes and isinstance(batch, dict)):
+        sizes = [len(entry) for entry in entries if isinstance(entry, (list, tuple))]
+    return sizes[0] if sizes and sizes.count(sizes[0]) == len(sizes) else 0
+
+
+def _is_image(entry: Any) -> bool:
+    return isinstance(entry, Tensor) and entry.ndim == 3
+
+
+def total_steps(trainer: Trainer) -> float:
+    """Optimizer steps of the whole run; infinite if they are not known."""
+    try:
+        steps = float(trainer.estimated_stepping_batches)
+    except (MisconfigurationException, TypeError, ValueError, ZeroDivisionError):
+        return math.inf
+    return steps if steps > 0 else math.inf
+
+
+class EffectiveBatch(Stateful):
+    """Counts the samples that go into each optimizer step: every micro-batch, every rank, short tails as they are.
+
+    Attributes:
+        min_batch_size: below it `is_small` is true.
+        last: samples of the last finished optimizer step; 0 before the first.
+        pending: samples of the current step so far.
+    """
+
+    STATE = ("last", "pending")
+
+    def __init__(self, min_batch_size: int = MIN_BATCH_SIZE) -> None:
+        self.min_batch_size = min_batch_size
+        self.last = self.pending = 0
+
+    def close(self) -> None:
+        """The optimizer steps on what was added to `pending` since the last time."""
+        self.last, self.pending = self.pending, 0
+
+    @property
+    def is_small(self) -> bool:
+        return 0 < self.last < self.min_batch_size
+
+    def advice(self) -> str:
+        """One line: what was seen, why it matters, what to do."""
+        accumulate = -(-self.min_batch_size // max(1, self.last))
+        return (
+            f"the effective batch is {self.last} samples, below {self.min_batch_size}: Lion's sign makes small batches "
+            f"noisier, and its published advantage over AdamW starts at {self.min_batch_size}; accumulate "
+            f"{accumulate} times as many batches or raise the batch size"
+        )
+
+
+class NoiseScale(Stateful):
+    """The gradient noise scale: the batch size at which noise and signal of a gradient are equal.
+
+    B_simple = tr(covariance of one sample's gradient) / |gradient|^2, estimated from the norms of gradients over two
+    batch sizes. Both parts are averaged over steps before they are divided: the estimate of one step is far too noisy.
+    Source: McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, arXiv:1812.06162, appendix A.1.
+    """
+
+    STATE = ("noise", "signal")
+
+    def __init__(self) -> None:
+        self.noise, self.signal = Average(NOISE_HALF_LIFE_STEPS), Average(NOISE_HALF_LIFE_STEPS)
+
+    def observe(self, small_square: float, small_batch: int, large_square: float, large_batch: int) -> None:
+        """Takes in a step; values that are not finite, or equal sizes, are left out.
+
+        Args:
+            small_square, large_square: squared norms of the mean gradients over the two batches.
+            small_batch, large_batch: their samples.
+        """
+        if small_batch >= large_batch or not math.isfinite(small_square + large_square):
+            return
+        self.noise.add((small_square - large_square) / (1 / small_batch - 1 / large_batch))
+        self.signal.add((large_batch * large_square - small_batch * small_square) / (large_batch - small_batch))
+
+    @property
+    def value(self) -> float:
+        """B_simple in samples; NaN before it is known, infinite where the signal is lost in the noise."""
+        if not self.noise.count:
+            return math.nan
+        return max(0.0, self.noise.value) / self.signal.value if self.signal.value > 0 else math.inf

@@ -1,19 +1,47 @@
-"""Linear warm-up around `optimizer.step`, for any torch optimizer, unseen by any scheduler.
+"""Linear warm-up around `optimizer.step`, for any torch optimizer, invisible to schedulers.
 
-A scheduler reads and writes `group["lr"]`: LambdaLR and OneCycleLR overwrite what somebody else put there, others keep
-it for ever. So the factor is put on right before the step and taken off right after it.
+A scheduler reads and writes `group["lr"]`: LambdaLR and OneCycleLR overwrite a rate that was changed from outside,
+others keep it for ever. So the rate is multiplied right before the step and restored right after it.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lion_lightning.guard.rules import Stateful
+from lion_lightning.optim import Lion
+
+WARMUP_SHARE, MAX_WARMUP_SHARE = 0.01, 0.1
+"""Least and largest default warm-up as a share of the run's optimizer steps."""
+LION_BETA2 = 0.99
 REWARM_START = 0.1
 LEAST_REWARM_STEPS = 10
 
 
-class LinearWarmup:
+def warmup_length(given: float | None, optimizers: Sequence[Optimizer], total_steps: float) -> int:
+    """Optimizer steps of warm-up.
+
+    The default fills Lion's momentum, `2 / (1 - beta2)`, or takes 1 % of the run if that is more, but at most 10 % of
+    the run. An optimizer that is not Lion gets the default of Lion's default beta2: a control run is treated alike.
+
+    Args:
+        given: a number of steps, below 1 a share of the run, None for the default.
+        optimizers: of the run.
+        total_steps: of the run, infinite if it is not known: the default is then taken for a share of it.
+    """
+    is_known = math.isfinite(total_steps)
+    if given is not None and (is_known or not 0 < given < 1):
+        return round(given * total_steps if given < 1 else given)
+    lions = [optimizer for optimizer in optimizers if isinstance(optimizer, Lion)]
+    beta2 = max((group["betas"][1] for lion in lions for group in lion.param_groups), default=LION_BETA2)
+    fill = 2.0 / max(1e-6, 1.0 - beta2)
+    return round(min(max(fill, WARMUP_SHARE * total_steps), MAX_WARMUP_SHARE * total_steps) if is_known else fill)
+
+
+class LinearWarmup(Stateful):
     """Multiplies every group's learning rate by `min(1, (step + 1) / warmup_steps)` while the optimizer steps.
 
     Args:
@@ -21,8 +49,11 @@ class LinearWarmup:
 
     Attributes:
         step: optimizer steps so far.
-        scale: a factor for good; 1 until `rewarm` lowers it.
+        scale: a lasting factor; 1 until `rewarm` lowers it.
+        rewarmed_at: the step of the last `rewarm`, None before it.
     """
+
+    STATE = ("step", "warmup_steps", "scale", "rewarmed_at")
 
     def __init__(self, warmup_steps: int) -> None:
         if warmup_steps < 0:
@@ -30,7 +61,7 @@ class LinearWarmup:
         self.warmup_steps = warmup_steps
         self.step = 0
         self.scale = 1.0
-        self._rewarmed_at: int | None = None
+        self.rewarmed_at: int | None = None
 
     @property
     def factor(self) -> float:
@@ -39,33 +70,21 @@ class LinearWarmup:
         return warm * self._rewarm_factor() * self.scale
 
     def rewarm(self, scale: float = 1.0) -> None:
-        """Starts again at a tenth of the rate, for a run that was put back; `scale` lowers the rate for good."""
-        self._rewarmed_at = self.step
+        """Starts again at a tenth of the rate, for a run that was rewound; `scale` lowers the rate for good."""
+        self.rewarmed_at = self.step
         self.scale *= scale
 
     def _rewarm_factor(self) -> float:
-        if self._rewarmed_at is None:
+        if self.rewarmed_at is None:
             return 1.0
-        share = (self.step - self._rewarmed_at) / max(LEAST_REWARM_STEPS, self.warmup_steps)
+        share = (self.step - self.rewarmed_at) / max(LEAST_REWARM_STEPS, self.warmup_steps)
         return min(1.0, REWARM_START + (1 - REWARM_START) * share)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "warmup_steps": self.warmup_steps,
-            "scale": self.scale,
-            "rewarmed_at": self._rewarmed_at,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.warmup_steps = state["step"], state["warmup_steps"]
-        self.scale, self._rewarmed_at = state["scale"], state["rewarmed_at"]
 
 
 class WarmupHook:
-    """Ties a warm-up to one optimizer by its step hooks.
+    """Applies a warm-up to one optimizer by its step hooks.
 
-    An exception between the hooks leaves the scaled rates in the groups; the next step puts the true ones back before
+    An exception between the hooks leaves the scaled rates in the groups; the next step restores the true ones before
     it scales them again, and so does `remove`.
     """
 
@@ -73,18 +92,13 @@ class WarmupHook:
         self.optimizer, self.warmup = optimizer, warmup
         self.applied: list[float | Tensor] = []
         self._true_rates: list[float | Tensor] = []
-        self._handles: list[Any] = []
-        self.attach()
-
-    def attach(self) -> None:
-        """Puts the hooks on the optimizer, again after a `remove`."""
-        self._handles = [
-            self.optimizer.register_step_pre_hook(self._scale),
-            self.optimizer.register_step_post_hook(self._finish),
+        self._handles: list[Any] = [
+            optimizer.register_step_pre_hook(self._scale),
+            optimizer.register_step_post_hook(self._finish),
         ]
 
     def remove(self) -> None:
-        """Take the hooks off the optimizer and leave its learning rates as the schedule set them."""
+        """Takes the hooks off the optimizer and leaves its learning rates as the schedule set them."""
         self._restore()
         for handle in self._handles:
             handle.remove()

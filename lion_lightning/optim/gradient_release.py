@@ -1,54 +1,60 @@
 """Gradient release: each parameter steps inside backward, and its gradient is freed before the next one is made.
 
-What an iteration holds at its peak is then the weights, the optimizer's state, the activations and the gradients of one
-layer. Idea: Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limited Resources" (LOMO),
-arXiv:2306.09782; torch's tutorial on `register_post_accumulate_grad_hook`.
+An iteration then holds at its peak the weights, the optimizer's state, the activations and the gradients of one layer.
+Idea: Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limited Resources" (LOMO), arXiv:2306.09782;
+torch's tutorial on `register_post_accumulate_grad_hook`.
 """
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import MethodType, TracebackType
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 from typing_extensions import Self
 
-from lion_lightning.optim import clipping
-from lion_lightning.optim.buckets import step_buckets
-from lion_lightning.optim.parameter_step import parameter_step, places
+from lion_lightning.optim.lion import Lion
 
 Closure: TypeAlias = Callable[[], Any]
 
 
 def release_gradients(model: nn.Module, optimizer: Optimizer, *, clip_value: float | None = None) -> "Release":
-    """Makes `backward` step each parameter as soon as its gradient is there, and free the gradient.
+    """Makes `backward` step each parameter as soon as its gradient is complete, and free the gradient.
 
     The training loop stays as it is, one `backward` and one `optimizer.step()` an iteration, and its result is the
-    same in every bit: `optimizer.step()` finds no gradients, ends the iteration (step number, step hooks, what a
-    scheduler watches) and steps what lies outside the model. Step pre-hooks, such as a warm-up, run before the first
-    gradient of the iteration. So the learning rate must be set before `backward`, not between it and `step`.
+    same bit for bit. `optimizer.step()` finds no gradients, ends the iteration (step number, step hooks, what a
+    scheduler observes) and steps parameters outside the model. Step pre-hooks, such as a warm-up, run before the first
+    gradient of the iteration. The learning rate must therefore be set before `backward`.
 
-    DDP: give the wrapper; a parameter steps when its bucket has been reduced. DDP keeps its buckets, which are as large
-    as the gradients, so little memory is saved there. FSDP2: works as it is, on each rank's shards.
+    Clipping by the norm over all gradients is impossible, because they never exist together: in a training loop with
+    release, `torch.nn.utils.clip_grad_norm_` finds no gradients and clips nothing. Leave it out (a step of Lion is
+    bounded by lr) or use `clip_value`.
+
+    If backward raises, the next forward begins the iteration again; parameters that had stepped by then step once more.
+
+    DDP: pass the wrapper; a parameter steps when its bucket has been reduced. DDP keeps its buckets, which are as large
+    as the gradients, so little memory is saved there. FSDP2 works on each rank's shards.
 
     Args:
-        model: whose parameters are to step in backward; each once, tied or not. Those without a gradient rest.
-        optimizer: Lion, or any optimizer that steps each parameter by itself (SGD, AdamW, Adafactor; not LBFGS).
+        model: its parameters step in backward, each once, tied or not. Those without a gradient do not change.
+        optimizer: Lion, or any optimizer that steps each parameter independently (SGD, AdamW, Adafactor; not LBFGS).
         clip_value: gradients are clamped to [-clip_value, clip_value] before the step, as `clip_grad_value_` does.
-            A norm over all gradients cannot be had: they never exist together.
 
     Returns:
         The handle: `remove()` it, or use it in a `with` statement.
 
     Raises:
         ValueError: no parameter of the model is in the optimizer, or one of the two cannot work this way.
-        RuntimeError: later, while training: a second backward before `step` (accumulation), `clip_grad_norm_`, a
-            GradScaler, or a learning rate that changed between backward and step.
+        RuntimeError: later, while training: a second backward before `step` (accumulation), a GradScaler, or a learning
+            rate that changed between backward and step.
 
     Example:
         >>> with release_gradients(model, optimizer):  # doctest: +SKIP
@@ -67,37 +73,45 @@ class Release:
     def __init__(self, model: nn.Module, optimizer: Optimizer, clip_value: float | None) -> None:
         _check(model, optimizer)
         own = set(model.parameters())
-        self.params = {param: place for param, place in places(optimizer).items() if param in own}
-        if not any(param.requires_grad for param in self.params):
+        pairs = ((number, p) for number, group in enumerate(optimizer.param_groups) for p in group["params"])
+        self._groups = {param: number for number, param in pairs if param in own}
+        if not any(param.requires_grad for param in self._groups):
             raise ValueError(
                 "optimizer holds no trainable parameter of model, which is not allowed in release_gradients: make the "
                 "optimizer from model.parameters(), after the model has been sharded"
             )
         self._optimizer, self._clip_value = optimizer, clip_value
-        self._steps = parameter_step(optimizer)
         self._stepped: set[Tensor] = set()
-        self._rates: list[Any] = []
-        self._begun = self._inside_step = False
+        self._rates: list[float | None] = []
+        self._begun = self._inside_step = self._in_backward = False
+        self._hooked: set[Tensor] = set()
         self._lock = threading.RLock()
         self._active = True
         self._replace_step()
-        self._handles = self._register(model)
-        clipping.forbid_norm(self)
+        self._handles: list[Any]
+        if isinstance(model, DistributedDataParallel):
+            self._handles = [_step_in_buckets(model, self)]
+        else:
+            self._handles = [model.register_forward_pre_hook(self._before_forward)]
+            self._hook_trainable()
+
+    @property
+    def active(self) -> bool:
+        """Whether it has not been removed."""
+        return self._active
 
     def remove(self) -> None:
-        """Goes back to ordinary steps; an iteration under way is ended by the next `optimizer.step()`."""
+        """Returns to ordinary steps; the next `optimizer.step()` ends an iteration that has begun."""
         if not self._active:
             return
         self._active = False
         for handle in self._handles:
             handle.remove()
-        clipping.allow_norm(self)
-        self._steps.remove()
         attributes = vars(self._optimizer)
         for name in ("_release", "_step_supports_amp_scaling"):
             del attributes[name]
         attributes.update(self._attributes)
-        if attributes.get("step") is self._released_step:  # else somebody wrapped it, and it passes calls on
+        if attributes.get("step") is self._released_step:  # otherwise a scheduler has wrapped it, and passes calls on
             attributes["step"] = self._ordinary_step
 
     def __enter__(self) -> Self:
@@ -107,20 +121,21 @@ class Release:
         self.remove()
 
     def begin(self) -> None:
-        """Starts an iteration, if none is under way: step pre-hooks run now, not at `optimizer.step`."""
+        """Starts an iteration, if none has begun: step pre-hooks run now, not at `optimizer.step`."""
         with self._lock:
             if self._begun:
                 return
             self._begun = True
-            if not self._inside_step:  # else torch has just run them
+            if not self._inside_step:  # otherwise torch has just run them
                 for hook in [*_global_optimizer_pre_hooks.values(), *self._pre_hooks.values()]:
                     hook(self._optimizer, (self._optimizer,), {})
             self._rates = [_known_rate(group) for group in self._optimizer.param_groups]
-            self._steps.begin()
 
     @torch.no_grad()
     def step(self, param: Tensor) -> None:
-        """Steps one parameter with the gradient that it has."""
+        """Steps one parameter with its gradient; parameters outside the model are ignored."""
+        if param not in self._groups:
+            return
         with self._lock:
             self.begin()
             if param in self._stepped:
@@ -131,32 +146,48 @@ class Release:
             self._stepped.add(param)
             if self._clip_value is not None:
                 nn.utils.clip_grad_value_(param, self._clip_value)
-            self._steps.step(param, self.params[param])
+            if isinstance(self._optimizer, Lion):
+                self._optimizer.step_param(param)
+            else:
+                _step_alone(self._optimizer, self._groups[param], param)
 
-    def release(self) -> None:
+    def free_gradients(self) -> None:
         """Frees the gradients of the parameters that have stepped."""
         for param in self._stepped:
             param.grad = None
 
     @property
-    def active(self) -> bool:
-        """Whether it has not been removed."""
-        return self._active
-
-    @property
     def _pre_hooks(self) -> dict[int, Any]:
         return self._optimizer._optimizer_step_pre_hooks
 
-    def _register(self, model: nn.Module) -> list[Any]:
-        if isinstance(model, DistributedDataParallel):
-            return [step_buckets(model, self)]
-        trainable = [param for param in self.params if param.requires_grad]
-        hooks = [param.register_post_accumulate_grad_hook(self._on_gradient) for param in trainable]
-        return [*hooks, model.register_forward_pre_hook(_refuse_hidden_wrapper)]
+    def _before_forward(self, model: nn.Module, _: Any) -> None:
+        if DistributedDataParallel._get_active_ddp_module() is not None:
+            raise RuntimeError(
+                "model is wrapped in DistributedDataParallel, and release_gradients got the module inside: it would "
+                "step on gradients that are not yet reduced; pass the wrapper"
+            )
+        if self._in_backward:  # it has raised: the iteration begins again
+            self._stepped.clear()
+            self._in_backward = False
+        self._hook_trainable()
+
+    def _hook_trainable(self) -> None:
+        """Adds the hooks of parameters that train, which may have been unfrozen since the last forward."""
+        for param in self._groups:
+            if param.requires_grad and param not in self._hooked:
+                self._hooked.add(param)
+                self._handles.append(param.register_post_accumulate_grad_hook(self._on_gradient))
 
     def _on_gradient(self, param: Tensor) -> None:
+        if not self._in_backward:
+            self._in_backward = True
+            Variable._execution_engine.queue_callback(self._end_backward)
         self.step(param)
         param.grad = None
+
+    def _end_backward(self) -> None:
+        """Runs when backward has ended without an exception."""
+        self._in_backward = False
 
     def _replace_step(self) -> None:
         """Puts `_end` before the optimizer's step, as a method: schedulers that come later wrap it."""
@@ -165,16 +196,16 @@ class Release:
             return self._end(closure, grad_scaler)
 
         self._ordinary_step = self._optimizer.step
-        marks = vars(getattr(self._ordinary_step, "__func__", self._ordinary_step))
-        vars(step).update({key: value for key, value in marks.items() if key != "__wrapped__"})  # schedulers leave them
+        marks = vars(getattr(self._ordinary_step, "__func__", self._ordinary_step))  # schedulers leave marks there
+        vars(step).update({key: value for key, value in marks.items() if key != "__wrapped__"})
         self._released_step = MethodType(step, self._optimizer)
         attributes = vars(self._optimizer)
         self._attributes = {key: attributes[key] for key in ("_step_supports_amp_scaling",) if key in attributes}
-        # With the flag GradScaler hands itself to the step, which can then say why it cannot work.
+        # With the flag, GradScaler passes itself to the step, which can then explain why it cannot work.
         attributes.update(step=self._released_step, _release=self, _step_supports_amp_scaling=True)
 
     def _end(self, closure: Closure | None, grad_scaler: Any) -> Any:
-        """Ends the iteration by the optimizer's own step, which finds no gradient of ours."""
+        """Ends the iteration by the optimizer's own step, which finds no gradient of the model."""
         try:
             if self._begun:
                 self._refuse_changes(grad_scaler)
@@ -186,7 +217,7 @@ class Release:
             self._stepped.clear()
 
     def _refuse_changes(self, grad_scaler: Any) -> None:
-        """What would have had to be known before backward."""
+        """Refuses what should have been set before backward."""
         if grad_scaler is not None:
             raise RuntimeError(
                 "GradScaler is not allowed with release_gradients: the scaled gradients have been used and are gone; "
@@ -200,7 +231,7 @@ class Release:
 
     @contextlib.contextmanager
     def _without_pre_hooks(self) -> Iterator[None]:
-        """They ran when the iteration began. The dicts stay the same objects: the handles of hooks refer to them."""
+        """Hides the pre-hooks, which ran when the iteration began. Handles of hooks refer to the dicts themselves."""
         hidden = [(hooks, dict(hooks)) for hooks in (_global_optimizer_pre_hooks, self._pre_hooks)]
         for hooks, _ in hidden:
             hooks.clear()
@@ -219,6 +250,11 @@ def _check(model: nn.Module, optimizer: Optimizer) -> None:
         )
     if "_release" in vars(optimizer):
         raise ValueError("optimizer is released already, which is not allowed: remove() the first handle")
+    if isinstance(optimizer, LBFGS):
+        raise ValueError(
+            "optimizer=LBFGS is not allowed in release_gradients: its step needs all gradients at once; use an "
+            "optimizer that steps each parameter by itself, like Lion, SGD or AdamW"
+        )
 
 
 def _known_rate(group: dict[str, Any]) -> float | None:
@@ -227,9 +263,80 @@ def _known_rate(group: dict[str, Any]) -> float | None:
     return None if isinstance(rate, Tensor) and rate.device.type != "cpu" else float(rate)
 
 
-def _refuse_hidden_wrapper(model: nn.Module, _: Any) -> None:
-    if DistributedDataParallel._get_active_ddp_module() is not None:
+def _step_alone(optimizer: Optimizer, number: int, param: Tensor) -> None:
+    """Runs the step of an optimizer other than Lion with one parameter in its groups, and without its step hooks.
+
+    Raises:
+        RuntimeError: the optimizer keeps state in its groups.
+    """
+    groups = optimizer.param_groups
+    alone = {**groups[number], "params": [param]}
+    step: Any = type(optimizer).step
+    optimizer.param_groups = [alone]
+    try:
+        (step.__wrapped__ if hasattr(step, "hooked") else step)(optimizer)
+    finally:
+        optimizer.param_groups = groups
+    changed = [key for key, value in alone.items() if key != "params" and value is not groups[number].get(key)]
+    if changed:
         raise RuntimeError(
-            "model is wrapped in DistributedDataParallel, and release_gradients got what is inside: it would step on "
-            "gradients that are not yet reduced; give it the wrapper"
+            f"{type(optimizer).__name__} keeps state in its parameter groups ({', '.join(changed)}), so that it "
+            "cannot step one parameter at a time: do not use release_gradients with it"
         )
+
+
+@dataclass
+class _Buckets:
+    """The state of the communication hook of one DDP wrapper; DDP allows one hook, for the wrapper's lifetime."""
+
+    group: distributed.ProcessGroup
+    release: Release | None = None
+
+    def remove(self) -> None:
+        """Returns to plain averaging."""
+        self.release = None
+
+
+_hooked: "weakref.WeakKeyDictionary[DistributedDataParallel, _Buckets]" = weakref.WeakKeyDictionary()
+
+
+def _step_in_buckets(model: DistributedDataParallel, release: Release) -> _Buckets:
+    """Makes parameters step when the bucket that holds their gradient has been reduced.
+
+    Raises:
+        ValueError: the wrapper reports zeros for parameters without a gradient, or reduces in another dtype.
+    """
+    for option in ("find_unused_parameters", "static_graph", "mixed_precision"):
+        if getattr(model, option, None):
+            raise ValueError(
+                f"DistributedDataParallel({option}={getattr(model, option)}) is not allowed in release_gradients: "
+                "leave it at its default"
+            )
+    if model not in _hooked:
+        buckets = _Buckets(model.process_group)
+        model.register_comm_hook(buckets, _reduce_and_step)
+        _hooked[model] = buckets
+    _hooked[model].release = release
+    return _hooked[model]
+
+
+def _reduce_and_step(state: _Buckets, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Averages a bucket over the ranks, then steps its parameters while other buckets are being reduced."""
+    buffer, release = bucket.buffer().div_(state.group.size()), state.release
+    future = distributed.all_reduce(buffer, group=state.group, async_op=True).get_future()
+    if release is None:
+        return future.then(lambda reduced: reduced.value()[0])
+    release.begin()  # step hooks run here, in the thread of backward
+    # DDP puts the reduced gradients in place in a callback at the end of backward; gradients are freed after it.
+    queue = Variable._execution_engine.queue_callback
+    queue(lambda: queue(release.free_gradients))
+
+    def step(reduced: torch.futures.Future[list[Tensor]]) -> Tensor:
+        result = reduced.value()[0]
+        for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            own, param.grad = param.grad, grad
+            release.step(param)
+            param.grad = own  # DDP still needs it
+        return result
+
+    return future.then(step)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 OPTIONS = (
     "lr",
@@ -49,8 +50,9 @@ def check(group: Mapping[str, Any]) -> None:
     """
     _check_rate("lr", group["lr"])
     _check_rate("weight_decay", group["weight_decay"])
-    betas = group["betas"]
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+    betas = plain(group["betas"])
+    numbers = isinstance(betas, (tuple, list)) and all(isinstance(beta, (int, float)) for beta in betas)
+    if not numbers or len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
         raise ValueError(f"betas={betas!r} is not allowed: use two numbers in [0, 1)")
     _check_choice("weight_bits", group["weight_bits"], WEIGHT_BITS)
     _check_choice("nonfinite", group["nonfinite"], NONFINITE)
@@ -58,9 +60,14 @@ def check(group: Mapping[str, Any]) -> None:
     _check_choice("cautious", group["cautious"], (True, False))
     _check_choice("maximize", group["maximize"], (True, False))
     momentum_dtype(group["momentum_dtype"])
-    seed = group["seed"]
+    seed = plain(group["seed"])
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ValueError(f"seed={seed!r} is not allowed: use a whole number from 0 to 2**64 - 1")
+    step = plain(group.get("step", 0))
+    if isinstance(step, Tensor) and step.numel() == 1:
+        step = step.item() if step.device.type == "cpu" else 0
+    if not isinstance(step, (int, float)) or not 0 <= step < 2**63 or step != int(step):
+        raise ValueError(f"step={step!r} is not allowed: use a whole number from 0 to 2**63 - 1")
 
 
 def check_names(group: Mapping[str, Any]) -> None:
@@ -76,11 +83,13 @@ def check_names(group: Mapping[str, Any]) -> None:
 
 
 def check_param(param: Tensor) -> None:
-    """Refuses parameters that cannot be updated.
+    """Refuses parameters that cannot be updated. Frozen ones may be of any kind; a lazy one has no elements yet.
 
     Raises:
-        ValueError: the dtype is not supported or elements share memory; names what is allowed.
+        ValueError: the dtype is not supported, there is no data or elements share memory; names what is allowed.
     """
+    if not param.requires_grad or is_lazy(param):
+        return
     if param.dtype == torch.float16:
         raise ValueError(
             "params contain a tensor of dtype torch.float16, which is not allowed: it cannot hold small steps. "
@@ -96,19 +105,40 @@ def check_param(param: Tensor) -> None:
         )
 
 
-def check_grad(grad: Tensor) -> None:
-    """Refuses gradients that are not dense and real.
+def check_grad(grad: Tensor, param: Tensor) -> None:
+    """Refuses gradients, and parameters that have one, which no engine can read.
+
+    Args:
+        grad: of the parameter.
+        param: to be updated.
 
     Raises:
-        ValueError: the gradient is sparse or complex.
+        ValueError: the gradient is sparse, complex or not shaped and placed as the parameter, or `check_param` refuses.
     """
+    if param.dtype not in PARAM_DTYPES or not param.is_contiguous():
+        check_param(param)
+    if param.device.type == "meta":
+        raise ValueError("the parameter is on device meta, which is not allowed: give it data (Module.to_empty)")
     if grad.layout != torch.strided:
         raise ValueError(f"gradient of layout {grad.layout} is not allowed: use dense gradients")
-    if grad.is_complex():
+    if not grad.is_floating_point():
         raise ValueError(f"gradient of dtype {grad.dtype} is not allowed: use real gradients")
+    if grad.shape != param.shape or grad.device != param.device:
+        found, allowed = (f"{tuple(tensor.shape)} on {tensor.device}" for tensor in (grad, param))
+        raise ValueError(f"gradient of shape {found} is not allowed: use {allowed}")
+
+
+def plain(value: Any) -> Any:
+    """A number of numpy as one of Python, also within a tuple; anything else as it is."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(plain, value))
+    if type(value).__module__ == "numpy" and getattr(value, "size", 0) == 1:
+        return value.item()
+    return value
 
 
 def _check_rate(name: str, value: object) -> None:
+    value = plain(value)
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}, not allowed: use one element")
@@ -120,5 +150,6 @@ def _check_rate(name: str, value: object) -> None:
 
 
 def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    value = plain(value)
     if not any(value == choice and type(value) is type(choice) for choice in allowed):
         raise ValueError(f"{name}={value!r} is not allowed: use one of {', '.join(map(repr, allowed))}")

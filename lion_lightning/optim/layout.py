@@ -1,4 +1,4 @@
-"""Dense, flat views of parameters, gradients and state: what an engine works on, whatever the shape and strides."""
+"""Flat local views of parameters, gradients and state, whatever their shape, strides and sharding."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, told without importing torch.distributed."""
+    """Whether it is a DTensor; does not import torch.distributed."""
     return type(tensor) not in PLAIN_TYPES and hasattr(tensor, "to_local") and hasattr(tensor, "placements")
 
 
@@ -38,7 +38,7 @@ def element_offset(param: Tensor) -> int:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory, in any order of dimensions, as they are (no lazy negation)."""
+    """Whether the elements fill one range of memory, in any order of dimensions, without lazy negation."""
     if tensor.is_neg():
         return False
     if tensor.is_contiguous():
@@ -77,6 +77,11 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
 
 
+def kind(param: Tensor) -> str:
+    """ "scalar", "vector" or "matrix" (two dimensions and more)."""
+    return ("scalar", "vector")[param.ndim] if param.ndim < 2 else "matrix"
+
+
 def tensor_update(
     param: Tensor, state: dict[str, Any], index: int, settings: Settings, copies: list[tuple[Tensor, Tensor]]
 ) -> TensorUpdate:
@@ -84,11 +89,11 @@ def tensor_update(
 
     Args:
         param: has a gradient; a DTensor stands for its local part.
-        state: prepared (see state.py) and laid out as the parameter.
+        state: as `state.prepare` leaves it.
         index: position of the parameter over all groups.
         settings: those of its group.
-        copies: a parameter with gaps in memory is updated in a dense copy; (parameter, copy) is added here, for the
-            caller to write back after the step.
+        copies: a parameter with gaps in memory is updated in a dense copy. (parameter, copy) is added here, and the
+            caller writes the copy back after the step.
     """
     weight = local(param.detach())
     if not is_dense(weight):
@@ -107,5 +112,5 @@ def tensor_update(
         index=index,
         offset=element_offset(param),
         settings=settings,
-        kind=("scalar", "vector")[param.ndim] if param.ndim < 2 else "matrix",
+        kind=kind(param),
     )

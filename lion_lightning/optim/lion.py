@@ -1,9 +1,9 @@
-"""The Lion optimizer: parameter groups, state, the step counter and the choice of an engine."""
+"""The Lion optimizer and SIGNUM: parameter groups, the step, its counter and the state dict."""
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from itertools import chain
-from typing import Any, overload
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +11,40 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lion_lightning.optim import group_options, layout, precision
-from lion_lightning.optim.kernels import Engine, choose
-from lion_lightning.optim.kernels.cpu import CpuEngine, Tasks
+from lion_lightning.optim import group_options, import_state, layout, state
 from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
-from lion_lightning.optim.state import loaded, prepare
-from lion_lightning.optim.telemetry import Telemetry
+from lion_lightning.optim.kernels.select import Engine, choose
+from lion_lightning.optim.telemetry import Outline, Telemetry
 
-Batch = tuple[Engine, list[TensorUpdate]]
-"""What an engine is to do on one device."""
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter stands: the number of its group, and its own number over all groups."""
+
+    group: int
+    index: int
+
+
+@dataclass
+class _Pass:
+    """What the updates of one step share."""
+
+    settings: dict[tuple[int, torch.device], Settings | None] = field(default_factory=dict)
+    """Of each group on each device; None where the host knows that the step is skipped."""
+    places: dict[Tensor, _Place] = field(default_factory=dict)
+    """Of every parameter, if `step_param` has begun the step."""
+
+
+class _Work(NamedTuple):
+    """Updates that are ready to run."""
+
+    updates: list[tuple[Engine, TensorUpdate]]
+    params: list[Tensor]
+    copies: list[tuple[Tensor, Tensor]]
+    """Parameters with gaps in memory, and the dense copies that are updated in their place."""
 
 
 class Lion(Optimizer):
@@ -29,38 +53,35 @@ class Lion(Optimizer):
     Every keyword may differ per parameter group. The number of steps taken, `param_groups[i]["step"]`, keys the
     stochastic rounding; it is part of the checkpoint, and a step at lr 0 does not advance it.
 
+    Two tensors may be set as attributes, with the names and meaning of torch's fused optimizers: `grad_scale` divides
+    the gradients, and a `found_inf` other than 0 makes the step change nothing. Both act inside the update, without
+    waiting for the device.
+
     Args:
         params: tensors, named tensors or parameter groups; bf16, fp32 or fp64, DTensors included.
         lr: size of every weight's step; a float or a tensor of one element.
         betas: weights of the momentum in the update's direction and in the momentum itself; language recipes take
             (0.95, 0.98).
-        weight_decay: decoupled; a weight shrinks by lr * weight_decay of itself a step.
+        weight_decay: decoupled; each step shrinks a weight by lr * weight_decay of itself.
         weight_bits: bits of the fp32 weight kept for a bf16 parameter: 32 (2 bytes of state, exact), 24 (1 byte,
-            stochastically rounded) or 16 (no state, stochastically rounded). Of no meaning to fp32 and fp64.
+            stochastically rounded) or 16 (no state, stochastically rounded). Ignored for fp32 and fp64.
         momentum_dtype: None (the parameter's dtype), float32, bfloat16 or int8 (blocks of 256 with an fp32 scale).
         cautious: masks updates that the gradient contradicts; no weight moves more than twice lr and its decay.
         maximize: ascends.
         nonfinite: "skip" leaves elements whose gradient is not finite as they are; "propagate" follows IEEE: their
             weight and momentum become NaN. Either way they are counted in `nonfinite_count`.
-        fused: None takes the best engine for the device, True insists on one that is not eager, False takes eager.
+        fused: None takes the best engine for the device, True insists on one other than eager, False takes eager.
         seed: keys the stochastic rounding; the same on every replica.
 
     Raises:
-        ValueError: an argument is not allowed; names it, its value and what is.
+        ValueError: an argument is not allowed; names it, its value and what is allowed.
 
     Example:
         >>> optimizer = Lion(model.parameters(), lr=1e-4, weight_decay=0.1)  # doctest: +SKIP
-
-    Two tensors may be set as attributes, named and meant as in torch's fused optimizers: `grad_scale` divides the
-    gradients and a `found_inf` other than 0 makes the step change nothing. Both act inside the update, without a wait
-    for the device. And a function: `before_update` is called once, by the next step, when it has looked up all
-    gradients and before anything changes; it may set those two, and says whether it has. It is given the tasks of the
-    cpu engine, or None where another one has something to do.
     """
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
-    before_update: Callable[[Tasks | None], bool] | None = None
 
     def __init__(
         self,
@@ -90,20 +111,24 @@ class Lion(Optimizer):
             seed=seed,
         )
         group_options.check(defaults)
+        self._pass: _Pass | None = None
         self._nonfinite: dict[torch.device, Tensor] = {}
         self._telemetry = Telemetry()
         super().__init__(params, defaults)
 
     @override
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Group) -> None:
         group_options.check_names(param_group)
         group = {**self.defaults, "step": 0, **param_group}
         group_options.check(group)
         group["momentum_dtype"] = group_options.momentum_dtype(group["momentum_dtype"])
-        group["params"] = _once(group["params"])
+        if not isinstance(group["params"], (Tensor, set)):  # torch accepts a tensor and refuses a set
+            # Tied weights may be listed twice: each parameter counts once, in order of appearance.
+            entries = {id(entry[1] if isinstance(entry, tuple) else entry): entry for entry in group["params"]}
+            group["params"] = list(entries.values())
         for entry in [group["params"]] if isinstance(group["params"], Tensor) else group["params"]:
             param = entry[1] if isinstance(entry, tuple) else entry
-            if isinstance(param, Tensor):  # torch has its own words for what is not a tensor
+            if isinstance(param, Tensor):  # torch reports entries of other types
                 group_options.check_param(param)
         super().add_param_group(group)
 
@@ -112,6 +137,7 @@ class Lion(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_nonfinite", {})
         self.__dict__.setdefault("_telemetry", Telemetry())
+        self._pass = None
         self.defaults.pop("differentiable", None)  # torch sets it, and Lion has no such option
         for group in self.param_groups:
             group.setdefault("step", 0)
@@ -120,7 +146,7 @@ class Lion(Optimizer):
 
     @property
     def nonfinite_count(self) -> Tensor:
-        """Gradient elements that were not finite since the optimizer was made: 0-d int64, without a wait for it."""
+        """Gradient elements that were not finite since the optimizer was made: int64 of shape (), on the device."""
         counts = list(self._nonfinite.values())
         if not counts:
             return torch.zeros((), dtype=torch.int64)
@@ -128,7 +154,7 @@ class Lion(Optimizer):
 
     @property
     def telemetry_every(self) -> int:
-        """Every how many steps `telemetry` is sampled; 0, the default, is never. May be set."""
+        """Number of steps from one sample of `telemetry` to the next; 0, the default, takes none. May be set."""
         return self._telemetry.every
 
     @telemetry_every.setter
@@ -138,13 +164,13 @@ class Lion(Optimizer):
         self._telemetry.every = steps
 
     def telemetry(self) -> dict[str, Tensor]:
-        """Figures of the last sampled step under `lion/`, 0-d tensors on the device; empty before the first.
+        """Metrics of the last sampled step under `lion/`, tensors of shape () on the device; empty before the first.
 
         unmoved: share of weights whose stored bits did not change. zero_update: share of u = 0. sign_agreement: share
         of elements whose momentum and gradient had the same sign. flip_rate: share of u that changed sign since the
-        last sample. momentum_rms. step_ratio_scalar, _vector and _matrix: lr / RMS(p), about 1e-3 is healthy.
-        near_bound: share of |p| > 0.9/weight_decay. realised_decay: what happened over what was asked, 1 is right.
-        nonfinite: count.
+        last sample. momentum_rms. step_ratio_scalar, _vector and _matrix: lr / RMS(p), healthy at about 1e-3.
+        near_bound: share of |p| > 0.9/weight_decay. realised_decay: the decay that happened over the one requested, 1
+        is right. nonfinite: count.
         """
         return self._telemetry.summary()
 
@@ -166,72 +192,118 @@ class Lion(Optimizer):
             What the closure returned.
 
         Raises:
-            ValueError: a gradient is sparse or complex, or an option was set to what is not allowed.
+            ValueError: a gradient is sparse or complex, or an option was set to a value that is not allowed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update()
+        self._apply_gradients()
         return loss
 
-    @_disable_dynamo  # engines work on addresses: a compiled training step calls them as they are
-    def _update(self) -> None:
-        look, self.before_update = self.before_update, None
-        updates: list[tuple[Engine, TensorUpdate]] = []
-        copies: list[tuple[Tensor, Tensor]] = []
-        stepped: list[Tensor] = []
-        counts: list[tuple[dict[str, Any], list[Settings]]] = []
-        index = -1
-        for group in self.param_groups:
-            settings: dict[torch.device, Settings | None] = {}
-            for param in group["params"]:
-                index += 1
-                if param.grad is None:
-                    continue
-                group_options.check_grad(param.grad)
-                if param.device not in settings:
-                    settings[param.device] = self._settings(group, param.device)
-                now, state = settings[param.device], self.state[param]
-                prepare(state, param, group["weight_bits"], group_options.momentum_dtype(group["momentum_dtype"]))
-                if now is not None:
-                    update = layout.tensor_update(param, state, index, now, copies)
-                    updates.append((choose(update, group["fused"]), update))
-                    stepped.append(param)
-            counts.append((group, [now for now in settings.values() if now is not None]))
-        batches = _batches(updates)
-        tasks = None if look is None else _tasks(batches)
-        if look is not None and look(tasks):
-            self._update()  # with other settings
-            return
-        self._run(batches, tasks)
-        torch.autograd.graph.increment_version(stepped)  # engines that write memory do not tell autograd
-        for group, used in counts:
-            self._count_step(group, used)
-        for target, source in copies:
-            target.copy_(source)
+    @_disable_dynamo  # engines work on addresses, so a compiled training step calls them uncompiled
+    def _apply_gradients(self) -> None:
+        """Collects the updates and chooses an engine for each, runs them, and counts the step."""
+        begun, self._pass = self._pass, None
+        shared = begun or _Pass()
+        params = [(param, place) for param, place in self._places() if param.grad is not None]
+        work = self._collect(params, shared)
+        if begun is None and self._telemetry.is_due():
+            self._telemetry.begin([Outline.of(update) for _, update in work.updates if update.param.numel()])
+        self._run(work)
+        self._telemetry.end()
+        for number, group in enumerate(self.param_groups):
+            used = [settings for (owner, _), settings in shared.settings.items() if owner == number]
+            self._count_step(group, next((settings for settings in used if settings is not None), None))
 
-    def _run(self, batches: list[Batch], tasks: Tasks | None) -> None:
-        self._telemetry.attach([update for _, batch in batches for update in batch])
-        for engine, batch in batches:
-            device = batch[0].param.device
+    @torch.no_grad()
+    def step_param(self, param: Tensor) -> None:
+        """Steps one parameter ahead of the others, for callers that apply gradients inside backward.
+
+        The caller then frees the gradient. The next `step` completes the pass: it steps the parameters that still have
+        gradients and advances the step counter once. The result equals that of one `step` with all gradients, bit for
+        bit, as long as options do not change in between.
+
+        Args:
+            param: a parameter of this optimizer that has a gradient, and has not stepped since the last `step`.
+
+        Raises:
+            ValueError: as `step`.
+        """
+        if self._pass is None:
+            self._pass = _Pass(places=dict(self._places()))
+            if self._telemetry.is_due():
+                self._telemetry.begin(self._outlines(self._pass))
+        self._run(self._collect([(param, self._pass.places[param])], self._pass))
+
+    def _places(self) -> list[tuple[Tensor, _Place]]:
+        """Every parameter with its place."""
+        pairs = ((number, param) for number, group in enumerate(self.param_groups) for param in group["params"])
+        return [(param, _Place(number, index)) for index, (number, param) in enumerate(pairs)]
+
+    def _collect(self, params: list[tuple[Tensor, _Place]], shared: _Pass) -> _Work:
+        """Checks everything, then prepares the state of parameters, flattens them and chooses their engines."""
+        unready = []
+        for param, place in params:
+            assert param.grad is not None
+            try:
+                group_options.check_grad(param.grad, param)
+                self._settings(place.group, param.device, shared)
+                entry, stored = self.state.get(param, {}), _storage(self.param_groups[place.group])
+                if not state.is_ready(entry, param, *stored):
+                    state.check(entry, param)
+                    unready.append((param, stored))
+            except ValueError as error:
+                raise ValueError(f"{self._label(place)}: {error}") from None
+        for param, stored in unready:
+            self.state[param] = state.prepare(self.state[param], param, *stored)
+        work = _Work([], [], [])
+        for param, place in params:
+            group, settings = self.param_groups[place.group], self._settings(place.group, param.device, shared)
+            if settings is not None:
+                update = layout.tensor_update(param, self.state[param], place.index, settings, work.copies)
+                work.updates.append((choose(update, group["fused"]), update))
+                work.params.append(param)
+        return work
+
+    def _run(self, work: _Work) -> None:
+        """Runs the updates that have elements, by engine and device."""
+        batches: dict[tuple[str, torch.device], tuple[Engine, list[TensorUpdate]]] = {}
+        for engine, update in work.updates:
+            if update.param.numel():
+                self._telemetry.attach(update)
+                batches.setdefault((engine.name, update.param.device), (engine, []))[1].append(update)
+        for (_, device), (engine, batch) in batches.items():
             if device not in self._nonfinite:
                 self._nonfinite[device] = torch.zeros((), dtype=torch.int64, device=device)
-            if isinstance(engine, CpuEngine):
-                engine.step(batch, self._nonfinite[device], tasks)
-            else:
-                engine.step(batch, self._nonfinite[device])
+            engine.step(batch, self._nonfinite[device])
+        torch.autograd.graph.increment_version(work.params)  # engines that write memory do not inform autograd
+        for target, source in work.copies:
+            target.copy_(source)
 
-    def _settings(self, group: dict[str, Any], device: torch.device) -> Settings | None:
-        """The group's settings for one step on a device; None where the host knows that the step is to be skipped."""
+    def _label(self, place: _Place) -> str:
+        """A parameter's number, and its name where the optimizer has names."""
+        names = [
+            name for group in self.param_groups for name in group.get("param_names", [None] * len(group["params"]))
+        ]
+        name = names[place.index]
+        return f"parameter {place.index}" + (f" ({name!r})" if name is not None else "")
+
+    def _settings(self, number: int, device: torch.device, shared: _Pass) -> Settings | None:
+        """A group's settings for one step on a device; None where the host knows that the step is skipped."""
+        if (number, device) not in shared.settings:
+            shared.settings[number, device] = self._read_settings(self.param_groups[number], device)
+        return shared.settings[number, device]
+
+    def _read_settings(self, group: Group, device: torch.device) -> Settings | None:
         group_options.check(group)
-        found_inf = _known(self.found_inf, device)
+        found_inf = _number(self.found_inf, device)
         if found_inf is not None and not isinstance(found_inf, Tensor):
             if found_inf != 0:
                 return None
             found_inf = None
-        grad_scale = _known(self.grad_scale, device)
-        lr = _known(group["lr"], device)
+        grad_scale = _number(self.grad_scale, device)
+        lr = _number(group["lr"], device)
         assert lr is not None
         is_random = group["weight_bits"] != 32 or group_options.momentum_dtype(group["momentum_dtype"]) == torch.int8
         if is_random and device.type != "cpu" and not isinstance(group["step"], Tensor):
@@ -242,21 +314,21 @@ class Lion(Optimizer):
             beta1=float(group["betas"][0]),
             beta2=float(group["betas"][1]),
             weight_decay=float(group["weight_decay"]),
-            weight_bits=group["weight_bits"],
-            cautious=group["cautious"],
-            maximize=group["maximize"],
+            weight_bits=int(group["weight_bits"]),
+            cautious=bool(group["cautious"]),
+            maximize=bool(group["maximize"]),
             skip_nonfinite=group["nonfinite"] == "skip",
-            seed=group["seed"],
-            step=_known(group["step"], device),
+            seed=int(group["seed"]),
+            step=_number(group["step"], device),
             grad_scale=1.0 if grad_scale is None else grad_scale,
             found_inf=found_inf,
         )
 
-    def _count_step(self, group: dict[str, Any], used: list[Settings]) -> None:
+    def _count_step(self, group: Group, used: Settings | None) -> None:
         """Advances a group's counter by a step that could move weights: at lr 0, or with `found_inf`, none does."""
-        if not used:
+        if used is None:
             return
-        lr, found_inf, counter = used[0].lr, used[0].found_inf, group["step"]
+        lr, found_inf, counter = used.lr, used.found_inf, group["step"]
         if not isinstance(counter, Tensor):
             group["step"] = counter + (1 if isinstance(lr, Tensor) or lr != 0 else 0)
         elif isinstance(lr, Tensor) or found_inf is not None:
@@ -265,78 +337,129 @@ class Lion(Optimizer):
         elif lr != 0:
             counter += 1
 
+    def _outlines(self, shared: _Pass) -> list[Outline]:
+        """What telemetry has to know of a step whose gradients arrive one by one: every trainable parameter."""
+        outlines = []
+        for param, place in shared.places.items():
+            elements = layout.local(param.detach()).numel()
+            settings = self._settings(place.group, param.device, shared) if param.requires_grad and elements else None
+            if settings is not None:
+                outlines.append(Outline(place.index, elements, param.device, layout.kind(param), settings))
+        return outlines
+
     def full_precision_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """The model's state dict with every bf16 tensor as the fp32 number it stands for: see precision.py."""
-        return precision.full_precision_state_dict(model, self)
+        """The model's state dict with every bf16 tensor as the fp32 number it stands for.
+
+        See `lion_lightning.optim.state.full_precision_state_dict`.
+        """
+        return state.full_precision_state_dict(model, self)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """State of every parameter and the options of every group but `fused`, which is the machine's affair."""
+        """State of every parameter, and the options of every group as plain numbers and names.
+
+        `fused` depends on the machine: it is saved as None, and not loaded.
+        """
+        for param, place in self._places():
+            try:
+                state.check_gatherable(self.state.get(param, {}), param)
+            except ValueError as error:
+                raise ValueError(f"{self._label(place)}: {error}") from None
         saved = super().state_dict()
         for group in saved["param_groups"]:
-            group.pop("fused", None)
-            group["step"] = int(group["step"])
+            group.update({key: group_options.plain(value) for key, value in group.items() if key != "params"})
+            momentum_dtype = group_options.momentum_dtype(group["momentum_dtype"])
+            name = None if momentum_dtype is None else str(momentum_dtype).removeprefix("torch.")
+            group.update(fused=None, step=int(group["step"]), momentum_dtype=name)
         return saved
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a `state_dict`, each tensor in the dtype it was saved in (torch casts it to the parameter's).
 
-        State of other Lion implementations that call the momentum `exp_avg` loads as it is.
+        State of other Lion implementations that keep nothing but `exp_avg` loads unchanged. Everything is checked
+        before anything changes.
 
         Raises:
-            ValueError: groups differ in number or size from those of this optimizer.
+            ValueError: the state is of another optimizer, or does not fit; names the parameter, tensor or option, what
+                was found and what is allowed.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        groups = deepcopy(state_dict["param_groups"])
-        sizes = [len(group["params"]) for group in self.param_groups]
-        saved_sizes = [len(group["params"]) for group in groups]
-        if sizes != saved_sizes:
-            raise ValueError(f"state_dict has parameter groups of sizes {saved_sizes}; allowed here are {sizes}")
-        saved_ids = chain.from_iterable(group["params"] for group in groups)
-        params = dict(zip(saved_ids, chain.from_iterable(g["params"] for g in self.param_groups), strict=True))
-        state = {params.get(key, key): loaded(value, params.get(key)) for key, value in state_dict["state"].items()}
-        for group, current in zip(groups, self.param_groups, strict=True):
-            group["params"] = current["params"]
-            group.update({name: current[name] for name in ("fused",)})
-            if "param_names" in current:
-                group.setdefault("param_names", current["param_names"])
-        fresh: dict[str, Any] = {"state": type(self.state)(dict, state), "param_groups": groups}
-        self.__setstate__(fresh)
+        groups, fresh = self._checked(state_dict)
+        self.__setstate__({"state": type(self.state)(dict, fresh), "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
+    def _checked(self, state_dict: dict[str, Any]) -> tuple[list[Group], dict[Tensor, dict[str, Any]]]:
+        """Groups and state as they are to be after a load; changes nothing."""
+        import_state.check_loadable(state_dict)
+        sizes = [len(group["params"]) for group in self.param_groups]
+        saved_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+        if sizes != saved_sizes:
+            raise ValueError(f"state_dict has parameter groups of sizes {saved_sizes}; allowed here are {sizes}")
+        groups = []
+        for saved, current in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            group = {**self.defaults, **deepcopy({key: value for key, value in saved.items() if key != "params"})}
+            group_options.check({**group, "fused": current["fused"]})
+            group.update(params=current["params"], fused=current["fused"])
+            group["momentum_dtype"] = group_options.momentum_dtype(group["momentum_dtype"])
+            group["step"] = int(group.get("step", 0))
+            if "param_names" in current:
+                group.setdefault("param_names", current["param_names"])
+            groups.append(group)
+        saved_ids = [key for group in state_dict["param_groups"] for key in group["params"]]
+        unknown = [key for key in state_dict["state"] if key not in saved_ids]
+        if unknown:
+            raise ValueError(
+                f"state_dict has state of {unknown[:5]}, which no parameter group lists; use {saved_ids[:5]}"
+            )
+        fresh = {}
+        for key, (param, place) in zip(saved_ids, self._places(), strict=True):
+            if key in state_dict["state"]:
+                try:
+                    fresh[param] = state.loaded(state_dict["state"][key], param)
+                except ValueError as error:
+                    raise ValueError(f"{self._label(place)}: {error}") from None
+        return groups, fresh
 
-def _batches(updates: list[tuple[Engine, TensorUpdate]]) -> list[Batch]:
-    """Those that have elements, by engine and device."""
-    batches: dict[tuple[str, torch.device], Batch] = {}
-    for engine, update in updates:
-        if update.param.numel():
-            batches.setdefault((engine.name, update.param.device), (engine, []))[1].append(update)
-    return list(batches.values())
+
+class Signum(Lion):
+    """SIGNUM (Bernstein et al., 2018, arXiv:1802.04434) in all of Lion's storage modes and engines.
+
+    SIGNUM updates the momentum first, m <- b*m + (1-b)*g, and steps along sign(m). Lion with both betas equal to b
+    steps along sign(b*m + (1-b)*g), which is the same.
+
+    Args:
+        params: as for `Lion`.
+        lr: size of every weight's step.
+        momentum: b, in [0, 1).
+        weight_decay: decoupled; 0 in the paper.
+        **options: the keyword options of `Lion`.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, (momentum, momentum), weight_decay, **options)
 
 
-def _tasks(batches: list[Batch]) -> Tasks | None:
-    """Those of the cpu engine, if it has all to do."""
-    if len(batches) != 1 or not isinstance(engine := batches[0][0], CpuEngine):
-        return None
-    return engine.tasks(batches[0][1])
+def _storage(group: Group) -> tuple[int, torch.dtype | None]:
+    """`weight_bits` and `momentum_dtype` of a group."""
+    return group["weight_bits"], group_options.momentum_dtype(group["momentum_dtype"])
 
 
-def _once(params: Any) -> Any:
-    """Each parameter of a group once, in order of appearance: tied weights may be listed twice."""
-    if isinstance(params, (Tensor, set)):  # torch takes the one and refuses the other
-        return params
-    return list({id(entry[1] if isinstance(entry, tuple) else entry): entry for entry in params}.values())
-
-
-def _known(value: Any, device: torch.device) -> Any:
-    """A number where the host can know it without waiting for the device, else a 0-d tensor on the device."""
+def _number(value: Any, device: torch.device) -> Any:
+    """A number where the host can know it without waiting for the device, else a tensor of shape () on the device."""
     if not isinstance(value, Tensor):
-        return value
+        return group_options.plain(value)
     if value.device.type == "cpu" or device.type == "cpu":
         return value.item()
     return value.reshape(()).to(device, non_blocking=True)

@@ -1,134 +1,407 @@
-"""The state of one parameter: its momentum, and the bits its bf16 weight cannot hold.
+"""The state of a parameter: checked, made, converted, loaded and exported here and nowhere else.
 
 Keys, each present only where it is needed:
-    exp_avg: momentum, shaped and laid out as the parameter.
+    exp_avg: momentum, with the shape and memory layout of the parameter.
     exp_avg_scale: fp32 scales of an int8 momentum, one per block of 256 elements in memory order.
-    weight_remainder: int16 (32 bits) or int8 (24 bits), shaped and laid out as a bf16 parameter.
-A DTensor parameter has DTensors as state. The scales of its int8 momentum belong to the blocks of each local part, so
-such a state can be loaded by as many processes as saved it.
+    weight_remainder: int16 (32 bits) or int8 (24 bits), the bits that a bf16 weight cannot hold, with the shape and
+        memory layout of the parameter.
+A DTensor parameter has DTensors as state. The scales of its int8 momentum belong to the blocks of each local shard.
+Their number identifies the shards, and a state of other shards is refused.
 """
 
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lion_lightning.optim import layout
 from lion_lightning.optim.kernels import storage_formats
 
 REMAINDER_DTYPES = {32: torch.int16, 24: torch.int8, 16: None}
 SMALL_ELEMENTS = 4096
-"""Momentum of parameters with fewer elements stays fp32 where int8 is asked for: it costs next to nothing."""
+"""Momentum of parameters with fewer elements stays fp32 where int8 is requested: it costs next to nothing."""
+
+DTYPES = {
+    "exp_avg": (torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.int8),
+    "exp_avg_scale": (torch.float32, torch.float64, torch.bfloat16),
+    "weight_remainder": (torch.int16, torch.int8),
+}
+"""The tensors of a state, and the dtypes in which they may be found."""
+
+_ROUND_TO_NEAREST = -(2**31)
+"""The random word for `storage_formats.split_weight` that rounds to nearest: only its top bit is set."""
 
 
-def prepare(state: dict[str, Any], param: Tensor, weight_bits: int, momentum_dtype: torch.dtype | None) -> None:
-    """Creates what is missing from a parameter's state and converts what is stored otherwise than asked.
+def is_ready(entry: Mapping[str, Any], param: Tensor, weight_bits: int, momentum_dtype: torch.dtype | None) -> bool:
+    """Whether a parameter's state is complete and stored as engines read it, so that addresses may be taken.
 
     Args:
-        state: the parameter's entry in `Optimizer.state`; changed in place.
+        entry: the parameter's entry in `Optimizer.state`.
         param: bf16, fp32 or fp64 parameter.
-        weight_bits: 32, 24 or 16; of meaning to bf16 parameters only.
-        momentum_dtype: of `exp_avg`; None keeps what there is and starts with the parameter's dtype.
+        weight_bits: 32, 24 or 16; used for bf16 parameters only.
+        momentum_dtype: requested of `exp_avg`; None accepts any that an engine reads.
     """
-    if momentum_dtype == torch.int8 and param.numel() < SMALL_ELEMENTS:
-        momentum_dtype = torch.float32
-    exp_avg = state.get("exp_avg")
-    if exp_avg is None:
-        state["exp_avg"] = torch.zeros_like(param, dtype=momentum_dtype, requires_grad=False)
-        if momentum_dtype == torch.int8:
-            state["exp_avg_scale"] = zero_scale(param)
-    elif not _fits(exp_avg, param) or momentum_dtype not in (None, exp_avg.dtype):
-        store_momentum(state, param, restored_momentum(state), momentum_dtype or exp_avg.dtype)
-    _prepare_remainder(state, param, REMAINDER_DTYPES[weight_bits] if param.dtype == torch.bfloat16 else None)
+    exp_avg, scale, remainder = entry.get("exp_avg"), entry.get("exp_avg_scale"), entry.get("weight_remainder")
+    remainder_dtype = REMAINDER_DTYPES[weight_bits] if param.dtype == torch.bfloat16 else None
+    if not isinstance(exp_avg, Tensor) or exp_avg.dtype not in DTYPES["exp_avg"]:
+        return False
+    if exp_avg.dtype != _stored_dtype(exp_avg.dtype, param, momentum_dtype):
+        return False
+    if not _fits(exp_avg, param) or (exp_avg.dtype == torch.int8) != (scale is not None):
+        return False
+    if scale is not None:
+        whole = isinstance(scale, Tensor) and scale.dtype == torch.float32 and scale.device == param.device
+        if not whole or scale.shape != _scale_shape(param) or not layout.local(scale).is_contiguous():
+            return False
+    if remainder is None or remainder_dtype is None:
+        return remainder is None and remainder_dtype is None
+    return isinstance(remainder, Tensor) and remainder.dtype == remainder_dtype and _fits(remainder, param)
 
 
-def _prepare_remainder(state: dict[str, Any], param: Tensor, dtype: torch.dtype | None) -> None:
-    remainder = state.get("weight_remainder")
-    if dtype is None:
-        state.pop("weight_remainder", None)
-    elif remainder is None:
-        state["weight_remainder"] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-    else:
-        if remainder.dtype != dtype:
-            state["weight_remainder"] = remainder = converted_remainder(remainder, dtype)
-        if not _fits(remainder, param):
-            state["weight_remainder"] = _like(remainder, param)
+def check(entry: Mapping[str, Any], param: Tensor) -> None:
+    """Refuses state that cannot be meant for a parameter; `prepare` can convert everything else.
 
+    Args:
+        entry: the parameter's entry in `Optimizer.state`, or what is to become it.
+        param: the parameter.
 
-def converted_remainder(remainder: Tensor, dtype: torch.dtype) -> Tensor:
-    """A remainder of 16 bits as 8 (the lower ones dropped) or the reverse."""
-    if dtype == torch.int8:
-        return (remainder >> 8).to(torch.int8)
-    return remainder.to(torch.int16) << 8
-
-
-def zero_scale(param: Tensor) -> Tensor:
-    """Scales of a momentum of zeros: fp32 of shape (ceil(n / 256),), or as many for each shard of a DTensor."""
-    if not layout.is_sharded(param):
-        return torch.zeros(
-            -(-param.numel() // storage_formats.BLOCK_ELEMENTS), dtype=torch.float32, device=param.device
+    Raises:
+        ValueError: names the tensor, what was found and what is allowed.
+    """
+    for key, dtypes in DTYPES.items():
+        if key not in entry:
+            continue
+        value = entry[key]
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{key} is a {type(value).__name__}, which is not allowed: use a tensor")
+        if nn.parameter.is_lazy(param):
+            raise ValueError(f"{key} is not allowed for a lazy parameter: run the module once, which gives it a shape")
+        if value.layout != torch.strided or value.device.type == "meta":
+            kind = "device meta, without data," if value.device.type == "meta" else f"layout {value.layout}"
+            raise ValueError(f"{key} has {kind}, which is not allowed: use a dense tensor with data")
+        if value.dtype not in dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ValueError(f"{key} has dtype {value.dtype}, which is not allowed: use {names}")
+        shape = _scale_shape(param) if key == "exp_avg_scale" else param.shape
+        if value.shape != shape:
+            sharded = " (those of sharded parameters fit the same shards only)" if key == "exp_avg_scale" else ""
+            raise ValueError(f"{key} has shape {tuple(value.shape)}, which is not allowed: use {tuple(shape)}{sharded}")
+        if layout.is_sharded(value) != layout.is_sharded(param):
+            kinds = type(value).__name__, type(param).__name__
+            raise ValueError(
+                f"{key} is a {kinds[0]} beside a parameter of type {kinds[1]}, which is not allowed: load by "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+            )
+        if (
+            key != "exp_avg_scale"
+            and layout.is_sharded(value)
+            and layout.local(value).shape != layout.local(param).shape
+        ):
+            raise ValueError(f"{key} is sharded as {value.placements}, which is not allowed: use {param.placements}")  # type: ignore[attr-defined]
+    dtype = entry["exp_avg"].dtype if "exp_avg" in entry else None
+    if dtype == torch.int8 and "exp_avg_scale" not in entry:
+        raise ValueError(
+            f"exp_avg_scale is missing beside an exp_avg of int8: use float32 of shape {tuple(_scale_shape(param))}"
         )
+    if dtype != torch.int8 and "exp_avg_scale" in entry:
+        beside = "no exp_avg" if dtype is None else f"an exp_avg of {dtype}"
+        raise ValueError(
+            f"exp_avg_scale is given with {beside}, which is not allowed: use it beside an exp_avg of int8"
+        )
+    if "weight_remainder" in entry and param.dtype != torch.bfloat16:
+        raise ValueError(
+            f"weight_remainder is given with a parameter of {param.dtype}, which is not allowed: use it beside one of "
+            "bfloat16 (full_precision_state_dict exports the weights in fp32), or remove it from the state"
+        )
+
+
+def prepare(
+    entry: dict[str, Any], param: Tensor, weight_bits: int, momentum_dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """The state with what is missing created, and what is stored in another form than requested converted.
+
+    Args:
+        entry: the parameter's entry in `Optimizer.state`, which `check` accepts; it does not change, so that an
+            interrupt leaves either the old state or the new.
+        param: bf16, fp32 or fp64 parameter.
+        weight_bits: 32, 24 or 16; used for bf16 parameters only.
+        momentum_dtype: of `exp_avg`; None keeps the dtype found and begins with that of the parameter.
+    """
+    entry = {key: value.to(param.device) if key in DTYPES else value for key, value in entry.items()}
+    exp_avg, scale = entry.get("exp_avg"), entry.pop("exp_avg_scale", None)
+    if exp_avg is None:
+        dtype = _stored_dtype(param.dtype, param, momentum_dtype)
+        entry["exp_avg"] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+        if dtype == torch.int8:
+            entry["exp_avg_scale"] = _zero_scale(param)
+    else:
+        dtype = _stored_dtype(exp_avg.dtype, param, momentum_dtype)
+        if scale is not None:
+            scale = scale.float().contiguous()
+        if dtype != exp_avg.dtype or not _fits(exp_avg, param):
+            entry |= _converted_momentum(exp_avg, scale, param, dtype)
+        elif scale is not None:
+            entry["exp_avg_scale"] = scale
+    remainder_dtype = REMAINDER_DTYPES[weight_bits] if param.dtype == torch.bfloat16 else None
+    remainder = entry.get("weight_remainder")
+    if remainder_dtype is None:
+        entry.pop("weight_remainder", None)
+    elif remainder is None:
+        entry["weight_remainder"] = torch.zeros_like(param, dtype=remainder_dtype, requires_grad=False)
+    elif remainder.dtype != remainder_dtype or not _fits(remainder, param):
+        if remainder.dtype != remainder_dtype:  # 8 bits are the upper half of 16
+            is_narrower = remainder_dtype == torch.int8
+            remainder = (remainder >> 8).to(torch.int8) if is_narrower else remainder.to(torch.int16) << 8
+        entry["weight_remainder"] = torch.zeros_like(param, dtype=remainder_dtype, requires_grad=False).copy_(remainder)
+    return entry
+
+
+def momentum_slice(state: dict[str, Tensor], start: int, stop: int) -> Tensor:
+    """The momentum of some elements in float32, whatever its storage.
+
+    Args:
+        state: the parameter's entry in `Optimizer.state`, after a step.
+        start: first element of the local shard, in memory order; a multiple of 256.
+        stop: the element after the last.
+
+    Returns:
+        float32 of shape (stop - start,) on the device of the state; may share memory with it.
+    """
+    levels = layout.flat(layout.local(state["exp_avg"]))[start:stop]
+    if "exp_avg_scale" not in state:
+        return levels.float()
+    block = storage_formats.BLOCK_ELEMENTS
+    return storage_formats.dequantize(levels, layout.local(state["exp_avg_scale"])[start // block : -(-stop // block)])
+
+
+def loaded(entry: Any, param: Tensor) -> dict[str, Any]:
+    """State as loaded: tensors on the parameter's device in their own dtype, sharing no memory with what was saved.
+
+    fp16 and, beside parameters that are not fp64, fp64 become fp32, as engines read neither.
+
+    Args:
+        entry: what a state dict has for the parameter; does not change.
+        param: the parameter that the state belongs to.
+
+    Raises:
+        ValueError: it is no dict, has unknown keys, or `check` refuses it.
+    """
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"the state is a {type(entry).__name__}, which is not allowed: use a dict")
+    # torch.distributed.checkpoint's unflattening leaves an empty dict where a tensor is missing.
+    entry = {key: value for key, value in entry.items() if not (isinstance(value, dict) and not value)}
+    unknown = [key for key in entry if key not in DTYPES]
+    if unknown:
+        raise ValueError(f"the state has unknown keys {unknown}; allowed are {', '.join(DTYPES)}")
+    check(entry, param)
+    fresh = {}
+    for key, value in entry.items():
+        dtype = _stored_dtype(value.dtype, param, None) if key == "exp_avg" else value.dtype
+        moved = value.detach().to(param.device, dtype)
+        fresh[key] = moved.clone() if layout.local(moved).data_ptr() == layout.local(value).data_ptr() else moved
+    return fresh
+
+
+def check_gatherable(entry: Mapping[str, Any], param: Tensor) -> None:
+    """Refuses to save state that FSDP1 (FullyShardedDataParallel) would gather wrongly: it knows `exp_avg` alone.
+
+    Args:
+        entry: the parameter's entry in `Optimizer.state`.
+        param: the parameter; FSDP1 marks those that are views of its flat parameters.
+
+    Raises:
+        ValueError: names the tensors and the ways out.
+    """
+    beyond = [key for key in ("exp_avg_scale", "weight_remainder") if key in entry]
+    if beyond and (getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False)):
+        raise ValueError(
+            f"{' and '.join(beyond)} of a parameter of FSDP1 cannot be gathered, so that saving is not allowed: use "
+            "float32 parameters with a momentum_dtype other than int8, or FSDP2 (torch.distributed.fsdp.fully_shard)"
+        )
+
+
+def _stored_dtype(found: torch.dtype, param: Tensor, requested: torch.dtype | None) -> torch.dtype:
+    """The dtype of a parameter's momentum, given the one found and the group's `momentum_dtype`."""
+    if requested is not None:
+        return torch.float32 if requested == torch.int8 and param.numel() < SMALL_ELEMENTS else requested
+    widest = torch.float64 if param.dtype == torch.float64 else torch.float32
+    return widest if found in (torch.float16, torch.float64) else found
+
+
+def scale_count(shape: Sequence[int], ways: Sequence[int]) -> int:
+    """Number of scales of an int8 momentum over all shards, from which their layout can be told.
+
+    Where the shards' blocks are those of the whole tensor, it is one for each. Otherwise each shard has a few more than
+    it uses: an odd number, which tells world sizes that are powers of two apart, of remainder 1 by 4 where rows are
+    sharded and 3 elsewhere. A state of another layout therefore does not fit, instead of being misread.
+
+    Args:
+        shape: of the whole parameter.
+        ways: into how many shards each dimension is cut.
+    """
+    block = storage_formats.BLOCK_ELEMENTS
+    shards, whole = torch.Size(ways).numel(), -(-torch.Size(shape).numel() // block)
+    elements = torch.Size(-(-size // cut) for size, cut in zip(shape, ways, strict=True)).numel()
+    blocks, is_by_rows = -(-elements // block), shards == max(ways[:1], default=1)
+    if shards == 1 or (is_by_rows and shape[0] % shards == 0 and elements % block == 0):
+        return whole
+    while blocks % 4 != (1 if is_by_rows else 3) or blocks * shards == whole:
+        blocks += 1
+    return blocks * shards
+
+
+def _scale_shape(param: Tensor) -> torch.Size:
+    """Shape of the scales of an int8 momentum; they are sharded along their only dimension."""
+    if not layout.is_sharded(param):
+        return torch.Size((-(-param.numel() // storage_formats.BLOCK_ELEMENTS),))
+    ways = [1] * param.ndim
+    placements: tuple[Any, ...] = param.placements  # type: ignore[attr-defined]
+    for cut, placement in zip(param.device_mesh.shape, placements, strict=True):  # type: ignore[attr-defined]
+        if placement.is_shard():
+            ways[placement.dim] *= cut
+    return torch.Size((scale_count(param.shape, ways),))
+
+
+def _zero_scale(param: Tensor) -> Tensor:
+    """Scales of a momentum of zeros."""
+    shape = _scale_shape(param)
+    if not layout.is_sharded(param):
+        return torch.zeros(shape, dtype=torch.float32, device=param.device)
     from torch.distributed.tensor import DTensor, Shard
 
-    placements: tuple[Any, ...] = param.placements  # type: ignore[attr-defined]
-    largest, shards = list(param.shape), 1
-    for ways, placement in zip(param.device_mesh.shape, placements, strict=True):  # type: ignore[attr-defined]
-        if placement.is_shard():
-            largest[placement.dim] = -(-largest[placement.dim] // ways)
-            shards *= ways
-    blocks = -(-torch.Size(largest).numel() // storage_formats.BLOCK_ELEMENTS)
-    here = torch.zeros(blocks, dtype=torch.float32, device=layout.local(param).device)
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    shards = torch.Size(
+        ways for ways, placement in zip(mesh.shape, placements, strict=True) if placement.is_shard()
+    ).numel()
+    here = torch.zeros(shape[0] // shards, dtype=torch.float32, device=layout.local(param).device)
     across = [Shard(0) if placement.is_shard() else placement for placement in placements]
-    shape, mesh = torch.Size((blocks * shards,)), param.device_mesh  # type: ignore[attr-defined]
     return DTensor.from_local(here, mesh, across, run_check=False, shape=shape, stride=(1,))
 
 
-def restored_momentum(state: dict[str, Any]) -> Tensor:
-    """The momentum as a floating tensor of its shape; local to this process for a DTensor of int8."""
-    exp_avg, scale = state["exp_avg"], state.get("exp_avg_scale")
-    if scale is None:
-        return exp_avg
-    levels = layout.local(exp_avg)
-    values = storage_formats.dequantize(layout.flat(levels), layout.local(scale))
-    return torch.empty_like(levels, dtype=torch.float32).copy_(values.as_strided(levels.shape, levels.stride()))
-
-
-def store_momentum(state: dict[str, Any], param: Tensor, momentum: Tensor, dtype: torch.dtype) -> None:
-    """Stores a momentum as `dtype`, laid out as the parameter; int8 rounds to nearest."""
-    state.pop("exp_avg_scale", None)
-    target = state["exp_avg"] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-    if dtype != torch.int8:
-        layout.local(target).copy_(layout.local(momentum))
-        return
-    scale = state["exp_avg_scale"] = zero_scale(param)
+def _converted_momentum(exp_avg: Tensor, scale: Tensor | None, param: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The momentum as `dtype` with the memory layout of the parameter, and its scales; int8 rounds to nearest."""
+    momentum = layout.local(exp_avg)
+    if scale is not None:
+        if not layout.is_dense(momentum):
+            momentum = momentum.contiguous()
+        values = storage_formats.dequantize(layout.flat(momentum), layout.local(scale))
+        shaped = values.as_strided(momentum.shape, momentum.stride())
+        momentum = torch.empty_like(momentum, dtype=torch.float32).copy_(shaped)
+    target = torch.zeros_like(param, dtype=dtype, requires_grad=False)
     here = layout.local(target)
-    levels, scales = storage_formats.quantize(
-        layout.flat(layout.laid_out_like(layout.local(momentum).float(), here)), None
-    )
+    if dtype != torch.int8:
+        here.copy_(momentum)
+        return {"exp_avg": target}
+    levels, scales = storage_formats.quantize(layout.flat(layout.laid_out_like(momentum.float(), here)), None)
     layout.flat(here).copy_(levels)
+    scale = _zero_scale(param)
     layout.local(scale)[: scales.numel()].copy_(scales)
+    return {"exp_avg": target, "exp_avg_scale": scale}
 
 
 def _fits(tensor: Tensor, param: Tensor) -> bool:
     """Whether state has the memory layout of the parameter, or a dense one where the parameter has gaps."""
+    if tensor.layout != torch.strided or tensor.device != param.device:
+        return False
     here, weight = layout.local(tensor), layout.local(param)
-    if here.shape == weight.shape and here.is_contiguous() and weight.is_contiguous():
+    if here.shape != weight.shape or here.is_neg():
+        return False
+    if here.is_contiguous() and weight.is_contiguous():
         return True
     if not layout.is_dense(weight):
         return layout.same_layout(here, torch.empty_like(weight, device="meta"))
     return layout.is_dense(here) and layout.same_layout(here, weight)
 
 
-def _like(tensor: Tensor, param: Tensor) -> Tensor:
-    return torch.zeros_like(param, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+def full_precision_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The model's state dict with every bf16 tensor as the fp32 number it stands for, exactly.
+
+    Names are those of `model.state_dict()`. A weight with a remainder in the optimizer is joined with it. Other bf16
+    tensors are widened, and tensors of other dtypes are copied. Tied weights are converted once and stay one tensor
+    under their names, in memory and in a file of torch.save. DTensors stay sharded.
+
+    Args:
+        model: whose parameters the optimizer steps.
+        optimizer: `Lion`; its `weight_remainder` is read.
+    """
+    done: dict[int, Tensor] = {}
+    exported = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            exported[name] = value
+            continue
+        if id(value) not in done:
+            full = done[id(value)] = value.detach().clone()
+            if value.dtype == torch.bfloat16:
+                remainder = optimizer.state.get(value, {}).get("weight_remainder")
+                low = None if remainder is None else layout.local(remainder)
+                full = done[id(value)] = torch.empty_like(full, dtype=torch.float32)
+                layout.local(full).copy_(storage_formats.join_weight(layout.local(value.detach()), low))
+        exported[name] = done[id(value)]
+    return exported
 
 
-def loaded(value: Any, param: Tensor | None) -> Any:
-    """State as loaded: tensors on the parameter's device in their own dtype, sharing no memory with what was saved."""
-    if isinstance(value, Tensor):
-        moved = value if param is None else value.to(param.device)
-        return moved.clone() if moved is value else moved
-    if isinstance(value, dict):
-        return {key: loaded(item, param) for key, item in value.items()}
-    return deepcopy(value)
+def seed_full_precision(model: nn.Module, optimizer: Optimizer, weights: Mapping[str, Tensor]) -> None:
+    """Sets a model and the remainders in its optimizer to fp32 weights, the inverse of `full_precision_state_dict`.
+
+    A bf16 parameter that the optimizer steps takes as many bits as its group's `weight_bits` says (24 and 16 round to
+    nearest). Every other tensor is copied. The momentum is unchanged.
+
+    Args:
+        model: its weights are changed in place.
+        optimizer: `Lion` over parameters of the model.
+        weights: fp32 tensors under the names of `model.state_dict()`.
+
+    Raises:
+        ValueError: names are missing or unknown, or a shape does not fit; nothing has been changed then.
+    """
+    targets = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    missing, unknown = sorted(set(targets) - set(weights)), sorted(set(weights) - set(targets))
+    if missing or unknown:
+        raise ValueError(f"weights do not fit the model; the first missing are {missing[:5]}, unknown {unknown[:5]}")
+    for name, target in targets.items():
+        if weights[name].shape != target.shape:
+            shapes = tuple(weights[name].shape), tuple(target.shape)
+            raise ValueError(f"weights[{name!r}] has shape {shapes[0]}, which is not allowed: use {shapes[1]}")
+    bits = {param: group["weight_bits"] for group in optimizer.param_groups for param in group["params"]}
+    unique = {id(target): (target, weights[name]) for name, target in reversed(targets.items())}
+    with torch.no_grad():
+        for target, weight in unique.values():
+            if layout.is_sharded(target) and not layout.is_sharded(weight):
+                from torch.distributed.tensor import distribute_tensor
+
+                weight = distribute_tensor(weight.to(target.device), target.device_mesh, target.placements)  # type: ignore[attr-defined]
+            weight = weight.to(target.device)
+            if target.dtype == torch.bfloat16 and target in bits:
+                _seed(target, optimizer.state[target], layout.local(weight).float(), bits[target])
+            else:
+                target.copy_(weight)
+
+
+def _seed(param: Tensor, state: dict[str, Any], weight: Tensor, weight_bits: int) -> None:
+    """Sets one bf16 parameter and its remainder to the local part of an fp32 weight."""
+    random = torch.full_like(weight, _ROUND_TO_NEAREST, dtype=torch.int32)
+    high, low = storage_formats.split_weight(weight, weight_bits, random)
+    layout.local(param.detach()).copy_(high)
+    state.pop("weight_remainder", None)
+    if low is not None:
+        remainder = state["weight_remainder"] = torch.zeros_like(param, dtype=low.dtype, requires_grad=False)
+        layout.local(remainder).copy_(low)
+
+
+def remainder_of(full: Tensor, weight: Tensor) -> Tensor:
+    """The int16 that leads from a bf16 weight to an fp32 number that rounds to it.
+
+    A number exactly between two bf16 numbers, which round-half-even may have stored as the lower, ends one fp32 bit
+    short of the middle; nothing else is lost. Numbers that are not finite have no remainder.
+
+    Args:
+        full: the numbers; fp32, or fp64 that fits.
+        weight: bf16, of the same shape.
+    """
+    words = full.float().view(torch.int32).to(torch.int64)
+    low = words - (weight.view(torch.int16).to(torch.int64) << 16)
+    low = torch.where(full.isfinite() & (full.sign() * weight.sign() >= 0), low, 0)
+    return low.clamp(-(2**15), 2**15 - 1).to(torch.int16)

@@ -1,22 +1,36 @@
-"""The statistics of a comparison: which optimizer won, by how much, how surely, and at what cost."""
+"""The statistics of a comparison: the variants of one experiment, which is best, by how much, and at what cost."""
 
+import json
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from lion_lightning.tracking.runs import AXES, Run
-from lion_lightning.tracking.variants import Incomparable, Variant, check_alike, sort_into_variants
+from lion_lightning.tracking.runs import AXES, STEP, Run
 
 Mode = Literal["min", "max"]
 USUAL_BASELINE = "adamw"
 CONFIDENCE = 0.95
 MIN_SEEDS_FOR_A_TEST = 2
+COSTS = ("step_ms", "peak_memory_gib", "bytes_per_parameter", "energy_kj")  # logged as `perf/...`
+UNIGRAM_ENTROPY = "data/unigram_entropy"
+COMPARED = ("optim", "schedule", "guard")  # keys that may differ between variants
+# Keys that have no effect on the result: names, places, logging.
+IRRELEVANT = (
+    "seed", "data.seed", "run_dir", "run_name", "group", "resume", "export", "logger", "data.cache_dir",
+    "data.num_workers", "trainer.log_every_n_steps", "trainer.name", "debug", "checkpoint", "guard.trace",
+)  # fmt: skip
+SHOWN_DIFFERENCES = 6
+SHOWN_RUNS = 3
+
+
+class Incomparable(ValueError):
+    """Runs that make no fair comparison. The message names the difference and the options that allow it."""
 
 
 @dataclass(frozen=True)
@@ -26,18 +40,15 @@ class Goal:
     metric: str
     mode: Mode
 
-    def best(self, values: Sequence[float] | np.ndarray) -> float:
-        """The best of the numbers among `values`; NaN where there is none."""
-        numbers = [float(value) for value in values if math.isfinite(value)]
-        return (min(numbers) if self.mode == "min" else max(numbers)) if numbers else math.nan
-
-    def is_reached(self, values: np.ndarray, target: float) -> np.ndarray:
-        return values <= target if self.mode == "min" else values >= target
+    def best(self, values: Iterable[float]) -> float:
+        """The best finite value; NaN where there is none."""
+        finite = [float(value) for value in values if math.isfinite(value)]
+        return (min if self.mode == "min" else max)(finite, default=math.nan)
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over seeds; the deviation of one seed is NaN."""
+    """Mean and sample standard deviation over seeds; the deviation of a single seed is NaN."""
 
     values: tuple[float, ...]
 
@@ -50,44 +61,36 @@ class Spread:
         return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
 
 
-@dataclass(frozen=True)
-class Against:
-    """A variant's best values against the baseline's: Welch's t-test, two-sided."""
+class Welch(NamedTuple):
+    """Welch's two-sided t-test: the confidence interval of the difference of means, and p."""
 
-    difference: float
     low: float
     high: float
     p: float
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of one variant.
+class Variant:
+    """The runs of one setting, which differ only in their seed.
 
     Attributes:
-        best, final: of the metric, over its counted runs.
-        to_target: by axis, the places at which its runs first were as good as the baseline at its best; runs that
-            never were are missing.
-        costs: `step_ms`, `peak_memory_gib`, `bytes_per_parameter`, `energy_kj`: means over its runs, where logged.
-        against: None for the baseline, and where either side has fewer than two seeds.
+        label: The optimizer, with the settings that distinguish this variant.
+        counted: Finished runs, one per seed.
+        others: Runs that are shown but not counted: running, crashed, failed.
     """
 
-    variant: Variant
-    best: Spread
-    final: Spread
-    to_target: dict[str, list[float]]
-    costs: dict[str, float]
-    guard_events: int
-    against: Against | None = None
+    label: str
+    counted: list[Run] = field(default_factory=list)
+    others: list[Run] = field(default_factory=list)
 
     @property
-    def label(self) -> str:
-        return self.variant.label
+    def runs(self) -> list[Run]:
+        return self.counted + self.others
 
 
 @dataclass(frozen=True)
 class Band:
-    """A variant's curve: the mean over its counted runs with one standard deviation to each side, and every run."""
+    """A variant's curve: mean and standard deviation over its counted runs, single runs, and guard events."""
 
     label: str
     x: np.ndarray
@@ -100,18 +103,22 @@ class Band:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs of one experiment, compared."""
+    """The runs of one experiment, compared."""
 
     goal: Goal
-    baseline: str
-    outcomes: list[Outcome]
-    target: float
+    baseline: Variant
+    variants: list[Variant]
     group: str
     remarks: list[str] = field(default_factory=list)
 
     @property
     def runs(self) -> list[Run]:
-        return [run for outcome in self.outcomes for run in outcome.variant.runs]
+        return [run for _, run in self.labelled_runs]
+
+    @property
+    def labelled_runs(self) -> list[tuple[Variant, Run]]:
+        """Every run with its variant."""
+        return [(variant, run) for variant in self.variants for run in variant.runs]
 
     @cached_property
     def axes(self) -> list[str]:
@@ -119,18 +126,76 @@ class Comparison:
         logged = [run for run in self.runs if run.history]
         return [axis for axis in AXES if logged and all(run.has_axis(axis) for run in logged)]
 
-    @property
-    def ranking(self) -> list[Outcome]:
-        """The outcomes with finished runs, best mean first."""
-        done = [outcome for outcome in self.outcomes if math.isfinite(outcome.best.mean)]
-        return sorted(done, key=lambda outcome: outcome.best.mean, reverse=self.goal.mode == "max")
+    @cached_property
+    def target(self) -> float:
+        """The mean over the baseline's runs of their best values; NaN where none has finished."""
+        return self.best(self.baseline).mean
 
-    def outcome(self, label: str) -> Outcome:
-        return next(outcome for outcome in self.outcomes if outcome.label == label)
+    @cached_property
+    def ranking(self) -> list[Variant]:
+        """The variants with finished runs, best mean first."""
+        done = [variant for variant in self.variants if math.isfinite(self.best(variant).mean)]
+        return sorted(done, key=lambda variant: self.best(variant).mean, reverse=self.goal.mode == "max")
 
-    def band(self, outcome: Outcome, axis: str = "steps", metric: str | None = None) -> Band:
-        """The curve of `metric` (None: the goal's) of one variant."""
-        return _band(outcome.variant, metric or self.goal.metric, axis)
+    def variant(self, label: str) -> Variant:
+        return next(variant for variant in self.variants if variant.label == label)
+
+    def best(self, variant: Variant) -> Spread:
+        """The best values of the counted runs."""
+        return _spread(variant.counted, lambda run: self.goal.best(run.curve(self.goal.metric)[1]))
+
+    def final(self, variant: Variant) -> Spread:
+        """The last values of the counted runs."""
+        return _spread(variant.counted, lambda run: run.last(self.goal.metric))
+
+    def against_baseline(self, variant: Variant) -> Welch | None:
+        """The test of a variant's best values against the baseline's; None for the baseline itself."""
+        if variant is self.baseline:
+            return None
+        return welch(self.best(variant).values, self.best(self.baseline).values)
+
+    def to_target(self, variant: Variant, axis: str) -> list[float]:
+        """The places on `axis` at which the counted runs first reached `target`; runs that never did are left out."""
+        places = []
+        for run in variant.counted:
+            x, values = run.curve(self.goal.metric, axis)
+            reached = x[values <= self.target if self.goal.mode == "min" else values >= self.target]
+            if reached.size and math.isfinite(reached[0]):
+                places.append(float(reached[0]))
+        return places
+
+    def costs(self, variant: Variant) -> dict[str, float]:
+        """Means of the metrics of `COSTS` that the variant's runs logged."""
+        runs = variant.counted or variant.others
+        logged = {name: [cost for run in runs if (cost := run.last(f"perf/{name}")) is not None] for name in COSTS}
+        return {name: statistics.fmean(values) for name, values in logged.items() if values}
+
+    def band(self, variant: Variant, axis: str = "steps", metric: str | None = None) -> Band:
+        """The curve of a variant.
+
+        Args:
+            variant: One of `variants`.
+            axis: A key of `AXES`. The mean is taken at the steps that all counted runs share and drawn at the mean of
+                their places.
+            metric: A logged name; None: the goal's metric.
+        """
+        metric = metric or self.goal.metric
+        counted, others, runs = (
+            [run for run in some if metric in run.metrics and run.has_axis(axis)]
+            for some in (variant.counted, variant.others, variant.runs)
+        )
+        by_step = [dict(zip(*run.curve(metric), strict=True)) for run in counted]
+        shared = sorted(set(by_step[0]).intersection(*by_step[1:])) if by_step else []
+        values = np.array([[curve[step] for step in shared] for curve in by_step])
+        return Band(
+            label=variant.label,
+            x=np.mean([run.place(shared, axis) for run in counted], axis=0) if shared else np.empty(0),
+            mean=values.mean(0) if shared else np.empty(0),
+            std=values.std(0, ddof=1) if len(counted) > 1 else np.zeros(len(shared)),
+            finished=[run.curve(metric, axis) for run in counted],
+            unfinished=[run.curve(metric, axis) for run in others],
+            events=[event for run in runs for event in _guard_events(run, metric, axis)],
+        )
 
 
 def compare(
@@ -143,144 +208,218 @@ def compare(
     aside: Sequence[str] = (),
     unlike: bool = False,
 ) -> Comparison:
-    """Compare runs.
+    """Compare runs that differ only in optimizer, schedule, guard and seed.
 
     Args:
-        metric, mode: what decides. None: what the recipe of the runs monitors.
-        baseline: the label that the others are tested against. None: `adamw` where there is one, else the first.
-        by: keys of the configuration that are compared beside the optimizer.
-        aside: keys that follow from those, such as a learning rate scaled with the batch: they may differ, untold.
-        unlike: compare even what `check_alike` refuses.
+        runs: The runs of one experiment.
+        metric: The metric that decides; None: the one that the runs' recipe monitors.
+        mode: Whether less (`min`) or more (`max`) of it is better; None: as in the recipe.
+        baseline: Label of the variant that the others are tested against; None: `adamw` if present, else the first.
+        by: Dotted keys of the configuration that are compared as well.
+        aside: Dotted keys that follow from those, such as a learning rate scaled with the batch: they may differ and
+            do not appear in labels.
+        unlike: Compare runs in spite of other differences, with a remark.
 
     Raises:
-        Incomparable: no runs, unlike runs, or a metric or a baseline that is not there.
+        Incomparable: No runs, runs with other differences, or a missing metric or baseline.
     """
     if not runs:
         raise Incomparable("there are no runs to compare")
     remarks = []
     try:
-        check_alike(runs, by, aside)
+        _check_alike(runs, by, aside)
     except Incomparable as reason:
         if not unlike:
             raise
         remarks.append(f"UNLIKE RUNS: {str(reason).split('. ')[0]}")
     goal = _goal(runs, metric, mode)
-    variants, joined = sort_into_variants(runs, by, aside)
-    chosen = _baseline(variants, baseline)
-    target = _spread(chosen.counted, lambda run: goal.best(run.curve(goal.metric)[1])).mean
-    reference = _outcome(chosen, goal, target, None)
-    others = [
-        reference if variant is chosen else _outcome(variant, goal, target, reference.best) for variant in variants
-    ]
+    members: dict[str, list[Run]] = {}
+    for run, label in zip(runs, variant_labels(runs, by, aside), strict=True):
+        members.setdefault(label, []).append(run)
+    variants = [_variant(label, own, remarks) for label, own in members.items()]
     groups = ", ".join(sorted({run.group for run in runs if run.group}))
-    return Comparison(goal, chosen.label, others, target, groups, [*remarks, *joined])
+    return Comparison(goal, _baseline(variants, baseline), variants, groups, remarks)
 
 
-def _goal(runs: Sequence[Run], metric: str | None, mode: Mode | None) -> Goal:
-    logged = sorted(frozenset().union(*(run.metrics for run in runs)))
-    monitors = {(run.setting("recipe.monitor"), run.setting("recipe.mode")) for run in runs}
-    if metric is None:
-        if len(monitors) != 1 or (None, None) in monitors:
-            raise Incomparable(f"the runs do not name one metric that decides; name it with --metric: {_names(logged)}")
-        metric = monitors.copy().pop()[0]
-    if metric not in logged:
-        raise Incomparable(f"no run has logged {metric}; there are: {_names(logged)}")
-    known = {name: way for name, way in monitors if name}
-    return Goal(metric, mode or known.get(metric) or guess_mode(metric))
+def welch(values: Sequence[float], reference: Sequence[float]) -> Welch | None:
+    """Welch's t-test of two samples.
 
-
-def guess_mode(metric: str) -> Mode:
-    """More is better for an accuracy, less for a loss."""
-    return "max" if any(part in metric for part in ("acc", "top1", "top5", "f1", "per_second")) else "min"
-
-
-def _names(names: Sequence[str]) -> str:
-    return ", ".join(name for name in names if not name.startswith("_")) or "nothing"
-
-
-def _baseline(variants: Sequence[Variant], wanted: str | None) -> Variant:
-    labels = [variant.label for variant in variants]
-    name = wanted or USUAL_BASELINE
-    matching = [variant for variant in variants if name in (variant.label, variant.label.split(" (")[0])]
-    if wanted and not matching:
-        raise Incomparable(f"there is no {wanted} to compare with; there are: {', '.join(labels)}")
-    finished = [variant for variant in matching or variants if variant.counted]
-    return (finished or matching or list(variants))[0]
-
-
-def _outcome(variant: Variant, goal: Goal, target: float, reference: Spread | None) -> Outcome:
-    best = _spread(variant.counted, lambda run: goal.best(run.curve(goal.metric)[1]))
-    return Outcome(
-        variant=variant,
-        best=best,
-        final=_spread(variant.counted, lambda run: run.last(goal.metric)),
-        to_target={axis: _to_target(variant.counted, goal, target, axis) for axis in AXES},
-        costs=_costs(variant.counted or variant.others),
-        guard_events=sum(int(run.last("guard/events") or 0) for run in variant.runs),
-        against=welch(best.values, reference.values) if reference else None,
-    )
-
-
-def _spread(runs: Sequence[Run], value: Callable[[Run], float | None]) -> Spread:
-    values = [value(run) for run in runs]
-    return Spread(tuple(one for one in values if one is not None and math.isfinite(one)))
-
-
-def _to_target(runs: Sequence[Run], goal: Goal, target: float, axis: str) -> list[float]:
-    places = []
-    for run in runs:
-        x, values = run.curve(goal.metric, axis)
-        reached = np.flatnonzero(goal.is_reached(values, target))
-        if reached.size and math.isfinite(x[reached[0]]):
-            places.append(float(x[reached[0]]))
-    return places
-
-
-def _costs(runs: Sequence[Run]) -> dict[str, float]:
-    names = ("step_ms", "peak_memory_gib", "bytes_per_parameter", "energy_kj")
-    spreads = {name: _spread(runs, lambda run, name=name: run.last(f"perf/{name}")) for name in names}  # type: ignore[misc]
-    return {name: spread.mean for name, spread in spreads.items() if spread.values}
-
-
-def welch(values: Sequence[float], reference: Sequence[float]) -> Against | None:
-    """Welch's t-test of two samples with its confidence interval; None where a sample has fewer than two values.
-
-    Samples that do not vary at all cannot be tested either: their difference is exact, and `p` NaN.
+    Returns:
+        None where a sample has fewer than two values; `p` is NaN where neither sample varies.
     """
     if min(len(values), len(reference)) < MIN_SEEDS_FOR_A_TEST:
         return None
     from scipy.stats import ttest_ind
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # nearly identical values: said by the NaN
+        warnings.simplefilter("ignore", RuntimeWarning)  # scipy warns of samples that hardly vary; p is then NaN
         test = ttest_ind(values, reference, equal_var=False)
         interval = test.confidence_interval(CONFIDENCE)
-    difference = statistics.fmean(values) - statistics.fmean(reference)
-    return Against(difference, float(interval.low), float(interval.high), float(test.pvalue))
+    return Welch(float(interval.low), float(interval.high), float(test.pvalue))
 
 
-def _band(variant: Variant, metric: str, axis: str) -> Band:
-    """The mean at the steps that all counted runs share, drawn where they were on `axis` on average."""
-    counted = [run for run in variant.counted if metric in run.metrics and run.has_axis(axis)]
-    curves = [dict(zip(*run.curve(metric), strict=True)) for run in counted]
-    shared = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
-    values = np.array([[curve[step] for step in shared] for curve in curves]).reshape(len(curves), len(shared))
-    places = np.array([run.place(shared, axis) for run in counted]).reshape(len(curves), len(shared))
-    empty = np.empty(0)
-    return Band(
-        label=variant.label,
-        x=places.mean(0) if curves else empty,
-        mean=values.mean(0) if curves else empty,
-        std=values.std(0, ddof=1) if len(curves) > 1 else np.zeros(len(shared)),
-        finished=[run.curve(metric, axis) for run in counted],
-        unfinished=[run.curve(metric, axis) for run in variant.others if metric in run.metrics and run.has_axis(axis)],
-        events=[event for run in variant.runs for event in _events(run, metric, axis)],
-    )
+def guess_mode(metric: str) -> Mode:
+    """`max` for an accuracy or a speed, `min` for anything else, by the metric's name."""
+    return "max" if any(part in metric for part in ("acc", "top1", "top5", "f1", "per_second")) else "min"
 
 
-def _events(run: Run, metric: str, axis: str) -> list[tuple[float, float]]:
-    steps = run.guard_steps()
-    at, values = run.curve(metric)
-    if not steps or not len(at) or not run.has_axis(axis):
+def variant_labels(runs: Sequence[Run], by: Sequence[str] = (), aside: Sequence[str] = ()) -> list[str]:
+    """The label of each run: its optimizer's name, with the settings in which runs of that optimizer differ.
+
+    Args:
+        runs: The runs of one experiment.
+        by: Dotted keys that appear in every label.
+        aside: Dotted keys that appear in none.
+    """
+    names = [str(run.setting("optim.name") or run.setting("optimizer") or run.name) for run in runs]
+    settings = [
+        {key: value for key, value in _relevant(run).items() if _is_below(key, COMPARED) and not _is_below(key, aside)}
+        for run in runs
+    ]
+    labels = []
+    for run, name, own in zip(runs, names, settings, strict=True):
+        same_name = [other for other_name, other in zip(names, settings, strict=True) if other_name == name]
+        differing = [key for key in own if any(other.get(key) != own[key] for other in same_name) and key not in by]
+        shown = {**{key: own[key] for key in differing}, **{key: run.setting(key) for key in by}}
+        details = ", ".join(f"{_short(key)} {_text(value)}" for key, value in shown.items() if key != "optim.name")
+        labels.append(f"{name} ({details})" if details else name)
+    return labels
+
+
+def _check_alike(runs: Sequence[Run], by: Sequence[str], aside: Sequence[str]) -> None:
+    groups = sorted({run.group for run in runs})
+    if len(groups) > 1 and not by:
+        counts = [f"{group or 'no group'} ({sum(run.group == group for run in runs)} runs)" for group in groups]
+        raise Incomparable(
+            f"the runs belong to {len(groups)} groups: {'; '.join(counts)}. Name one with --group, compare each for "
+            "itself with --each-group, say what is compared with --by, or mix them with --unlike"
+        )
+    differences = _differences(runs, (*COMPARED, *by, *aside))
+    if differences:
+        more = len(differences) - SHOWN_DIFFERENCES
+        shown = "; ".join(differences[:SHOWN_DIFFERENCES]) + (f"; and {more} more keys" if more > 0 else "")
+        raise Incomparable(
+            f"the runs differ in more than optimizer and seed: {shown}. "
+            "If that is what you compare, name the keys with --by; to mix them all the same, --unlike"
+        )
+    entropies = {round(value, 6) for run in runs if (value := run.last(UNIGRAM_ENTROPY)) is not None}
+    if len(entropies) > 1:
+        raise Incomparable(
+            f"the validation texts differ: unigram entropy {', '.join(map(str, sorted(entropies)))} nats (python_docs "
+            "differs between Python versions). To compare all the same, --unlike"
+        )
+
+
+def _differences(runs: Sequence[Run], ignored: Collection[str]) -> list[str]:
+    """A text for each key outside `ignored` in which the runs differ: its values, and the runs that have them."""
+    settings = [_relevant(run) for run in runs]
+    found = []
+    for key in sorted({key for one in settings for key in one if not _is_below(key, ignored)}):
+        owners: dict[str, set[str]] = {}
+        for run, one in zip(runs, settings, strict=True):
+            owners.setdefault(_text(one[key]) if key in one else "missing", set()).add(run.name)
+        if len(owners) > 1:
+            values = [
+                f"{value} ({', '.join(sorted(names)[:SHOWN_RUNS])}{', ...' if len(names) > SHOWN_RUNS else ''})"
+                for value, names in owners.items()
+            ]
+            found.append(f"{key} is {' and '.join(values)}")
+    return found
+
+
+def _goal(runs: Sequence[Run], metric: str | None, mode: Mode | None) -> Goal:
+    logged = sorted(frozenset().union(*(run.metrics for run in runs)))
+    names = ", ".join(name for name in logged if not name.startswith("_")) or "nothing"
+    monitors = {run.setting("recipe.monitor"): run.setting("recipe.mode") for run in runs}
+    if metric is None:
+        if len(monitors) != 1 or None in monitors:
+            raise Incomparable(f"the runs do not name one metric that decides; name it with --metric: {names}")
+        (metric,) = monitors
+    if metric not in logged:
+        raise Incomparable(f"no run has logged {metric}; there are: {names}")
+    return Goal(metric, mode or monitors.get(metric) or guess_mode(metric))
+
+
+def _baseline(variants: Sequence[Variant], wanted: str | None) -> Variant:
+    name = wanted or USUAL_BASELINE
+    matching = [variant for variant in variants if name in (variant.label, variant.label.split(" (")[0])]
+    if wanted and not matching:
+        labels = ", ".join(variant.label for variant in variants)
+        raise Incomparable(f"there is no {wanted} to compare with; there are: {labels}")
+    candidates = matching or list(variants)
+    return next((variant for variant in candidates if variant.counted), candidates[0])
+
+
+def _variant(label: str, runs: Sequence[Run], remarks: list[str]) -> Variant:
+    by_seed: dict[Any, list[Run]] = {}
+    for number, run in enumerate(sorted(runs, key=lambda run: run.created)):
+        by_seed.setdefault(("no seed", number) if run.seed is None else run.seed, []).append(run)
+    variant = Variant(label)
+    for seed, attempts in by_seed.items():
+        chosen = next((run for run in reversed(attempts) if run.state == "finished"), attempts[-1])
+        joined = _with_first_part(chosen, attempts)
+        (variant.counted if chosen.state == "finished" else variant.others).append(joined)
+        if len(attempts) > 1:
+            what = "the newest finished one counts" if joined is chosen else "the last goes on from the one before"
+            remarks.append(f"{label}, seed {seed}: {len(attempts)} runs; {what}")
+    if any(run.seed is None for run in runs):
+        remarks.append(f"{label}: no `seed` in the configuration; each of its {len(runs)} runs counts as one")
+    return variant
+
+
+def _with_first_part(run: Run, attempts: Sequence[Run]) -> Run:
+    """Prepend the history of the run that `run` resumed: a run resumed offline is a new W&B run."""
+    earlier = [other for other in attempts if other.created < run.created and other.history]
+    if run.setting("resume") is None or not earlier or not run.history:
+        return run
+    start = min(row.get(STEP, 0) for row in run.history)
+    kept = [row for row in earlier[-1].history if row.get(STEP, 0) < start]
+    if not kept:  # `resume=auto` found no checkpoint
+        return run
+    spent = max(row.get("perf/seconds", 0.0) for row in kept)
+    shifted = [
+        {**row, "perf/seconds": row["perf/seconds"] + spent} if "perf/seconds" in row else row for row in run.history
+    ]
+    return replace(run, history=[*kept, *shifted])
+
+
+def _spread(runs: Sequence[Run], value: Callable[[Run], float | None]) -> Spread:
+    return Spread(tuple(one for one in map(value, runs) if one is not None and math.isfinite(one)))
+
+
+def _guard_events(run: Run, metric: str, axis: str) -> list[tuple[float, float]]:
+    """Places of the guard's events, on the curve of the run."""
+    steps, (at, values) = run.guard_steps(), run.curve(metric)
+    if not at.size:
         return []
     return list(zip(run.place(steps, axis).tolist(), np.interp(steps, at, values).tolist(), strict=True))
+
+
+def _relevant(run: Run) -> dict[str, Any]:
+    """The settings that can affect the result, by dotted key."""
+    return {key: value for key, value in _leaves(run.config) if not _is_below(key, IRRELEVANT)}
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _is_below(key: str, prefixes: Collection[str]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _short(key: str) -> str:
+    group, _, rest = key.partition(".")
+    return rest if group in ("optim", "data", "trainer") and rest != "name" else key
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return "/".join(map(_text, value))
+    return value if isinstance(value, str) else json.dumps(value)

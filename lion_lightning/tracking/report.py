@@ -1,224 +1,309 @@
-"""A comparison in words and numbers: a verdict, two tables for terminal and Markdown, and CSV files."""
+"""A comparison in words, tables, CSV files and pictures."""
 
 import csv
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lion_lightning.tracking.compare import AXES, Against, Comparison, Outcome, Spread
-from lion_lightning.tracking.runs import Run
+from lion_lightning.tracking.compare import COSTS, UNIGRAM_ENTROPY, Band, Comparison, Spread, Variant, Welch
+from lion_lightning.tracking.runs import AXES, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 NONE = "-"
-SURE = 0.05
-LABEL_WIDTH = 16  # columns of the terminal that a label has at least; a longer one is folded
-COST_COLUMNS = {
-    "step_ms": ("ms a step", "{:.1f}"),
-    "peak_memory_gib": ("peak GiB", "{:.2f}"),
-    "bytes_per_parameter": ("bytes/param", "{:.2f}"),
-    "energy_kj": ("kJ", "{:.2f}"),
+SIGNIFICANCE = 0.05
+LABEL_COLUMNS = 16  # minimum width of a label in the terminal; a longer one is folded
+COST_FORMATS = dict(
+    zip(COSTS, [("ms a step", ".1f"), ("peak GiB", ".2f"), ("bytes/param", ".2f"), ("kJ", ".2f")], strict=True)
+)
+# The palette of Okabe and Ito (jfly.uni-koeln.de/color) is safe for colour-blind readers; dashes extend it.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", ":", "-.")
+AXIS_TITLES = {
+    "steps": "optimizer steps",
+    "samples": "samples seen",
+    "tokens": "tokens seen",
+    "seconds": "seconds of training and validation",
+    "energy": "energy (kJ)",
 }
+SIZE_INCHES, DOTS_PER_INCH = (7, 4), 150
+MAX_SINGLE_CURVES = 5
+MAX_CURVES_WITH_LEGEND_INSIDE = 7
 Rows = tuple[list[str], list[list[str]]]
 
 
 def verdict(comparison: Comparison) -> str:
-    """One or two sentences: who won, by how much, how surely, over how many seeds."""
+    """One or two sentences: which variant is best, by how much, with what significance, over how many seeds."""
     ranking, goal = comparison.ranking, comparison.goal
     if not ranking:
         return f"No run has finished with a value of {goal.metric}; there is no result yet."
+    first, best = ranking[0], comparison.best(ranking[0])
     better = "less" if goal.mode == "min" else "more"
-    first = ranking[0]
-    seeds = "seed" if len(first.best.values) == 1 else "seeds"
-    opening = f"{goal.metric} ({better} is better): {first.label} is best with {_spread(first.best)}"
-    opening += f" over {len(first.best.values)} {seeds}"
+    seeds = f"{len(best.values)} seed{'s' if len(best.values) > 1 else ''}"
+    opening = f"{goal.metric} ({better} is better): {first.label} is best with {_spread(best)} over {seeds}"
     if len(ranking) == 1:
         return f"{opening}; there is nothing to compare it with."
-    other = ranking[1] if first.label == comparison.baseline else comparison.outcome(comparison.baseline)
-    if not math.isfinite(other.best.mean):
+    wins_as_baseline = first is comparison.baseline
+    other = ranking[1] if wins_as_baseline else comparison.baseline
+    if not math.isfinite(comparison.best(other).mean):
         return f"{opening}; the baseline {other.label} has no finished run."
-    gap = abs(first.best.mean - other.best.mean)
-    role = "the baseline " if other.label == comparison.baseline else "the next, "
-    return f"{opening}, {_number(gap)} ahead of {role}{other.label}; {_surely(first.against or other.against)}."
+    gap = _number(abs(best.mean - comparison.best(other).mean))
+    role = "the next, " if wins_as_baseline else "the baseline "
+    test = comparison.against_baseline(other if wins_as_baseline else first)
+    return f"{opening}, {gap} ahead of {role}{other.label}; {_significance(test)}."
 
 
-def _surely(against: Against | None) -> str:
-    if against is None:
-        return "with fewer than two seeds on a side nothing can be said about chance"
-    if math.isnan(against.p):
-        return "its seeds do not vary, so there is nothing to test"
-    low, high = sorted((abs(against.low), abs(against.high)))
-    if against.p < SURE:
-        return f"Welch's {_p(against.p)}, 95 % interval {_number(low)} to {_number(high)}"
-    return f"that may be chance (Welch's {_p(against.p)})"
-
-
-def result_rows(comparison: Comparison) -> Rows:
-    """Optimizer, seeds, best and final metric, difference to the baseline, p."""
-    header = ["optimizer", "seeds", "best", "final", f"vs {comparison.baseline.split(' (')[0]}", "p"]
-    return header, [_result_row(comparison, outcome) for outcome in _ordered(comparison)]
-
-
-def cost_rows(comparison: Comparison) -> Rows:
-    """Optimizer, what it took to the baseline's best, and what a step costs; columns nobody logged are left out."""
-    axes = [axis for axis in comparison.axes if axis != "samples" or "tokens" not in comparison.axes]
-    costs = [name for name in COST_COLUMNS if any(name in outcome.costs for outcome in comparison.outcomes)]
-    header = ["optimizer", "got there", *axes, *(COST_COLUMNS[name][0] for name in costs)]
-    rows = []
-    for outcome in _ordered(comparison):
-        reached = f"{len(outcome.to_target['steps'])}/{len(outcome.best.values)}"
-        places = [_mean_count(outcome.to_target[axis]) for axis in axes]
-        figures = [
-            COST_COLUMNS[name][1].format(outcome.costs[name]) if name in outcome.costs else NONE for name in costs
-        ]
-        rows.append([outcome.label, reached, *places, *figures])
-    return header, rows
-
-
-def captions(comparison: Comparison) -> tuple[str, str]:
-    """What the two tables show, in one line each."""
-    goal = comparison.goal
+def tables(comparison: Comparison) -> tuple[tuple[str, Rows], tuple[str, Rows]]:
+    """The table of results and the table of costs, each with its caption."""
+    goal, baseline = comparison.goal, comparison.baseline.label
+    target = _number(comparison.target) if math.isfinite(comparison.target) else "not there yet"
     result = (
-        f"{goal.metric}, {'least' if goal.mode == 'min' else 'most'} and last, mean ± standard deviation over seeds; "
-        f"p: Welch's two-sided test of the best against {comparison.baseline}, not corrected for several comparisons"
+        f"{goal.metric}, best and last, mean ± standard deviation over seeds; "
+        f"p: Welch's two-sided test of the best against {baseline}, not corrected for several comparisons."
     )
-    target = f"{_number(comparison.target)}" if math.isfinite(comparison.target) else "not there yet"
-    cost = f"What it took to get to {comparison.baseline}'s best ({target}), mean of the runs that got there"
-    return result, cost
+    cost = f"What it took to reach {baseline}'s best ({target}), mean of the runs that reached it."
+    return (result, _result_rows(comparison)), (cost, _cost_rows(comparison))
 
 
-def unfinished_lines(comparison: Comparison) -> list[str]:
-    """A line for each run that does not count: its state, and how far it got."""
-    return [_fate(run, comparison.goal.metric) for outcome in comparison.outcomes for run in outcome.variant.others]
+def notes(comparison: Comparison) -> list[str]:
+    """A line for each run that is not counted, and the remarks of the comparison."""
+    unfinished = [_progress(run, comparison.goal.metric) for variant in comparison.variants for run in variant.others]
+    return [*unfinished, *comparison.remarks]
+
+
+def winner(comparison: Comparison) -> str:
+    """The label of the best of several variants; empty where there is only one."""
+    return comparison.ranking[0].label if len(comparison.ranking) > 1 else ""
+
+
+def origin(comparison: Comparison, date: str) -> str:
+    """Number of runs, date and hardware, for the end of a report."""
+    hardware = sorted({run.hardware for run in comparison.runs if run.hardware}) or ["unknown hardware"]
+    return f"{len(comparison.runs)} runs, {date}, on {' and on '.join(hardware)}"
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """Print verdict, tables and remarks at whatever width the console has."""
+    """Print verdict, tables and notes in the width of the console."""
     console.print(verdict(comparison), highlight=False)
-    for caption, (header, rows) in zip(
-        captions(comparison), (result_rows(comparison), cost_rows(comparison)), strict=True
-    ):
-        console.print(f"\n{caption}.", highlight=False, style="italic")
+    for caption, (header, rows) in tables(comparison):
+        console.print(f"\n{caption}", highlight=False, style="italic")
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
-        longest = max(len(row[0]) for row in rows)
         for number, name in enumerate(header):
             table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=bool(number))
-        table.columns[0].min_width = min(longest, LABEL_WIDTH)
+        table.columns[0].min_width = min(max(len(row[0]) for row in rows), LABEL_COLUMNS)
         for row in rows:
-            table.add_row(*row, style="bold" if row[0] == _winner(comparison) else None)
+            table.add_row(*row, style="bold" if row[0] == winner(comparison) else None)
         console.print(table, highlight=False)
-    for line in (*unfinished_lines(comparison), *comparison.remarks):
+    for line in notes(comparison):
         console.print(f"! {line}", highlight=False, style="yellow")
 
 
-def markdown(
-    comparison: Comparison, command: str, date: str, pictures: Sequence[str], unreadable: Sequence[str] = ()
-) -> str:
-    """The comparison as a page: verdict, tables, pictures, and how it was made."""
+def markdown(comparison: Comparison, command: str, date: str, pictures: Sequence[str]) -> str:
+    """The comparison as a Markdown document.
+
+    Args:
+        comparison: What is reported.
+        command: The command line that made the report.
+        date: ISO 8601.
+        pictures: File names, relative to the document.
+    """
     parts = [f"# {comparison.group or comparison.goal.metric}", verdict(comparison)]
-    for caption, rows in zip(captions(comparison), (result_rows(comparison), cost_rows(comparison)), strict=True):
-        parts += [markdown_table(*rows, bold=_winner(comparison)), f"{caption}."]
+    for caption, rows in tables(comparison):
+        parts += [markdown_table(*rows, bold=winner(comparison)), caption]
     parts += [f"![{Path(name).stem}]({name})" for name in pictures]
-    notes = [*unfinished_lines(comparison), *comparison.remarks, *unreadable]
-    if notes:
-        parts.append("\n".join(["Beside the count:", "", *(f"- {note}" for note in notes)]))
-    hardware = sorted({run.hardware for run in comparison.runs if run.hardware}) or ["unknown"]
-    parts.append(
-        f"{len(comparison.runs)} runs, {date}, on {' and on '.join(hardware)}. Seconds hold validation. Made by:"
-    )
-    parts.append(f"```\n{command}\n```")
+    if lines := notes(comparison):
+        parts.append("\n".join(["Remarks:", "", *(f"- {line}" for line in lines)]))
+    parts += [f"{origin(comparison, date)}. Seconds include validation. Made by:", f"```\n{command}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
+def markdown_table(header: list[str], rows: list[list[str]], bold: str = "") -> str:
+    """A Markdown table; a row whose first cell is `bold` is set in bold."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    lines += [[f"**{cell}**" for cell in row] if row[0] == bold else row for row in rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
 def write_runs_csv(comparison: Comparison, file: Path) -> None:
-    """A line per run: who it is, how it ended, its numbers."""
+    """Write a line per run: identity, state, final place on every axis, costs."""
     goal = comparison.goal
     header = ["optimizer", "seed", "state", "counted", "run", "id", "group", "lr", "weight_decay", "best", "final"]
-    header += [*AXES, *COST_COLUMNS, "guard_events", "created", "hardware", "source"]
+    header += [*AXES, *COSTS, "guard_events", "created", "hardware", "source"]
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(header)
-        for outcome in comparison.outcomes:
-            for run in outcome.variant.runs:
-                ends = [run.place([run.last_step], axis)[0] if run.has_axis(axis) else None for axis in AXES]
-                costs = [run.last(f"perf/{name}") for name in COST_COLUMNS]
-                writer.writerow([
-                    outcome.label, run.seed, run.state, run in outcome.variant.counted, run.name, run.id, run.group,
-                    run.setting("optim.lr"), run.setting("optim.weight_decay"), goal.best(run.curve(goal.metric)[1]),
-                    run.last(goal.metric), *ends, *costs, len(run.guard_steps()), run.created, run.hardware,
-                    relative(run.source),
-                ])  # fmt: skip
+        for variant, run in comparison.labelled_runs:
+            writer.writerow([
+                variant.label, run.seed, run.state, run in variant.counted, run.name, run.id, run.group,
+                run.setting("optim.lr"), run.setting("optim.weight_decay"), goal.best(run.curve(goal.metric)[1]),
+                run.last(goal.metric),
+                *(run.place([run.last_step], axis)[0] if run.has_axis(axis) else None for axis in AXES),
+                *(run.last(f"perf/{name}") for name in COSTS),
+                len(run.guard_steps()), run.created, run.hardware, relative(run.source),
+            ])  # fmt: skip
 
 
-def write_curves_csv(comparison: Comparison, metrics: Sequence[str], file: Path) -> None:
-    """A line per logged value of `metrics`, with its place on every axis."""
+def write_curves_csv(comparison: Comparison, metric: str, file: Path) -> None:
+    """Write a line per logged value of `metric`, with its place on every axis."""
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["optimizer", "seed", "id", "metric", *AXES, "value"])
-        for outcome in comparison.outcomes:
-            for run in outcome.variant.runs:
-                for metric in metrics:
-                    steps, values = run.curve(metric)
-                    places = [run.place(steps, axis) for axis in AXES]
-                    for place, value in zip(zip(*places, strict=True), values, strict=True):
-                        writer.writerow([outcome.label, run.seed, run.id, metric, *map(_plain, place), value])
+        for variant, run in comparison.labelled_runs:
+            steps, values = run.curve(metric)
+            for *places, value in zip(*(run.place(steps, axis) for axis in AXES), values, strict=True):
+                known = ["" if math.isnan(place) else round(float(place), 3) for place in places]
+                writer.writerow([variant.label, run.seed, run.id, metric, *known, value])
 
 
 def relative(source: str) -> str:
-    """A folder as seen from here; an address, or what lies elsewhere, by itself."""
+    """A path relative to the working directory, or its name alone where it lies outside; a web address unchanged."""
     if "://" in source:
         return source
     near = os.path.relpath(source)
     return Path(source).name if near.startswith("..") else near
 
 
-def _result_row(comparison: Comparison, outcome: Outcome) -> list[str]:
-    others: dict[str, int] = {}
-    for run in outcome.variant.others:
-        others[run.state] = others.get(run.state, 0) + 1
-    seeds = " + ".join([str(len(outcome.best.values)), *(f"{count} {state}" for state, count in others.items())])
-    gap = outcome.best.mean - comparison.outcome(comparison.baseline).best.mean
-    difference = NONE if outcome.label == comparison.baseline or math.isnan(gap) else f"{gap:+.{_decimals(gap)}f}"
-    p = _p(outcome.against.p).removeprefix("p = ").removeprefix("p ") if outcome.against else NONE
-    return [outcome.label, seeds, _spread(outcome.best), _spread(outcome.final), difference, p]
+def write_pictures(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write a PNG per axis that the runs have, such as `val_loss-steps.png`; an axis without a curve is left out."""
+    files = {axis: folder / f"{comparison.goal.metric.replace('/', '_')}-{axis}.png" for axis in comparison.axes}
+    return [file for axis, file in files.items() if write_picture(comparison, file, axis=axis)]
 
 
-def _ordered(comparison: Comparison) -> list[Outcome]:
-    """Best first, then those without a result."""
-    ranked = comparison.ranking
-    return ranked + [outcome for outcome in comparison.outcomes if all(outcome is not done for done in ranked)]
+def write_picture(comparison: Comparison, file: Path, *, axis: str = "steps", metric: str | None = None) -> int:
+    """Draw the curves of all variants.
+
+    Args:
+        comparison: What is drawn.
+        file: The PNG; written only where there is a curve.
+        axis: A key of `AXES`.
+        metric: A logged name; None: the metric that decides.
+
+    Returns:
+        The number of runs drawn.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    metric = metric or comparison.goal.metric
+    bands = [comparison.band(variant, axis, metric) for variant in comparison.variants]
+    drawn = sum(len(band.finished) + len(band.unfinished) for band in bands)
+    if not drawn:
+        return 0
+    figure, axes = plt.subplots(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH)
+    for number, band in enumerate(bands):
+        _draw(axes, band, *style_of(number))
+    entropies = {round(value, 3) for run in comparison.runs if (value := run.last(UNIGRAM_ENTROPY)) is not None}
+    if len(entropies) == 1 and metric == "val/loss":  # the loss of a model that ignores context
+        axes.axhline(entropies.pop(), color="grey", linestyle="--", linewidth=1, label="unigram entropy")
+    if any(band.events for band in bands):
+        axes.scatter([], [], marker="v", color="white", edgecolor="black", linewidth=0.5, s=40, label="guard event")
+    if any(band.unfinished for band in bands):
+        axes.plot([], [], color="grey", linestyle=":", linewidth=0.7, label="not finished")
+    axes.set(xlabel=AXIS_TITLES[axis], ylabel=metric)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(bands) > MAX_CURVES_WITH_LEGEND_INSIDE:
+        axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    else:
+        axes.legend(frameon=False, fontsize="small")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, bbox_inches="tight")
+    plt.close(figure)
+    return drawn
 
 
-def _winner(comparison: Comparison) -> str:
-    return comparison.ranking[0].label if len(comparison.ranking) > 1 else ""
+def style_of(number: int) -> tuple[str, str]:
+    """Colour and dash (in matplotlib's notation) of the curve with this number."""
+    return COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)]
 
 
-def _fate(run: Run, metric: str) -> str:
-    last = run.last(metric)
-    value = f"{metric} {_number(last)}" if last is not None else f"no {metric}"
+def _draw(axes: "Axes", band: Band, color: str, dash: str) -> None:
+    seeds = len(band.finished)
+    labels = [f"{band.label} ({seeds} seed{'s' if seeds != 1 else ''})"]  # taken by the first line that is drawn
+    if band.x.size:
+        axes.plot(band.x, band.mean, color=color, linestyle=dash, linewidth=1.6, label=labels.pop())
+        axes.fill_between(band.x, band.mean - band.std, band.mean + band.std, color=color, alpha=0.2, linewidth=0)
+    show_seeds = seeds > 1 and (seeds <= MAX_SINGLE_CURVES or not band.x.size)
+    for curves, style in ((band.finished if show_seeds else [], "-"), (band.unfinished, ":")):
+        for x, y in curves:
+            label = labels.pop() if labels else "_nolegend_"
+            axes.plot(x, y, color=color, linestyle=style, linewidth=0.7, alpha=0.6, label=label)
+    if band.events:
+        places, values = zip(*band.events, strict=True)
+        axes.scatter(places, values, marker="v", color=color, edgecolor="black", linewidth=0.5, s=40, zorder=3)
+
+
+def _result_rows(comparison: Comparison) -> Rows:
+    """Header and rows: optimizer, seeds, best and final metric, difference to the baseline, p."""
+    header = ["optimizer", "seeds", "best", "final", f"vs {comparison.baseline.label.split(' (')[0]}", "p"]
+    rows = []
+    for variant in _ordered(comparison):
+        best, test = comparison.best(variant), comparison.against_baseline(variant)
+        states = [run.state for run in variant.others]
+        seeds = [str(len(best.values)), *(f"{states.count(state)} {state}" for state in dict.fromkeys(states))]
+        gap = best.mean - comparison.target
+        difference = NONE if variant is comparison.baseline or math.isnan(gap) else f"{gap:+.{_decimals(gap)}f}"
+        p = _p(test.p).removeprefix("p = ").removeprefix("p ") if test else NONE
+        rows.append([
+            variant.label, " + ".join(seeds), _spread(best), _spread(comparison.final(variant)), difference, p
+        ])  # fmt: skip
+    return header, rows
+
+
+def _cost_rows(comparison: Comparison) -> Rows:
+    """Header and rows: optimizer, what it took to reach the target, and those of `COSTS` that were logged."""
+    axes = [axis for axis in comparison.axes if axis != "samples" or "tokens" not in comparison.axes]
+    costs = {variant.label: comparison.costs(variant) for variant in comparison.variants}
+    logged = [name for name in COSTS if any(name in one for one in costs.values())]
+    header = ["optimizer", "reached", *axes, *(COST_FORMATS[name][0] for name in logged)]
+    rows = []
+    for variant in _ordered(comparison):
+        own = costs[variant.label]
+        reached = len(comparison.to_target(variant, "steps"))
+        places = [_mean_count(comparison.to_target(variant, axis)) for axis in axes]
+        figures = [format(own[name], COST_FORMATS[name][1]) if name in own else NONE for name in logged]
+        rows.append([variant.label, f"{reached}/{len(comparison.best(variant).values)}", *places, *figures])
+    return header, rows
+
+
+def _significance(test: Welch | None) -> str:
+    if test is None:
+        return "with fewer than two seeds on a side chance cannot be excluded"
+    if math.isnan(test.p):
+        return "its seeds do not vary, so there is nothing to test"
+    low, high = sorted((abs(test.low), abs(test.high)))
+    if test.p < SIGNIFICANCE:
+        return f"Welch's {_p(test.p)}, 95 % interval {_number(low)} to {_number(high)}"
+    return f"that may be chance (Welch's {_p(test.p)})"
+
+
+def _ordered(comparison: Comparison) -> list[Variant]:
+    """Best first, then the variants without a result."""
+    return [*comparison.ranking, *(variant for variant in comparison.variants if variant not in comparison.ranking)]
+
+
+def _progress(run: Run, metric: str) -> str:
+    last, budget = run.last(metric), run.setting("trainer.max_steps")
     code = f" with code {run.exit_code}" if run.exit_code else ""
-    budget = run.setting("trainer.max_steps")
-    of = f" of {budget}" if budget else ""
-    return f"{run.name} is {run.state}{code} at step {run.last_step}{of}, {value}: not counted ({relative(run.source)})"
-
-
-def markdown_table(header: list[str], rows: list[list[str]], bold: str = "") -> str:
-    """A Markdown table; the row that starts with `bold` stands out."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
-    lines += [[f"**{cell}**" for cell in row] if row[0] == bold else row for row in rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    step = f"{run.last_step} of {budget}" if budget else f"{run.last_step}"
+    value = f"no {metric}" if last is None else f"{metric} {_number(last)}"
+    return f"{run.name} is {run.state}{code} at step {step}, {value}: not counted ({relative(run.source)})"
 
 
 def _spread(spread: Spread) -> str:
     if not spread.values:
         return NONE
-    if math.isnan(spread.std):
-        return _number(spread.mean)
-    decimals = _decimals(spread.mean)
-    return f"{spread.mean:.{decimals}f} ± {spread.std:.{decimals}f}"
+    deviation = "" if math.isnan(spread.std) else f" ± {spread.std:.{_decimals(spread.mean)}f}"
+    return _number(spread.mean) + deviation
 
 
 def _number(value: float) -> str:
@@ -226,7 +311,7 @@ def _number(value: float) -> str:
 
 
 def _decimals(value: float) -> int:
-    """Four decimals for losses and shares, fewer for what is larger."""
+    """Four decimals for losses and shares, fewer for larger numbers."""
     return 4 if abs(value) < 10 else 2 if abs(value) < 1000 else 0
 
 
@@ -234,20 +319,14 @@ def _mean_count(values: Sequence[float]) -> str:
     if not values:
         return NONE
     mean = sum(values) / len(values)
-    units: list[tuple[float, Callable[[float], str]]] = [
-        (1e9, lambda x: f"{x / 1e9:.2f} G"),
-        (1e6, lambda x: f"{x / 1e6:.2f} M"),
-        (1e4, lambda x: f"{x / 1e3:.1f} k"),
-        (100, lambda x: f"{x:.0f}"),
-    ]
-    return next((write(mean) for least, write in units if mean >= least), f"{mean:.1f}")
+    if mean >= 1e9:
+        return f"{mean / 1e9:.2f} G"
+    if mean >= 1e6:
+        return f"{mean / 1e6:.2f} M"
+    return f"{mean / 1e3:.1f} k" if mean >= 1e4 else f"{mean:.{0 if mean >= 100 else 1}f}"
 
 
 def _p(p: float) -> str:
     if math.isnan(p):
         return NONE
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-
-
-def _plain(value: float) -> float | str:
-    return "" if math.isnan(value) else round(float(value), 3)

@@ -1,15 +1,27 @@
-"""A run as a comparison needs it: who it is, how it ended, and its curves against steps, data, time and energy."""
+"""Runs as a comparison needs them: identity, state and curves, read from offline W&B files or from a W&B server."""
 
+import json
 import math
+import os
+import re
+import subprocess
+import sys
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from wandb.apis.public import Run as ServerRun
+
 State = Literal["finished", "failed", "crashed", "running"]
-# What a curve can be drawn against, by the metric that holds it; the optimizer step is in every row.
+# The metric that holds a run's place on each axis; every row has the optimizer step.
 AXES: Mapping[str, str | None] = {
     "steps": None,
     "samples": "data/samples_seen",
@@ -19,19 +31,45 @@ AXES: Mapping[str, str | None] = {
 }
 STEP = "trainer/global_step"
 GUARD_EVENTS = "guard/events"
+RUNNING_SECONDS = 300  # an unclosed run whose file has not changed for longer counts as crashed
+EMPTY_FILE_BYTES = 100
+REQUESTS_AT_A_TIME = 8
+SERVER_STATES = {"pending": "running", "preempting": "running", "killed": "crashed", "preempted": "crashed"}
+
+# Loading W&B's command line takes half a second, so one process reads several files. `wandb leet inspect` writes to the
+# inherited standard output through a program of its own; a marker line closes the output of each file.
+READER = """
+import sys
+from importlib.metadata import entry_points
+
+(script,) = entry_points(group="console_scripts", name="wandb")
+command = script.load()
+for file in sys.argv[1:]:
+    try:
+        command(["leet", "inspect", "--json", file])
+    except SystemExit as end:
+        print("# end", end.code or 0, flush=True)
+"""
+END_OF_FILE = "# end "
+RECORD = re.compile(r'\{(?:"num":\d+,)?"type":"(\w+)"')
+RECORDS = ("run", "config", "history", "environment", "exit")  # half of the lines are summaries that repeat the history
 
 
-@dataclass(frozen=True)
+class UnreadableRun(ValueError):
+    """A folder, file or project from which no run can be read. The message says which and why."""
+
+
+@dataclass(frozen=True, eq=False)
 class Run:
     """One W&B run, from disk or from the server.
 
     Attributes:
-        source: the folder or the address that it was read from.
-        state: `finished`; `failed`, closed with another exit code than 0; `running`; or `crashed`, never closed.
-        config: the nested configuration.
-        history: a dictionary per logged row, in order; `trainer/global_step` counts from 0.
-        created: when it started, ISO 8601; runs of one seed are told apart by it.
-        hardware: processor and accelerators in words, empty where unknown.
+        source: The folder or address that it was read from.
+        state: `finished`; `failed`, closed with a non-zero exit code; `running`; or `crashed`, never closed.
+        config: The nested configuration.
+        history: A dictionary per logged row, in order; `trainer/global_step` counts from 0.
+        created: Start time, ISO 8601; orders the runs of one seed.
+        hardware: Accelerators, processor and cores; empty where unknown.
     """
 
     source: str
@@ -46,7 +84,7 @@ class Run:
     hardware: str = ""
 
     def setting(self, key: str, default: Any = None) -> Any:
-        """The value of a dotted key of the configuration: `setting("optim.lr")`."""
+        """Look up a dotted key of the configuration, such as `optim.lr`; `default` where it is missing."""
         node: Any = self.config
         for part in key.split("."):
             if not isinstance(node, Mapping) or part not in node:
@@ -56,93 +94,234 @@ class Run:
 
     @property
     def seed(self) -> Any:
-        """What keyed the run's randomness; None where the configuration has no `seed`."""
+        """The `seed` of the configuration; None where there is none."""
         return self.setting("seed")
 
     @cached_property
     def metrics(self) -> frozenset[str]:
         """Every name that was logged."""
-        return frozenset(name for row in self.history for name in row)
+        return frozenset(chain.from_iterable(self.history))
 
     @property
     def last_step(self) -> int:
         """Optimizer steps up to the last logged row."""
-        return max((_steps_of(row) for row in self.history), default=0)
+        return max(map(_steps_of, self.history), default=0)
 
     def last(self, metric: str) -> float | None:
         """The last finite value of `metric`, None where there is none."""
-        return next((value for _, value in reversed(self._points(metric)) if math.isfinite(value)), None)
+        _, values = self._logged(metric)
+        finite = values[np.isfinite(values)]
+        return float(finite[-1]) if finite.size else None
 
     def has_axis(self, axis: str) -> bool:
-        """Whether the run logged what `axis` needs."""
+        """Whether the run logged the metric behind `axis`."""
         name = AXES[axis]
         return name is None or name in self.metrics
 
     def curve(self, metric: str, axis: str = "steps") -> tuple[np.ndarray, np.ndarray]:
-        """Places on `axis` and the values of `metric` there; of one step the last value counts.
+        """The curve of a metric, one point per optimizer step: of one step the last value counts.
 
-        The place of a row that lacks the axis (a validation) is interpolated between those that have it.
+        Args:
+            metric: The logged name.
+            axis: A key of `AXES`. Where a row lacks the axis (a validation), its place is interpolated.
+
+        Returns:
+            Places on `axis` and values, two float64 arrays of one shape, in the order of steps.
         """
-        steps, values = self._arrays(metric)
+        steps, values = self._by_step(metric)
         return self.place(steps, axis), values
 
     def place(self, steps: np.ndarray | Sequence[float], axis: str) -> np.ndarray:
-        """Where on `axis` the optimizer steps `steps` lie. Past the last known place the run's mean rate goes on."""
+        """Translate optimizer steps into places on an axis.
+
+        Args:
+            steps: Optimizer steps, counted from 1.
+            axis: A key of `AXES`. Past its last logged value the mean rate of the run continues.
+
+        Returns:
+            A float64 array of the shape of `steps`; NaN where the run did not log the axis.
+        """
         wanted = np.asarray(steps, dtype=float)
         name = AXES[axis]
         if name is None:
             return wanted
-        steps, places = self._arrays(name)
-        if not len(steps):
+        known, places = self._by_step(name)
+        if not known.size:
             return np.full_like(wanted, math.nan)
-        at, values = np.append(0.0, steps), np.append(0.0, places)
+        at, values = np.append(0.0, known), np.append(0.0, places)
         rate = values[-1] / at[-1] if at[-1] else 0.0
         return np.interp(wanted, at, values) + np.maximum(wanted - at[-1], 0) * rate
 
     def guard_steps(self) -> list[int]:
-        """The optimizer steps at which the guard's count of events was seen to rise."""
-        seen, steps = 0.0, []
-        for step, events in self._points(GUARD_EVENTS):
-            if events > seen:
-                steps.append(step)
-            seen = events
-        return steps
+        """The optimizer steps of the rows in which the guard's count of events rose."""
+        steps, events = self._logged(GUARD_EVENTS)
+        return [int(step) for step in steps[np.diff(events, prepend=0.0) > 0]]
 
-    def _points(self, metric: str) -> list[tuple[int, float]]:
-        return self._series.get(metric, [])
+    def _by_step(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        steps, values = self._logged(metric)
+        unique, from_the_end = np.unique(steps[::-1], return_index=True)
+        return unique, values[::-1][from_the_end]
 
-    def _arrays(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps in order and the last value of each, not to be written to; kept, as a report asks for them often."""
-        if metric not in self._kept_arrays:
-            points = dict(self._points(metric))
-            steps = np.array(sorted(points), dtype=float)
-            values = np.array([points[int(step)] for step in steps], dtype=float)
-            for array in (steps, values):
-                array.flags.writeable = False
-            self._kept_arrays[metric] = steps, values
-        return self._kept_arrays[metric]
+    def _logged(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values in the order of the rows."""
+        return self._columns.get(metric, (np.empty(0), np.empty(0)))
 
     @cached_property
-    def _kept_arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        return {}
-
-    @cached_property
-    def _series(self) -> dict[str, list[tuple[int, float]]]:
-        """Steps and values by metric: sorted out once, because a report asks for the same curves many times."""
-        series: dict[str, list[tuple[int, float]]] = {}
+    def _columns(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        points: dict[str, list[tuple[int, float]]] = {}
         for row in self.history:
             step = _steps_of(row)
             for name, value in row.items():
-                if _is_number(value):
-                    series.setdefault(name, []).append((step, float(value)))
-        return series
+                # W&B's reader writes what JSON has no number for as text.
+                if type(value) in (float, int) or (type(value) is str and value in ("NaN", "Infinity", "-Infinity")):
+                    points.setdefault(name, []).append((step, float(value)))
+        return {name: tuple(np.array(one, dtype=float).T) for name, one in points.items()}
 
 
 def _steps_of(row: Mapping[str, Any]) -> int:
-    """Optimizer steps done at a row: Lightning's count starts at 0; W&B's own stands in for a foreign run."""
+    """Optimizer steps completed at a row. Lightning counts from 0; runs of other origin have only W&B's own step."""
     return int(row.get(STEP, row.get("_step", 0))) + 1
 
 
-def _is_number(value: Any) -> bool:
-    """Numbers, and NaN or an infinity, which W&B's reader spells out."""
-    return type(value) in (float, int) or (type(value) is str and value in ("NaN", "Infinity", "-Infinity"))
+def find_runs(folder: Path) -> list[Path]:
+    """The `.wandb` files at or below `folder`, oldest first; the path of a file yields that file.
+
+    Raises:
+        UnreadableRun: There is no such folder or file.
+    """
+    if folder.is_file():
+        return [folder]
+    if not folder.is_dir():
+        raise UnreadableRun(f"{folder}: there is no such folder")
+    # `latest-run` is a link to another run, or a copy of it where links were not kept.
+    files = {file.resolve(): file for file in folder.rglob("run-*.wandb") if file.parent.name != "latest-run"}
+    return sorted(files.values(), key=lambda file: (file.parent.name, str(file)))
+
+
+def read_runs(files: Sequence[Path]) -> list[Run | UnreadableRun]:
+    """Read `.wandb` files with W&B's public reader; a file that cannot be read yields its error in its place."""
+    if not files:
+        return []
+    workers = min(len(files), os.cpu_count() or 1)
+    size = math.ceil(len(files) / workers)
+    with ThreadPoolExecutor(workers) as pool:
+        return list(chain.from_iterable(pool.map(_read, (files[i : i + size] for i in range(0, len(files), size)))))
+
+
+def read_run(place: Path) -> Run:
+    """Read one run from a `.wandb` file or from the folder of one run.
+
+    Raises:
+        UnreadableRun: It cannot be read, or there are several runs.
+    """
+    files = find_runs(place)
+    if len(files) != 1:
+        raise UnreadableRun(f"{place}: {len(files)} runs where one was expected")
+    (run,) = read_runs(files)
+    if isinstance(run, UnreadableRun):
+        raise run
+    return run
+
+
+def fetch_runs(project: str, group: str | None = None) -> list[Run]:
+    """Fetch runs with their whole history through W&B's public API.
+
+    Args:
+        project: `entity/project`.
+        group: Only runs of this W&B group; None: all of them.
+
+    Raises:
+        UnreadableRun: No key, no such project, or no connection; the message is W&B's, in one line.
+    """
+    import wandb
+
+    try:
+        found = wandb.Api().runs(project, filters={"group": group} if group else None, lazy=False)
+        with ThreadPoolExecutor(REQUESTS_AT_A_TIME) as pool:
+            return list(pool.map(_from_server, list(found)))
+    except (wandb.Error, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UnreadableRun(f"--wandb {project}: {reason or type(error).__name__}") from error
+
+
+def _from_server(run: "ServerRun") -> Run:
+    state: Any = SERVER_STATES.get(run.state, run.state)
+    return Run(
+        source=run.url,
+        id=run.id,
+        name=run.name or run.id,
+        group=run.group or "",
+        state=state if state in get_args(State) else "crashed",
+        exit_code=None,
+        config=dict(run.config),
+        history=list(run.scan_history()),
+        created=run.created_at or "",
+        hardware=_hardware(run.metadata or {}),
+    )
+
+
+def _read(files: Sequence[Path]) -> list[Run | UnreadableRun]:
+    """Read several files in one process, so that W&B's command line is loaded once."""
+    found: list[Run | UnreadableRun] = []
+    records: dict[str, list[dict[str, Any]]] = {}
+    complaint = ""
+    with subprocess.Popen(
+        [sys.executable, "-c", READER, *map(str, files)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
+        env={**os.environ, "WANDB_ERROR_REPORTING": "false"},
+    ) as reader:  # fmt: skip
+        assert reader.stdout is not None
+        for line in reader.stdout:
+            kind = RECORD.match(line)
+            if line.startswith(END_OF_FILE):
+                code = int(line.removeprefix(END_OF_FILE))
+                found.append(_from_file(files[len(found)], records, complaint.strip(), code))
+                records, complaint = {}, ""
+            elif kind is None:
+                complaint += line
+            elif kind[1] in RECORDS:
+                records.setdefault(kind[1], []).append(json.loads(line).get(kind[1], {}))
+    unread = [UnreadableRun(f"{file}: the reader ended early: {complaint.strip()}") for file in files[len(found) :]]
+    return [*found, *unread]
+
+
+def _from_file(
+    file: Path, records: Mapping[str, list[dict[str, Any]]], complaint: str, code: int
+) -> Run | UnreadableRun:
+    """Assemble a run from the records of one file, by type; `code` and `complaint` are the reader's."""
+    if code:
+        return UnreadableRun(f"{file}: {complaint or f'the reader ended with code {code}'}")
+    if "run" not in records:
+        if file.stat().st_size < EMPTY_FILE_BYTES:
+            return UnreadableRun(f"{file}: no data; the run was killed before W&B wrote its first block")
+        reason = complaint.removeprefix("wandb leet inspect: ") or "not a W&B file, or its first block is damaged"
+        return UnreadableRun(f"{file}: {reason}")
+    about = records["run"][0]
+    config: dict[str, Any] = {}
+    for record in (about.get("config", {}), *records.get("config", [])):
+        config.update(record.get("update", {}))
+    config.pop("_wandb", None)
+    exit_code = int(records["exit"][-1].get("exit_code", 0)) if "exit" in records else None
+    state: State = "running" if time.time() - file.stat().st_mtime < RUNNING_SECONDS else "crashed"
+    if exit_code is not None:
+        state = "failed" if exit_code else "finished"
+    return Run(
+        source=str(file.parent),
+        id=about.get("run_id", ""),
+        name=about.get("display_name", about.get("run_id", file.stem)),
+        group=about.get("run_group", ""),
+        state=state,
+        exit_code=exit_code,
+        config=config,
+        history=[record["item"] for record in records.get("history", [])],
+        created=about.get("start_time", ""),
+        hardware=_hardware({key: value for part in records.get("environment", []) for key, value in part.items()}),
+    )
+
+
+def _hardware(metadata: Mapping[str, Any]) -> str:
+    """Accelerators, processor and cores, from W&B's description of the machine."""
+    accelerators = [gpu.get("name", "GPU") for vendor in ("gpu_nvidia", "gpu_amd") for gpu in metadata.get(vendor, [])]
+    processor = " ".join(str(metadata.get("cpu", {}).get("model", "")).replace("(R)", "").split())
+    cores = f"{metadata['cpu_count']} cores" if "cpu_count" in metadata else ""
+    return ", ".join(part for part in (*accelerators, processor, cores) if part)

@@ -1,4 +1,4 @@
-"""Weights & Biases with manners: one run per job, offline without a key, closed with the exit code it deserves."""
+"""The Weights & Biases logger of a run, and what it records beside metrics: predictions, pictures, artifacts."""
 
 import json
 import os
@@ -7,32 +7,33 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import wandb
+from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 Mode = Literal["online", "offline", "disabled"]
-MAX_REFERENCED_FILES = 100_000
 MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
+MAX_REFERENCED_FILES = 100_000
 
 
 class RunLogger(WandbLogger):
     """Lightning's WandbLogger for exactly one run.
 
     Args:
-        project, entity: where the run belongs.
-        run_name: what it is called.
-        group: what it may be compared with.
-        job_type, tags: to find it by.
-        mode: None: `WANDB_MODE` if that is set, online if `WANDB_API_KEY` is, else offline.
-        save_dir: the folder in which W&B makes its own `wandb` folder.
-        artifacts: keep the exported model and the description of the data as W&B artifacts of the run, the data as an
-            input and the model as an output.
-        run_id: of a run to go on with. Only online: what two offline folders say of one run, the later upload
-            overwrites, so there a new run of the group begins.
+        project, entity: The W&B project and team.
+        run_name: Display name of the run.
+        group: Name shared by the runs that can be compared.
+        job_type, tags: For filters.
+        mode: `online`, `offline` or `disabled`; None: see `choose_mode`.
+        save_dir: Folder in which W&B creates its `wandb` folder.
+        artifacts: Record the exported model and the description of the data as W&B artifacts.
+        run_id: Id of a run to continue, online only: a later upload of the same id overwrites the earlier one, so an
+            offline run always gets a new id.
 
     Raises:
-        ValueError: an unknown mode.
+        ValueError: Unknown mode.
     """
 
     def __init__(
@@ -50,9 +51,6 @@ class RunLogger(WandbLogger):
     ) -> None:
         self.mode = choose_mode(mode)
         self.artifacts = artifacts
-        # Known before training starts; under a sweep's agent W&B takes the agent's.
-        identity = (run_id if self.mode == "online" else None) or secrets.token_hex(4)
-        # Not `offline=True`: that sets WANDB_MODE for the whole process and every later run in it.
         super().__init__(
             name=run_name,
             project=project,
@@ -61,34 +59,58 @@ class RunLogger(WandbLogger):
             job_type=job_type,
             tags=list(tags),
             save_dir=save_dir,
-            id=identity,
-            mode=self.mode,
+            # Chosen before training, so that it can be stored beside the checkpoints. A sweep agent's id overrides it.
+            id=(run_id if self.mode == "online" else None) or secrets.token_hex(4),
+            mode=self.mode,  # `offline=True` would set WANDB_MODE for the whole process
             settings=wandb.Settings(silent=True),
         )
-        self._wandb_init.pop("anonymous", None)  # Lightning passes it on; W&B is removing it
-        Path(save_dir).mkdir(parents=True, exist_ok=True)  # W&B falls back to a temporary folder without a word
+        self._wandb_init.pop("anonymous", None)  # Lightning passes this argument, which W&B is removing
+        Path(save_dir).mkdir(parents=True, exist_ok=True)  # W&B silently uses a temporary folder if it is missing
 
     def define_summaries(self, summaries: Mapping[str, Literal["min", "max", "last"]]) -> None:
-        """Say which value of a metric stands for the run, by its exact name: a glob is ignored under Lightning."""
+        """Define the summary of each metric, by exact name: W&B ignores globs under Lightning."""
         for name, kind in summaries.items():
             self.experiment.define_metric(name, summary=kind, step_metric="trainer/global_step", step_sync=True)
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
-        """Log the configuration, and what it says of the data as an artifact if that was asked for."""
+        """Log the configuration, and its `data` as an artifact if artifacts are recorded."""
         super().log_hyperparams(params)
         if self.artifacts and isinstance(params, Mapping) and isinstance(params.get("data"), Mapping):
-            # Only a server can say that a run used something; offline the description is kept with the run.
-            note = self.experiment.use_artifact if self.mode == "online" else self.experiment.log_artifact
-            note(dataset_artifact(params["data"]))
+            # An artifact can be marked as used only on a server; an offline run logs it instead.
+            record = self.experiment.use_artifact if self.mode == "online" else self.experiment.log_artifact
+            record(dataset_artifact(params["data"]))
+
+    def log_predictions(self, module: LightningModule) -> int:
+        """Log pictures and a table of predictions of a trained module.
+
+        Args:
+            module: May have a method `pictures()` that returns uint8 arrays (height, width, channels) by name, and a
+                method `predictions()` that returns the names of columns and a list of rows; a cell is a string, a
+                number or a uint8 image.
+
+        Returns:
+            The number of rows logged.
+        """
+        for name, pixels in getattr(module, "pictures", dict)().items():
+            self.log_image(name, [pixels])
+        columns, rows = getattr(module, "predictions", lambda: ([], []))()
+        if columns:
+            cells = [[wandb.Image(cell) if isinstance(cell, np.ndarray) else cell for cell in row] for row in rows]
+            self.log_table("predictions", columns=columns, data=cells)
+        return len(rows)
 
     @property
     def run_folder(self) -> Path:
-        """The folder of this run, which `wandb sync` and `wandb leet inspect` take."""
+        """The folder of this run, as `wandb sync` and `wandb leet inspect` take it."""
         return Path(self.experiment.dir).parent
 
     def describe(self, show_path: Callable[[Path], str] = str) -> str:
-        """One line: where the run is, and how it gets online if it is not."""
+        """One line: the address of the run, or the command that uploads it.
+
+        Args:
+            show_path: Formats the folder of the run.
+        """
         if self.mode == "online":
             return f"W&B run at {self.experiment.url}"
         if self.mode == "disabled":
@@ -96,24 +118,19 @@ class RunLogger(WandbLogger):
         return f"W&B is offline (no WANDB_API_KEY); upload with: wandb sync {show_path(self.run_folder)}"
 
     def finish(self, exit_code: int) -> None:
-        """Close the run. Without this the next job of a sweep would log into it, and a crash would look finished."""
+        """Close the run. An unclosed run would take the logs of the next job of a sweep, and hide a failure."""
         if self._experiment is not None:
             export = Path(self.save_dir or ".") / "export"
             if self.artifacts and exit_code == 0 and export.is_dir():
-                self._experiment.log_artifact(model_artifact(export, str(self._name)))
+                artifact = wandb.Artifact(str(self._name), type="model")
+                artifact.add_dir(str(export))
+                self._experiment.log_artifact(artifact)
             self._experiment.finish(exit_code=exit_code)
             self._experiment = None
 
 
-def model_artifact(export: Path, name: str) -> wandb.Artifact:
-    """The exported folder, as it opens with `transformers`."""
-    artifact = wandb.Artifact(name, type="model")
-    artifact.add_dir(str(export))
-    return artifact
-
-
 def dataset_artifact(data: Mapping[str, Any]) -> wandb.Artifact:
-    """What the data are: their settings, and a checksummed reference to files that the user named, not a copy."""
+    """The settings of the data, with checksummed references to the user's files in place of copies."""
     artifact = wandb.Artifact(str(data.get("name", "data")), type="dataset", metadata=dict(data))
     path = data.get("path")
     if path and Path(path).exists():
@@ -124,7 +141,7 @@ def dataset_artifact(data: Mapping[str, Any]) -> wandb.Artifact:
 
 
 def choose_mode(mode: str | None) -> Mode:
-    """The mode that was asked for, else `WANDB_MODE`, else online if there is a key and offline if there is none."""
+    """`mode` if given, else `WANDB_MODE`, else online if there is a key and offline if there is none."""
     wanted = mode or os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
     for known in MODES:
         if wanted == known:

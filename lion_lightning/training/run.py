@@ -1,51 +1,32 @@
-"""One run, from its configuration to its summary: build, fit, export, say what came of it."""
+"""One run, from its configuration to its summary: build, fit, report."""
 
 import logging
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import transformers
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
-from lion_lightning.errors import ConfigError, configuring
-from lion_lightning.tracking.costs import Costs
-from lion_lightning.training.bookkeeping import closing, log_config
-from lion_lightning.training.building import (
+from lion_lightning.training.build import (
     build_callbacks,
+    build_checkpoint,
     build_data,
-    build_guard,
     build_logger,
     build_module,
-    effective_batch_size,
+    build_trainer,
+    check,
     max_steps,
 )
-from lion_lightning.training.checkpoint import RunCheckpoint
-from lion_lightning.training.checkpoint_io import DurableCheckpointIO
-from lion_lightning.training.checks import check
-from lion_lightning.training.heartbeat import Heartbeat
-from lion_lightning.training.host_memory import keep_freed_memory
-from lion_lightning.training.outcome import about, conclude
-from lion_lightning.training.progress import progress
-from lion_lightning.training.replicas import ReplicaCheck
-from lion_lightning.training.restoring import restoring
-from lion_lightning.training.resume import AUTO, resolve
+from lion_lightning.training.callbacks import Heartbeat, StepSeed, ValidateAtEnd, progress
+from lion_lightning.training.checkpoint.policy import AUTO, resolve
+from lion_lightning.training.distributed import ReplicaCheck, started_by_launcher
+from lion_lightning.training.logging_setup import closing, log_config
+from lion_lightning.training.performance import Costs, Throughput, keep_freed_memory
+from lion_lightning.training.report import conclude, describe, duration, show
 from lion_lightning.training.signals import StopFlag
-from lion_lightning.training.step_seed import StepSeed
-from lion_lightning.training.strategies import build_strategy, started_by_launcher
-from lion_lightning.training.summary import show
-from lion_lightning.training.throughput import Throughput
-
-TRAINER_KEYS_OF_OURS = (
-    "name", "max_steps", "max_epochs", "val_check_interval", "strategy", "timeout_minutes", "check_replicas_every",
-    "keep_freed_memory",
-)  # fmt: skip
 
 
 def run(cfg: DictConfig) -> float:
@@ -58,8 +39,7 @@ def run(cfg: DictConfig) -> float:
         TrainingStopped: the guard ended the run.
     """
     check(cfg)
-    folder = Path(cfg.run_dir) / "checkpoints"
-    resumed = resolve(cfg.resume, folder)
+    resumed = resolve(cfg.resume, Path(cfg.run_dir) / "checkpoints")
     Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
     _quiet_libraries()
     console = Console(soft_wrap=False)
@@ -67,73 +47,26 @@ def run(cfg: DictConfig) -> float:
     data = build_data(cfg)
     cfg.trainer.max_steps = max_steps(cfg, data)
     module = build_module(cfg, data)
-    logger = build_logger(cfg, goes_on=cfg.resume == AUTO and resumed is not None)
+    logger = build_logger(cfg, continues=cfg.resume == AUTO and resumed is not None)
     throughput = Throughput()
     with StopFlag(alone=not started_by_launcher()) as stop:
-        checkpoint = _build_checkpoint(cfg, folder, stop)
-        shown = progress(console, ["train/loss", cfg.recipe.monitor])
-        several = [Heartbeat(), ReplicaCheck(cfg.trainer.check_replicas_every)]
-        watching = [*build_guard(cfg), throughput, Costs(), ValidateAtEnd()]
-        callbacks = [StepSeed(cfg.seed), *watching, *build_callbacks(cfg), checkpoint, *several, *shown]
-        trainer = _build_trainer(cfg, console, logger, callbacks)
-        story = about(cfg, data, module, trainer, resumed)
+        checkpoint = build_checkpoint(cfg, stop)
+        callbacks = [StepSeed(cfg.seed), *build_callbacks(cfg, "guard"), throughput, Costs(), ValidateAtEnd()]
+        callbacks += [*build_callbacks(cfg, "callbacks"), checkpoint]
+        callbacks += [Heartbeat(), ReplicaCheck(cfg.trainer.check_replicas_every)]
+        callbacks += progress(console, ["train/loss", cfg.recipe.monitor])
+        trainer = build_trainer(cfg, logger, callbacks, bar=console.is_terminal)
+        about = describe(cfg, data, module, trainer, resumed)
         with closing(logger):
             if trainer.is_global_zero:
-                show(console, cfg.run_name, story)
-            log_config(logger, cfg)
+                show(console, cfg.run_name, about)
+                log_config(logger, cfg)
             if cfg.trainer.keep_freed_memory and trainer.strategy.root_device.type == "cpu":
                 keep_freed_memory()
             started = time.perf_counter()
-            with restoring(resumed):
-                trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
-            seconds = time.perf_counter() - started
-            return conclude(
-                cfg, console, trainer, data, module, checkpoint, throughput.measured(trainer), seconds, story
-            )
-
-
-class ValidateAtEnd(Callback):
-    """Makes the last optimizer step end with a validation, whether or not the interval divides the run."""
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if trainer.global_step >= trainer.max_steps:
-            trainer.should_stop = True
-
-
-def _build_checkpoint(cfg: DictConfig, folder: Path, stop: StopFlag) -> RunCheckpoint:
-    facts = {
-        "recipe": cfg.recipe.name,
-        "model": cfg.model.name,
-        "data": cfg.data.name,
-        "seed": cfg.seed,
-        "optim": OmegaConf.to_container(cfg.optim, resolve=True),
-        "effective batch size": effective_batch_size(cfg),
-    }
-    options = {key: value for key, value in cfg.checkpoint.items() if key != "background"}
-    with configuring("checkpoint"):
-        return RunCheckpoint(folder, cfg.recipe.monitor, cfg.recipe.mode, stop=stop, facts=facts, **options)
-
-
-def _build_trainer(cfg: DictConfig, console: Console, logger: Logger | None, callbacks: list[Callback]) -> pl.Trainer:
-    steps = cfg.trainer.max_steps
-    try:
-        return pl.Trainer(
-            **{key: value for key, value in cfg.trainer.items() if key not in TRAINER_KEYS_OF_OURS},
-            strategy=build_strategy(cfg),
-            max_steps=steps,
-            val_check_interval=min(cfg.trainer.val_check_interval, steps) * cfg.trainer.accumulate_grad_batches,
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-            enable_model_summary=False,
-            enable_progress_bar=console.is_terminal,
-            default_root_dir=cfg.run_dir,
-            logger=logger or False,
-            callbacks=callbacks,
-            plugins=[DurableCheckpointIO(cfg.checkpoint.background)],
-        )
-    except (ValueError, TypeError, MisconfigurationException) as error:
-        raise ConfigError(f"trainer: {error}") from error
+            trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+            took = duration(time.perf_counter() - started, trainer.global_step, throughput.measured(trainer))
+            return conclude(cfg, console, trainer, data, module, checkpoint, took, about)
 
 
 def _quiet_libraries() -> None:

@@ -1,6 +1,7 @@
-"""What tells one run's folder from the next: the same on every rank, and the same after a requeue or a restart.
+"""Names that `conf/train.yaml` takes from Python: the stamp of a run's folder, and the group it is compared in.
 
-Registered as the resolver `${run_stamp:}` for `conf/train.yaml`. Nothing heavy is imported here: `--help` needs it too.
+Registered as the resolvers `${run_stamp:}` and `${comparison_group:}` when `lion_lightning.training` is imported. Only
+OmegaConf is imported here, since `--help` needs them too.
 """
 
 import os
@@ -8,26 +9,54 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-FORMAT = "%Y-%m-%d_%H-%M-%S"
 NO_RUN_ID = ("", "none")  # what torchrun passes on where it was given no --rdzv-id
 INTERACTIVE_JOBS = ("bash", "interactive")  # a shell in which many runs are started one after another
 START_TIME_FIELD = 19  # of what follows the command in /proc/PID/stat: ticks after boot
+# Settings that are named in a group unless they have their usual value, and how.
+UNUSUAL = {
+    "model.pretrained": (None, "from-"),
+    "recipe.module.masking.unit": ("token", ""),
+    "data.length_schedule": (None, "lengths-"),
+    "data.batch_schedule": (None, "batches-"),
+    "data.sources": (None, "sources-"),
+}
 
 
 def register() -> None:
-    """Make `${run_stamp:}` known to OmegaConf."""
+    """Make the resolvers known to OmegaConf."""
     OmegaConf.register_new_resolver("run_stamp", run_stamp, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("comparison_group", comparison_group, replace=True)
+
+
+def comparison_group(*, _root_: DictConfig) -> str:
+    """What a run is compared in: everything but the optimizer and the seed; unusual settings are named at the end.
+
+    Args:
+        _root_: the whole configuration, which OmegaConf passes.
+    """
+    cfg, trainer = _root_, _root_.trainer
+    budget = f"{trainer.max_steps}x{cfg.data.batch_size}x{trainer.accumulate_grad_batches}"
+    parts = [cfg.recipe.name, cfg.data.name, cfg.model.name, budget]
+    for name, (usual, label) in UNUSUAL.items():
+        value = OmegaConf.select(cfg, name)
+        if value not in (None, usual):
+            parts.append(
+                f"{label}{OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value}"
+            )
+    return "-".join(parts)
 
 
 def run_stamp() -> str:
-    """`slurm-JOB` under SLURM, `torchrun-ID` under torchrun, else the time.
+    """What tells one run's folder from the next, equal on every rank and after a requeue or a restart.
+
+    `slurm-JOB` under SLURM, `torchrun-ID` under torchrun, else the time.
 
     Raises:
-        ValueError: torchrun on several machines was given no `--rdzv-id`, so nothing is common to all ranks.
+        ValueError: torchrun on several machines was given no `--rdzv-id`, so the ranks have nothing in common.
     """
-    return _slurm(os.environ) or _torchrun(os.environ) or time.strftime(FORMAT)
+    return _slurm(os.environ) or _torchrun(os.environ) or time.strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def _slurm(environment: Mapping[str, str]) -> str | None:
@@ -46,12 +75,8 @@ def _torchrun(environment: Mapping[str, str]) -> str | None:
         return f"torchrun-{run_id}"
     if environment.get("GROUP_WORLD_SIZE", "1") != "1":
         raise ValueError("the ranks of several machines need a common run folder: give torchrun --rdzv-id=NAME")
-    return f"torchrun-{os.getppid()}-{_started(os.getppid())}"
-
-
-def _started(process: int) -> str:
-    """When the launcher started, which its process number alone does not tell for ever."""
-    stat = Path(f"/proc/{process}/stat")
+    # Process numbers are reused: the launcher's start time makes the name unique.
+    stat = Path(f"/proc/{os.getppid()}/stat")
     if not stat.is_file():
         raise ValueError("cannot tell when torchrun was started: give it --rdzv-id=NAME or --standalone")
-    return stat.read_text().rpartition(")")[2].split()[START_TIME_FIELD]
+    return f"torchrun-{os.getppid()}-{stat.read_text().rpartition(')')[2].split()[START_TIME_FIELD]}"

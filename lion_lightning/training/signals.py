@@ -1,13 +1,12 @@
 """Signals that ask a run to end: SIGTERM, SIGINT and SIGUSR1 set a flag; the run saves and ends at a step boundary.
 
-Nothing else happens in a handler: it may run inside `optimizer.step`, a save or a collective. Lightning 2.6's own
-SIGTERM handler broadcasts from inside it, which deadlocks when the other ranks are elsewhere; `StopFlag` takes its
-place.
+Nothing else happens in a handler, since it may run inside `optimizer.step`, a save or a collective. Lightning 2.6's own
+SIGTERM handler broadcasts, which deadlocks when the other ranks are elsewhere; `StopFlag` replaces it.
 
 submitit's own signal, SIGUSR2 before a time limit, is one more: its handler puts the job back into the queue and ends
-the process at once, so it waits until the run is saved.
+the process at once, so it is called only after the run is saved.
 
-Exit codes: 143 after SIGTERM, 130 after SIGINT, 138 after SIGUSR1 (128 + the signal's number, as shells have it).
+Exit codes: 143 after SIGTERM, 130 after SIGINT, 138 after SIGUSR1 (128 + the signal's number, as in shells).
 """
 
 import logging
@@ -23,13 +22,12 @@ log = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # one of them, by SUBMITIT_PREEMPT_SIGNAL
 EXIT_CODE_OFFSET = 128
-WORKER_GRACE_SECONDS = 20
 
 
 class TrainingInterrupted(SystemExit):
     """A signal ended the run at a step boundary. The message says what was saved.
 
-    A `SystemExit`, so that a sweep ends with the run and is not taken for a failed job by Hydra.
+    A `SystemExit`, so that a sweep ends with the run; Hydra would take another exception for a failed job.
     """
 
     def __init__(self, message: str, signum: int) -> None:
@@ -43,11 +41,11 @@ class TrainingInterrupted(SystemExit):
 class StopFlag:
     """Whether this process was asked to end, and by which signal.
 
-    Use it as a context around training; `install` puts its handlers (back) in place::
+    Use it as a context around training; `install` sets its handlers (again)::
 
         with StopFlag() as stop:
             ...
-            if stop.requested: ...
+            if stop.signal: ...
 
     Args:
         alone: no launcher and no other rank: a second SIGINT then interrupts at once, for whoever presses Ctrl+C twice.
@@ -62,12 +60,8 @@ class StopFlag:
         self._signals: tuple[signal.Signals, ...] = STOP_SIGNALS
         self._before: dict[int, Any] = {}
 
-    @property
-    def requested(self) -> bool:
-        return self.signal != 0
-
     def install(self) -> None:
-        """Handle the stop signals here; nothing in a thread that is not the main one, where Python forbids it."""
+        """Handle the stop signals here; does nothing outside the main thread, where Python forbids it."""
         if threading.current_thread() is threading.main_thread():
             for signum in self._signals:
                 signal.signal(signum, self._on_signal)
@@ -78,7 +72,7 @@ class StopFlag:
         self.signal = signum
 
     def __enter__(self) -> "StopFlag":
-        if is_submitits(signal.getsignal(signal.SIGUSR2)):
+        if _is_submitits(signal.getsignal(signal.SIGUSR2)):
             self._signals = (*STOP_SIGNALS, signal.SIGUSR2)
         self._before = {signum: signal.getsignal(signum) for signum in self._signals}
         self.install()
@@ -87,52 +81,28 @@ class StopFlag:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for signum, handler in self._before.items():
-                signal.signal(signum, handler)
-            if isinstance(error, TrainingInterrupted):
-                self._requeue(error)
-
-    def _requeue(self, stop: TrainingInterrupted) -> None:
-        """Hand the signal that ended the run on to submitit, if it is the one that it waits for.
-
-        On the first rank, submitit puts the job back into the queue and exits; on the others it does nothing.
-        """
-        signum = stop.exit_code - EXIT_CODE_OFFSET
-        handler: Any = self._before.get(signum)
-        if signum in REQUEUE_SIGNALS and is_submitits(handler):
-            log.warning("%s", stop)  # the door, which would say it, is not reached
-            handler(signum, None)
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for signum, before in self._before.items():
+            signal.signal(signum, before)
+        if isinstance(error, TrainingInterrupted):
+            signum = error.exit_code - EXIT_CODE_OFFSET
+            handler: Any = self._before.get(signum)
+            if signum in REQUEUE_SIGNALS and _is_submitits(handler):
+                log.warning("%s", error)  # the command line, which would print it, is not reached
+                handler(signum, None)  # on the first rank: requeues the job and exits
 
 
-def is_submitits(handler: Any) -> bool:
+def _is_submitits(handler: Any) -> bool:
     """Whether a signal's handler was set by submitit, inside one of its jobs."""
     module = getattr(handler, "__module__", None) or ""
     return "SUBMITIT_EXECUTOR" in os.environ and module.partition(".")[0] == "submitit"
 
 
 def replace_lightnings_handlers(trainer: Trainer, stop: StopFlag) -> None:
-    """Handle the stop signals by `stop` alone, from the start of training on, where Lightning has set its own.
+    """Handle the stop signals by `stop` alone from the start of training, where Lightning has set its own handlers.
 
-    Lightning also broadcasts its flag before every step; it is never set any more, so that is left out.
+    Lightning also broadcasts its flag before every step; the flag is never set any more, so that is left out.
     """
     stop.install()
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
-
-
-def outlive_stop_signals(worker: int) -> None:
-    """For loader workers: a signal to the whole process group is for the main process, which still needs them.
-
-    The main process may also mean it, at its own end; so SIGTERM ends a worker after a while.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_later)
-
-
-def _end_later(signum: int, frame: FrameType | None) -> None:
-    signal.alarm(WORKER_GRACE_SECONDS)
-
-
-def _nothing() -> None:
-    """In place of Lightning's broadcast."""
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]

@@ -9,8 +9,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import PretrainedConfig
 
-from lion_lightning.mixin import LionMixin, OptimizerFactory
-from lion_lightning.schedules import Schedule
+from lion_lightning.hyperparams import Schedule
+from lion_lightning.lightning import LionMixin, OptimizerFactory
 from recipes.bert_mlm.data import TextBlocks
 from recipes.bert_mlm.masking import IGNORED, MaskedBatch, Masking, mask_tokens
 from recipes.bert_mlm.model import build_model, hidden_logits, hidden_loss, row_cross_entropy

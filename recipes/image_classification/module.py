@@ -23,8 +23,8 @@ from transformers import (
 from typing_extensions import override
 
 from lion_lightning.errors import ConfigError
-from lion_lightning.mixin import LionMixin, OptimizerFactory
-from lion_lightning.schedules import Schedule
+from lion_lightning.hyperparams import Schedule
+from lion_lightning.lightning import LionMixin, OptimizerFactory
 from recipes.image_classification.augmentation import Augmentation, mixed_cross_entropy
 from recipes.image_classification.data import ImageArrays
 from recipes.image_classification.images import shorter_edge

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from tokenizers import Tokenizer
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
-from lion_lightning.data.cache import release_freed_memory, resumable_folder
+from lion_lightning.data.cache import cached_folder, release_freed_memory
 from lion_lightning.errors import ConfigError
 from recipes.text.corpus import Corpus, digest
 from recipes.text.tokenizer import SPECIAL_TOKENS, as_transformers, identity, load_masking_tokenizer, train_tokenizer
@@ -287,7 +287,7 @@ def prepare_blocks(corpora: Sequence[Corpus], settings: BlockSettings, cache: Pa
     named = None if settings.tokenizer is None else load_masking_tokenizer(settings.tokenizer)
     fingerprints = [corpus.fingerprint() for corpus in corpora]
     key = json.dumps([FORMAT_VERSION, fingerprints, asdict(settings), named and identity(named)])
-    folder, reused = resumable_folder(cache, key, lambda folder: _write(corpora, settings, named, folder))
+    folder, reused = cached_folder(cache, key, lambda folder: _write(corpora, settings, named, folder), resumable=True)
     report = json.loads((folder / "report.json").read_text())
     return Blocks(
         train=np.load(folder / "train.npy", mmap_mode="r"),

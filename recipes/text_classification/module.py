@@ -19,8 +19,8 @@ from torchmetrics.classification import (
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from lion_lightning.errors import ConfigError
-from lion_lightning.mixin import LionMixin, OptimizerFactory
-from lion_lightning.schedules import Schedule
+from lion_lightning.hyperparams import Schedule
+from lion_lightning.lightning import LionMixin, OptimizerFactory
 from recipes.text.model import ModelOptions, load_or_build, model_flops, usable_config
 from recipes.text_classification.data import TOKEN_TYPES, LabeledTexts, decode
 

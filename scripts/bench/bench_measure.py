@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lion_lightning.optim import checkpoints
+from lion_lightning.optim import import_state
 from lion_lightning.optim.kernels import storage_formats
 from scripts.bench.bench_models import Shape
 from scripts.bench.bench_peers import DTYPES, Params, Subject, quiet
@@ -202,7 +202,7 @@ def full_weight(subject: Subject, optimizer: Any, param: nn.Parameter) -> Tensor
         return weight.double()
     remainder = optimizer.state[param].get("weight_remainder")
     if subject.family in COMPENSATED:
-        found = checkpoints.converted(
+        found = import_state.converted(
             optimizer.state_dict(), [weight], COMPENSATED[subject.family], hyperparameters=False
         )
         remainder = found["state"][0].get("weight_remainder")

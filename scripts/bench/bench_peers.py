@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lion_lightning.optim import Lion
-from lion_lightning.optim import kernels as engines
+from lion_lightning.optim.kernels import select as engines
 
 Params = list[nn.Parameter]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

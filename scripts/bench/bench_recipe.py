@@ -8,7 +8,7 @@ All train the same configuration of model on the same data in the same batches, 
 in turns, each in a process of its own; printed are medians over all steps but the first of each turn. The usual way is,
 for text, the Trainer of Hugging Face with DataCollatorForLanguageModeling, and for images a torch loop whose batches
 the image processor of transformers makes. Our recipe is `train.py` as it is, guard and logger included. On a CPU it
-keeps freed memory (lion_lightning/training/host_memory.py), and so does the raw loop; the usual way comes as it is, and
+keeps freed memory (lion_lightning/training/performance.py), and so does the raw loop; the usual way comes as it is, and
 once more with that.
 """
 
@@ -37,9 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for the modules 
 
 from lion_lightning.__main__ import CONFIG_FOLDER
 from lion_lightning.training import run as training_run
-from lion_lightning.training.building import build_data, build_module
-from lion_lightning.training.host_memory import keep_freed_memory
-from lion_lightning.training.throughput import WARMUP_BATCHES, Throughput
+from lion_lightning.training.build import build_data, build_module
+from lion_lightning.training.performance import WARMUP_BATCHES, Throughput, keep_freed_memory
 from scripts.bench.bench_usual import Clock, Turn, usual_way
 
 

@@ -20,8 +20,8 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from lion_lightning.training.building import build_data, build_module
-from lion_lightning.training.throughput import WARMUP_BATCHES
+from lion_lightning.training.build import build_data, build_module
+from lion_lightning.training.performance import WARMUP_BATCHES
 
 MASKED = 0.15
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "sgd": "sgd"}

@@ -46,6 +46,9 @@ class Case:
     optimizer: MakeOptimizer | None = None
 
 
+RECIPES: dict[str, Any] = {"on_bad_loss": "skip", "on_divergence": "recover"}
+"""What conf/guard asks for."""
+
 CASES = [
     Case("NaN batch, AdamW", lambda: [NaNBatch([HIT])], "nonfinite", 2.0, optimizer=adamw),
     Case("NaN batch, Lion that propagates", lambda: [NaNBatch([HIT])], "nonfinite", 2.0, optimizer=propagating_lion),
@@ -56,14 +59,14 @@ CASES = [
         2.0,
         optimizer=adamw,
     ),
-    Case("NaN in the momentum", lambda: [NaNMomentum(HIT)], "sick_weights", 2.0),
+    Case("NaN in the momentum", lambda: [NaNMomentum(HIT)], "sick_weights", 2.0, guard=RECIPES),
     Case("gradient x1e3", lambda: [Outlier(HIT, 1e3)], "outlier", 1.1),
     Case("gradient x1e5", lambda: [Outlier(HIT, 1e5)], "outlier", 1.1),
     Case("gradient x1e3, gate off", lambda: [Outlier(HIT, 1e3)], "poison", 1.1, guard={"gate": False}),
     Case("gradient x1e5, gate off", lambda: [Outlier(HIT, 1e5)], "poison", 1.1, guard={"gate": False}),
-    Case("wrong labels for 10 steps", lambda: [LabelNoise(range(HIT, HIT + 10))], "bad_loss", 1.03),
+    Case("wrong labels for 1 step", lambda: [LabelNoise([HIT])], "bad_loss", 0.0, guard=RECIPES),
 ]
 """Faults that a run can outlive."""
 
-FOR_EVER = Case("wrong labels from then on", lambda: [LabelNoise(every(HIT))], "divergence", 2.0)
+FOR_EVER = Case("wrong labels from then on", lambda: [LabelNoise(every(HIT))], "divergence", 2.0, guard=RECIPES)
 """The guard cannot mend data: it tries twice, then stops the run."""

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lion_lightning import Lion, LionGuard
 from lion_lightning.guard.callback import TrainingStopped
 from lion_lightning.guard.events import Event
-from lion_lightning.schedules import cosine
+from lion_lightning.hyperparams import cosine
 
 STEPS, BATCH, INPUTS, CLASSES = 1000, 64, 16, 8
 

@@ -35,7 +35,7 @@ def test_a_clean_run_has_no_events():
 
 
 def test_data_that_stay_wrong_stop_the_run_and_leave_healthy_weights():
-    outcome = train(SEED, LionGuard(), FOR_EVER.inject())
+    outcome = train(SEED, LionGuard(**FOR_EVER.guard), FOR_EVER.inject())
     assert outcome.stopped is not None
     assert "the loss has risen to" in outcome.stopped
     remedies = [event.remedy for event in outcome.events if event.kind == "divergence"]

@@ -18,14 +18,13 @@ def faults() -> list:
 
 
 def guard(**options) -> LionGuard:
-    return LionGuard(warmup_steps=60, checkpoint_snapshots=True, **options)
+    return LionGuard(warmup_steps=60, checkpoint_snapshots=True, on_bad_loss="skip", on_divergence="recover", **options)
 
 
 CHECKPOINTS = {
     30: "in warm-up",
-    151: "right after a step that was skipped, before the guard knows",
+    151: "right after a step that was skipped, before the guard has read it",
     152: "right after that",
-    163: "while readings wait for the next look",
     171: "right after an outlier",
     203: "while the weights are sick",
     265: "while bad batches are counted",

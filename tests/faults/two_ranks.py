@@ -77,7 +77,7 @@ def run(strategy_name: str, fault: str, world_size: int) -> dict[str, Any]:
         "weights": [float(weight.double().sum()) for weight in weights],
         "first": weights[0].flatten()[:16].tolist(),
         "batch": guard.batch.last,
-        "norms": guard.state_dict()["watches"][0]["rules"]["gate"]["norms"]["values"][:STEPS],
+        "norms": guard.state_dict()["monitors"][0]["gate"]["norms"]["values"][:STEPS],
     }
 
 

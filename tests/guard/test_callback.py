@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lion_lightning import Lion, LionGuard, LionMixin
 from lion_lightning.guard.callback import TrainingStopped
-from lion_lightning.guard.trainer import default_warmup_steps, warmup_length
+from lion_lightning.guard.warmup import warmup_length
 from tests.guard.memory_logger import MemoryLogger
 
 
@@ -107,7 +107,7 @@ def test_one_loss_that_is_not_a_number_is_skipped_and_told(tmp_path, step):
 
 
 def test_losses_that_stay_not_a_number_stop_the_run_and_say_why(tmp_path):
-    guard = LionGuard(warmup_steps=0)
+    guard = LionGuard(warmup_steps=0, on_divergence="stop")
     with pytest.raises(TrainingStopped, match=r"the last 6 steps had no finite gradient.*learning rate") as stopped:
         fit(Regression(poisoned_steps=range(2, 8)), guard, tmp_path)
     assert stopped.value.exit_code == 42
@@ -132,11 +132,11 @@ def test_default_warm_up_fills_the_momentum_but_takes_at_most_a_tenth_of_the_run
     parameter = nn.Parameter(torch.zeros(1))
     lion = Lion([parameter], betas=(0.95, 0.98))
     adamw = torch.optim.AdamW([parameter])
-    assert default_warmup_steps([lion], 10_000) == 100
-    assert default_warmup_steps([adamw], 10_000) == 200
-    assert default_warmup_steps([lion], 50_000) == 500
-    assert default_warmup_steps([lion], 300) == 30
-    assert default_warmup_steps([lion], float("inf")) == 100
+    assert warmup_length(None, [lion], 10_000) == 100
+    assert warmup_length(None, [adamw], 10_000) == 200
+    assert warmup_length(None, [lion], 50_000) == 500
+    assert warmup_length(None, [lion], 300) == 30
+    assert warmup_length(None, [lion], float("inf")) == 100
 
 
 def test_bad_arguments_are_refused():
@@ -147,8 +147,8 @@ def test_bad_arguments_are_refused():
 def test_a_warm_up_below_one_is_a_share_of_the_run():
     lion = [Lion([nn.Parameter(torch.ones(2))], lr=1e-3)]
     assert [warmup_length(given, lion, 400) for given in (0, 0.03, 0.2, 1, 30)] == [0, 12, 80, 1, 30]
-    assert warmup_length(None, lion, 400) == default_warmup_steps(lion, 400)
-    assert warmup_length(0.2, lion, math.inf) == default_warmup_steps(lion, math.inf), "there is no share of it"
+    assert warmup_length(None, lion, 400) == warmup_length(None, lion, 400)
+    assert warmup_length(0.2, lion, math.inf) == warmup_length(None, lion, math.inf), "there is no share of it"
 
 
 def test_a_share_of_the_run_is_warmed_up_and_a_resumed_run_keeps_it(tmp_path):

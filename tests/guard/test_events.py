@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lion_lightning.guard.events import Diary, Event
+from lion_lightning.guard.events import Event, EventLog
 from lion_lightning.tracking.wandb import RunLogger
 
 
@@ -15,33 +15,33 @@ def event(step: int, kind: str = "outlier") -> Event:
 
 
 def test_the_first_lines_are_said_and_then_ever_fewer(caplog):
-    diary = Diary()
+    log = EventLog()
     with caplog.at_level(logging.WARNING, "lion_lightning"):
         for step in range(120):
-            diary.note(event(step), [])
+            log.add(event(step), [])
     said = [record.message for record in caplog.records]
-    assert len(diary.events) == 120
+    assert len(log.events) == 120
     assert len(said) == 5
     assert said[0] == "LionGuard, step 0, outlier: the gradient norm 783 is an outlier; the step was clipped."
     assert "(number 100)" in said[-1]
 
 
-def test_a_diary_goes_on_counting_after_a_resume(caplog):
-    diary, again = Diary(), Diary()
+def test_a_log_goes_on_counting_after_a_resume(caplog):
+    log, again = EventLog(), EventLog()
     for step in range(9):
-        diary.note(event(step), [])
-    again.load_state_dict(diary.state_dict())
+        log.add(event(step), [])
+    again.load_state_dict(log.state_dict())
     with caplog.at_level(logging.WARNING, "lion_lightning"):
-        again.note(event(9), [])
-    assert again.events[:9] == diary.events
+        again.add(event(9), [])
+    assert again.events[:9] == log.events
     assert "(number 10)" in caplog.records[-1].message
 
 
 def test_wandb_gets_a_table_and_one_alert_a_kind(tmp_path: Path):
     logger = RunLogger("project", "run", "group", str(tmp_path), mode="offline")
-    diary = Diary()
+    log = EventLog()
     for step, kind in ((3, "outlier"), (5, "outlier"), (9, "poison")):
-        diary.note(event(step, kind), [logger])
+        log.add(event(step, kind), [logger])
     folder = logger.run_folder
     logger.finish(0)
     command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(folder)]

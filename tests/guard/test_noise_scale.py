@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lion_lightning.guard.noise_scale import NoiseScale
+from lion_lightning.guard.preflight import NoiseScale
 
 SIZE, SMALL, LARGE = 100, 16, 64
 

@@ -11,10 +11,9 @@ from torch.optim import SGD, AdamW
 
 from lion_lightning import Lion
 from lion_lightning.guard.preflight import RunSettings, inspect, turnover
-from lion_lightning.guard.trainer import default_warmup_steps
+from lion_lightning.guard.warmup import warmup_length
 from lion_lightning.hyperparams import from_adamw
-from lion_lightning.training.building import build_data, build_module, effective_batch_size, max_steps
-from lion_lightning.training.instantiate import instantiate
+from lion_lightning.training.build import build_data, build_module, effective_batch_size, instantiate, max_steps
 
 RECIPES = ("bert_mlm", "image_classification")
 OPTIMIZERS = ("lion", "adamw", "signum", "sgd", "adafactor", "lion_amos")
@@ -47,7 +46,7 @@ def test_nothing_is_wrong_with_a_shipped_recipe(compose, tmp_path, recipe, optim
     optimizer = module.configure_optimizers()["optimizer"]
     run = RunSettings(
         total_steps=steps,
-        warmup_steps=default_warmup_steps([optimizer], steps),
+        warmup_steps=warmup_length(None, [optimizer], steps),
         batch_size=effective_batch_size(cfg),
         gradient_clip_val=cfg.trainer.get("gradient_clip_val"),
         min_batch_size=cfg.guard.min_batch_size,

@@ -1,12 +1,11 @@
-"""The ladder: what each symptom gets, how it climbs, when it comes down, and what each mode changes."""
+"""The escalation policy: what each symptom gets, when it escalates and starts again, and what each mode changes."""
 
 import random
 
 import pytest
 
-from lion_lightning.guard.monitors import Monitors
-from lion_lightning.guard.recovery import Ladder, Remedy
-from lion_lightning.guard.thresholds import Thresholds
+from lion_lightning.guard.recovery import EscalationPolicy, Remedy
+from lion_lightning.guard.rules import RuleSet, Thresholds
 from tests.guard.made_readings import troubled
 
 LIMITS = Thresholds()
@@ -20,9 +19,7 @@ MODES = ("recover", "stop", "warn")
         ("outlier", Remedy.CLIP),
         ("bad_loss", Remedy.SKIP),
         ("nonfinite", Remedy.SKIP),
-        ("lock_in", Remedy.REBASELINE),
         ("poison", Remedy.ZERO_MOMENTUM),
-        ("nonfinite_limit", Remedy.STOP),
         ("dead", Remedy.NOTE),
         ("unmoved", Remedy.NOTE),
         ("near_bound", Remedy.NOTE),
@@ -30,12 +27,12 @@ MODES = ("recover", "stop", "warn")
     ],
 )
 def test_these_symptoms_get_the_same_remedy_in_every_mode(mode, kind, remedy):
-    assert Ladder(LIMITS, mode).remedy(kind, 10) is remedy
+    assert EscalationPolicy(LIMITS, mode).remedy(kind, 10) is remedy
 
 
 def test_divergences_climb_the_ladder_to_the_end_and_stay_there():
-    ladder = Ladder(LIMITS)
-    assert [ladder.remedy("divergence", step) for step in (100, 300, 500, 700)] == [
+    policy = EscalationPolicy(LIMITS, "recover")
+    assert [policy.remedy("divergence", step) for step in (100, 300, 500, 700)] == [
         Remedy.REWIND,
         Remedy.REWIND_AT_HALF_RATE,
         Remedy.STOP,
@@ -45,50 +42,51 @@ def test_divergences_climb_the_ladder_to_the_end_and_stay_there():
 
 @pytest.mark.parametrize(("pause", "expected"), [(1000, Remedy.REWIND_AT_HALF_RATE), (1001, Remedy.REWIND)])
 def test_it_comes_down_after_a_thousand_steps_without_a_divergence(pause, expected):
-    ladder = Ladder(LIMITS)
-    ladder.remedy("divergence", 100)
-    assert ladder.remedy("divergence", 100 + pause) is expected
+    policy = EscalationPolicy(LIMITS, "recover")
+    policy.remedy("divergence", 100)
+    assert policy.remedy("divergence", 100 + pause) is expected
 
 
 def test_milder_symptoms_do_not_climb():
-    ladder = Ladder(LIMITS)
+    policy = EscalationPolicy(LIMITS, "recover")
     for step in range(10):
-        ladder.remedy("outlier", step)
-        ladder.remedy("nonfinite", step)
-        ladder.remedy("poison", step)
-    assert ladder.rung == 0
+        policy.remedy("outlier", step)
+        policy.remedy("nonfinite", step)
+        policy.remedy("poison", step)
+    assert policy.level == 0
 
 
-@pytest.mark.parametrize(("mode", "remedy"), [("stop", Remedy.STOP), ("warn", Remedy.NOTE)])
+@pytest.mark.parametrize(("mode", "remedy"), [("stop", Remedy.STOP), ("warn", Remedy.NEW_LEVEL)])
 def test_the_other_modes_do_not_rewind(mode, remedy):
-    ladder = Ladder(LIMITS, mode)
-    assert {ladder.remedy("divergence", step) for step in (100, 200)} == {remedy}
-    assert ladder.rung == 0
+    policy = EscalationPolicy(LIMITS, mode)
+    assert {policy.remedy("divergence", step) for step in (100, 200)} == {remedy}
+    assert policy.level == 0
 
 
 def test_sick_weights_are_repaired_and_rewound_if_they_are_sick_again_soon():
-    ladder = Ladder(LIMITS)
-    assert ladder.remedy("sick_weights", 50) is Remedy.REPAIR
-    assert ladder.remedy("sick_weights", 150) is Remedy.REWIND
-    assert Ladder(LIMITS).remedy("sick_weights", 50) is Remedy.REPAIR
+    policy = EscalationPolicy(LIMITS, "recover")
+    assert policy.remedy("sick_weights", 50) is Remedy.REPAIR
+    assert policy.remedy("sick_weights", 150) is Remedy.REWIND
+    assert EscalationPolicy(LIMITS, "recover").remedy("sick_weights", 50) is Remedy.REPAIR
 
 
 def test_sick_weights_long_after_a_repair_are_repaired_again():
-    ladder = Ladder(LIMITS)
-    ladder.remedy("sick_weights", 50)
-    assert ladder.remedy("sick_weights", 151) is Remedy.REPAIR
+    policy = EscalationPolicy(LIMITS, "recover")
+    policy.remedy("sick_weights", 50)
+    assert policy.remedy("sick_weights", 151) is Remedy.REPAIR
 
 
-@pytest.mark.parametrize("mode", ["stop", "warn"])
-def test_sick_weights_end_a_run_that_may_not_be_put_back(mode):
-    assert Ladder(LIMITS, mode).remedy("sick_weights", 50) is Remedy.STOP
+@pytest.mark.parametrize("kind", ["sick_weights", "nonfinite_limit"])
+@pytest.mark.parametrize(("mode", "remedy"), [("stop", Remedy.STOP), ("warn", Remedy.NOTE)])
+def test_a_run_that_is_lost_ends_only_where_that_is_asked(mode, remedy, kind):
+    assert EscalationPolicy(LIMITS, mode).remedy(kind, 50) is remedy
 
 
 def test_a_momentum_that_looks_poisoned_right_after_it_was_zeroed_was_not():
-    ladder = Ladder(LIMITS)
-    assert ladder.remedy("poison", 100) is Remedy.ZERO_MOMENTUM
-    assert ladder.remedy("poison", 200) is Remedy.REBASELINE
-    assert ladder.remedy("poison", 301) is Remedy.ZERO_MOMENTUM
+    policy = EscalationPolicy(LIMITS, "recover")
+    assert policy.remedy("poison", 100) is Remedy.ZERO_MOMENTUM
+    assert policy.remedy("poison", 200) is Remedy.REBASELINE
+    assert policy.remedy("poison", 301) is Remedy.ZERO_MOMENTUM
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -96,12 +94,12 @@ def test_a_momentum_that_looks_poisoned_right_after_it_was_zeroed_was_not():
 def test_decisions_are_a_function_of_readings_and_state_alone(seed, mode):
     """One copy goes through, the other is saved, thrown away and restored at random steps."""
     dice = random.Random(seed)
-    rules, copies = (Monitors(LIMITS), Ladder(LIMITS, mode)), (Monitors(LIMITS), Ladder(LIMITS, mode))
+    rules, copies = (RuleSet(LIMITS), EscalationPolicy(LIMITS, mode)), (RuleSet(LIMITS), EscalationPolicy(LIMITS, mode))
     decisions: list[Remedy] = []
     for reading in troubled(seed, 900):
         if dice.random() < 0.03:
             states = [copy.state_dict() for copy in copies]
-            copies = (Monitors(LIMITS), Ladder(LIMITS, mode))
+            copies = (RuleSet(LIMITS), EscalationPolicy(LIMITS, mode))
             for copy, state in zip(copies, states, strict=True):
                 copy.load_state_dict(state)
         seen, seen_again = rules[0].observe(reading), copies[0].observe(reading)

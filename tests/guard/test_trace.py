@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from lion_lightning.guard.readings import Reading
-from lion_lightning.guard.trace import FLUSH_EVERY_ROWS, Trace, read_trace
+from lion_lightning.guard.events import FLUSH_EVERY_ROWS, Trace, read_trace
+from lion_lightning.guard.rules import Reading
 from tests.guard.made_readings import troubled
 
 
@@ -61,6 +61,6 @@ def test_it_is_written_a_hundred_rows_at_a_time_and_not_without_a_row(tmp_path):
 def test_another_csv_file_is_refused(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,loss\n1,2\n")
     with pytest.raises(
-        ValueError, match=r"metrics.csv is not a trace of the guard: its columns are \['step', 'loss'\]"
+        ValueError, match=r"metrics.csv is not a trace of this version of the guard: its columns are \['step', 'loss'\]"
     ):
         read_trace(tmp_path / "metrics.csv")

@@ -147,6 +147,25 @@ def check_int8_blocks_belong_to_local_parts(mesh: DeviceMesh) -> None:
     torch.testing.assert_close(whole(pair[0].detach()), pair[1].detach(), rtol=0, atol=1e-8)
 
 
+def check_int8_loads_where_its_blocks_are_the_same_and_is_refused_elsewhere(mesh: DeviceMesh) -> None:
+    """States of two shards, gathered as `full_state_dict` gathers them, given to one process."""
+    cases = [((96, 64), Shard(0), True), ((128, 64), Shard(0), True), ((101, 67), Shard(0), False)]
+    cases += [((2, 2500), Shard(0), False), ((64, 512), Shard(1), False), ((97, 64), Shard(0), False)]
+    for shape, placement, fits in cases:
+        pair = distributed_pair(shape, placement, mesh, torch.float32)
+        optimizer, single = step_pairs([pair], {"momentum_dtype": "int8"}, 2)
+        saved = single.state_dict()
+        saved["state"][0] = {key: whole(value) for key, value in optimizer.state[pair[0]].items()}
+        assert saved["state"][0]["exp_avg"].dtype == torch.int8
+        alone = Lion([nn.Parameter(pair[1].detach().clone())], momentum_dtype="int8")
+        if fits:
+            alone.load_state_dict(saved)
+            assert_same_state(alone, single, f"{shape}")
+        else:
+            with pytest.raises(ValueError, match=r"parameter 0: exp_avg_scale has shape .*same shards"):
+                alone.load_state_dict(saved)
+
+
 def sharded(dtype: torch.dtype, mesh: DeviceMesh) -> nn.Module:
     model = network(dtype)
     for layer in (model[0], model[2]):
@@ -207,7 +226,7 @@ def check_ddp_replicas_stay_alike_with_and_without_release(mesh: DeviceMesh) -> 
 def check_release_says_what_ddp_cannot_do(mesh: DeviceMesh) -> None:
     inside = replica(torch.float32)
     handle = release_gradients(inside.module, Lion(inside.parameters()))
-    _expect(RuntimeError, "give it the wrapper", lambda: inside(torch.ones(2, 64)))
+    _expect(RuntimeError, "pass the wrapper", lambda: inside(torch.ones(2, 64)))
     handle.remove()
     unused = replica(torch.float32, find_unused_parameters=True)
     _expect(ValueError, "find_unused_parameters=True", lambda: release_gradients(unused, Lion(unused.parameters())))
@@ -263,6 +282,7 @@ CHECKS = [
     check_shards_equal_the_whole_in_every_mode,
     check_columns_sharded_equal_the_whole_where_nothing_is_random,
     check_int8_blocks_belong_to_local_parts,
+    check_int8_loads_where_its_blocks_are_the_same_and_is_refused_elsewhere,
     check_fsdp2_equals_a_single_process,
     check_ddp_replicas_stay_alike_with_and_without_release,
     check_release_says_what_ddp_cannot_do,

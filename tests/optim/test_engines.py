@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_lightning.optim import Lion
-from lion_lightning.optim.kernels import library
+from lion_lightning.optim.kernels import cpu
 from tests.reference.lion import Lion64
 from tests.reference.storage import kept_momentum, kept_weight, momentum_spacing, weight_spacing
 
@@ -41,7 +41,7 @@ def optimizer_for(param: Tensor, weight_bits: int, momentum_dtype: torch.dtype |
 
 
 def test_the_cpu_engine_was_built() -> None:
-    assert library.load() is not None, "no C compiler on this machine: the cpu engine goes untested"
+    assert cpu.load() is not None, "no C compiler on this machine: the cpu engine goes untested"
 
 
 @pytest.mark.parametrize("fused", [False, True])

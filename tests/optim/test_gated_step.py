@@ -1,7 +1,5 @@
 """What others may hand to a coming step: a scale, a flag to skip it, a function that looks first, a GradScaler."""
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -27,30 +25,6 @@ def test_grad_scale_and_found_inf_act_inside_the_step(fused: bool | None) -> Non
     optimizer.step()
     assert not torch.equal(param, before)
     assert not hasattr(optimizer, "_step_supports_amp_scaling")
-
-
-@pytest.mark.parametrize("fused", [None, False])
-@pytest.mark.parametrize(("name", "value"), [("grad_scale", 128.0), ("found_inf", 1.0)])
-def test_who_looks_before_the_update_may_still_change_it(fused: bool | None, name: str, value: float) -> None:
-    param, twin = random_param(), random_param()
-    optimizer, other = Lion([param], fused=fused), Lion([twin], fused=fused)
-    param.grad, twin.grad = torch.full_like(param, 64.0), torch.full_like(twin, 64.0)
-    before, looked = param.detach().clone(), []
-
-    def look(tasks: Any) -> bool:
-        looked.append(torch.equal(param, before))
-        setattr(optimizer, name, torch.tensor(value))
-        return True
-
-    optimizer.before_update = look
-    setattr(other, name, torch.tensor(value))
-    for _ in range(2):
-        optimizer.step()
-        other.step()
-    assert looked == [True], "once, and before anything has changed"
-    assert torch.equal(param, twin)
-    assert torch.equal(optimizer.state[param]["exp_avg"], other.state[twin]["exp_avg"])
-    assert optimizer.param_groups[0]["step"] == other.param_groups[0]["step"]
 
 
 def test_grad_scaler_skips_and_unscales() -> None:

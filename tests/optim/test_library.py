@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lion_lightning.optim import Lion
-from lion_lightning.optim.kernels import library
+from lion_lightning.optim.kernels import cpu
 
 STEP = """
 import torch
@@ -30,7 +30,7 @@ def run(code: str, cache: Path, **environment: str) -> subprocess.CompletedProce
 
 
 def test_processes_may_compile_at_the_same_time(tmp_path: Path) -> None:
-    code = "from lion_lightning.optim.kernels import library; print(library.cached())"
+    code = "from lion_lightning.optim.kernels import cpu; print(cpu.cached())"
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda _: run(code, tmp_path), range(2)))
     assert [result.returncode for result in results] == [0, 0], results[0].stderr
@@ -39,7 +39,7 @@ def test_processes_may_compile_at_the_same_time(tmp_path: Path) -> None:
 
 def test_without_a_compiler_the_eager_engine_serves_and_says_so_once(tmp_path: Path) -> None:
     code = STEP.format(fused=None) + "Lion([param]).step()"
-    prelude = "from lion_lightning.optim.kernels import library\nlibrary.installed = library.cached\n"
+    prelude = "from lion_lightning.optim.kernels import cpu\ncpu.installed = cpu.cached\n"
     result = run(prelude + code, tmp_path, PATH="/nowhere", CC="no-such-compiler")
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("the slower eager engine serves instead") == 1
@@ -50,21 +50,19 @@ def test_without_a_compiler_the_eager_engine_serves_and_says_so_once(tmp_path: P
 def test_a_failing_compiler_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(library, "installed", library.cached)
+    monkeypatch.setattr(cpu, "installed", cpu.cached)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(library, "FLAGS", ("-no-such-flag",))
+    monkeypatch.setattr(cpu, "FLAGS", ("-no-such-flag",))
     with caplog.at_level(logging.WARNING):
-        assert library.load.__wrapped__() is None
+        assert cpu.load.__wrapped__() is None
     assert "eager engine serves" in caplog.text
     assert list((tmp_path / "lion_lightning").iterdir()) == []
 
 
 def test_the_struct_matches_the_source() -> None:
-    from lion_lightning.optim.kernels import cpu
-
-    loaded = library.load()
+    loaded = cpu.load()
     assert loaded is not None
-    assert loaded.lion_task_bytes() == cpu._TENSOR.size + cpu._NUMBERS.size
+    assert loaded.lion_task_bytes() == cpu.TASK.size
 
 
 def test_threads_survive_a_fork_and_share_the_work() -> None:

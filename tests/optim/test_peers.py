@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lion_lightning.optim import Lion
-from lion_lightning.optim.checkpoints import import_state, read, source_of
-from lion_lightning.optim.precision import full_precision_state_dict
+from lion_lightning.optim.import_state import import_state, read, source_of
+from lion_lightning.optim.state import full_precision_state_dict
 from tests.optim.peer_states.make import OPTIONS, STEPS_BEFORE, gradients
 
 FOLDER = Path(__file__).parent / "peer_states"

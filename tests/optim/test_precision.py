@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_lightning.optim import Lion
-from lion_lightning.optim.precision import full_precision_state_dict, seed_full_precision
+from lion_lightning.optim.state import full_precision_state_dict, seed_full_precision
 from tests.reference.lion import Lion64
 from tests.reference.storage import kept_weight, weight_spacing
 

@@ -59,7 +59,7 @@ import triton.language as tl
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lion_lightning.optim.kernels.kernels import lion_kernel
+from lion_lightning.optim.kernels.triton_kernels import lion_kernel
 
 WIDE = {"cuda": r"(?:ld|st)\\.global\\.v\\d\\.b(?:32|64)", "hip": r"(?:load|store)_dwordx[24]"}
 COMBINATIONS = [
@@ -233,7 +233,7 @@ def test_a_captured_step_draws_new_random_bits_as_its_step_number_grows() -> Non
 @pytest.mark.gpu
 @needs_device
 def test_tables_are_copied_only_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lion_lightning.optim.kernels import tables
+    from lion_lightning.optim.kernels import triton as tables
 
     made: list[int] = []
     pinned = tables._pinned

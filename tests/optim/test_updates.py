@@ -6,7 +6,7 @@ from torch import nn
 
 from lion_lightning.optim import Lion
 from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
-from lion_lightning.optim.precision import full_precision_state_dict
+from lion_lightning.optim.state import full_precision_state_dict, momentum_slice
 
 SETTINGS = Settings(1e-3, 0.9, 0.99, 0.1, 32, False, False, True, 0, 0)
 
@@ -55,3 +55,34 @@ def test_a_part_of_a_part_samples_the_same_signs(stride: int) -> None:
         part = part.part(start, stop)
         assert part.signs is not None
         assert part.param[part.sign_start :: part.sign_stride].tolist() == (part.signs * stride).tolist()
+
+
+@pytest.mark.parametrize("momentum_dtype", ["float32", "bfloat16", "int8"])
+def test_a_slice_of_the_momentum_is_that_of_the_whole_in_float32(momentum_dtype: str) -> None:
+    weight = nn.Parameter(torch.randn(3, 2000, generator=torch.Generator().manual_seed(0)))
+    optimizer = Lion([weight], momentum_dtype=momentum_dtype)
+    weight.grad = torch.randn(3, 2000, generator=torch.Generator().manual_seed(1))
+    optimizer.step()
+    whole = momentum_slice(optimizer.state[weight], 0, 6000)
+    assert whole.dtype == torch.float32
+    torch.testing.assert_close(whole, weight.grad.flatten() * 0.01, rtol=0.1, atol=1e-4)
+    for start, stop in [(0, 256), (512, 700), (5888, 6000), (256, 256)]:
+        assert torch.equal(momentum_slice(optimizer.state[weight], start, stop), whole[start:stop])
+
+
+def test_parameters_stepped_one_by_one_end_as_after_one_step() -> None:
+    results = []
+    for ahead in ([], [2, 0], [0, 1, 2]):
+        params = [nn.Parameter(torch.full((5000,), 0.5 + n, dtype=torch.bfloat16)) for n in range(3)]
+        optimizer = Lion(params, lr=1e-3, weight_decay=0.1, weight_bits=16)
+        for step in range(3):
+            for n, param in enumerate(params):
+                param.grad = torch.randn(5000, generator=torch.Generator().manual_seed(3 * step + n)).bfloat16()
+            for n in ahead:
+                optimizer.step_param(params[n])
+                params[n].grad = None
+            optimizer.step()
+        assert optimizer.param_groups[0]["step"] == 3
+        results.append(torch.cat([param.detach() for param in params]))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from lion_lightning.optim import Lion
-from lion_lightning.optim import kernels as engines
-from lion_lightning.optim.kernels import kernels, storage_formats, tables
+from lion_lightning.optim.kernels import select as engines
+from lion_lightning.optim.kernels import storage_formats, triton_kernels
+from lion_lightning.optim.kernels import triton as launch
 from lion_lightning.optim.kernels.eager import engine as eager
-from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
+from lion_lightning.optim.kernels.rule import STATISTICS, Settings, TensorUpdate
 from lion_lightning.optim.kernels.triton import engine as triton
-from lion_lightning.optim.telemetry import STATISTICS
 from tests.reference.lion import Lion64
 from tests.reference.storage import kept_momentum, kept_weight, momentum_spacing, weight_spacing
 
@@ -65,8 +65,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
             return launch
 
-    kernel = kernels.lion_kernel
-    monkeypatch.setattr(kernels, "lion_kernel", Counted())
+    kernel = triton_kernels.lion_kernel
+    monkeypatch.setattr(triton_kernels, "lion_kernel", Counted())
     return grids
 
 
@@ -339,8 +339,8 @@ def test_int8_momentum_at_its_edges() -> None:
 
 
 def test_the_words_of_a_table_are_where_the_kernel_looks() -> None:
-    assert tables.GROUP[: len(tables.NUMBERS)] == tables.NUMBERS
-    row = tables.group_row(SETTINGS, torch.float32, True, [])
-    assert len(row) == 8 * len(tables.GROUP)
+    assert launch.GROUP_COLUMNS[: len(launch.NUMBERS)] == launch.NUMBERS
+    row = launch.group_row(SETTINGS, torch.float32, True, [])
+    assert len(row) == 8 * len(launch.GROUP_COLUMNS)
     update = update_of(1, WEIGHTS[0], None)
-    assert len(tables.tensor_row(update, 0, 0)) == 8 * len(tables.TENSOR)
+    assert len(launch.tensor_row(update, 0, 0)) == 8 * len(launch.TENSOR_COLUMNS)

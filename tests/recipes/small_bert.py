@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import BertConfig, PretrainedConfig
 
+from lion_lightning.hyperparams import cosine
 from lion_lightning.optim import Lion
-from lion_lightning.schedules import cosine
 from recipes.bert_mlm.data import TextBlocks
 from recipes.bert_mlm.masking import Masking
 from recipes.bert_mlm.module import BertMLM

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, ResNetConfig, ViTConfig
 
+from lion_lightning.hyperparams import cosine
 from lion_lightning.optim import Lion
-from lion_lightning.schedules import cosine
 from recipes.image_classification.data import ImageArrays
 from recipes.image_classification.images import Images, ImageSplits
 from recipes.image_classification.module import ImageClassifier

@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from lion_lightning.optim import Lion
 from lion_lightning.optim.kernels import storage_formats
-from lion_lightning.training.checkpoint_io import DurableCheckpointIO, Placement
-from lion_lightning.training.sharded import ShardedStrategy
-from lion_lightning.training.strategies import ReplicatedStrategy
+from lion_lightning.training.checkpoint.files import DurableCheckpointIO, Placement
+from lion_lightning.training.checkpoint.sharded import ShardedStrategy
+from lion_lightning.training.distributed import ReplicatedStrategy
 
 STORAGE: dict[str, tuple[str, dict[str, Any]]] = {
     "fp32": ("32-true", {}),

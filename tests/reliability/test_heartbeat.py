@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from lion_lightning.training import heartbeat
-from lion_lightning.training.heartbeat import Heartbeat
+from lion_lightning.training import callbacks
+from lion_lightning.training.callbacks import Heartbeat
 
 TRAINER = SimpleNamespace(world_size=2, global_rank=0)
 ENDS_IN_THE_STORE = """
@@ -54,7 +54,7 @@ def test_a_store_that_hangs_does_not_keep_the_process(monkeypatch):
     monkeypatch.setattr(dist, "PrefixStore", SlowStore)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: None)
     monkeypatch.setattr(SlowStore, "set", lambda *_: time.sleep(2.0))
-    monkeypatch.setattr(heartbeat, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(callbacks, "PATIENCE_SECONDS", 0.1)
     beating = Heartbeat()
     beating.on_train_start(TRAINER, None)
     began = time.monotonic()

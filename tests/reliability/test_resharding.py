@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lion_lightning.training.durable import verify
+from lion_lightning.training.checkpoint.files import verify
 from tests.processes import torchrun
 from tests.reliability.resharding import CUT, STORAGE
 from tests.reliability.test_two_processes import TWO, job

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 import lion_lightning.training.run as run_module
-from lion_lightning.training.checkpoint_io import load
+from lion_lightning.training.checkpoint.files import load
 from lion_lightning.training.signals import TrainingInterrupted
 from recipes.text import text_chunks as pieces
 

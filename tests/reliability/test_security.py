@@ -23,10 +23,16 @@ from PIL import Image
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lion_lightning.errors import ConfigError
-from lion_lightning.training.checkpoint_io import load
-from lion_lightning.training.redaction import HIDDEN, redacted, redacted_argument, redacted_text
-from lion_lightning.training.secret_overrides import VARIABLE, carried_in_environment, is_sweep
-from lion_lightning.training.sharded_files import load_sharded
+from lion_lightning.training.checkpoint.files import load
+from lion_lightning.training.checkpoint.sharded_state import load_sharded
+from lion_lightning.training.logging_setup import (
+    HIDDEN,
+    carried_in_environment,
+    is_sweep,
+    redacted,
+    redacted_argument,
+    redacted_text,
+)
 from recipes.image_classification.images import square
 
 CANARY = "canary" + "9d4f" * 6
@@ -103,7 +109,7 @@ def test_no_file_of_a_sweep_holds_a_secret(root: Path, tmp_path: Path) -> None:
 
 def test_the_jobs_of_a_sweep_have_the_values_of_its_secrets(compose: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(20):
-        monkeypatch.setenv(VARIABLE.format(number), "")
+        monkeypatch.setenv(f"LION_LIGHTNING_SECRET_{number}", "")
     arguments = ["optim=lion", *SECRETS.values(), "+whole.token=5", "+of.tokens.token=[1,b]", "seed=1,2"]
     carried = carried_in_environment(arguments)
     assert (carried[0], carried[-1]) == (arguments[0], arguments[-1])
@@ -201,7 +207,7 @@ def test_a_members_path_never_leaves_its_folder(tmp_path: Path) -> None:
     torch.save({"state_dict": {"w": torch.ones(2)}, "global_step": 1}, path)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("../outside", "written")
-    with contextlib.suppress(RuntimeError, ValueError):  # refused as a whole: as good
+    with contextlib.suppress(pickle.UnpicklingError):  # refused as a whole: as good
         load(path)
     assert not outside.exists()
     assert [file.name for file in tmp_path.iterdir()] == ["inside"]

@@ -13,9 +13,8 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 
 import lion_lightning.training.run as run_module
-from lion_lightning.training.checkpoint_io import CheckpointFailed, DurableCheckpointIO, load
-from lion_lightning.training.durable import verify
-from lion_lightning.training.resume import newest_valid, step_files
+from lion_lightning.training.checkpoint.files import CheckpointFailed, DurableCheckpointIO, load, verify
+from lion_lightning.training.checkpoint.policy import newest_valid, step_files
 from lion_lightning.training.signals import StopFlag, TrainingInterrupted
 
 DIGITS = (
@@ -89,7 +88,7 @@ def test_two_signals_are_one(go: Any, tmp_path: Path) -> None:
 def test_a_second_ctrl_c_interrupts_at_once_but_not_under_a_launcher() -> None:
     with StopFlag(alone=True) as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested
+        assert stop.signal
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     with StopFlag(alone=False) as stop:
@@ -144,7 +143,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(go: Any, tmp_path: Pat
 
 
 def test_ordinary_checkpoint_plugins_are_refused(tmp_path: Path) -> None:
-    from lion_lightning.training.checkpoint import RunCheckpoint
+    from lion_lightning.training.checkpoint.policy import RunCheckpoint
 
     trainer = Trainer(callbacks=[RunCheckpoint(tmp_path)], logger=False, accelerator="cpu", enable_progress_bar=False)
     with pytest.raises(TypeError, match="DurableCheckpointIO"):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lion_lightning.training.checkpoint_io import load
+from lion_lightning.training.checkpoint.files import load
 
 WHOLE = os.environ.get("LION_LIGHTNING_WHOLE_MATRIX") == "1"
 FIRST_PORT, PORTS = 20000, 20000  # the script takes its port from the number of the job

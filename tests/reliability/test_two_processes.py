@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lion_lightning.training.checkpoint_io import load
-from lion_lightning.training.durable import verify
-from lion_lightning.training.resume import newest_valid
+from lion_lightning.training.checkpoint.files import load, verify
+from lion_lightning.training.checkpoint.policy import newest_valid
 from tests.processes import torchrun
 from tests.reliability import ranks
 

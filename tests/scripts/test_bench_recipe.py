@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lion_lightning.training.throughput import WARMUP_BATCHES
+from lion_lightning.training.performance import WARMUP_BATCHES
 from scripts.bench import bench_recipe, bench_usual
 
 SMALL = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lion_lightning.tracking.wandb import RunLogger
-from scripts import compare
+from scripts import compare, plot_runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -130,15 +130,14 @@ def test_a_copied_run_counts_once(runs: Path, capsys: pytest.CaptureFixture[str]
     assert "!" not in output
 
 
-def test_the_command_line_works_as_people_type_it(runs: Path, tmp_path: Path) -> None:
-    for script, output in (("compare.py", tmp_path / "out"), ("plot_runs.py", tmp_path / "curve.png")):
-        command = [sys.executable, f"scripts/{script}", str(runs / "good"), "--output", str(output)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+def test_one_picture_is_drawn_without_the_statistics(
+    runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert plot_runs.main([str(runs / "good"), "--output", str(tmp_path / "curve.png")]) == 0
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    command = [sys.executable, "scripts/plot_runs.py", str(runs / "empty")]
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (refused.returncode, refused.stderr) == (2, "error: there are no runs to compare\n")
+    assert "4 of 4 runs" in capsys.readouterr().out
+    assert plot_runs.main([str(runs / "empty")]) == 2
+    assert capsys.readouterr().err == "error: there are no runs to compare\n"
 
 
 @pytest.mark.slow

@@ -5,10 +5,10 @@ import shutil
 import pytest
 
 from lion_lightning import LionGuard
+from lion_lightning.guard.events import read_trace
 from lion_lightning.guard.recovery import Remedy
-from lion_lightning.guard.replay import Rules, changed, replay, rules_of
-from lion_lightning.guard.thresholds import Thresholds
-from lion_lightning.guard.trace import read_trace
+from lion_lightning.guard.replay import Settings, changed, replay, settings_of
+from lion_lightning.guard.rules import Thresholds
 from lion_lightning.tracking.wandb import RunLogger
 from scripts import replay_guard
 from tests.faults.injected import LabelNoise, NaNBatch, Outlier, every
@@ -19,7 +19,7 @@ from tests.faults.task import train
 def run(tmp_path_factory):
     """An outlier, two NaN batches, and labels that are wrong for good: two rungs of the ladder."""
     folder = tmp_path_factory.mktemp("run")
-    guard = LionGuard(trace=folder / "guard.csv")
+    guard = LionGuard(on_bad_loss="skip", on_divergence="recover", trace=folder / "guard.csv")
     faults = [Outlier(150, 1e4), NaNBatch([170, 171]), LabelNoise(every(205))]
     return folder, train(1, guard, faults, steps=400)
 
@@ -42,17 +42,17 @@ def row(output, event):
     return cells
 
 
-def test_the_rules_of_a_run_see_in_it_what_they_saw_then(run):
+def test_the_settings_of_a_run_see_in_it_what_they_saw_then(run):
     folder, outcome = run
     noted = [event for event in outcome.events if event.step]  # without preflight
-    seen = replay(read_trace(folder / "guard.csv"), Rules())
+    seen = replay(read_trace(folder / "guard.csv"), Settings())
     assert [(event.step, event.kind) for event in seen] == [(event.step, event.kind) for event in noted]
     assert all(event.remedy.startswith(other.remedy.value) for event, other in zip(noted, seen, strict=True))
     assert {event.remedy for event in seen} >= {Remedy.CLIP, Remedy.SKIP, Remedy.REWIND, Remedy.REWIND_AT_HALF_RATE}
 
 
 def test_a_rewind_drops_the_reading_that_was_on_its_way_as_in_a_run(run):
-    rules = Rules(changed(Thresholds(), ["divergence_steps=10"]))
+    rules = Settings(changed(Thresholds(), ["divergence_steps=10"]))
     seen = replay(read_trace(run[0] / "guard.csv"), rules)
     rewind = next(event.step for event in seen if event.remedy is Remedy.REWIND)
     told = {event.step for event in seen}
@@ -102,7 +102,7 @@ def test_other_modes_of_divergence_may_be_tried(run, capsys, monkeypatch):
 def test_the_runs_own_thresholds_come_from_its_configuration(run, capsys, monkeypatch, tmp_path):
     shutil.copy(run[0] / "guard.csv", tmp_path)
     (tmp_path / "config.yaml").write_text(
-        "guard:\n  on_divergence: warn\n  thresholds:\n    _target_: lion_lightning.guard.thresholds.Thresholds\n"
+        "guard:\n  on_divergence: warn\n  thresholds:\n    _target_: lion_lightning.guard.rules.Thresholds\n"
         "    outlier_ratio: 1000000.0\n    window: 64\ntrainer:\n  max_steps: 400\n"
     )
     _, output, _ = call(capsys, monkeypatch, tmp_path, "--set", "outlier_ratio=3")
@@ -112,15 +112,15 @@ def test_the_runs_own_thresholds_come_from_its_configuration(run, capsys, monkey
     assert not row(output, "divergence: rewind")
 
 
-def test_the_rules_of_a_configuration():
+def test_the_settings_of_a_configuration():
     config = {
         "guard": {"on_divergence": "stop", "thresholds": {"_target_": "x", "window": 64, "loss_z": 7.5}},
         "trainer": {"gradient_clip_val": 0.5},
     }
-    assert rules_of(config) == Rules(Thresholds(window=64, loss_z=7.5), "stop", 0.5)
-    assert rules_of({"guard": {"name": "none"}}) == Rules()
+    assert settings_of(config) == Settings(Thresholds(window=64, loss_z=7.5), "stop", 0.5)
+    assert settings_of({"guard": {"name": "none"}}) == Settings()
     by_value = {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"}
-    assert rules_of({"trainer": by_value}) == Rules()
+    assert settings_of({"trainer": by_value}) == Settings()
 
 
 def test_an_offline_wandb_run_is_replayed_from_what_it_logged(capsys, monkeypatch, tmp_path):
@@ -141,7 +141,7 @@ def test_an_offline_wandb_run_is_replayed_from_what_it_logged(capsys, monkeypatc
     [
         (["{empty}"], "neither a guard.csv nor a W&B run is in there"),
         (["{empty}/nothing"], "there is no such file or folder"),
-        (["{other}"], "is not a trace of the guard"),
+        (["{other}"], "is not a trace of this version of the guard"),
         (["{heading}"], "holds no readings of the guard"),
         (["{run}", "--set", "outlierz=3"], "there is no threshold 'outlierz': use one of window, armed_after"),
         (["{run}", "--set", "window=1.5"], "thresholds.window must be a whole number, got '1.5'"),

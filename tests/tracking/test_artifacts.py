@@ -10,7 +10,7 @@ import hydra
 import pytest
 import yaml
 
-from lion_lightning.tracking.offline import find_runs, read_run
+from lion_lightning.tracking.runs import find_runs, read_run
 from lion_lightning.tracking.wandb import RunLogger, dataset_artifact
 
 ROOT = Path(__file__).parents[2]

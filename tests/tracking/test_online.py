@@ -77,21 +77,21 @@ def plotted(view: dict[str, Any]) -> set[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--wandb", "me/nothing"], "error: --wandb me/nothing: Could not find project nothing"),
-        (["--wandb", "me/p", "--group", "nobody"], "error: no run of group nobody in me/p"),
-        (["--wandb", "me/p"], "the runs belong to 2 groups: another (1 runs); g (5 runs)"),
-    ],
-    ids=["project", "group", "unlike"],
-)
-def test_what_is_not_there_is_one_line(server: Server, tmp_path: Path, arguments: list[str], said: str) -> None:
-    done = call(server, tmp_path, *arguments)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert said in done.stderr
-    assert done.stderr.count("\n") == 1
+MISTAKES = {
+    "--wandb me/nothing": "error: --wandb me/nothing: Could not find project nothing",
+    "--wandb me/p --group nobody": "error: no run of group nobody in me/p",
+    "--wandb me/p": "the runs belong to 2 groups: another (1 runs); g (5 runs)",
+}
+CALLS = "import sys; from scripts import compare; print([compare.main(line.split()) for line in sys.argv[1:]])"
+
+
+def test_a_mistake_is_reported_in_one_line(server: Server) -> None:
+    command = [sys.executable, "-c", CALLS, *MISTAKES]
+    environment = {**os.environ, **server.environment()}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "[2, 2, 2]\n"
+    for line, message in zip(done.stderr.splitlines(), MISTAKES.values(), strict=True):
+        assert message in line
 
 
 def test_without_a_key_it_is_said(server: Server, tmp_path: Path) -> None:
@@ -101,8 +101,8 @@ def test_without_a_key_it_is_said(server: Server, tmp_path: Path) -> None:
 
 
 def test_a_report_needs_a_project(server: Server, tmp_path: Path) -> None:
+    from lion_lightning.tracking.compare import Incomparable
     from lion_lightning.tracking.publish import publish_report
-    from lion_lightning.tracking.variants import Incomparable
 
     with pytest.raises(Incomparable, match="--wandb ENTITY/PROJECT"):
         publish_report(None, None)  # type: ignore[arg-type]

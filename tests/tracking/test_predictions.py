@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lion_lightning.tracking.offline import find_runs, read_run
-from lion_lightning.tracking.predictions import log_predictions
+from lion_lightning.tracking.runs import find_runs, read_run
 from lion_lightning.tracking.wandb import RunLogger
 
 
@@ -27,7 +26,7 @@ def logger(tmp_path):
 
 
 def test_the_table_is_in_the_run(logger, tmp_path):
-    assert log_predictions(logger, Classifier()) == 2
+    assert logger.log_predictions(Classifier()) == 2
     logger.finish(0)
     assert any(name.startswith("predictions") for name in read_run(tmp_path).metrics)
     (table,) = tmp_path.rglob("predictions*.table.json")
@@ -41,7 +40,7 @@ def test_the_table_is_in_the_run(logger, tmp_path):
 
 
 def test_a_module_without_predictions_logs_nothing(logger):
-    assert log_predictions(logger, object()) == 0
+    assert logger.log_predictions(object()) == 0
 
 
 class Draughtsman:
@@ -50,7 +49,7 @@ class Draughtsman:
 
 
 def test_pictures_are_in_the_run(logger, tmp_path):
-    assert log_predictions(logger, Draughtsman()) == 0
+    assert logger.log_predictions(Draughtsman()) == 0
     logger.finish(0)
     (file,) = tmp_path.rglob("media/images/confusion_matrix*.png")
     with Image.open(file) as picture:

@@ -6,7 +6,7 @@ import io
 import pytest
 from rich.console import Console
 
-from lion_lightning.tracking import figures, page, report
+from lion_lightning.tracking import page, report
 from lion_lightning.tracking.compare import compare
 
 
@@ -60,13 +60,14 @@ def test_the_tables_fit_the_terminal(comparison, width):
 
 
 def test_what_does_not_count_is_named_with_its_state(comparison):
-    (line,) = report.unfinished_lines(comparison)
+    (line,) = report.notes(comparison)
     assert line == "r-lion-s4 is failed with code 42 at step 13 of 40, val/loss 9.0000: not counted (outputs/lion-4)"
     assert " ".join(shown(comparison, 200).split()).count("failed") == 2, "in the table and in words"
 
 
 def test_markdown_holds_all_of_it(comparison):
-    text = report.markdown(comparison, "python scripts/compare.py x", "2026-01-02", ["a.png"], ["not read: y"])
+    comparison.remarks.append("not read: y")
+    text = report.markdown(comparison, "python scripts/compare.py x", "2026-01-02", ["a.png"])
     assert "| **adamw** |" in text
     assert "| lion | 3 + 1 failed | 3.0200 ± 0.0100 |" in text
     assert "![a](a.png)" in text
@@ -82,7 +83,7 @@ def test_numbers_come_as_csv(comparison, tmp_path):
     assert {(row["optimizer"], row["state"], row["counted"]) for row in rows} >= {("lion", "failed", "False")}
     adamw = next(row for row in rows if row["optimizer"] == "adamw" and row["seed"] == "2")
     assert (float(adamw["best"]), float(adamw["seconds"]), float(adamw["lr"])) == (2.02, 10.0, 1e-3)
-    report.write_curves_csv(comparison, ["val/loss"], tmp_path / "curves.csv")
+    report.write_curves_csv(comparison, "val/loss", tmp_path / "curves.csv")
     curves = list(csv.DictReader((tmp_path / "curves.csv").open()))
     assert len(curves) == 13
     assert curves[0] == {
@@ -92,22 +93,21 @@ def test_numbers_come_as_csv(comparison, tmp_path):
 
 
 def test_a_picture_for_every_axis_that_was_logged(comparison, tmp_path):
-    files = figures.write_pictures(comparison, tmp_path)
+    files = report.write_pictures(comparison, tmp_path)
     assert [file.name for file in files] == ["val_loss-steps.png", "val_loss-samples.png", "val_loss-seconds.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
-    assert figures.write_picture(comparison, tmp_path / "none.png", metric="nothing") == 0
+    assert report.write_picture(comparison, tmp_path / "none.png", metric="nothing") == 0
     assert not (tmp_path / "none.png").exists()
 
 
 def test_more_variants_than_colours_are_told_apart_by_dashes():
-    assert len({figures.style_of(number) for number in range(28)}) == 28
+    assert len({report.style_of(number) for number in range(28)}) == 28
 
 
 def test_the_page_asks_the_network_for_nothing(comparison, tmp_path):
-    metrics = page.write_page(comparison, tmp_path / "compare.html", "python x <y>", "2026-01-02")
+    page.write_page(comparison, tmp_path / "compare.html", "python x <y>", "2026-01-02")
     text = (tmp_path / "compare.html").read_text(encoding="utf-8")
     ours = text.split("<script>", 1)[0] + text.rsplit("</script>", 2)[-2]
-    assert metrics[0] == "val/loss"
     for loading in ("src=", "href=", "@import", "url(", "fetch(", "http"):
         assert loading not in ours
     assert "prefers-color-scheme: dark" in ours

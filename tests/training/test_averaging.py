@@ -14,9 +14,9 @@ from transformers import AutoModelForImageClassification
 
 import lion_lightning.training.run as run_module
 from lion_lightning.errors import ConfigError
-from lion_lightning.training.averaging import AverageWeights
-from lion_lightning.training.checkpoint_io import load
-from lion_lightning.training.sharded import ShardedStrategy
+from lion_lightning.training.callbacks import AverageWeights
+from lion_lightning.training.checkpoint.files import load
+from lion_lightning.training.checkpoint.sharded import ShardedStrategy
 from lion_lightning.training.signals import TrainingInterrupted
 
 DECAY = 0.5

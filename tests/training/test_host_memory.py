@@ -1,3 +1,5 @@
+"""What glibc's malloc does with freed memory: kept on request, returned after preparing data."""
+
 import ctypes
 import platform
 import subprocess
@@ -5,12 +7,13 @@ import sys
 
 import pytest
 
-from lion_lightning.training import host_memory
+from lion_lightning.data.cache import release_freed_memory
+from lion_lightning.training import performance
 
 CHURN = """
 import resource, sys
 import torch
-from lion_lightning.training.host_memory import keep_freed_memory
+from lion_lightning.training.performance import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 torch.set_num_threads(1)
@@ -38,5 +41,5 @@ def test_large_tensors_are_mapped_once():
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(ctypes, "CDLL", lambda _: pytest.fail("nothing is to be called"))
-    assert not host_memory.keep_freed_memory()
-    host_memory.release_freed_memory()
+    assert not performance.keep_freed_memory()
+    release_freed_memory()

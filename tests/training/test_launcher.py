@@ -13,8 +13,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from lion_lightning.errors import ConfigError
-from lion_lightning.training.checkpoint_io import load
-from lion_lightning.training.checks import check
+from lion_lightning.training.build import check
+from lion_lightning.training.checkpoint.files import load
 
 PLUGIN = importlib.util.find_spec("submitit")
 needs_plugin = pytest.mark.skipif(PLUGIN is None, reason="needs hydra-submitit-launcher (the extra `slurm`)")

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from lion_lightning.training.rendezvous import agree
+from lion_lightning.training.distributed import agree
 
 PATIENCE = timedelta(seconds=20)
 

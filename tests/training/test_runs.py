@@ -133,10 +133,9 @@ def test_every_optimizer_lowers_the_loss_of_bert(bert: Go, watch: Callable[[], L
     assert sum(seen.losses[-5:]) / 5 < sum(seen.losses[:5]) / 5 - 0.02
 
 
-@pytest.mark.parametrize("optim", ["lion", "adamw", "signum", "adafactor", "sgd"])
-def test_every_optimizer_lowers_the_loss_on_digits(digits: Go, watch: Callable[[], Losses], optim: str) -> None:
+def test_the_control_lowers_the_loss_on_digits(digits: Go, watch: Callable[[], Losses]) -> None:
     seen = watch()
-    digits(f"optim={optim}", *small_resnet(16), "trainer.max_steps=40", "trainer.val_check_interval=40", "export=false")
+    digits("optim=adamw", *small_resnet(16), "trainer.max_steps=40", "trainer.val_check_interval=40", "export=false")
     assert sum(seen.losses[-5:]) / 5 < sum(seen.losses[:5]) / 5 - 0.1
 
 
@@ -172,40 +171,18 @@ def test_a_run_is_the_same_twice_and_differs_by_seed(bert: Go, watch: Callable[[
     assert losses[0] != losses[2]
 
 
-def test_a_resume_goes_on_as_if_nothing_had_happened(bert: Go, watch: Callable[[], Losses], tmp_path: Path) -> None:
-    """Same steps, same samples, same losses as the run that was never stopped."""
-    whole = watch()
-    bert("trainer.max_steps=12", "schedule=constant", "guard.warmup_steps=2", *QUICK)
-    first = watch()
-    bert("trainer.max_steps=8", "schedule=constant", "guard.warmup_steps=2", *QUICK)
-    assert first.losses == whole.losses[:8]
-    checkpoint = tmp_path / "kept.ckpt"
-    (tmp_path / "bert/checkpoints/last.ckpt").rename(checkpoint)
-    second = watch()
-    bert("trainer.max_steps=12", "schedule=constant", "guard.warmup_steps=2", f"resume={checkpoint}", *QUICK)
-    assert second.trainer is not None
-    assert second.trainer.global_step == 12
-    assert len(second.losses) == 4, "steps that were done are not done again"
-    assert second.positions == whole.positions[8 * 16 :], "the data starts over"
-    assert second.losses == pytest.approx(whole.losses[8:], rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ("seed=2", "seed was 1 and is now 2"),
-        ("optim.lr=1e-9", "optim was .*1e-09"),
-        ("data.batch_size=8", "effective batch size was 16 and is now 8"),
-    ],
-)
-def test_a_resumed_run_has_what_it_had(
-    compose: Any, text: Path, tmp_path: Path, bert: Go, change: str, named: str
-) -> None:
+def test_a_resumed_run_has_what_it_had(bert: Go, tmp_path: Path) -> None:
     bert("trainer.max_steps=2", *QUICK)
     checkpoint = tmp_path / "kept.ckpt"
     (tmp_path / "bert/checkpoints/last.ckpt").rename(checkpoint)
-    with pytest.raises(ConfigError, match=rf"resume: {named}.*a resumed run keeps it"):
-        bert("trainer.max_steps=4", *QUICK, change, f"resume={checkpoint}")
+    changes = {
+        "seed=2": "seed was 1 and is now 2",
+        "optim.lr=1e-9": "optim was .*1e-09",
+        "data.batch_size=8": "effective batch size was 16 and is now 8",
+    }
+    for change, named in changes.items():
+        with pytest.raises(ConfigError, match=rf"resume: {named}.*a resumed run keeps it"):
+            bert("trainer.max_steps=4", *QUICK, change, f"resume={checkpoint}")
 
 
 def test_micro_batches_make_one_optimizer_step(bert: Go, watch: Callable[[], Losses]) -> None:
@@ -239,8 +216,10 @@ def test_overfitting_sees_the_same_samples_again_and_again(bert: Go, watch: Call
     assert seen.trainer.datamodule.num_train_samples == 8
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
-@pytest.mark.parametrize("recipe", ["bert", "digits"])
+@pytest.mark.parametrize(
+    ("recipe", "precision"),
+    [("bert", "bf16-mixed"), ("bert", "bf16-true"), ("bert", "64-true"), ("digits", "bf16-mixed")],
+)
 def test_every_precision_trains(recipe: str, precision: str, request: pytest.FixtureRequest) -> None:
     go: Go = request.getfixturevalue(recipe)
     best = go(

@@ -5,10 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lion_lightning.training import peak_flops as module_under_test
-from lion_lightning.training import throughput
-from lion_lightning.training.peak_flops import peak_flops
-from lion_lightning.training.throughput import WARMUP_BATCHES, Throughput
+from lion_lightning.training import performance
+from lion_lightning.training.performance import WARMUP_BATCHES, Throughput, peak_flops
 
 FLOPS_PER_SAMPLE, TOKENS_PER_SAMPLE, PEAK = 6e6, 32, 1e12
 
@@ -31,8 +29,8 @@ class Module:
 def clock(monkeypatch):
     """Time that passes only when it is told to."""
     now = SimpleNamespace(seconds=100.0)
-    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
-    monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: PEAK)
+    monkeypatch.setattr(performance, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    monkeypatch.setattr(performance, "peak_flops", lambda device, precision: PEAK)
     return now
 
 
@@ -85,7 +83,7 @@ def test_images_have_no_tokens(clock):
 
 
 def test_a_device_that_nobody_knows_has_no_utilisation(clock, monkeypatch):
-    monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: None)
+    monkeypatch.setattr(performance, "peak_flops", lambda device, precision: None)
     assert "perf/mfu" not in train(Throughput(), [text(8)] * (WARMUP_BATCHES + 1), clock)
 
 
@@ -103,7 +101,7 @@ def test_what_was_seen_goes_on_after_a_resume(clock):
 def test_the_peak_of_a_cpu_is_the_best_of_some_matrix_products(monkeypatch, precision, dtype):
     ticks = iter([0.0, 0.4, 1.0, 1.1, 2.0, 2.3, 3.0, 3.2])
     multiplied = []
-    monkeypatch.setattr(module_under_test.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(performance.time, "perf_counter", lambda: next(ticks))
     monkeypatch.setattr(torch, "mm", lambda left, right: multiplied.append(left.dtype))
     assert peak_flops(torch.device("cpu"), precision) == pytest.approx(2 * 1024**3 / 0.1)
     assert multiplied == [dtype] * 4

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import wandb
 
-from lion_lightning.tracking.offline import find_runs, read_runs
-from lion_lightning.tracking.runs import Run
+from lion_lightning.tracking.runs import Run, find_runs, read_runs
 from lion_lightning.training.run import run
 
 SETTINGS = (

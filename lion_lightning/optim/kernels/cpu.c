@@ -6,11 +6,15 @@
  * elements first, then its odd ones. A block with a number that is not finite, or nearly not, is done again with care.
  *
  * Compile with -ffp-contract=off, as a fused multiply-add would differ from the other engines in the last bit. What is
- * computed is written down in rule.py, how it is stored in bits.py.
+ * computed is written down in rule.py, how it is stored in storage_formats.py.
  */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifndef _WIN32
+#include <pthread.h>
+#include <signal.h>
+#endif
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(NO_CLONES)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -53,7 +57,229 @@ typedef struct {
     double lr, beta1, rest1, beta2, rest2, weight_decay, grad_scale;
 } Task;
 
-#include "storage.c"
+/* The upper half of the pattern of 1, and the place of an int8 level in the upper half of such a pattern. */
+enum { ONE_HALF = ONE_PATTERN >> 16, LEVEL_SHIFT = 3 };
+
+/* Where a block lies, or a copy of the last, shorter one, filled up with zeros. */
+typedef struct {
+    char *param, *grad, *exp_avg, *remainder;
+    float *scale;
+} Block;
+
+/* Words and floats at any address. */
+typedef uint32_t __attribute__((aligned(1), may_alias)) Word;
+typedef float __attribute__((aligned(1), may_alias)) Float;
+typedef uint16_t __attribute__((aligned(1), may_alias)) Half;
+
+INLINE uint32_t pattern(float value) {
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    return word;
+}
+
+INLINE float number(uint32_t word) {
+    float value;
+    memcpy(&value, &word, 4);
+    return value;
+}
+
+/* The random word of storage_formats.py but for its last step, which leaves the upper half as it is: `lower_half` takes that step. */
+INLINE uint32_t random_word(uint32_t element, uint32_t key1, uint32_t key2) {
+    uint32_t word = element ^ key1;
+    word ^= word >> 16;
+    word *= 0x7FEB352Du;
+    word ^= word >> 15;
+    return (word + key2) * 0x846CA68Bu;
+}
+
+/* The lower half of a random word, moved up to where a level ends. */
+INLINE uint32_t lower_half(uint32_t word) {
+    return (word << LEVEL_SHIFT ^ word >> (16 - LEVEL_SHIFT)) & 0xFFFFu << LEVEL_SHIFT;
+}
+
+/* The decoders fill `value`, or return where the block lies as it is. */
+INLINE float *decode_float32(char *source, int paired, float *value) {
+    if (!paired) return (float *)source;
+    const Float *stored = (const Float *)source;
+    for (int i = 0; i < HALF; i++) value[i] = stored[2 * i], value[HALF + i] = stored[2 * i + 1];
+    return value;
+}
+
+INLINE void encode_float32(char *target, int paired, const float *value) {
+    Float *stored = (Float *)target;
+    if (paired)
+        for (int i = 0; i < HALF; i++) stored[2 * i] = value[i], stored[2 * i + 1] = value[HALF + i];
+    else
+        for (int i = 0; i < BLOCK; i++) stored[i] = value[i];
+}
+
+INLINE float *decode_bfloat16(const char *source, float *value) {
+    const Word *stored = (const Word *)source;
+    for (int i = 0; i < HALF; i++) {
+        value[i] = number(stored[i] << 16);
+        value[HALF + i] = number(stored[i] & UPPER);
+    }
+    return value;
+}
+
+/* Nearest bf16, ties to even, as torch casts. */
+INLINE uint32_t nearest_bfloat16(float value) {
+    uint32_t word = pattern(value);
+    return word + 0x7FFFu + ((word >> 16) & 1u);
+}
+
+INLINE void encode_bfloat16(char *target, const float *value, int careful) {
+    Word *stored = (Word *)target;
+    for (int i = 0; i < HALF; i++)
+        stored[i] = (nearest_bfloat16(value[i]) >> 16) | (nearest_bfloat16(value[HALF + i]) & UPPER);
+    if (careful)
+        for (int i = 0; i < BLOCK; i++)
+            if (value[i] != value[i]) ((uint16_t *)target)[i < HALF ? 2 * i : 2 * (i - HALF) + 1] = NAN_PATTERN >> 16;
+}
+
+INLINE float *decode_weight(const Task *task, const Block *block, int paired, float *weight) {
+    if (task->param_type == FLOAT32) return decode_float32(block->param, paired, weight);
+    if (task->weight_bits == 16) return decode_bfloat16(block->param, weight);
+    const Word *high = (const Word *)block->param, *low = (const Word *)block->remainder;
+    const Half *bytes = (const Half *)block->remainder;
+    if (task->weight_bits == 24)
+        for (int i = 0; i < HALF; i++) {
+            uint32_t pair = (uint32_t)(int16_t)bytes[i];
+            weight[i] = number((high[i] << 16) + (uint32_t)((int32_t)(pair << 24) >> 16));
+            weight[HALF + i] = number((high[i] & UPPER) + (pair & ~0xFFu));
+        }
+    else
+        for (int i = 0; i < HALF; i++) {
+            weight[i] = number((high[i] << 16) + (uint32_t)((int32_t)(low[i] << 16) >> 16));
+            weight[HALF + i] = number((high[i] & UPPER) + (uint32_t)((int32_t)low[i] >> 16));
+        }
+    return weight;
+}
+
+/* A weight zeroed from outside is zero: a remainder below zero beside it would make it one of these NaNs. */
+INLINE uint32_t mended(uint32_t word) { return (word & 0x7FFF8000u) == 0x7FFF8000u ? ~word & SIGN_BIT : word; }
+
+/* Saturates finite numbers at the largest bf16 number, keeps infinities, makes every NaN the same. */
+INLINE uint32_t ordinary(uint32_t word) {
+    uint32_t magnitude = word & ~SIGN_BIT, sign = word & SIGN_BIT;
+    if (magnitude > INFINITY_PATTERN) return NAN_PATTERN;
+    if (magnitude == INFINITY_PATTERN) return word;
+    return sign | (magnitude > BFLOAT16_MAX_PATTERN ? BFLOAT16_MAX_PATTERN : magnitude);
+}
+
+/* Stores new weights; leaves in them what was stored. */
+INLINE void encode_weight(const Task *task, const Block *block, int paired, float *weight, const uint32_t *random) {
+    if (task->param_type == FLOAT32) {
+        encode_float32(block->param, paired, weight);
+        return;
+    }
+    Word *high = (Word *)block->param, *low = (Word *)block->remainder;
+    Half *bytes = (Half *)block->remainder;
+    if (task->weight_bits == 32)
+        for (int i = 0; i < HALF; i++) {
+            uint32_t even = pattern(weight[i]), odd = pattern(weight[HALF + i]);
+            high[i] = ((even + 0x8000u) >> 16) | ((odd + 0x8000u) & UPPER);
+            low[i] = (even & ~UPPER) | (odd << 16);
+        }
+    else if (task->weight_bits == 24)
+        for (int i = 0; i < HALF; i++) {
+            uint32_t even = pattern(weight[i]) + (random[i] >> 24);
+            uint32_t odd = pattern(weight[HALF + i]) + (random[HALF + i] >> 24);
+            weight[i] = number(even & ~0xFFu), weight[HALF + i] = number(odd & ~0xFFu);
+            high[i] = ((even + 0x8000u) >> 16) | ((odd + 0x8000u) & UPPER);
+            bytes[i] = (uint16_t)((even >> 8 & 0xFFu) | (odd & 0xFF00u));
+        }
+    else
+        for (int i = 0; i < HALF; i++) {
+            uint32_t even = pattern(weight[i]) + (random[i] >> 16);
+            uint32_t odd = pattern(weight[HALF + i]) + (random[HALF + i] >> 16);
+            weight[i] = number(even & UPPER), weight[HALF + i] = number(odd & UPPER);
+            high[i] = (even >> 16) | (odd & UPPER);
+        }
+}
+
+/* |x| - 1 with the sign of x. */
+INLINE float less_one(uint32_t word) { return number(word) - number((word & SIGN_BIT) | ONE_PATTERN); }
+
+INLINE float *decode_momentum(const Task *task, const Block *block, int paired, float *momentum) {
+    if (task->exp_avg_type == FLOAT32) return decode_float32(block->exp_avg, paired, momentum);
+    if (task->exp_avg_type == BFLOAT16) return decode_bfloat16(block->exp_avg, momentum);
+    uint16_t bfloat[BLOCK]; /* 1 + |m| / scale with the sign of m */
+    for (int i = 0; i < BLOCK; i++) {
+        int16_t level = ((const int8_t *)block->exp_avg)[i];
+        int16_t sign = (int16_t)(level >> 15);
+        bfloat[i] = (uint16_t)((level << LEVEL_SHIFT ^ sign) + ((sign & 0x8001) ^ ONE_HALF));
+    }
+    const Word *pair = (const Word *)bfloat;
+    const float scale = *block->scale;
+    for (int i = 0; i < HALF; i++) {
+        momentum[i] = less_one(pair[i] << 16) * scale;
+        momentum[HALF + i] = less_one(pair[i] & UPPER) * scale;
+    }
+    return momentum;
+}
+
+/* The pattern of 1 + |m| / scale less that of 1, with the sign of m, and noise of 19 bits below what is kept of it. */
+INLINE uint32_t noisy_ratio(float momentum, float inverse, uint32_t random) {
+    float ratio = momentum * inverse + number((pattern(momentum) & SIGN_BIT) | ONE_PATTERN);
+    return pattern(ratio) + (lower_half(random) | (4u - ONE_PATTERN));
+}
+
+/* int8: rounded stochastically to the top of the pattern of 1 + |m| / scale; see storage_formats.py. `peak` is the largest |m|. No
+   level passes 127: the largest ratio is 248 and at most three units of its last place, the noise at most 2^19 - 4. */
+INLINE void quantize(const Block *block, int count, const float *momentum, uint32_t peak, const uint32_t *random) {
+    int8_t *level = (int8_t *)block->exp_avg;
+    float scale = number(peak) / LARGEST_LEVEL;
+    if (!(scale < INFINITY)) {
+        *block->scale = NAN;
+        memset(level, 0, (size_t)count);
+        return;
+    }
+    float inverse = scale < 1.17549435e-38f ? 0.0f : 1.0f / scale;
+    *block->scale = inverse == 0.0f ? 0.0f : scale;
+    uint16_t bfloat[BLOCK];
+    for (int i = 0; i < HALF; i++)
+        ((Word *)bfloat)[i] = noisy_ratio(momentum[i], inverse, random[i]) >> 16 |
+                              (noisy_ratio(momentum[HALF + i], inverse, random[HALF + i]) & UPPER);
+    for (int i = 0; i < BLOCK; i++) {
+        uint16_t magnitude = (uint16_t)((bfloat[i] & 0x7FFF) >> LEVEL_SHIFT);
+        level[i] = (int8_t)(bfloat[i] & 0x8000 ? -magnitude : magnitude);
+    }
+}
+
+INLINE void prefetch(const char *address, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += CACHE_LINE_BYTES) __builtin_prefetch(address + i);
+}
+
+static const int BYTES[] = {4, 8, 2, 1};
+
+INLINE int remainder_bytes(const Task *task) { return (int)(task->weight_bits - 16) / 8; }
+
+INLINE Block block_at(const Task *task, int64_t start) {
+    Block block;
+    block.param = task->param + BYTES[task->param_type] * start;
+    block.grad = (char *)task->grad + BYTES[task->grad_type] * start;
+    block.exp_avg = task->exp_avg + BYTES[task->exp_avg_type] * start;
+    block.remainder = task->remainder ? task->remainder + remainder_bytes(task) * start : 0;
+    block.scale = task->scale ? task->scale + start / BLOCK : 0;
+    return block;
+}
+
+INLINE void draw(const Task *task, int64_t start, uint32_t *random) {
+    uint32_t first = (uint32_t)(task->offset + start), key1 = (uint32_t)task->key1, key2 = (uint32_t)task->key2;
+    for (int i = 0; i < HALF; i++) {
+        random[i] = random_word(first + 2 * (uint32_t)i, key1, key2);
+        random[HALF + i] = random_word(first + 2 * (uint32_t)i + 1, key1, key2);
+    }
+}
+
+/* Copies between a block and another of the same tensor. */
+INLINE void copy_block(const Task *task, int count, Block *target, const Block *source, int with_grad) {
+    memcpy(target->param, source->param, (size_t)(BYTES[task->param_type] * count));
+    if (with_grad) memcpy(target->grad, source->grad, (size_t)(BYTES[task->grad_type] * count));
+    memcpy(target->exp_avg, source->exp_avg, (size_t)(BYTES[task->exp_avg_type] * count));
+    if (task->remainder) memcpy(target->remainder, source->remainder, (size_t)(remainder_bytes(task) * count));
+}
 
 /* The rule of rule.py on one block of `count` elements, filled up with zeros; u stays a NaN where c is one. */
 #define DEFINE_RULE(real, name)                                                                                      \
@@ -119,12 +345,12 @@ INLINE void add_lanes(const Lanes *lanes, double *row) {
     }
 }
 
-/* As in telemetry.py, for the block at element `start`. */
+/* As in rule.py, for the block at element `start`. */
 INLINE int is_observed(const Task *task, int64_t start) {
     return (uint32_t)(start / BLOCK) * 0x9E3779B9u < task->observed_below;
 }
 
-/* What telemetry.py counts; `stored` is the new weight after rounding to its storage. */
+/* What rule.py counts; `stored` is the new weight after rounding to its storage. */
 #define DEFINE_OBSERVE(real, name, magnitude)                                                                        \
     INLINE void name(const Task *task, Lanes *lanes, const real *weight, const real *grad, const real *momentum,     \
                      const real *stored, const real *new_momentum, const real *update) {                             \
@@ -297,21 +523,53 @@ CLONES static int64_t run_double(const Task *task, int64_t start, int64_t stop, 
     return nonfinite;
 }
 
-/* Takes chunks from a counter shared between threads until none is left; adds to the count of non-finite gradients. */
-void lion_step(const Task *tasks, int64_t task_count, int64_t chunk_count, int64_t *next_chunk, int64_t *nonfinite) {
+/* One step: what its threads share. */
+typedef struct {
+    const Task *tasks;
+    int64_t task_count, chunk_count, next_chunk;
+    int64_t *nonfinite;
+} Step;
+
+/* Takes chunks from the shared counter until none is left; adds to the count of non-finite gradients. */
+static void *run_chunks(void *argument) {
+    Step *step = argument;
     int64_t chunk, task = 0;
-    while ((chunk = __atomic_fetch_add(next_chunk, 1, __ATOMIC_RELAXED)) < chunk_count) {
-        while (task + 1 < task_count && tasks[task + 1].first_chunk <= chunk) task++;
-        const Task *current = tasks + task;
+    while ((chunk = __atomic_fetch_add(&step->next_chunk, 1, __ATOMIC_RELAXED)) < step->chunk_count) {
+        while (task + 1 < step->task_count && step->tasks[task + 1].first_chunk <= chunk) task++;
+        const Task *current = step->tasks + task;
         int64_t start = (chunk - current->first_chunk) * CHUNK;
         int64_t stop = start + CHUNK < current->count ? start + CHUNK : current->count;
         double *row = current->statistics ? current->statistics + STATISTICS * (chunk - current->first_chunk) : 0;
         int64_t found = (current->param_type == FLOAT64 ? run_double : run_float)(current, start, stop, row);
         if (row) row[NONFINITE] += (double)found;
-        if (found) __atomic_fetch_add(nonfinite, found, __ATOMIC_RELAXED);
+        if (found) __atomic_fetch_add(step->nonfinite, found, __ATOMIC_RELAXED);
     }
+    return 0;
+}
+
+/* Runs a step on up to `threads` threads, the calling one included, and returns when all have ended: no thread outlives
+ * the call, so interrupts, exits and forks meet none. Where the system grants no thread the others do its work. Threads
+ * block all signals, which stay with the threads of the caller. */
+void lion_step(const Task *tasks, int64_t task_count, int64_t chunk_count, int64_t threads, int64_t *nonfinite) {
+    Step step = {tasks, task_count, chunk_count, 0, nonfinite};
+#ifndef _WIN32
+    enum { LARGEST = 256 };
+    pthread_t others[LARGEST];
+    int64_t started = 0;
+    sigset_t all, before;
+    sigfillset(&all);
+    if (threads > 1 && pthread_sigmask(SIG_SETMASK, &all, &before) == 0) {
+        while (started < threads - 1 && started < LARGEST &&
+               pthread_create(others + started, 0, run_chunks, &step) == 0)
+            started++;
+        pthread_sigmask(SIG_SETMASK, &before, 0);
+    }
+    run_chunks(&step);
+    while (started) pthread_join(others[--started], 0);
+#else
+    (void)threads;
+    run_chunks(&step);
+#endif
 }
 
 int64_t lion_task_bytes(void) { return sizeof(Task); }
-
-#include "measures.c"

@@ -1,38 +1,53 @@
-"""The cpu engine: cpu.c through ctypes from a few Python threads, which run in parallel as ctypes drops the GIL."""
+"""The cpu engine: cpu.c through ctypes. A step is one call, whose threads begin and end in C.
+
+The compiled library comes with the package, or is built on first use into the user's cache,
+`$XDG_CACHE_HOME/lion_lightning` (by default `~/.cache/lion_lightning`). A file there is named after a hash of source,
+compiler and flags and appears by an atomic rename, so that several processes may build it at the same time.
+"""
 
 import ctypes
+import functools
+import hashlib
+import importlib.machinery
+import logging
 import os
+import platform
+import shutil
 import struct
+import subprocess
+import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lion_lightning.optim import telemetry
-from lion_lightning.optim.kernels import library, rule, storage_formats
-from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
+from lion_lightning.optim.kernels import rule, storage_formats
+from lion_lightning.optim.kernels.rule import TensorUpdate
+
+SOURCE = Path(__file__).with_name("cpu.c")
+FLAGS = (
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
+    "-pthread",
+)
+COMPILE_TIMEOUT_SECONDS = 120
+STALE_SECONDS = 60
 
 CHUNK_ELEMENTS = 262_144
 CAUTIOUS_FLAG, SKIP_NONFINITE_FLAG = 1, 2
-GRAD_TYPES = (torch.float32, torch.bfloat16)
+NARROW = (torch.float32, torch.bfloat16)
+DOUBLE = (torch.float64, torch.float64, torch.float64)
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.int8: 3}
+TASK = struct.Struct("19q7d")
+"""The fields of Task in cpu.c, in order."""
 
-_TENSOR = struct.Struct("19q")
-_NUMBERS = struct.Struct("7d")  # together the fields of Task in cpu.c, in order
-
-
-@dataclass
-class Tasks:
-    """The updates of a step as cpu.c reads them. Good for as long as the tensors stay where they are."""
-
-    updates: Sequence[TensorUpdate]
-    table: bytes
-    """One Task for each update."""
-    chunks: int
-    rows: list[tuple[TensorUpdate, Tensor]]
-    """Sums of chunks, to be added up for telemetry."""
+log = logging.getLogger(__name__)
 
 
 class CpuEngine:
@@ -40,78 +55,45 @@ class CpuEngine:
 
     name = "cpu"
 
-    def __init__(self) -> None:
-        self._threads: ThreadPoolExecutor | None = None
-        self._thread_count = 0
-
     def objection(self, update: TensorUpdate) -> str | None:
-        param, grad, exp_avg = update.param.dtype, update.grad.dtype, update.exp_avg.dtype
-        if param == torch.float64 and not param == grad == exp_avg:
-            return f"float64 parameters need gradients and momentum of float64, got {grad} and {exp_avg}"
-        if grad not in GRAD_TYPES and grad != param:
-            return f"gradients of {grad} for parameters of {param} are not supported"
-        if library.load() is None:
+        misfit = update.misfit()
+        if misfit is not None:
+            return misfit
+        dtypes = param, grad, exp_avg = update.param.dtype, update.grad.dtype, update.exp_avg.dtype
+        if dtypes != DOUBLE and (param not in NARROW or grad not in NARROW or exp_avg not in (*NARROW, torch.int8)):
+            if param == torch.float64:
+                return f"float64 parameters need gradients and momentum of float64, got {grad} and {exp_avg}"
+            return f"gradients of {grad} and momentum of {exp_avg} for parameters of {param} are not supported"
+        if load() is None:
             return "cpu.c could not be compiled"
         return None
 
-    def step(self, updates: Sequence[TensorUpdate], nonfinite: Tensor, tasks: "Tasks | None" = None) -> None:
-        """Takes the step; `tasks` are those of the same updates, where they have been written before."""
-        if tasks is None or updates[0].statistics is not None:  # which came later
-            tasks = self.tasks(updates)
-        self._run(tasks, nonfinite)
-        for update, row in tasks.rows:
-            assert update.statistics is not None
-            update.statistics += row.sum(0)
-
-    def tasks(self, updates: Sequence[TensorUpdate]) -> "Tasks":
-        """What cpu.c is to do for the updates."""
-        table, chunks = bytearray(), 0
-        rows: list[tuple[TensorUpdate, Tensor]] = []
-        numbers: dict[tuple[int, torch.dtype], bytes] = {}
+    def step(self, updates: Sequence[TensorUpdate], nonfinite: Tensor) -> None:
+        table, first_chunk = bytearray(), 0
+        chunk_rows: list[tuple[Tensor, Tensor]] = []
         for update in updates:
-            count = -(-update.param.numel() // CHUNK_ELEMENTS)
+            chunks = -(-update.param.numel() // CHUNK_ELEMENTS)
             row = update.statistics
-            if row is not None and count > 1:  # chunks are added up afterwards: threads share none
-                row = torch.zeros(count, telemetry.STATISTICS, dtype=torch.float64)
-                rows.append((update, row))
-            key = id(update.settings), update.param.dtype
-            if key not in numbers:
-                numbers[key] = _numbers(update.settings, update.param.dtype)
-            table += _tensor(update, chunks, row)
-            table += numbers[key]
-            chunks += count
-        return Tasks(updates, bytes(table), chunks, rows)
-
-    def _run(self, tasks: "Tasks", nonfinite: Tensor) -> None:
-        """Calls cpu.c from every thread; the calling one takes its share."""
-        compiled = library.load()
-        assert compiled is not None, "objection() was not asked"
-        next_chunk = ctypes.c_int64(0)
-        arguments = tasks.table, len(tasks.updates), tasks.chunks, ctypes.addressof(next_chunk), nonfinite.data_ptr()
-        threads = min(torch.get_num_threads(), tasks.chunks)
-        others = [self._pool(threads - 1).submit(compiled.lion_step, *arguments) for _ in range(threads - 1)]
-        compiled.lion_step(*arguments)
-        for other in others:
-            other.result()
-
-    def _pool(self, threads: int) -> ThreadPoolExecutor:
-        if self._threads is None or self._thread_count < threads:
-            if self._threads is not None:
-                self._threads.shutdown()
-            self._threads = ThreadPoolExecutor(threads, thread_name_prefix="lion")
-            self._thread_count = threads
-        return self._threads
-
-    def forget_threads(self) -> None:
-        """A forked child has none of its parent's threads."""
-        self._threads = None
+            if update.statistics is not None and chunks > 1:  # threads share no row
+                row = torch.zeros(chunks, rule.STATISTICS, dtype=torch.float64)
+                chunk_rows.append((update.statistics, row))
+            table += _task(update, first_chunk, row)
+            first_chunk += chunks
+        compiled = load()
+        assert compiled is not None, "objection() was not consulted"
+        threads = min(torch.get_num_threads(), first_chunk)
+        # No Python runs until all threads have ended: an interrupt surfaces when nothing is written any more.
+        compiled.lion_step(bytes(table), len(updates), first_chunk, threads, nonfinite.data_ptr())
+        for total, row in chunk_rows:
+            total += row.sum(0)
 
 
-def _tensor(update: TensorUpdate, first_chunk: int, row: Tensor | None) -> bytes:
-    """The first part of the Task of cpu.c: what belongs to one tensor."""
+def _task(update: TensorUpdate, first_chunk: int, row: Tensor | None) -> bytes:
+    """The Task of cpu.c for one tensor."""
     settings = update.settings
     keys = storage_formats.random_keys(settings.seed, settings.step, update.index) if update.is_random else (0, 0)
-    return _TENSOR.pack(
+    arithmetic = torch.float64 if update.param.dtype == torch.float64 else torch.float32
+    return TASK.pack(
         update.param.data_ptr(),
         update.exp_avg.data_ptr(),
         update.grad.data_ptr(),
@@ -128,32 +110,71 @@ def _tensor(update: TensorUpdate, first_chunk: int, row: Tensor | None) -> bytes
         TYPES[update.grad.dtype],
         TYPES[update.exp_avg.dtype],
         settings.weight_bits,
-        _flags(settings),
+        CAUTIOUS_FLAG * settings.cautious + SKIP_NONFINITE_FLAG * settings.skip_nonfinite,
         *keys,
-    )
-
-
-def _numbers(settings: Settings, param_dtype: torch.dtype) -> bytes:
-    """The other part: the numbers of one parameter group."""
-    return _NUMBERS.pack(
         settings.lr,
         settings.beta1,
         1 - settings.beta1,
         settings.beta2,
         1 - settings.beta2,
         settings.weight_decay,
-        rule.gradient_factor(settings, torch.float64 if param_dtype == torch.float64 else torch.float32),
+        rule.gradient_factor(settings, arithmetic),
     )
-
-
-def _flags(settings: Settings) -> int:
-    return CAUTIOUS_FLAG * settings.cautious + SKIP_NONFINITE_FLAG * settings.skip_nonfinite
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """The compiled library; None, with one warning in the log, where it can neither be found nor built."""
+    problems = []
+    for find in (installed, cached):
+        try:
+            library = ctypes.CDLL(str(find()))
+            pointer, number = ctypes.c_void_p, ctypes.c_int64
+            library.lion_step.argtypes, library.lion_step.restype = (pointer, number, number, number, pointer), None
+            library.lion_task_bytes.argtypes, library.lion_task_bytes.restype = (), number
+            return library
+        except (OSError, RuntimeError, subprocess.SubprocessError, AttributeError) as error:
+            problems.append(f"{find.__name__}: {error}")
+    log.warning("Lion's CPU engine is not available, the slower eager engine serves instead (%s)", "; ".join(problems))
+    return None
+
+
+def installed() -> Path:
+    """The extension module beside this file; a FileNotFoundError where there is none or the source is newer."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = SOURCE.with_name("_cpu" + suffix)
+        # An editable installation keeps its extension when the source is edited. A wheel writes both within seconds.
+        if path.exists() and path.stat().st_mtime > SOURCE.stat().st_mtime - STALE_SECONDS:
+            return path
+    raise FileNotFoundError("not built with the package")
+
+
+def cached() -> Path:
+    """The library in the user's cache, compiled if it is missing there."""
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise FileNotFoundError("no C compiler (cc, gcc, clang or $CC)")
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=COMPILE_TIMEOUT_SECONDS, check=True)
+    parts = (SOURCE.read_bytes(), version.stdout, " ".join(FLAGS).encode(), platform.machine().encode())
+    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")) / "lion_lightning"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / f"cpu-{digest}.so"
+    if path.exists():
+        return path
+    descriptor, unfinished = tempfile.mkstemp(dir=folder, suffix=".so")
+    os.close(descriptor)
+    try:
+        command = [compiler, *FLAGS, "-o", unfinished, str(SOURCE), "-lm"]
+        subprocess.run(command, capture_output=True, timeout=COMPILE_TIMEOUT_SECONDS, check=True)
+        os.replace(unfinished, path)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+    return path
+
+
 engine = CpuEngine()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=engine.forget_threads)

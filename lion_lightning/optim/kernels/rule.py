@@ -1,4 +1,4 @@
-"""The Lion rule on plain tensors: what every engine computes, and the objects that an engine is handed.
+"""The Lion rule on plain tensors, the sums that telemetry takes of it, and the objects that an engine is given.
 
 For gradient g, momentum m, parameter p, learning rate eta, betas (b1, b2) and decoupled weight decay lam:
 
@@ -21,6 +21,13 @@ from lion_lightning.optim.kernels.storage_formats import BLOCK_ELEMENTS
 
 CAUTIOUS_LIMIT = 2.0
 """With `cautious`, no element moves further than this multiple of lr (and its decay)."""
+
+UNMOVED, ZERO, AGREE, MOMENTUM_SQUARED, WEIGHT_SQUARED, NEAR_BOUND, DECAY, NONFINITE, FLIPPED = range(9)
+STATISTICS = 9
+"""Length of a row of sums; the order is that of the enumeration in cpu.c."""
+
+BOUND_SHARE = 0.9
+"""Lion solves min f with |p| <= 1/weight_decay; weights beyond this share of the bound are counted."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,9 @@ class TensorUpdate:
     kind: str = "matrix"
     """"scalar", "vector" or "matrix" (two dimensions and more), for telemetry."""
     statistics: Tensor | None = None
-    """Where not None, a row of sums (float64; see telemetry.py) that the engine adds to."""
+    """Where not None, a row of sums (float64; see `observe`) that the engine adds to."""
     observed_below: int = 0
-    """With statistics: which blocks the sums are of (`telemetry.is_observed`)."""
+    """With statistics: which blocks the sums cover (see `is_observed`)."""
     signs: Tensor | None = None
     """With statistics: int8 signs of u at the last sample, of every `sign_stride`-th element from `sign_start` on."""
     sign_stride: int = 1
@@ -106,6 +113,22 @@ class TensorUpdate:
             start=self.start + start,
         )
 
+    def misfit(self) -> str | None:
+        """Why engines that take addresses cannot trust the tensors, as the end of a sentence; None if they fit."""
+        count, remainder, scale = self.param.numel(), self.weight_remainder, self.exp_avg_scale
+        if not self.grad.numel() == self.exp_avg.numel() == count:
+            return f"gradient and momentum of {self.grad.numel()} and {self.exp_avg.numel()} elements for {count}"
+        low = {32: torch.int16, 24: torch.int8}.get(self.settings.weight_bits)
+        low = low if self.param.dtype == torch.bfloat16 else None
+        kept = (None, count) if remainder is None else (remainder.dtype, remainder.numel())
+        if kept != (low, count):
+            return f"weight_remainder is not of {low} with {count} elements"
+        if (self.exp_avg.dtype == torch.int8) != (scale is not None):
+            return "exp_avg_scale belongs to an exp_avg of int8"
+        if scale is not None and (scale.dtype != torch.float32 or scale.numel() * BLOCK_ELEMENTS < count):
+            return "exp_avg_scale does not have a float32 number for each block"
+        return None
+
     @property
     def is_random(self) -> bool:
         """Whether what is stored is rounded stochastically."""
@@ -118,18 +141,6 @@ class TensorUpdate:
             return None
         keys = storage_formats.random_keys(self.settings.seed, self.settings.step, self.index)
         return storage_formats.random_bits(keys, self.offset, self.param.numel(), self.param.device)
-
-
-def mixture(grad: Tensor, momentum: Tensor, settings: Settings) -> Tensor:
-    """c, the interpolation of momentum and gradient."""
-    mixed = momentum * settings.beta1
-    mixed += grad * (1 - settings.beta1)
-    return mixed
-
-
-def direction(mixed: Tensor) -> Tensor:
-    """u, before caution: the sign of c; a NaN stays one, where torch's sign makes it 0."""
-    return torch.where(mixed.isnan(), mixed, mixed.sign())
 
 
 def caution(update: Tensor, grad: Tensor) -> Tensor:
@@ -147,31 +158,19 @@ def caution(update: Tensor, grad: Tensor) -> Tensor:
     return update * torch.where(mask, factor, 0.0)
 
 
-def moved(weight: Tensor, update: Tensor, settings: Settings) -> Tensor:
-    """The weight after step and decay, given u."""
-    change = weight * settings.weight_decay
-    change += update
-    change *= settings.lr
-    return torch.sub(weight, change, out=change)
-
-
-def averaged(momentum: Tensor, grad: Tensor, settings: Settings) -> Tensor:
-    """The momentum after the step."""
-    new_momentum = momentum * settings.beta2
-    new_momentum += grad * (1 - settings.beta2)
-    return new_momentum
-
-
 def ruled(weight: Tensor, grad: Tensor, momentum: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """The rule, in the precision of its arguments; gradients that are not finite propagate.
 
     Returns:
         New weight, new momentum, and u.
     """
-    update = direction(mixture(grad, momentum, settings))
+    mixed = momentum * settings.beta1 + grad * (1 - settings.beta1)
+    update = torch.where(mixed.isnan(), mixed, mixed.sign())  # torch's sign of NaN is 0
     if settings.cautious:
         update = caution(update, grad)
-    return moved(weight, update, settings), averaged(momentum, grad, settings), update
+    new_weight = weight - (weight * settings.weight_decay + update) * settings.lr
+    new_momentum = momentum * settings.beta2 + grad * (1 - settings.beta2)
+    return new_weight, new_momentum, update
 
 
 def gradient_factor(settings: Settings, dtype: torch.dtype) -> float | Tensor:
@@ -182,3 +181,58 @@ def gradient_factor(settings: Settings, dtype: torch.dtype) -> float | Tensor:
     if settings.grad_scale == 1.0:
         return sign
     return sign * torch.tensor(settings.grad_scale, dtype=dtype).reciprocal().item()
+
+
+def is_observed(block: Tensor, below: int) -> Tensor:
+    """Whether telemetry sums include a block of 256 elements.
+
+    Multiples of the golden ratio spread the observed blocks evenly, whatever the width of the matrix, and always
+    include the first. Observing all of them would cost a third of the time of a step on a CPU.
+
+    Args:
+        block: int64 numbers of blocks within the tensor.
+        below: share of the blocks that are observed, of 2^32.
+
+    Returns:
+        bool, shaped as `block`.
+    """
+    return (block * storage_formats.GOLDEN & storage_formats.WORD_MASK) < below
+
+
+def observe(
+    update: TensorUpdate,
+    values: tuple[Tensor, Tensor, Tensor],
+    new_values: tuple[Tensor, Tensor],
+    direction: Tensor,
+) -> None:
+    """Adds an update's observed elements to `update.statistics`, and compares and refreshes its sampled signs.
+
+    Args:
+        update: has statistics; the count of gradients that are not finite is added elsewhere.
+        values: weight, unscaled gradient with the sign to descend along, and momentum, before the step; shape (n,).
+        new_values: the weight as it reads back from storage, and the momentum, after the step; shape (n,).
+        direction: u, after caution; 0 where the element was skipped; shape (n,).
+    """
+    assert update.statistics is not None
+    if update.signs is not None and update.signs.numel():
+        signs = direction[update.sign_start :: update.sign_stride].sign()
+        update.statistics[FLIPPED] += (update.signs * signs < 0).sum()
+        update.signs.copy_(signs)
+    settings, count = update.settings, update.param.numel()
+    first, last = update.start // BLOCK_ELEMENTS, -(-(update.start + count) // BLOCK_ELEMENTS)
+    blocks = is_observed(torch.arange(first, last, device=update.param.device), update.observed_below)
+    seen = blocks.repeat_interleave(BLOCK_ELEMENTS)[:count]
+    weight, grad, momentum, stored, new_momentum, direction = (
+        tensor[seen] for tensor in (*values, *new_values, direction)
+    )
+    bound = BOUND_SHARE / settings.weight_decay if settings.weight_decay > 0 else torch.inf
+    sums = (
+        stored == weight,
+        direction == 0,
+        momentum * grad > 0,
+        new_momentum * new_momentum,
+        weight * weight,
+        weight.abs() > bound,
+        (weight - stored - direction * settings.lr) * weight,
+    )
+    update.statistics[: len(sums)] += torch.stack([value.sum(dtype=update.statistics.dtype) for value in sums])

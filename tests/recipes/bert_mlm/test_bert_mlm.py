@@ -8,8 +8,8 @@ from small_bert import LENGTH, batch_of, build
 from transformers import BertConfig, ModernBertConfig, ResNetConfig, pipeline
 
 from lion_lightning.errors import ConfigError
+from lion_lightning.hyperparams import cosine
 from lion_lightning.optim import Lion
-from lion_lightning.schedules import cosine
 from recipes.bert_mlm.data import TextBlocks
 from recipes.bert_mlm.masking import Masking
 from recipes.bert_mlm.module import VALIDATION, VALIDATION_SEED, BertMLM

@@ -11,7 +11,7 @@ from torch.nn.functional import one_hot
 from transformers import BertConfig, PretrainedConfig, pipeline
 
 from lion_lightning.errors import ConfigError
-from lion_lightning.training.checkpoint_io import load
+from lion_lightning.training.checkpoint.files import load
 from lion_lightning.training.run import run
 from recipes.bert_mlm.data import TextBlocks
 from recipes.image_classification.data import ImageArrays

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageClassification, TimmWrapperConfig, ViT
 
 import recipes.image_classification.module as module
 from lion_lightning.errors import ConfigError
-from lion_lightning.training.instantiate import instantiate
+from lion_lightning.training.build import instantiate
 from recipes.image_classification.module import build_model, forward_flops
 from recipes.image_classification.sources import Digits
 from tests.recipes.small_images import build, prepared

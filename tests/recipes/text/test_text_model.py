@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import recipes.text.model as options_module
 from lion_lightning.errors import ConfigError
-from lion_lightning.training.instantiate import instantiate
+from lion_lightning.training.build import instantiate
 from recipes.bert_mlm.data import TextBlocks
 from recipes.bert_mlm.masking import Masking
 from recipes.bert_mlm.model import hidden_logits, hidden_loss

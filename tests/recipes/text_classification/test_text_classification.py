@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, ModernBertConfig, PretrainedConfig, ResNetConfig, pipeline
 
 from lion_lightning.errors import ConfigError
+from lion_lightning.hyperparams import cosine
 from lion_lightning.optim import Lion
-from lion_lightning.schedules import cosine
 from recipes.bert_mlm.data import TextBlocks
 from recipes.text.model import ModelOptions
 from recipes.text_classification.data import LabeledTexts

@@ -1,0 +1,427 @@
+"""The rules of the guard: their limits, what they look at, and when each of them reports a symptom.
+
+Plain Python on numbers that are the same on every rank: a decision is a function of the readings and the saved state.
+"""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Limits of the rules. docs/guard.md has the measured false-alarm rate and delay of each default.
+
+    Steps are optimizer steps. Raises ValueError for a limit that is not above 0.
+    """
+
+    window: int = 128
+    """Steps over which the medians of gradient norm, loss and flip rate are taken."""
+    armed_after: int = 32
+    """Steps seen before a rule that compares with a median may act."""
+    outlier_z: float = 8.0
+    """Robust z of the log norm (median, median absolute deviation) beyond which a step is clipped ..."""
+    outlier_ratio: float = 3.0
+    """... if the norm is also above this multiple of the median norm, to which it is clipped."""
+    loss_z: float = 10.0
+    """Robust z of a step's loss beyond which the step is skipped."""
+    nonfinite_steps: int = 4
+    """Skipped steps in a row after which the weights themselves are checked."""
+    nonfinite_limit: int = 64
+    """Skipped steps in a row after which the run stops, though its weights are healthy."""
+    poison_ratio: float = 0.25
+    """Share of its median that the flip rate of the update's sign has to fall below ..."""
+    poison_steps: int = 5
+    """... for this many steps in a row to conclude that the momentum is stuck."""
+    fast_half_life: float = 10.0
+    slow_half_life: float = 100.0
+    """Half-lives of the two averages of the loss, in steps."""
+    divergence_sigmas: float = 4.0
+    divergence_share: float = 0.1
+    """The fast average diverges above the best slow one by the larger of so many deviations and this share of it ..."""
+    divergence_steps: int = 20
+    """... for this many steps in a row."""
+    snapshot_every: int = 100
+    snapshots: int = 3
+    """Spacing in steps and number of the snapshots kept in host memory."""
+    proven_after: int = 100
+    """Healthy steps after a snapshot before a run may be rewound to it."""
+    horizon: int = 1000
+    """Healthy steps after which earlier recoveries are forgotten."""
+    dead: float = 0.10
+    """Share of elements that move without a gradient."""
+    unmoved: float = 0.50
+    """Share of weights that a step does not change."""
+    near_bound: float = 0.05
+    """Share of weights beyond 0.9 / weight_decay."""
+    cosine: float = 0.05
+    """Least cosine between update and gradient."""
+    gauge_half_life: float = 50.0
+    """Half-life of the averages compared with the last four limits, in samples of each."""
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if not value > 0:
+                raise ValueError(f"thresholds.{entry.name} must be above 0, got {value}")
+            if entry.type is int and not isinstance(value, int):
+                raise ValueError(f"thresholds.{entry.name} must be a whole number, got {value}")
+
+
+@dataclass(slots=True)
+class Reading:
+    """The measurements of one optimizer step, over all ranks. NaN stands for what was not measured.
+
+    Attributes:
+        loss: mean over the samples of the micro-batches that have ended since the step before.
+        grad_norm: of the gradient before any clipping.
+        factor: the gate divided the gradients by it.
+        skipped: whether the gate let the step change nothing.
+        norm_z, loss_z: robust z of the log norm and of the loss of the same step.
+        backward_loss: argument of backward, summed over the step's micro-batches, mean over ranks.
+        flip_rate: share of sampled coordinates whose update changed its sign since the step before.
+        cosine: between update and gradient, over the sampled coordinates.
+        dead: share of sampled coordinates that move though their gradient is exactly 0.
+        bad_ranks: ranks whose loss was not finite.
+        step: number of the step, from 1 on.
+        batch_size: samples of the step.
+        micro_norm: gradient norm of its first micro-batch alone, of `micro_batch_size` samples.
+    """
+
+    loss: float = math.nan
+    grad_norm: float = math.nan
+    factor: float = 1.0
+    skipped: bool = False
+    norm_z: float = math.nan
+    loss_z: float = math.nan
+    backward_loss: float = math.nan
+    flip_rate: float = math.nan
+    cosine: float = math.nan
+    dead: float = math.nan
+    bad_ranks: tuple[int, ...] = ()
+    step: int = 0
+    batch_size: int = 0
+    micro_norm: float = math.nan
+    micro_batch_size: int = 0
+
+    @property
+    def level(self) -> float:
+        """The loss of this step where its size compares from step to step, else that of the micro-batches before."""
+        return self.backward_loss if math.isfinite(self.backward_loss) else self.loss
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.grad_norm) and not self.bad_ranks
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """Something that a rule has seen.
+
+    Attributes:
+        kind: outlier, bad_loss, bad_losses, nonfinite, nonfinite_loss, poison, divergence, dead,
+             unmoved, near_bound or cosine.
+        message: what was seen and why it matters.
+    """
+
+    kind: str
+    message: str
+
+
+class Stateful:
+    """State of plain types, restored exactly: the attributes named in `STATE`."""
+
+    STATE: ClassVar[tuple[str, ...]] = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in self.STATE}
+        return {name: _saved(value) for name, value in values.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self.STATE:
+            current = getattr(self, name)
+            if isinstance(current, Stateful):
+                current.load_state_dict(state[name])
+            else:
+                is_window = isinstance(current, deque)
+                setattr(self, name, deque(state[name], current.maxlen) if is_window else state[name])
+
+
+def _saved(value: Any) -> Any:
+    if isinstance(value, Stateful):
+        return value.state_dict()
+    return list(value) if isinstance(value, deque) else value
+
+
+class Average(Stateful):
+    """Exponential moving average with a half-life in observations, without the bias of its start."""
+
+    STATE = ("count", "total", "weight")
+
+    def __init__(self, half_life: float) -> None:
+        self._keep = 0.5 ** (1 / half_life)
+        self.count, self.total, self.weight = 0, 0.0, 0.0
+
+    def add(self, value: float) -> float:
+        self.count += 1
+        self.total = self._keep * self.total + (1 - self._keep) * value
+        self.weight = self._keep * self.weight + (1 - self._keep)
+        return self.value
+
+    @property
+    def value(self) -> float:
+        """NaN before the first observation."""
+        return self.total / self.weight if self.weight else math.nan
+
+
+class StuckMomentum(Stateful):
+    """Sees a momentum that one huge gradient has filled: the sign of the update, which flips at a steady rate, freezes.
+
+    The outlier outweighs all gradients that follow; the loss does not show it.
+    """
+
+    STATE = ("rates", "low_steps")
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        self.thresholds = thresholds
+        self.rates: deque[float] = deque(maxlen=thresholds.window)
+        self.low_steps = 0
+
+    def observe(self, flip_rate: float) -> bool:
+        """Takes in a step's flip rate; True at the step that completes a run of low rates."""
+        if not math.isfinite(flip_rate):
+            return False
+        limits = self.thresholds
+        armed = len(self.rates) >= limits.armed_after
+        if armed and flip_rate < limits.poison_ratio * statistics.median(self.rates):
+            self.low_steps += 1
+        else:
+            self.low_steps = 0
+            self.rates.append(flip_rate)
+        return self.low_steps == limits.poison_steps
+
+
+NORMAL_FROM_MEDIAN_DIFFERENCE = 1.4826 / math.sqrt(2)
+"""Standard deviation of independent normal values over the median absolute difference of neighbours."""
+
+
+class Divergence(Stateful):
+    """Sees a loss that has left its best level: a fast average well above the best slow one, step after step.
+
+    The noise of a step's loss is estimated from the differences of neighbours, which do not depend on the trend of the
+    loss, and by their median, which a few bad steps do not move.
+    """
+
+    STATE = ("fast", "slow", "differences", "last", "best", "high_steps")
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        self.thresholds = thresholds
+        self.fast, self.slow = Average(thresholds.fast_half_life), Average(thresholds.slow_half_life)
+        self.differences: deque[float] = deque(maxlen=thresholds.window)
+        self.last, self.best = math.nan, math.inf
+        self.high_steps = 0
+
+    @property
+    def limit(self) -> float:
+        """What the fast average may not stay above, never below `best`; infinite until there is a best average."""
+        if not (math.isfinite(self.best) and self.differences):
+            return math.inf
+        deviation = NORMAL_FROM_MEDIAN_DIFFERENCE * statistics.median(self.differences)
+        limits = self.thresholds
+        return self.best + max(limits.divergence_sigmas * deviation, limits.divergence_share * abs(self.best))
+
+    def take_level(self) -> None:
+        """Takes the raised loss as the new best level: it has risen for a reason, or stays up."""
+        self.best, self.slow, self.high_steps = math.inf, Average(self.thresholds.slow_half_life), 0
+
+    def observe(self, loss: float, skipped: bool = False) -> bool:
+        """Takes in a step's loss; True at the step that completes a run of high ones.
+
+        Args:
+            loss: of the step; ignored if it is not finite.
+            skipped: the step was skipped: its loss counts as high and does not enter the averages.
+        """
+        if not math.isfinite(loss):
+            return False
+        if skipped:
+            self.high_steps += 1
+            return self.high_steps == self.thresholds.divergence_steps
+        fast, last, self.last = self.fast.add(loss), self.last, loss
+        # A few huge losses keep the fast average up for long: a step that is as good as the best ends the run.
+        if loss > self.best and fast > self.best and fast > self.limit:
+            self.high_steps += 1
+        else:
+            self.high_steps = 0
+            if math.isfinite(last):
+                self.differences.append(abs(loss - last))
+            slow = self.slow.add(loss)
+            if self.slow.count >= self.thresholds.slow_half_life:
+                self.best = min(self.best, slow)
+        return self.high_steps == self.thresholds.divergence_steps
+
+
+AVERAGE_WARNINGS = {
+    "dead": "{value:.0%} of the sampled weights move though their gradient is exactly 0: units are dead, or most "
+    "inputs are; the learning rate may be too high",
+    "unmoved": "{value:.0%} of the weights do not move in a step: the step is smaller than their precision; train with "
+    "weight_bits=32, or let the schedule end earlier",
+    "near_bound": "{value:.0%} of the decayed weights are beyond 0.9 / weight_decay, the bound that Lion's decay sets "
+    "them: lower weight_decay",
+    "cosine": "the cosine between update and gradient is {value:.3f}, where 0.1 to 0.2 is healthy: the run sits on a "
+    "plateau; the learning rate is probably too high",
+}
+
+
+class WarningAverages(Stateful):
+    """Slow averages of the update's statistics; each warns once when it is beyond its limit."""
+
+    STATE = (*AVERAGE_WARNINGS, "warned")
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        self.thresholds = thresholds
+        half_life = thresholds.gauge_half_life
+        self.dead, self.unmoved = Average(half_life), Average(half_life)
+        self.near_bound, self.cosine = Average(half_life), Average(half_life)
+        self.warned: list[str] = []
+
+    def observe(self, name: str, value: float) -> Symptom | None:
+        """Takes in a value of the average `name`; a symptom when it is beyond its limit after a window of values."""
+        if not math.isfinite(value):
+            return None
+        average, limit = getattr(self, name), getattr(self.thresholds, name)
+        mean = average.add(value)
+        beyond = mean < limit if name == "cosine" else mean > limit
+        if name in self.warned or not beyond or average.count < self.thresholds.window:
+            return None
+        self.warned = sorted([*self.warned, name])
+        return Symptom(name, AVERAGE_WARNINGS[name].format(value=mean))
+
+
+NONFINITE = "the gradient is not finite{where}: one such step would stay in the momentum for ever"
+OUTLIER = (
+    "the gradient norm {reading.grad_norm:.3g} is an outlier (robust z {reading.norm_z:.0f}): in the momentum it would "
+    "set the direction for hundreds of steps"
+)
+BAD_LOSS = (
+    "the loss {reading.backward_loss:.4g} is far out of line (robust z {reading.loss_z:.0f}): the batch would teach "
+    "something else than all others"
+)
+OUTLIER_MEMORY_STEPS = 30
+"""Steps after an outlier within which a frozen update is attributed to it."""
+POISON = (
+    "the sign of the update has nearly stopped flipping (rate {rate:.4f}): the weights move one way whatever "
+    "the gradients are, as after an outlier that has filled the momentum"
+)
+DIVERGENCE = "the loss has risen to {level:.4g} and stayed above {rule.limit:.4g} (best average {rule.best:.4g})"
+BAD_LOSSES = (
+    "the loss {reading.backward_loss:.4g} of step {reading.step} is far above the others (robust z "
+    "{reading.loss_z:.0f}); such steps are counted as guard/bad_losses and taken as they are"
+)
+NONFINITE_LOSS = "the loss is not finite on rank {ranks}, though the gradient is: the step was taken"
+
+
+class RuleSet(Stateful):
+    """All rules over the readings of one optimizer."""
+
+    STATE = (
+        "last_outlier",
+        "stuck_momentum",
+        "divergence",
+        "averages",
+        "nonfinite_in_a_row",
+        "clipped",
+        "skipped",
+        "bad_losses",
+    )
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        self.thresholds = thresholds
+        self.stuck_momentum, self.divergence = StuckMomentum(thresholds), Divergence(thresholds)
+        self.averages = WarningAverages(thresholds)
+        self.last_outlier = -math.inf
+        self.nonfinite_in_a_row = self.clipped = self.skipped = self.bad_losses = 0
+
+    def observe(self, reading: Reading) -> list[Symptom]:
+        """The symptoms in the next step's reading, in the order in which they should be acted on."""
+        gated = reading.factor > 1 or reading.skipped
+        if reading.is_finite:
+            self.nonfinite_in_a_row = 0
+        symptoms = self._gated(reading) if gated or not reading.is_finite else []
+        if reading.loss_z > self.thresholds.loss_z:
+            self.bad_losses += 1
+            if self.bad_losses == 1 and not reading.skipped:
+                symptoms.append(Symptom("bad_losses", BAD_LOSSES.format(reading=reading)))
+        far = reading.norm_z > self.thresholds.outlier_z
+        if far and reading.is_finite:
+            self.last_outlier = reading.step
+        if self.stuck_momentum.observe(reading.flip_rate):
+            seen = reading.step - self.last_outlier <= OUTLIER_MEMORY_STEPS
+            symptoms.append(Symptom("poison" if seen else "low_flip_rate", POISON.format(rate=reading.flip_rate)))
+        if self.divergence.observe(reading.level, reading.skipped):
+            symptoms.append(Symptom("divergence", DIVERGENCE.format(level=reading.level, rule=self.divergence)))
+        averages = (self.averages.observe(name, getattr(reading, name)) for name in ("dead", "cosine"))
+        return symptoms + [symptom for symptom in averages if symptom is not None]
+
+    def _gated(self, reading: Reading) -> list[Symptom]:
+        """Records what the gate did to a step that it did not let pass unchanged."""
+        self.skipped += reading.skipped
+        self.clipped += reading.factor > 1
+        ranks = ", ".join(map(str, reading.bad_ranks))
+        if not reading.is_finite and math.isfinite(reading.grad_norm) and not reading.skipped:
+            return [Symptom("nonfinite_loss", NONFINITE_LOSS.format(ranks=ranks))]
+        if not reading.is_finite:
+            self.nonfinite_in_a_row += 1
+            where = f", with a loss that is not finite on rank {ranks}" if ranks else ""
+            return [Symptom("nonfinite", NONFINITE.format(where=where))]
+        if reading.skipped:
+            return [Symptom("bad_loss", BAD_LOSS.format(reading=reading))]
+        return [Symptom("outlier", OUTLIER.format(reading=reading))]
+
+    def is_suspicious(self, ignore_divergence: bool = False) -> bool:
+        """Whether a rule is counting steps towards a symptom: not the time for a snapshot or a checkpoint."""
+        diverges = bool(self.divergence.high_steps) and not ignore_divergence
+        return bool(self.nonfinite_in_a_row or self.stuck_momentum.low_steps) or diverges
+
+
+SUMS = ("loss", "samples", "squares", "micro_squares", "backward_loss")
+UPDATE_SUMS = ("flips", "signs", "projection", "update_squares", "grad_squares", "dead")
+VERDICT = ("norm", "factor", "skipped", "norm_z", "loss_z")
+FACTS = ("step", "batch_size", "micro_batch_size")
+
+
+def unpack(values: Sequence[float], world_size: int) -> Reading:
+    """The reading of a step from its numbers.
+
+    Args:
+        values: those of `SUMS` and `UPDATE_SUMS`, added up over ranks; one count of non-finite losses for each rank;
+            those of `VERDICT`; those of `FACTS`, which the host knows from the start.
+        world_size: number of ranks.
+    """
+    sums, rest = values[: len(SUMS) + len(UPDATE_SUMS)], values[len(SUMS) + len(UPDATE_SUMS) :]
+    loss, samples, _, micro_squares, backward_loss, *update_sums = sums
+    flips, signs, projection, update_squares, grad_squares, dead = update_sums
+    norm, factor, skipped, norm_z, loss_z, step, batch_size, micro_batch_size = rest[world_size:]
+    return Reading(
+        loss=_share(loss, samples),
+        grad_norm=norm,
+        factor=factor,
+        skipped=skipped != 0,
+        norm_z=norm_z,
+        loss_z=loss_z,
+        backward_loss=backward_loss,
+        flip_rate=_share(flips, signs),
+        cosine=_share(projection, math.sqrt(max(0.0, update_squares * grad_squares))),
+        dead=_share(dead, update_squares),
+        bad_ranks=tuple(rank for rank, count in enumerate(rest[:world_size]) if count > 0),
+        step=int(step),
+        batch_size=int(batch_size),
+        micro_norm=math.sqrt(micro_squares) if micro_squares >= 0 else math.nan,
+        micro_batch_size=int(micro_batch_size),
+    )
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else math.nan

@@ -1,0 +1,496 @@
+"""Measures and gates the steps of one optimizer, on the device; the host reads the values one step later."""
+
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lion_lightning.guard.gate import Gate, Verdict
+from lion_lightning.guard.rules import (
+    FACTS,
+    SUMS,
+    UPDATE_SUMS,
+    VERDICT,
+    Reading,
+    RuleSet,
+    StuckMomentum,
+    Thresholds,
+    unpack,
+)
+from lion_lightning.guard.warmup import LinearWarmup, WarmupHook
+from lion_lightning.optim import Lion, layout
+from lion_lightning.optim.state import momentum_slice
+
+Reduce = Callable[[Tensor], Tensor]
+SQUARES, BACKWARD_LOSS = SUMS.index("squares"), SUMS.index("backward_loss")
+SLICES, SLICE_ELEMENTS, BLOCK_ELEMENTS = 6, 2048, 256
+"""Up to 6 x 2,048 coordinates are sampled: a flip rate of 0.2 is then known to 0.004."""
+
+
+class Transfer(NamedTuple):
+    """A vector on its way to the host, the event after which it is there, and numbers to append to it."""
+
+    vector: Tensor
+    event: "torch.cuda.Event | None"
+    facts: list[float]
+
+    def values(self) -> list[float]:
+        if self.event is not None:
+            self.event.synchronize()
+        return [*self.vector.tolist(), *self.facts]
+
+
+class AsyncReadback:
+    """Hands device vectors to the host one step late: by then they are computed, and reading them does not wait."""
+
+    def __init__(self) -> None:
+        self._queue: deque[Transfer] = deque()
+
+    def post(self, vector: Tensor, facts: Sequence[float] = ()) -> None:
+        """Starts a copy to the host.
+
+        Args:
+            vector: on any device, shape (n,).
+            facts: numbers that the host knows; appended to the vector on arrival.
+        """
+        if vector.device.type != "cuda":
+            self._queue.append(Transfer(vector, None, list(facts)))
+            return
+        host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+        host.copy_(vector, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._queue.append(Transfer(host, event, list(facts)))
+
+    def take(self, flush: bool = False) -> list[float] | None:
+        """Removes and returns the oldest vector, if there is a newer one or if `flush`; else None."""
+        return self._queue.popleft().values() if len(self._queue) >= (1 if flush else 2) else None
+
+    def waiting(self) -> list[list[float]]:
+        """All vectors, oldest first, which stay in the queue; waits for the newest."""
+        return [transfer.values() for transfer in self._queue]
+
+    def clear(self) -> None:
+        self._queue.clear()
+
+    def state_dict(self) -> list[list[float]]:
+        return self.waiting()
+
+    def load_state_dict(self, state: list[list[float]]) -> None:
+        self._queue = deque(Transfer(torch.tensor(values, dtype=torch.float64), None, []) for values in state)
+
+
+@dataclass(slots=True)
+class Losses:
+    """Loss sums of the micro-batches since the last reading, accumulated on the device without synchronising.
+
+    Attributes:
+        total, samples: sum of the losses that `training_step` returned, weighted by samples, and the samples.
+        nonfinite: micro-batches with a loss that is not finite.
+        share: micro-batches seen, as a share of those that Lightning averages over.
+        backward: sum of the losses that backward was called on; NaN where their size does not compare.
+        micro_square: squared gradient norm of the first micro-batch alone; NaN where it was not measured.
+    """
+
+    total: Tensor | float = 0.0
+    samples: int = 0
+    nonfinite: Tensor | float = 0.0
+    share: float = 0.0
+    backward: Tensor | float = math.nan
+    micro_square: Tensor | float = math.nan
+
+    def add(self, loss: Tensor, samples: int) -> None:
+        """Takes in the loss that `training_step` returned for a micro-batch of `samples`."""
+        self.total = self.total + loss.detach().float().mean() * samples
+        self.samples += samples
+
+    def before_backward(self, loss: Tensor, comparable: bool, accumulate: int = 1) -> None:
+        """Takes in the argument of backward.
+
+        Args:
+            loss: any shape; its mean is taken.
+            comparable: whether its size may be compared from step to step.
+            accumulate: what Lightning divided it by; also where a step at the end of an epoch has fewer micro-batches.
+        """
+        value = loss.detach().float().mean()
+        if comparable:
+            self.backward = self.backward + value if self.share else value
+        self.share += 1 / accumulate
+        self.nonfinite = self.nonfinite + (~value.isfinite()).float()
+
+    def state_dict(self) -> dict[str, float]:
+        return {field.name: float(getattr(self, field.name)) for field in fields(self)}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class GatedRules:
+    """Gate, rules and unread readings of one optimizer: what a run and a replay of it have in common."""
+
+    def __init__(self, thresholds: Thresholds, world_size: int = 1, skips_bad_losses: bool = False) -> None:
+        self.world_size = world_size
+        self.gate = Gate(thresholds, skips_bad_losses)
+        self.rules, self.readback = RuleSet(thresholds), AsyncReadback()
+
+    def judge(self, vector: Tensor, clip_val: float | None, facts: Sequence[float]) -> tuple[Verdict, Tensor]:
+        """Judges a step and posts its reading.
+
+        Args:
+            vector: sums over all ranks in the order of `rules.unpack`, float64.
+            clip_val: norm that the Trainer clips to afterwards.
+            facts: in the order of `rules.FACTS`.
+
+        Returns:
+            The verdict, and the factor by which the Trainer has yet to clip.
+        """
+        norm = vector[SQUARES].sqrt()
+        judged = norm if clip_val is None else torch.where(norm.isfinite(), norm.clamp(max=clip_val), norm)
+        verdict = self.gate.judge(judged, vector[BACKWARD_LOSS])
+        values = [norm, verdict.factor, verdict.skip, verdict.norm_z, verdict.loss_z]
+        self.readback.post(torch.cat([vector, torch.stack([value.to(vector.dtype) for value in values])]), facts)
+        return verdict, norm / judged
+
+    def read(self, flush: bool = False) -> Reading | None:
+        """The reading of the step before the latest, if it was not read yet; with `flush` also the latest."""
+        values = self.readback.take(flush)
+        return None if values is None else unpack(values, self.world_size)
+
+    def unread(self) -> list[Reading]:
+        """Readings that `read` has yet to return; waits for the latest."""
+        return [unpack(values, self.world_size) for values in self.readback.waiting()]
+
+    def is_latest_finite(self) -> bool:
+        """Whether the latest step was finite; waits for it."""
+        return all(reading.is_finite for reading in self.unread()[-1:])
+
+    def is_suspicious(self, ignore_divergence: bool) -> bool:
+        """Whether a rule is counting steps towards a symptom, or the latest, unread step was not finite."""
+        return not self.is_latest_finite() or self.rules.is_suspicious(ignore_divergence)
+
+    def rebaseline(self, kind: str) -> None:
+        """Starts the history of the rule that saw `kind` anew."""
+        if kind == "poison":
+            self.rules.stuck_momentum = StuckMomentum(self.rules.thresholds)
+        else:
+            self.rules.divergence.take_level()
+
+    def zero_momentum(self) -> None:
+        self.rules.stuck_momentum.low_steps = 0
+
+    def rules_state(self) -> dict[str, Any]:
+        """State of gate and rules, as a snapshot keeps it."""
+        return {"gate": self.gate.state_dict(), "rules": self.rules.state_dict()}
+
+    def load_rules_state(self, state: dict[str, Any]) -> None:
+        self.gate.load_state_dict(state["gate"])
+        self.rules.load_state_dict(state["rules"])
+
+    def rewind(self, rules: dict[str, Any], scale: float) -> None:
+        """Restores the rules' state of a snapshot and drops the measurements made since.
+
+        Args:
+            rules: from `rules_state`.
+            scale: factor on the learning rate of a run.
+        """
+        self.load_rules_state(rules)
+        self.readback.clear()
+
+
+class StepMonitor(GatedRules):
+    """Measures the steps of one optimizer, gates them, and warms up its learning rate.
+
+    Our Lion and torch's fused optimizers take the gate's verdict as device scalars (`grad_scale`, `found_inf`). For
+    others gradients are divided in place, and a step is skipped by hiding the gradients from the optimizer while it
+    steps; that waits for the device on a GPU.
+
+    Args:
+        optimizer: of torch or ours.
+        thresholds: of gate and rules.
+        warmup: its own, though all of a run are alike.
+        rank, world_size: of this process.
+        reduce: sums a vector over all ranks; the one communication of a step.
+        acts: whether the gate's verdicts are carried out.
+        scaled: whether a GradScaler steps the optimizer: it then owns `grad_scale` and `found_inf` of fused ones.
+        skips_bad_losses: see `Gate`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        thresholds: Thresholds,
+        warmup: LinearWarmup,
+        rank: int = 0,
+        world_size: int = 1,
+        reduce: Reduce | None = None,
+        acts: bool = True,
+        scaled: bool = False,
+        skips_bad_losses: bool = False,
+    ) -> None:
+        super().__init__(thresholds, world_size, skips_bad_losses)
+        self.optimizer, self.rank, self.acts = optimizer, rank, acts
+        self._reduce = reduce
+        self._handles = [optimizer.register_step_pre_hook(self._begin_step)]
+        self.warmup = WarmupHook(optimizer, warmup)
+        self._handles.append(optimizer.register_step_post_hook(self._end_step))
+        self._device = layout.local(self._params()[0]).device
+        self._dtype = torch.float32 if self._device.type == "mps" else torch.float64
+        self.sample = SampledCoordinates(optimizer) if isinstance(optimizer, Lion) else None
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        self._takes_scalars = (isinstance(optimizer, Lion) or fused) and not (fused and scaled)
+        self.measures_noise = not scaled and not any(layout.is_sharded(param) for param in self._params())
+        self._skips = False
+        self._hidden: list[tuple[Tensor, Tensor]] = []
+
+    def remove(self) -> None:
+        """Leaves the optimizer as it was found."""
+        self.warmup.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._end_step()
+
+    @torch.no_grad()
+    def before_step(self, losses: Losses, clip_val: float | None, facts: Sequence[float]) -> bool:
+        """Measures the final gradients, adds up over ranks, judges, and gates the coming step.
+
+        Args:
+            losses: of the micro-batches since the last reading.
+            clip_val: norm that the Trainer clips to afterwards.
+            facts: in the order of `rules.FACTS`.
+
+        Returns:
+            Whether there were gradients.
+        """
+        grads = [param.grad for param in self._params() if param.grad is not None]
+        update_sums = self.sample.measure() if self.sample is not None else ()
+        vector = torch.stack([self._scalar(value) for value in self._sums(losses, update_sums, bool(grads))])
+        vector = vector if self._reduce is None else self._reduce(vector)
+        verdict, still_to_clip = self.judge(vector, clip_val, facts)
+        if grads and self.acts:
+            self._gate(verdict, still_to_clip, grads)
+        return bool(grads)
+
+    def _sums(self, losses: Losses, update_sums: Sequence[Tensor], has_gradients: bool) -> list[Tensor | float]:
+        """Scalars in the order of `rules.unpack`."""
+        bad: list[Tensor | float] = [0.0] * self.world_size
+        bad[self.rank] = losses.nonfinite
+        no_sums: list[Tensor | float] = [0.0] * len(UPDATE_SUMS)
+        share = losses.share or 1.0
+        return [
+            losses.total,
+            losses.samples,
+            self.squared_norm(shared_by=self.world_size),
+            # Gradients of a tail are divided by more than there is and do not compare with those of one micro-batch.
+            losses.micro_square / self.world_size if share > 0.999 else math.nan,
+            # Without gradients there is no step to gate: divergence then goes by the losses of `training_step`.
+            losses.backward / (share * self.world_size) if has_gradients else math.nan,
+            *(update_sums or no_sums),
+            *bad,
+        ]
+
+    def _scalar(self, value: Tensor | float) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.to(self._device, self._dtype)
+        return torch.full((), float(value), dtype=self._dtype, device=self._device)
+
+    def squared_norm(self, shared_by: int = 1) -> Tensor:
+        """Sum of squares of the gradients of this process as they are now, of shape ().
+
+        Args:
+            shared_by: ranks that hold the same gradients, where these are not sharded.
+        """
+        whole: list[Tensor] = []
+        sharded: list[Tensor] = []
+        for param in self._params():
+            if param.grad is not None:
+                parts = sharded if layout.is_sharded(param) else whole
+                parts.append(layout.local_grad(param.grad, param))
+        squares = _sum_of_squares(whole, self._device, self._dtype) / shared_by
+        return squares + _sum_of_squares(sharded, self._device, self._dtype) if sharded else squares
+
+    def _gate(self, verdict: Verdict, still_to_clip: Tensor, grads: list[Tensor]) -> None:
+        """Passes the verdict to the optimizer, or carries it out on gradients that the Trainer has yet to clip."""
+        self._skips = False  # a GradScaler may not have made the step before
+        if self._takes_scalars:
+            self.optimizer.found_inf = verdict.skip  # type: ignore[attr-defined]
+            self.optimizer.grad_scale = verdict.factor  # type: ignore[attr-defined]
+        elif verdict.skip:
+            self._skips = True
+        elif float(verdict.factor) != 1:
+            torch._foreach_div_(grads, float(verdict.factor * still_to_clip))
+
+    def _begin_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Hides the gradients of a step that is to be skipped, after its closure has made them."""
+        if self._takes_scalars:
+            return None
+        if self._skips:
+            self._hide_gradients()
+        closure = kwargs.get("closure") or next(iter(args[1:]), None)
+        if closure is None:
+            return None
+
+        def hiding() -> Any:
+            loss = closure()
+            if self._skips:
+                self._hide_gradients()
+            return loss
+
+        return (args[0], hiding, *args[2:]), {name: value for name, value in kwargs.items() if name != "closure"}
+
+    def _hide_gradients(self) -> None:
+        self._hidden = [(param, param.grad) for param in self._params() if param.grad is not None]
+        for param, _ in self._hidden:
+            param.grad = None
+
+    def _end_step(self, *_: Any) -> None:
+        if self._takes_scalars:
+            self.optimizer.grad_scale = self.optimizer.found_inf = None  # type: ignore[attr-defined]
+        for param, grad in self._hidden:
+            param.grad = grad
+        self._skips, self._hidden = False, []
+
+    @torch.no_grad()
+    def zero_momentum(self) -> None:
+        for param in self._params():
+            for key, value in self.optimizer.state.get(param, {}).items():
+                if key in ("exp_avg", "exp_avg_scale"):
+                    layout.local(value).zero_()
+        super().zero_momentum()
+
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether every weight and all optimizer state of this process is finite; waits for the device."""
+        state = (value for param in self._params() for value in self.optimizer.state.get(param, {}).values())
+        tensors = [layout.local(value) for value in (*self._params(), *state) if isinstance(value, Tensor)]
+        return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point())
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.optimizer.param_groups for param in group["params"]]
+
+    def rewind(self, rules: dict[str, Any], scale: float) -> None:
+        super().rewind(rules, scale)
+        self.warmup.warmup.rewarm(scale)
+        if self.sample is not None:
+            self.sample.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "warmup": self.warmup.warmup.state_dict(),
+            **self.rules_state(),
+            "unread": self.readback.state_dict(),
+            "signs": None if self.sample is None else self.sample.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.warmup.warmup.load_state_dict(state["warmup"])
+        self.load_rules_state(state)
+        length = len(SUMS) + len(UPDATE_SUMS) + self.world_size + len(VERDICT) + len(FACTS)
+        if all(len(values) == length for values in state["unread"]):
+            self.readback.load_state_dict(state["unread"])  # those of another number of ranks are dropped
+        if self.sample is not None:
+            self.sample.load_state_dict(state["signs"])
+
+
+def _sum_of_squares(grads: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Over all elements of all tensors, `dtype` of shape () on `device`."""
+    low_precision = [grad for grad in grads if grad.dtype in (torch.bfloat16, torch.float16)]
+    others = [grad for grad in grads if grad.dtype not in (torch.bfloat16, torch.float16)]
+    norms = [*torch._foreach_norm(others, 2.0)] if others else []
+    norms += torch._foreach_norm(low_precision, 2.0, dtype=torch.float32) if low_precision else []
+    if not norms:
+        return torch.zeros((), device=device, dtype=dtype)
+    each = torch.stack([norm.to(device, dtype) for norm in norms])
+    if device.type == "cpu" and not each.isfinite().all():  # squares of large fp32 values overflow
+        each = torch.stack([torch.linalg.vector_norm(grad.double()) for grad in grads])
+    return each.square().sum()
+
+
+class SampledCoordinates:
+    """Slices of memory, spread over the parameters of a Lion, in which the coming update is computed before it is made.
+
+    Tells whether the sign of the update still flips from step to step, and whether it agrees with the gradient.
+
+    Args:
+        optimizer: its parameters are sampled; the choice depends on their number and sizes alone.
+    """
+
+    def __init__(self, optimizer: Lion) -> None:
+        self.optimizer = optimizer
+        groups = enumerate(optimizer.param_groups)
+        everything = [(number, param) for number, group in groups for param in group["params"]]
+        large = [pair for pair in everything if pair[1].requires_grad and pair[1].numel() >= BLOCK_ELEMENTS]
+        places = large or everything
+        spread = len(places) / min(SLICES, len(places))
+        chosen = [places[int(number * spread)] for number in range(min(SLICES, len(places)))]
+        dice = random.Random(0)
+        # With the numbers of groups: the groups themselves are new objects after a load_state_dict.
+        self.slices = [(number, param, *_slice(param, dice)) for number, param in chosen]
+        self._signs: Tensor | None = None
+
+    @torch.no_grad()
+    def measure(self) -> Sequence[Tensor]:
+        """Sums over the sample in the order of `UPDATE_SUMS`, float32 of shape (); empty without gradients or momentum.
+
+        To be called when gradients are final and the step is still to come.
+        """
+        pieces = [self._piece(*place) for place in self.slices]
+        known = next((piece[0] for piece in pieces if piece is not None), None)
+        if known is None:
+            self._signs = None
+            return ()
+        # A parameter that has no gradient or momentum counts as one at rest: it has no sign.
+        rest = [known.new_zeros(stop - start) for *_, start, stop in self.slices]
+        filled = [piece or (zeros, zeros) for piece, zeros in zip(pieces, rest, strict=True)]
+        grad, momentum = torch.cat([piece[0] for piece in filled]), torch.cat([piece[1] for piece in filled])
+        groups = self.optimizer.param_groups
+        beta1 = torch.cat(
+            [zeros + float(groups[place[0]]["betas"][0]) for place, zeros in zip(self.slices, rest, strict=True)]
+        )
+        update = (momentum * beta1).add_(grad * (1 - beta1)).sign_()
+        old, self._signs = self._signs if self._signs is not None else torch.zeros_like(update), update
+        # A sign is -1, 0 or 1, and 0 for NaN; the product of two is 1 where they agree and -1 where one has flipped.
+        moved, had_gradient = update * update, grad.sign().square_()
+        both = moved.dot(old * old)
+        squares = moved.sum()
+        flips, dead = (both - update.dot(old)) / 2, squares - moved.dot(had_gradient)
+        return flips, both, update.dot(grad), squares, grad.dot(grad), dead
+
+    def _piece(self, number: int, param: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
+        """Gradient and momentum of a slice, float32 of shape (stop - start,)."""
+        state, grad = self.optimizer.state.get(param), param.grad
+        if grad is None or not state:
+            return None
+        if not (param.is_contiguous() and grad.is_contiguous()) or layout.is_sharded(grad):
+            weight, grad = layout.local(param.detach()), layout.local_grad(grad, param)
+            grad = layout.laid_out_like(grad, weight if layout.is_dense(weight) else layout.local(state["exp_avg"]))
+        piece = layout.flat(grad)[start:stop].float()
+        signed = -piece if self.optimizer.param_groups[number]["maximize"] else piece
+        return signed, momentum_slice(state, start, stop)
+
+    def state_dict(self) -> Tensor | None:
+        """Signs of the last update, int8 of shape (coordinates,); None for shards, whose signs differ by process."""
+        sharded = any(layout.is_sharded(param) for _, param, *_ in self.slices)
+        return None if self._signs is None or sharded else self._signs.to("cpu", torch.int8)
+
+    def load_state_dict(self, state: Tensor | None) -> None:
+        expected = sum(stop - start for *_, start, stop in self.slices)
+        device = layout.local(self.slices[0][1]).device
+        self._signs = state.to(device, torch.float32) if state is not None and state.numel() == expected else None
+
+    def forget(self) -> None:
+        """Drops the signs of the last update, which do not compare with those of a rewound run."""
+        self._signs = None
+
+
+def _slice(param: Tensor, dice: random.Random) -> tuple[int, int]:
+    """First element and the one after the last of a slice of the local part, starting at a whole int8 block."""
+    elements = layout.local(param.detach()).numel()
+    start = dice.randint(0, max(0, elements - SLICE_ELEMENTS) // BLOCK_ELEMENTS) * BLOCK_ELEMENTS
+    return start, min(start + SLICE_ELEMENTS, elements)

@@ -1,0 +1,140 @@
+"""Lion in Lightning: `LionMixin` configures the optimizer, `GradientRelease` steps parameters inside backward."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
+
+from lion_lightning.hyperparams import Schedule, cosine, parameter_groups
+from lion_lightning.optim import Lion
+from lion_lightning.optim.gradient_release import Release, release_gradients
+
+OptimizerFactory: TypeAlias = Callable[..., Optimizer]
+
+
+class LionMixin:
+    """Gives a LightningModule Lion, named parameter groups and a schedule over the whole run.
+
+    Put it before `LightningModule` in the bases. Set `optimizer_factory` and `schedule` where the defaults do not fit::
+
+        class Classifier(LionMixin, LightningModule):
+            optimizer_factory = partial(Lion, **from_adamw(lr=1e-3, weight_decay=0.1))
+
+    Attributes:
+        optimizer_factory: an optimizer class, or a `functools.partial` of one, of torch or of this library. Its
+            `weight_decay` applies to the `decay` group alone (see `hyperparams.parameter_groups`).
+        schedule: from the number of optimizer steps of the run to a function that gives the factor of the learning rate
+            at each step; see `hyperparams`. The number is `trainer.estimated_stepping_batches`.
+    """
+
+    optimizer_factory: OptimizerFactory = Lion
+    schedule: Schedule = staticmethod(cosine)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over named groups, and its schedule, which advances once an optimizer step."""
+        module = cast(LightningModule, self)
+        factory = self.optimizer_factory
+        optimizer = factory(parameter_groups(module, _weight_decay(factory)))
+        factor = self.schedule(int(module.trainer.estimated_stepping_batches))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step", "frequency": 1},
+        }
+
+
+def _weight_decay(factory: OptimizerFactory) -> float:
+    """The decay that the factory would use: the one given to it, else the optimizer's default."""
+    if isinstance(factory, partial) and "weight_decay" in factory.keywords:
+        return float(factory.keywords["weight_decay"])
+    optimizer = factory.func if isinstance(factory, partial) else factory
+    default = inspect.signature(optimizer).parameters.get("weight_decay")
+    return float(default.default) if default is not None else 0.0
+
+
+class GradientRelease(Callback):
+    """Steps each parameter inside backward and frees its gradient, in any Trainer with automatic optimization.
+
+    The weights end up the same, bit for bit, as without it; see `release_gradients`::
+
+        Trainer(callbacks=[GradientRelease()])
+
+    `gradient_clip_val` with `gradient_clip_algorithm="value"` acts inside backward. Hooks of the module or of other
+    callbacks that read gradients (`on_after_backward`, `on_before_optimizer_step`) find none.
+
+    Raises:
+        ValueError: at the start of `fit`, for settings that need all gradients at once: accumulation, clipping by norm,
+            a GradScaler, several optimizers or manual optimization.
+    """
+
+    def __init__(self) -> None:
+        self.release: Release | None = None
+        self._clip_value: float | None = None
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._remove(trainer)
+        check(trainer, pl_module)
+        model = trainer.strategy.model
+        assert model is not None
+        self.release = release_gradients(model, trainer.optimizers[0], clip_value=trainer.gradient_clip_val or None)
+        # torch's clip_grad_value_ raises when there are no gradients, so Lightning must not call it.
+        self._clip_value, trainer.gradient_clip_val = trainer.gradient_clip_val, None
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check(trainer, pl_module)  # GradientAccumulationScheduler changes the Trainer at an epoch's start
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._remove(trainer)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._remove(trainer)
+
+    def _remove(self, trainer: Trainer) -> None:
+        if self.release is not None:
+            self.release.remove()
+            trainer.gradient_clip_val = self._clip_value
+        self.release = None
+
+
+def check(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuses a Trainer whose settings need all gradients at once.
+
+    Args:
+        trainer: about to fit with `GradientRelease`.
+        pl_module: the module that it fits.
+
+    Raises:
+        ValueError: names the setting, its value and what is allowed.
+    """
+    if not pl_module.automatic_optimization:
+        raise ValueError(
+            "automatic_optimization=False is not allowed with GradientRelease: call release_gradients yourself in "
+            "manual optimization"
+        )
+    if len(trainer.optimizers) != 1:
+        raise ValueError(f"{len(trainer.optimizers)} optimizers are not allowed with GradientRelease: use one")
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} is not allowed with GradientRelease, because "
+            "each gradient is gone before the next batch: use 1 and a larger batch"
+        )
+    algorithm = trainer.gradient_clip_algorithm or "norm"
+    if trainer.gradient_clip_val and str(getattr(algorithm, "value", algorithm)).lower() != "value":
+        raise ValueError(
+            f"gradient_clip_val={trainer.gradient_clip_val} by norm is not allowed with GradientRelease, because the "
+            'norm is unknown when the first parameter steps: use gradient_clip_algorithm="value" or None'
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ValueError(
+            f"precision={trainer.precision!r} is not allowed with GradientRelease, because its GradScaler reads all "
+            'gradients before a step: use "bf16-mixed", "bf16-true" or "32-true"'
+        )

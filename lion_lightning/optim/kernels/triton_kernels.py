@@ -1,0 +1,400 @@
+"""The Triton kernels: one program updates one tile of one tensor.
+
+They compute what rule.py defines and store what storage_formats.py defines, operation for operation and with bf16 taken
+apart as integers. A launch must not let the compiler fuse multiplication and addition, and division is the correctly
+rounded one, so that a GPU and the other engines agree bit for bit. A tile is TILE_ROWS rows of 256 elements, the blocks
+that share an int8 scale.
+"""
+
+# mypy: disallow-untyped-defs=False
+# ruff: noqa: SIM300 - upper-case names here are parameters
+import triton
+import triton.language as tl
+
+from lion_lightning.optim.kernels import rule, storage_formats
+from lion_lightning.optim.kernels.triton import GROUP_COLUMNS, TENSOR_COLUMNS
+
+TILE_ROWS = 4
+TILE_ELEMENTS = TILE_ROWS * storage_formats.BLOCK_ELEMENTS
+"""Elements of one program: at 4 warps of 32 threads, a block of 256 is one warp's and 16 bytes of bf16 one thread's."""
+LANES = 64
+"""Partial sums of one tensor, so that programs do not wait for the same address."""
+LANE_COLUMNS = 16
+"""Columns of a row of sums, rounded up to a power of two."""
+
+ROWS, BLOCK, TILE = (tl.constexpr(n) for n in (TILE_ROWS, storage_formats.BLOCK_ELEMENTS, TILE_ELEMENTS))
+LANE_COUNT, LANE_WIDTH, STATISTICS_COUNT = (tl.constexpr(n) for n in (LANES, LANE_COLUMNS, rule.STATISTICS))
+CAUTIOUS_LIMIT = tl.constexpr(rule.CAUTIOUS_LIMIT)
+LEVELS, LARGEST_LEVEL, LEVEL_BITS_DROPPED, ONE_PATTERN, GOLDEN, MULTIPLIER_1, MULTIPLIER_2 = (
+    tl.constexpr(getattr(storage_formats, name))
+    for name in (
+        "LEVELS", "LARGEST_LEVEL", "LEVEL_BITS_DROPPED", "ONE_PATTERN", "GOLDEN", "MULTIPLIER_1", "MULTIPLIER_2",
+    )
+)  # fmt: skip
+BFLOAT16_MAX_PATTERN = tl.constexpr(0x7F7F0000)
+INFINITY_PATTERN = tl.constexpr(0x7F800000)
+NAN_PATTERN = tl.constexpr(0x7FC00000)
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+
+# The columns of both launch tables and of a row of sums, in the order of triton.py and rule.py.
+TENSOR_WIDTH, GROUP_WIDTH = tl.constexpr(len(TENSOR_COLUMNS)), tl.constexpr(len(GROUP_COLUMNS))
+(
+    PARAM_ARRAY, GRAD_ARRAY, EXP_AVG_ARRAY, SCALE_ARRAY, REMAINDER_ARRAY, SUMS, SIGNS, SIGN_STRIDE, OBSERVED_BELOW,
+    COUNT, OFFSET, INDEX, GROUP, FIRST_TILE,
+) = (tl.constexpr(column) for column in range(len(TENSOR_COLUMNS)))  # fmt: skip
+(
+    LR, BETA1, REST1, BETA2, REST2, DECAY, FACTOR, BOUND, LR_ADDRESS, GRAD_SCALE_ADDRESS, FOUND_INF_ADDRESS,
+    STEP_ADDRESS, STEP, SEED, SKIP,
+) = (tl.constexpr(column) for column in range(len(GROUP_COLUMNS)))  # fmt: skip
+UNMOVED, ZERO, AGREE, MOMENTUM_SQUARED, WEIGHT_SQUARED, NEAR_BOUND, DECAYED, NONFINITE, FLIPPED = (
+    tl.constexpr(column) for column in range(rule.STATISTICS)
+)
+
+
+@triton.jit
+def array_at(tensor, COLUMN: tl.constexpr, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointer to element `start` of the array whose address a column holds."""
+    pointer = tl.load(tensor + COLUMN).to(tl.pointer_type(DTYPE)) + start
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def setting(group, COLUMN: tl.constexpr, COMPUTE: tl.constexpr):
+    """A number of the table of settings."""
+    return tl.load(group + COLUMN).to(tl.float64, bitcast=True).to(COMPUTE)
+
+
+@triton.jit
+def device_scalar(group, COLUMN: tl.constexpr, otherwise, DTYPE: tl.constexpr):
+    """The number at the address that a column holds, or `otherwise` where it holds 0."""
+    address = tl.load(group + COLUMN)
+    return tl.load(address.to(tl.pointer_type(DTYPE)), mask=address != 0, other=otherwise)
+
+
+@triton.jit
+def divide(numerator, denominator, COMPUTE: tl.constexpr):
+    """Correctly rounded division; that of float32 is not by itself."""
+    if COMPUTE == tl.float64:
+        return numerator / denominator
+    else:
+        return tl.div_rn(numerator, denominator)
+
+
+@triton.jit
+def mix(word):
+    """`storage_formats.mix` on uint32."""
+    word = word ^ (word >> 16)
+    word = word * MULTIPLIER_1
+    word = word ^ (word >> 15)
+    word = word * MULTIPLIER_2
+    return word ^ (word >> 16)
+
+
+@triton.jit
+def random_words(tensor, group, start, local):
+    """`storage_formats.random_keys` and `storage_formats.random_bits` for the elements of a tile; uint32."""
+    step = device_scalar(group, STEP_ADDRESS, tl.load(group + STEP), tl.int64).to(tl.uint32)
+    index = tl.load(tensor + INDEX).to(tl.uint32)
+    first = mix(mix(step + tl.load(group + SEED).to(tl.uint32)) + index * GOLDEN)
+    second = mix(first + GOLDEN)
+    word = (tl.load(tensor + OFFSET) + start).to(tl.uint32) + local.to(tl.uint32)
+    word = word ^ first
+    word = (word ^ (word >> 16)) * MULTIPLIER_1
+    word = ((word ^ (word >> 15)) + second) * MULTIPLIER_2
+    return word ^ (word >> 16)
+
+
+@triton.jit
+def load_numbers(
+    tensor, COLUMN: tl.constexpr, start, local, inside, DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Floating numbers of any dtype in the precision of the arithmetic; 0 outside."""
+    if DTYPE == tl.bfloat16:
+        source = array_at(tensor, COLUMN, start, tl.int16, ALIGNED)
+        words = tl.load(source + local, mask=inside, other=0).to(tl.int32) << 16
+        return words.to(tl.float32, bitcast=True).to(COMPUTE)
+    else:
+        source = array_at(tensor, COLUMN, start, DTYPE, ALIGNED)
+        return tl.load(source + local, mask=inside, other=0.0).to(COMPUTE)
+
+
+@triton.jit
+def load_weight(
+    tensor, start, local, inside, DTYPE: tl.constexpr, WEIGHT_BITS: tl.constexpr, COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """`storage_formats.join_weight`."""
+    if DTYPE != tl.bfloat16 or WEIGHT_BITS == 16:
+        return load_numbers(tensor, PARAM_ARRAY, start, local, inside, DTYPE, COMPUTE, ALIGNED)
+    else:
+        source = array_at(tensor, PARAM_ARRAY, start, tl.int16, ALIGNED)
+        high = tl.load(source + local, mask=inside, other=0).to(tl.int32)
+        if WEIGHT_BITS == 32:
+            low = array_at(tensor, REMAINDER_ARRAY, start, tl.int16, ALIGNED)
+            rest = tl.load(low + local, mask=inside, other=0).to(tl.int32)
+        else:
+            low = array_at(tensor, REMAINDER_ARRAY, start, tl.int8, ALIGNED)
+            rest = tl.load(low + local, mask=inside, other=0).to(tl.int32) * 256
+        zeroed = ((high & 0x7FFF) == 0) & (rest < 0)
+        return ((high << 16) + tl.where(zeroed, 0, rest)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_momentum(
+    tensor, start, local, inside, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """Momentum as stored, int8 through `storage_formats.dequantize`."""
+    if DTYPE == tl.int8:
+        source = array_at(tensor, EXP_AVG_ARRAY, start, tl.int8, ALIGNED)
+        level = tl.load(source + local, mask=inside, other=0).to(tl.int32)
+        scale = array_at(tensor, SCALE_ARRAY, start // BLOCK, tl.float32, False)
+        row = tl.arange(0, ROWS)[:, None]
+        scales = tl.load(scale + row, mask=tl.sum(inside.to(tl.int32), 1, keep_dims=True) > 0, other=0.0)
+        words = (tl.abs(level) << LEVEL_BITS_DROPPED) + ONE_PATTERN
+        value = (words.to(tl.float32, bitcast=True) - 1.0) * scales
+        return tl.where(level < 0, -value, value).to(COMPUTE)
+    else:
+        return load_numbers(tensor, EXP_AVG_ARRAY, start, local, inside, DTYPE, COMPUTE, ALIGNED)
+
+
+@triton.jit
+def store_weight(
+    tensor, start, local, stored, value, random, DTYPE: tl.constexpr, WEIGHT_BITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """`storage_formats.split_weight` where `stored` says so; returns the weight as it reads back."""
+    if DTYPE != tl.bfloat16:
+        target = array_at(tensor, PARAM_ARRAY, start, DTYPE, ALIGNED)
+        tl.store(target + local, value, mask=stored)
+        return value
+    else:
+        words = value.to(tl.int32, bitcast=True)
+        magnitude = words & 0x7FFFFFFF
+        saturated = (words ^ magnitude) | tl.minimum(magnitude, BFLOAT16_MAX_PATTERN)
+        extreme = tl.where(magnitude == INFINITY_PATTERN, words, NAN_PATTERN)
+        words = tl.where(magnitude < INFINITY_PATTERN, saturated, extreme)
+        if WEIGHT_BITS != 32:
+            words = (words + (random >> WEIGHT_BITS).to(tl.int32)) & (-(1 << (32 - WEIGHT_BITS)))
+        high = array_at(tensor, PARAM_ARRAY, start, tl.int16, ALIGNED)
+        tl.store(high + local, ((words + 0x8000) >> 16).to(tl.int16), mask=stored)
+        if WEIGHT_BITS == 32:
+            low = array_at(tensor, REMAINDER_ARRAY, start, tl.int16, ALIGNED)
+            tl.store(low + local, words.to(tl.int16), mask=stored)
+        elif WEIGHT_BITS == 24:
+            low = array_at(tensor, REMAINDER_ARRAY, start, tl.int8, ALIGNED)
+            tl.store(low + local, (words >> 8).to(tl.int8), mask=stored)
+        return words.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def quantize(momentum, random):
+    """`storage_formats.quantize` of float32 rows: levels, and a column of scales."""
+    magnitude = momentum.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    largest = tl.max(magnitude, 1, keep_dims=True).to(tl.float32, bitcast=True)
+    scale = tl.div_rn(largest, tl.full(largest.shape, LARGEST_LEVEL, tl.float32))
+    broken = ~(scale < float("inf"))
+    tiny = scale < SMALLEST_NORMAL
+    usable = ~(tiny | broken)
+    inverse = tl.where(usable, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(usable, scale, 1.0)), 0.0)
+    # What is broken is stored as such by its scale.
+    ratio = tl.where(usable, magnitude.to(tl.float32, bitcast=True) * inverse, 0.0)
+    words = (ratio + 1.0).to(tl.int32, bitcast=True) - ONE_PATTERN + (random & 0xFFFF).to(tl.int32) * 8 + 4
+    level = tl.minimum(words >> LEVEL_BITS_DROPPED, LEVELS)
+    level = tl.where(momentum < 0, -level, level)
+    return level.to(tl.int8), tl.where(broken, float("nan"), tl.where(tiny, 0.0, scale))
+
+
+@triton.jit
+def store_momentum(
+    tensor, start, local, stored, value, random, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """Stores momentum where `stored` says so, bf16 rounded to nearest even as torch casts."""
+    if DTYPE == tl.int8:
+        level, scale = quantize(value.to(tl.float32), random)
+        target = array_at(tensor, EXP_AVG_ARRAY, start, tl.int8, ALIGNED)
+        tl.store(target + local, level, mask=stored)
+        scales = array_at(tensor, SCALE_ARRAY, start // BLOCK, tl.float32, False)
+        row = tl.arange(0, ROWS)[:, None]
+        tl.store(scales + row, scale, mask=tl.sum(stored.to(tl.int32), 1, keep_dims=True) > 0)
+    elif DTYPE == tl.bfloat16:
+        words = value.to(tl.float32).to(tl.int32, bitcast=True)
+        rounded = words + 0x7FFF + ((words >> 16) & 1)
+        rounded = tl.where((words & 0x7FFFFFFF) > INFINITY_PATTERN, NAN_PATTERN, rounded)
+        target = array_at(tensor, EXP_AVG_ARRAY, start, tl.int16, ALIGNED)
+        tl.store(target + local, (rounded >> 16).to(tl.int16), mask=stored)
+    else:
+        target = array_at(tensor, EXP_AVG_ARRAY, start, DTYPE, ALIGNED)
+        tl.store(target + local, value.to(DTYPE), mask=stored)
+
+
+@triton.jit
+def caution(update, grad, inside, COMPUTE: tl.constexpr):
+    """`rule.caution` of rows."""
+    shared = update * grad > 0
+    agreeing = tl.sum(shared.to(tl.int32), 1, keep_dims=True)
+    elements = tl.sum(inside.to(tl.int32), 1, keep_dims=True)
+    ratio = divide(elements.to(COMPUTE), tl.maximum(agreeing, 1).to(COMPUTE), COMPUTE)
+    return update * tl.where(shared, tl.minimum(ratio, CAUTIOUS_LIMIT), 0.0)
+
+
+@triton.jit
+def count_in(lane, COLUMN: tl.constexpr, found):
+    """Adds the number of true elements to a sum."""
+    tl.atomic_add(lane + COLUMN, tl.sum(tl.sum(found.to(tl.int32), 1), 0).to(tl.float64), sem="relaxed")
+
+
+@triton.jit
+def add_in(lane, COLUMN: tl.constexpr, values):
+    """Adds all elements to a sum."""
+    tl.atomic_add(lane + COLUMN, tl.sum(tl.sum(values, 1), 0).to(tl.float64), sem="relaxed")
+
+
+@triton.jit
+def observe(
+    tensor, lane, group, start, inside, weight, grad, momentum, stored, new_momentum, update, lr, COMPUTE: tl.constexpr
+):
+    """`rule.observe`, but for the sampled signs."""
+    block = (start // BLOCK).to(tl.uint32) + tl.arange(0, ROWS)[:, None].to(tl.uint32)
+    seen = inside & (block * GOLDEN < tl.load(tensor + OBSERVED_BELOW).to(tl.uint32))
+    count_in(lane, UNMOVED, seen & (stored == weight))
+    count_in(lane, ZERO, seen & (update == 0))
+    count_in(lane, AGREE, seen & (momentum * grad > 0))
+    count_in(lane, NEAR_BOUND, seen & (tl.abs(weight) > setting(group, BOUND, COMPUTE)))
+    add_in(lane, MOMENTUM_SQUARED, tl.where(seen, new_momentum * new_momentum, 0.0))
+    add_in(lane, WEIGHT_SQUARED, tl.where(seen, weight * weight, 0.0))
+    add_in(lane, DECAYED, tl.where(seen, (weight - stored - update * lr) * weight, 0.0))
+
+
+@triton.jit
+def sample_signs(tensor, lane, start, local, inside, update):
+    """Compares the sampled signs of u with those of the last sample and keeps the new ones."""
+    stride, address = tl.load(tensor + SIGN_STRIDE), tl.load(tensor + SIGNS)
+    phase = (start % stride).to(tl.int32) + local
+    sampled = inside & (phase % stride.to(tl.int32) == 0) & everywhere(address != 0)
+    signs = address.to(tl.pointer_type(tl.int8)) + (start // stride + phase // stride.to(tl.int32))
+    sign = (update > 0).to(tl.int32) - (update < 0).to(tl.int32)
+    count_in(lane, FLIPPED, sampled & (sign * tl.load(signs, mask=sampled, other=0).to(tl.int32) < 0))
+    tl.store(signs, sign.to(tl.int8), mask=sampled)
+
+
+@triton.jit
+def everywhere(condition):
+    """A condition for each element of a tile; goes through int32, as the interpreter mixes up scalar booleans."""
+    return tl.broadcast_to(condition.to(tl.int32), (ROWS, BLOCK)) != 0
+
+
+@triton.jit
+def update_tile(
+    tensor, group, start, remaining, nonfinite, lane,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, MOMENTUM: tl.constexpr, WEIGHT_BITS: tl.constexpr,
+    CAUTIOUS: tl.constexpr, STATISTICS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The rule on the `remaining` elements of a tile that begins at element `start`."""
+    COMPUTE: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
+    RANDOM: tl.constexpr = MOMENTUM == tl.int8 or (PARAM == tl.bfloat16 and WEIGHT_BITS != 32)
+    local = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = local < remaining
+
+    weight = load_weight(tensor, start, local, inside, PARAM, WEIGHT_BITS, COMPUTE, ALIGNED)
+    momentum = load_momentum(tensor, start, local, inside, MOMENTUM, COMPUTE, ALIGNED)
+    grad = load_numbers(tensor, GRAD_ARRAY, start, local, inside, GRAD, COMPUTE, ALIGNED)
+
+    one = tl.full((), 1.0, COMPUTE)
+    unscale = divide(one, device_scalar(group, GRAD_SCALE_ADDRESS, one, COMPUTE), COMPUTE)
+    grad = grad * (unscale * setting(group, FACTOR, COMPUTE))
+    lr = device_scalar(group, LR_ADDRESS, setting(group, LR, COMPUTE), COMPUTE)
+    found_inf = device_scalar(group, FOUND_INF_ADDRESS, tl.full((), 0.0, tl.float32), tl.float32)
+
+    broken = ~(tl.abs(grad) < float("inf"))
+    broken_count = tl.sum(tl.sum(broken.to(tl.int32), 1), 0)
+    tl.atomic_add(nonfinite, broken_count.to(tl.int64), mask=broken_count > 0, sem="relaxed")
+
+    mixed = momentum * setting(group, BETA1, COMPUTE) + grad * setting(group, REST1, COMPUTE)
+    update = tl.where(mixed > 0, 1.0, tl.where(mixed < 0, -1.0, tl.where(mixed == 0, 0.0, mixed))).to(COMPUTE)
+    if CAUTIOUS:
+        update = caution(update, grad, inside, COMPUTE)
+    change = (weight * setting(group, DECAY, COMPUTE) + update) * lr
+    new_weight = weight - change
+    new_momentum = momentum * setting(group, BETA2, COMPUTE) + grad * setting(group, REST2, COMPUTE)
+
+    live = everywhere(found_inf == 0)
+    frozen = (broken & everywhere(tl.load(group + SKIP) != 0)) | ~live
+    new_weight = tl.where(frozen, weight, new_weight)
+    new_momentum = tl.where(frozen, momentum, new_momentum)
+
+    random = local
+    if RANDOM:
+        random = random_words(tensor, group, start, local)
+    written = inside & live
+    stored = store_weight(tensor, start, local, written, new_weight, random, PARAM, WEIGHT_BITS, ALIGNED)
+    store_momentum(tensor, start, local, written, new_momentum, random, MOMENTUM, ALIGNED)
+    if STATISTICS:
+        update = tl.where(frozen, 0.0, update)
+        stored = tl.where(live, stored, weight)
+        observe(tensor, lane, group, start, inside, weight, grad, momentum, stored, new_momentum, update, lr, COMPUTE)
+        sample_signs(tensor, lane, start, local, inside, update)
+        tl.atomic_add(lane + NONFINITE, broken_count.to(tl.float64), sem="relaxed")
+
+
+@triton.jit
+def lion_kernel(
+    tensors, groups, tensor_of_tile, nonfinite, lanes,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, MOMENTUM: tl.constexpr, WEIGHT_BITS: tl.constexpr,
+    CAUTIOUS: tl.constexpr, STATISTICS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """One step of the tensors of a table, which agree in the constants; one program for each tile.
+
+    Args:
+        tensors: int64 rows, a tensor each: see the columns above.
+        groups: int64 rows, the settings of a parameter group each.
+        tensor_of_tile: int32, the row of the tensor that each tile belongs to.
+        nonfinite: int64, the count of non-finite gradients that is added to.
+        lanes: float64 zeros of shape (tensors, LANES, LANE_COLUMNS) to be added to, if STATISTICS.
+        PARAM, GRAD, MOMENTUM: stored dtypes.
+        WEIGHT_BITS: of a bf16 parameter: 32, 24 or 16.
+        CAUTIOUS, STATISTICS: whether to do these.
+        ALIGNED: whether all arrays but the scales begin at multiples of 16 bytes.
+    """
+    tile = tl.program_id(0)
+    row = tl.load(tensor_of_tile + tile).to(tl.int64)
+    tensor = tensors + row * TENSOR_WIDTH
+    group = groups + tl.load(tensor + GROUP) * GROUP_WIDTH
+    start = (tile - tl.load(tensor + FIRST_TILE)) * TILE
+    lane = lanes + (row * LANE_COUNT + tile % LANE_COUNT) * LANE_WIDTH
+    remaining = tl.load(tensor + COUNT) - start
+    # Loads and stores are as wide as they can be only where the compiler knows the mask.
+    if remaining >= TILE:
+        update_tile(
+            tensor, group, start, TILE, nonfinite, lane,
+            PARAM, GRAD, MOMENTUM, WEIGHT_BITS, CAUTIOUS, STATISTICS, ALIGNED,
+        )  # fmt: skip
+    else:
+        update_tile(
+            tensor, group, start, remaining.to(tl.int32), nonfinite, lane,
+            PARAM, GRAD, MOMENTUM, WEIGHT_BITS, CAUTIOUS, STATISTICS, ALIGNED,
+        )  # fmt: skip
+
+
+@triton.jit
+def statistics_kernel(tensors, lanes):
+    """Adds the lanes of each tensor to its row of sums; one program for each tensor."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, LANE_WIDTH)
+    places = tl.arange(0, LANE_COUNT)[:, None] * LANE_WIDTH + column[None, :]
+    sums = tl.sum(tl.load(lanes + row * LANE_COUNT * LANE_WIDTH + places), 0)
+    target = tl.load(tensors + row * TENSOR_WIDTH + SUMS).to(tl.pointer_type(tl.float64)) + column
+    known = column < STATISTICS_COUNT
+    tl.store(target, tl.load(target, mask=known, other=0.0) + sums, mask=known)
+
+
+@triton.jit
+def probe_kernel(target):
+    """Writes one number: shows whether kernels can be compiled and run."""
+    tl.store(target, 1.0)
+
+
+INTERPRETED = not isinstance(probe_kernel, triton.runtime.JITFunction)
+"""Whether TRITON_INTERPRET=1 was set when this was imported: kernels then run in Python on the CPU."""

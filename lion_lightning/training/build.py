@@ -1,0 +1,259 @@
+"""The objects of a run, each built from its part of the configuration, with a ConfigError for what cannot work.
+
+`_target_` nodes are built from an allowlist. Hydra's own blocklist lets `torch.load` through, so a config from a
+stranger could run code. Here a target must resolve to a class or function that was *defined* in one of our packages or
+in a library that recipes are made of: an alias of `os.system` inside an allowed module is refused.
+"""
+
+import functools
+import inspect
+import math
+import os
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning.pytorch as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+
+from lion_lightning.data.stream import StreamDataModule
+from lion_lightning.errors import ConfigError, configuring
+from lion_lightning.training.checkpoint.files import DurableCheckpointIO
+from lion_lightning.training.checkpoint.policy import RunCheckpoint
+from lion_lightning.training.checkpoint.sharded import ShardedStrategy
+from lion_lightning.training.distributed import ReplicatedStrategy, started_by_launcher
+from lion_lightning.training.logging_setup import known_run_id
+from lion_lightning.training.signals import StopFlag
+
+LABEL = "name"  # every group file has one: a label for people and run names, never an argument
+ALLOWED_MODULES = (
+    "lion_lightning.",
+    "recipes.",
+    "torch.optim.",
+    "torch.nn.",
+    "transformers.models.",
+    "lightning.pytorch.callbacks.",
+    "lightning.pytorch.loggers.",
+)
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true")
+POSITIVE = ("max_steps", "val_check_interval", "accumulate_grad_batches", "num_nodes", "log_every_n_steps")
+# Keys of `trainer` that are no arguments of Lightning's Trainer, or that `build_trainer` computes.
+OWN_TRAINER_KEYS = (
+    "name", "max_steps", "max_epochs", "val_check_interval", "strategy", "timeout_minutes", "check_replicas_every",
+    "keep_freed_memory",
+)  # fmt: skip
+
+
+def instantiate(node: DictConfig | Mapping[str, Any], **overrides: Any) -> Any:
+    """Build what `node["_target_"]` names, with the node's other keys and `overrides` as keyword arguments.
+
+    Args:
+        node: a config node with `_target_`, optionally `_partial_: true`. Nested `_target_` nodes are built first.
+        overrides: keyword arguments that are passed unchanged: never converted, never searched for targets.
+
+    Raises:
+        ConfigError: a target that does not exist, is not on the allowlist, or does not take one of the arguments.
+    """
+    return _build(OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node), overrides)
+
+
+def _build(value: Any, overrides: Mapping[str, Any] | None = None) -> Any:
+    if isinstance(value, list | ListConfig):
+        return [_build(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "_target_" not in value:
+        return {key: _build(item) for key, item in value.items()}
+    target, partial = resolve(value["_target_"]), bool(value.get("_partial_"))
+    arguments = {key: _build(item) for key, item in value.items() if key not in ("_target_", "_partial_", LABEL)}
+    arguments.update(overrides or {})
+    signature = inspect.signature(target)
+    try:
+        signature.bind_partial(**arguments) if partial else signature.bind(**arguments)
+    except TypeError as error:
+        allowed = ", ".join(name for name in signature.parameters if name != "self")
+        raise ConfigError(f"{value['_target_']}: {error}; it takes {allowed}") from error
+    return functools.partial(target, **arguments) if partial else target(**arguments)
+
+
+def resolve(path: str) -> Callable[..., Any]:
+    """The class or function that `path` names, if it is on the allowlist; ConfigError if not."""
+    if not isinstance(path, str):
+        raise ConfigError(f"_target_={path!r} cannot be imported: it must be the dotted name of a class or function")
+    packages = {module.split(".")[0] for module in ALLOWED_MODULES}
+    target = None
+    if path.split(".")[0] in packages:  # checked before it is imported: an import runs code
+        try:
+            target = hydra.utils.get_object(path)
+        except Exception as error:
+            raise ConfigError(f"_target_={path!r} cannot be imported: {error}".splitlines()[0]) from error
+    home = f"{getattr(target, '__module__', None)}."
+    if not (inspect.isclass(target) or inspect.isfunction(target)) or not home.startswith(ALLOWED_MODULES):
+        allowed = ", ".join(module.rstrip(".") for module in ALLOWED_MODULES)
+        raise ConfigError(f"_target_={path!r} is not allowed: it must be a class or function defined in {allowed}")
+    return target
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise ConfigError for the first setting that cannot work on this machine, before anything is built."""
+    for name in POSITIVE:
+        value = cfg.trainer[name]
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"trainer.{name} must be a whole number of at least 1, got {value!r}")
+    epochs, precision, seed = cfg.trainer.max_epochs, cfg.trainer.precision, cfg.seed
+    if epochs is not None and not (isinstance(epochs, int | float) and epochs > 0):
+        raise ConfigError(f"trainer.max_epochs must be a number above 0 or null, got {epochs!r}")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"trainer.precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ConfigError(f"seed must be a whole number in [0, 2**32), got {seed!r}")
+    gpus, cpus = torch.cuda.device_count(), os.cpu_count() or 1
+    counts = {"gpu": gpus, "cuda": gpus, "mps": int(torch.backends.mps.is_available()), "cpu": cpus}
+    counts["auto"] = gpus or counts["mps"] or cpus
+    accelerator, devices = cfg.trainer.accelerator, cfg.trainer.devices
+    if accelerator not in counts:
+        raise ConfigError(f"trainer.accelerator must be one of {', '.join(sorted(counts))}, got {accelerator!r}")
+    available = counts[accelerator]
+    if not available:
+        raise ConfigError(f"trainer.accelerator={accelerator}: this machine has none; try auto or cpu")
+    if isinstance(devices, int) and not 1 <= devices <= available:
+        raise ConfigError(f"trainer.devices={devices}: accelerator={accelerator} has 1 to {available} here")
+    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    started_outside = "LOCAL_RANK" in os.environ or os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+    if multirun and devices != 1 and not started_outside:
+        raise ConfigError(
+            f"-m with trainer.devices={devices}: every process would run the whole sweep; "
+            "set trainer.devices=1, or start one job at a time under torchrun"
+        )
+
+
+def effective_batch_size(cfg: DictConfig) -> int:
+    """Samples of an optimizer step, over all micro-batches and ranks."""
+    devices = cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else 1
+    return cfg.data.batch_size * cfg.trainer.accumulate_grad_batches * devices * cfg.trainer.num_nodes
+
+
+def max_steps(cfg: DictConfig, data: StreamDataModule) -> int:
+    """Optimizer steps of the run; `trainer.max_epochs`, if given, in steps."""
+    if cfg.trainer.max_epochs is None:
+        return cfg.trainer.max_steps
+    return math.ceil(cfg.trainer.max_epochs * data.num_train_samples / effective_batch_size(cfg))
+
+
+def build_data(cfg: DictConfig) -> StreamDataModule:
+    """The data module, prepared and set up."""
+    with configuring("data"):
+        data = instantiate(cfg.data)
+    if not isinstance(data, StreamDataModule):
+        raise ConfigError(f"data={cfg.data.name}: {type(data).__name__} is not a StreamDataModule")
+    data.prepare_data()
+    data.setup("fit")
+    data.check_batch_fits(effective_batch_size(cfg))
+    return data
+
+
+def build_module(cfg: DictConfig, data: StreamDataModule) -> Any:
+    """The recipe's module for `data`, with its optimizer and schedule, each tried once: bad options fail now."""
+    with configuring("optim"):
+        factory = instantiate(cfg.optim)
+        factory([{"name": "decay", "params": [("weight", nn.Parameter(torch.ones(2, 2)))]}])
+    with configuring("schedule"):
+        schedule = instantiate(cfg.schedule)
+        schedule(cfg.trainer.max_steps)
+    with configuring("model.config"):
+        config = instantiate(cfg.model.config)
+    with configuring("recipe.module"):
+        return instantiate(
+            cfg.recipe.module, config=config, data=data, optimizer_factory=factory, schedule=schedule, seed=cfg.seed
+        )
+
+
+def build_callbacks(cfg: DictConfig, group: str) -> list[Callback]:
+    """The callbacks of a group of the configuration: `guard`, or `callbacks`, those that the command line adds."""
+    nodes = [cfg.guard] if group == "guard" else cfg.get("callbacks", {}).values()
+    with configuring(group):
+        return [instantiate(node) for node in nodes if "_target_" in node]
+
+
+def build_logger(cfg: DictConfig, continues: bool = False) -> Logger | None:
+    """The logger; if `continues`, one of W&B goes on with the online run that this folder has had."""
+    if "_target_" not in cfg.logger:
+        return None
+    try:
+        if cfg.logger.name == "wandb":
+            return instantiate(cfg.logger, run_id=known_run_id(cfg.run_dir) if continues else None)
+        return instantiate(cfg.logger, name=cfg.logger.name)  # of a file logger, the folder it writes to
+    except (ModuleNotFoundError, ValueError) as error:
+        raise ConfigError(f"logger={cfg.logger.name}: {error}") from error
+
+
+def build_checkpoint(cfg: DictConfig, stop: StopFlag) -> RunCheckpoint:
+    """The policy of checkpoints; each keeps the facts that a resumed run must have again."""
+    facts = {
+        "recipe": cfg.recipe.name,
+        "model": cfg.model.name,
+        "data": cfg.data.name,
+        "seed": cfg.seed,
+        "optim": OmegaConf.to_container(cfg.optim, resolve=True),
+        "effective batch size": effective_batch_size(cfg),
+    }
+    options = {key: value for key, value in cfg.checkpoint.items() if key != "background"}
+    folder, recipe = Path(cfg.run_dir) / "checkpoints", cfg.recipe
+    with configuring("checkpoint"):
+        return RunCheckpoint(folder, recipe.monitor, recipe.mode, stop=stop, facts=facts, **options)
+
+
+def build_trainer(cfg: DictConfig, logger: Logger | None, callbacks: list[Callback], bar: bool) -> pl.Trainer:
+    """Lightning's Trainer for the run.
+
+    Args:
+        cfg: the whole configuration, with `trainer.max_steps` final.
+        logger: None for no logging.
+        callbacks: in the order in which they are called.
+        bar: whether one of them is a progress bar.
+    """
+    steps = cfg.trainer.max_steps
+    try:
+        return pl.Trainer(
+            **{key: value for key, value in cfg.trainer.items() if key not in OWN_TRAINER_KEYS},
+            strategy=_build_strategy(cfg),
+            max_steps=steps,
+            val_check_interval=min(cfg.trainer.val_check_interval, steps) * cfg.trainer.accumulate_grad_batches,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            enable_progress_bar=bar,
+            default_root_dir=cfg.run_dir,
+            logger=logger or False,
+            callbacks=callbacks,
+            plugins=[DurableCheckpointIO(cfg.checkpoint.background)],
+        )
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise ConfigError(f"trainer: {error}") from error
+
+
+def _build_strategy(cfg: DictConfig) -> Strategy | str:
+    """The strategy that `trainer.strategy` names; names other than ddp and fsdp2 are Lightning's own."""
+    name = cfg.trainer.strategy
+    if name not in ("ddp", "fsdp2"):
+        return name
+    if not started_by_launcher():
+        raise ConfigError(
+            f"trainer.strategy={name}: start its processes with torchrun --standalone --nproc-per-node=N train.py ..., "
+            "or with srun (scripts/slurm_train.sh)"
+        )
+    timeout = timedelta(minutes=cfg.trainer.timeout_minutes)
+    if name == "ddp":
+        return ReplicatedStrategy(gradient_as_bucket_view=True, timeout=timeout)
+    return ShardedStrategy(timeout=timeout)

@@ -1,0 +1,245 @@
+"""The small Lightning callbacks of a run: progress, random numbers per step, an average of the weights, heartbeats."""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from rich.console import Console
+from torch import Tensor
+from typing_extensions import override
+
+from lion_lightning.errors import ConfigError
+from lion_lightning.training.checkpoint.sharded import ShardedStrategy
+
+log = logging.getLogger(__name__)
+METRICS_FORMAT = ".3f"
+WARMUP_UPDATES = 10  # of the decay: without it a short run's average is mostly its first weights
+SEED_STRIDE, BATCH_STRIDE, RANK_STRIDE = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # odd, 64 bits
+MASK64 = 2**64 - 1
+INTERVAL_SECONDS = 2.0  # between heartbeats
+PATIENCE_SECONDS = 1.5 * INTERVAL_SECONDS  # a rank that is alive has written within it
+COMMUNICATION = ("gloo", "nccl", "timed out", "connection", "socket", "store")  # in the message of such an error
+PHASES = ("between batches", "in the forward pass", "in the backward pass or the step")
+
+
+def progress(console: Console, metrics: Sequence[str]) -> list[Callback]:
+    """The callbacks that show progress: a bar in a terminal, and a line per validation everywhere.
+
+    Args:
+        console: where to.
+        metrics: names to print, those that exist at the time.
+    """
+    lines = ValidationLines(metrics, console)
+    theme = RichProgressBarTheme(metrics_format=METRICS_FORMAT)
+    return [StepBar(theme=theme, leave=False), lines] if console.is_terminal else [lines]
+
+
+class StepBar(RichProgressBar):
+    """Lightning's bar without the count of epochs: a run here is one stream of steps."""
+
+    @override
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training".ljust(len(self.validation_description))  # as wide, so that the bars do not jump
+
+
+class ValidationLines(Callback):
+    """Prints `step 200/1000  train/loss 5.912  val/loss 5.870` after each validation, for logs and pipes.
+
+    Args:
+        metrics: names to print, those that exist at the time.
+        console: where to.
+    """
+
+    def __init__(self, metrics: Sequence[str], console: Console) -> None:
+        self.metrics, self.console = metrics, console
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.is_global_zero:
+            values = trainer.callback_metrics
+            shown = [f"{name} {float(values[name]):{METRICS_FORMAT}}" for name in self.metrics if name in values]
+            self.console.print(f"step {trainer.global_step}/{trainer.max_steps}  {'  '.join(shown)}", highlight=False)
+
+
+class ValidateAtEnd(Callback):
+    """Makes the last optimizer step end with a validation, whether or not the interval divides the run."""
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True
+
+
+class StepSeed(Callback):
+    """Seeds torch (CPU and accelerator) from (seed, number of the micro-batch in the run, rank) before each forward.
+
+    Dropout and whatever else draws from torch's generators in `training_step` is then a function of the step alone:
+    Lightning's checkpoints hold no generator state, so a resumed run would draw other numbers. Python's and numpy's
+    generators are left alone; the recipes do not use them after the start.
+
+    Args:
+        seed: that of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(step_seed(self.seed, trainer.fit_loop.total_batch_idx, trainer.global_rank))
+
+
+def step_seed(seed: int, micro_batch: int, rank: int) -> int:
+    """63 bits that differ in practice for any two of (seed, micro_batch, rank); as in SplitMix64 (Steele, 2014)."""
+    state = (seed * SEED_STRIDE + micro_batch * BATCH_STRIDE + rank * RANK_STRIDE) & MASK64
+    state = ((state ^ (state >> 30)) * BATCH_STRIDE) & MASK64
+    state = ((state ^ (state >> 27)) * RANK_STRIDE) & MASK64
+    return (state ^ (state >> 31)) >> 1
+
+
+class AverageWeights(WeightAveraging):
+    """Keeps an exponential moving average of the weights, used by validation, checkpoints' `state_dict` and the export.
+
+    After n updates the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow's ExponentialMovingAverage. Buffers
+    are averaged as the weights are, whole numbers taken over. On top of Lightning's callback, this one also saves the
+    right weights when a signal ends the run in the middle of a validation, where the two are exchanged. A rewind by
+    the guard restores the weights, but not their average.
+
+    Args:
+        decay: share of the average that stays at each optimizer step, in [0, 1).
+
+    Raises:
+        ValueError: a decay out of its range.
+        ConfigError: at the start of a run whose weights are sharded.
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1), got {decay!r}")
+
+        def average(kept: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
+            if not torch.is_floating_point(kept):
+                return current
+            count = torch.as_tensor(updates, dtype=torch.float32, device=kept.device)
+            share = ((1 + count) / (WARMUP_UPDATES + count)).clamp(max=decay)
+            return torch.lerp(current, kept, share.to(kept.dtype))
+
+        super().__init__(avg_fn=average)
+        self._exchanged = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, ShardedStrategy):
+            raise ConfigError("callbacks=ema: the weights of trainer.strategy=fsdp2 are sharded; use trainer=ddp")
+        data = {name: kept for name, kept in vars(pl_module).items() if isinstance(kept, LightningDataModule)}
+        vars(pl_module).update(dict.fromkeys(data))  # the average is a copy of the module; it needs no copy of the data
+        super().setup(trainer, pl_module, stage)
+        vars(pl_module).update(data)
+
+    @override
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_epoch_start(trainer, pl_module)
+        self._exchanged = True
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_epoch_end(trainer, pl_module)
+        self._exchanged = False
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._exchanged:
+            current, average = checkpoint["state_dict"], checkpoint["current_model_state"]
+            checkpoint.update(state_dict=average, current_model_state=current)
+
+
+class Heartbeat(Callback):
+    """Names the rank that the others waited for.
+
+    A thread writes (step, phase, time) of this rank to the process group's store every two seconds, at no cost to the
+    training loop. When an exception ends a run of several ranks, each surviving rank reads them and says which rank is
+    behind the others or silent, or else which ones are still waiting.
+    """
+
+    def __init__(self) -> None:
+        self._place, self._gave_up = (0, 0), False
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size == 1:
+            return
+        self._gave_up = False
+        self._over.clear()
+        self._store = dist.PrefixStore("lion_lightning/heartbeat", dist.distributed_c10d._get_default_store())
+        self._thread = threading.Thread(target=self._beat, args=(trainer.global_rank,), daemon=True, name="heartbeat")
+        self._thread.start()
+
+    def _beat(self, rank: int) -> None:
+        while self._write(rank) and not self._over.wait(INTERVAL_SECONDS):
+            pass
+
+    def _write(self, rank: int) -> bool:
+        try:
+            self._store.set(str(rank), json.dumps([*self._place, self._gave_up, time.time()]))
+        except RuntimeError as error:  # the store ended with its rank: the run is ending
+            log.debug("no more heartbeats: %s", error)
+            return False
+        return True
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._place = (trainer.global_step, 1)
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._place = (trainer.global_step, 2)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._place = (trainer.global_step, 0)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        message = str(exception).lower()
+        self._gave_up = isinstance(exception, RuntimeError) and any(word in message for word in COMMUNICATION)
+        if self._thread is not None:
+            self._write(trainer.global_rank)
+            if self._gave_up and (late := self._late(trainer)):
+                log.error("[rank %d] waited in vain for %s", trainer.global_rank, late)
+        self.on_train_end(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Waits for a write under way: a thread that returns from the store while Python exits aborts the process."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join(PATIENCE_SECONDS)
+
+    def _late(self, trainer: Trainer) -> str:
+        """Ranks that are behind this one or silent, else those still busy where this one gave up; empty if none is."""
+        time.sleep(PATIENCE_SECONDS)
+        late: list[str] = []
+        busy: list[str] = []
+        for rank in (other for other in range(trainer.world_size) if other != trainer.global_rank):
+            step, phase, gave_up, seen = 0, 0, False, 0.0
+            try:
+                if self._store.check([str(rank)]):
+                    step, phase, gave_up, seen = json.loads(self._store.get(str(rank)))
+            except RuntimeError as error:
+                return f"a rank; which one is unknown, since the store is gone ({type(error).__name__})"
+            silent = time.time() - seen
+            if not gave_up:
+                told = f"rank {rank}, last seen {silent:.0f} s ago at step {step}, {PHASES[phase]}"
+                (late if (step, phase) < self._place or silent > PATIENCE_SECONDS else busy).append(told)
+        return "; ".join(late or busy)

@@ -1,0 +1,448 @@
+"""Checkpoint files: whole or absent, with a checksum, of plain types, and read without running code.
+
+A checkpoint `name.ckpt` counts only together with its marker `name.ckpt.json`, which holds its size and SHA-256 and is
+written after it. A kill at any moment leaves the old pair, or a file whose marker is missing or does not match. A
+sharded checkpoint is a folder of files with one marker for all of them.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path, PurePath
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.types import _PATH
+from lightning_utilities.core.apply_func import apply_to_collection
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lion_lightning.training.checkpoint.sharded_state import whole_checkpoint
+
+TEMPORARY_PREFIX = ".writing-"
+READ_BYTES = 2**22
+NO_HARD_LINKS = (errno.EPERM, errno.EXDEV, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EACCES)
+COMPILED_PREFIX = "_orig_mod."
+_PLAIN_TYPES = (str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.device, torch.Size)
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+
+
+class InvalidCheckpoint(ValueError):
+    """A checkpoint that is not what was written. The message names the file and what is wrong with it."""
+
+
+class CheckpointFailed(RuntimeError):
+    """A checkpoint could not be written. The earlier ones are as they were.
+
+    `train.py` exits with `exit_code` when it meets one.
+    """
+
+    exit_code = 74  # EX_IOERR of sysexits.h
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What is known of a complete checkpoint.
+
+    Attributes:
+        global_step: optimizer steps completed.
+        size: bytes.
+        sha256: hexadecimal digest of the whole file.
+    """
+
+    global_step: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What goes with a checkpoint file, in this order once the file is safe on the disk.
+
+    Attributes:
+        links: further names of it.
+        weights: names of it beside which the weights alone are written as safetensors.
+        remove: older checkpoints that it replaces.
+    """
+
+    links: tuple[Path, ...] = ()
+    weights: tuple[Path, ...] = ()
+    remove: tuple[Path, ...] = ()
+
+
+class DurableCheckpointIO(CheckpointIO):
+    """Writes whole files of plain types, and reads with `weights_only=True` only.
+
+    A failure to write is kept in `error` rather than raised: raised on one rank alone, it would leave the others
+    waiting. Whoever saves asks for it (`RunCheckpoint` does, on all ranks).
+
+    Args:
+        background: copy the state, and let a thread write it while training goes on. One write at a time: the next
+            save waits for it.
+    """
+
+    def __init__(self, background: bool = False) -> None:
+        self.error: Exception | None = None
+        self.model: nn.Module | None = None
+        self.background = background
+        self._executor = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._pending: Future[None] | None = None
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+        """Write `checkpoint` to `path`, then do what the `Placement` in `storage_options` says."""
+        self.wait()
+        state = copied_to_cpu(checkpoint) if self.background else checkpoint
+        self.run(lambda: write(state, Path(path), storage_options or Placement()))
+
+    def run(self, task: Callable[[], None]) -> None:
+        """Run `task` now or in the background; its failure is kept in `error`."""
+        self.wait()
+        if self._executor is None:
+            self.attempt(task)
+        else:
+            self._pending = self._executor.submit(self.attempt, task)
+
+    def wait(self) -> None:
+        """Return when the write under way, if any, is finished."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def attempt(self, task: Callable[[], None]) -> None:
+        """Run `task` now; its failure is kept in `error`."""
+        try:
+            task()
+        except Exception as error:
+            self.error = error
+
+    @override
+    def load_checkpoint(
+        self, path: _PATH, map_location: Any | None = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Read `path`, a file or the folder that FSDP2 writes; code is refused whatever `weights_only` says."""
+        file = Path(refuse_url(path))
+        checkpoint = whole_checkpoint(file) if file.is_dir() else load(file)
+        if self.model is not None:
+            checkpoint["state_dict"] = with_names_of(checkpoint["state_dict"], self.model.state_dict())
+        return checkpoint
+
+    @override
+    def remove_checkpoint(self, path: _PATH) -> None:
+        remove_marked(Path(path))
+
+    @override
+    def teardown(self) -> None:
+        self.wait()
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The checkpoint at `path`, onto the CPU.
+
+    Raises:
+        pickle.UnpicklingError: it is no checkpoint, or holds anything but plain types.
+        OSError: it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError, pickle.UnpicklingError):
+        raise
+    except Exception as error:  # arbitrary bytes fail in arbitrary ways
+        raise pickle.UnpicklingError(f"{path} is no checkpoint: {error}") from error
+
+
+def refuse_url(path: _PATH) -> str:
+    """`path`, unless it is a URL: remote files are not loaded. ValueError names it."""
+    if _URL.match(str(path)):
+        raise ValueError(f"{path}: a checkpoint must be a file on this machine, not a URL; download it first")
+    return str(path)
+
+
+def write(checkpoint: Mapping[str, Any], path: Path, placement: Placement) -> None:
+    """Write a checkpoint in plain types, then its links and weights, and remove what it replaces.
+
+    Args:
+        checkpoint: with `state_dict` and `global_step`.
+        path: where to; its folder is made if missing.
+        placement: what goes with it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = plain(dict(checkpoint))
+    kept["state_dict"] = without_compiled_prefix(kept["state_dict"])
+    file = write_durably(path, lambda file: torch.save(kept, file))
+    mark(path, Marker(int(kept["global_step"]), file.size, file.digest()))
+    place(path, kept["state_dict"], placement)
+
+
+def place(path: Path, state: Mapping[str, Any], placement: Placement) -> None:
+    """Do what `placement` says for the checkpoint at `path`, whose weights are `state`."""
+    for name in placement.weights:
+        # safetensors keeps no aliases such as tied embeddings: every tensor gets storage of its own.
+        weights = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
+        data = safetensors_bytes(cast(dict[str, Tensor], without_compiled_prefix(weights)))
+        write_bytes(name.with_suffix(".safetensors"), data)
+    for link in placement.links:
+        link_marked(path, link)
+    for old in placement.remove:
+        remove_marked(old)
+
+
+class HashedFile:
+    """A file open for writing that hashes and counts what passes through; enough of a file for `torch.save`."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._hash, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        self._file.write(data)
+        self.size += memoryview(data).nbytes
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def write_durably(path: Path, fill: Callable[[IO[bytes]], Any]) -> HashedFile:
+    """Write all of a file or nothing: the old content stays until the new one is on the disk.
+
+    Args:
+        path: where to.
+        fill: writes the content to the open file that it is given.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; `path` is as it was.
+    """
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    try:
+        with open(temporary, "wb", buffering=READ_BYTES) as file:
+            hashed = HashedFile(file)
+            fill(cast(IO[bytes], hashed))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return hashed
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """`write_durably` for content that is in memory."""
+    write_durably(path, lambda file: file.write(data))
+
+
+def mark(path: Path, marker: Marker) -> None:
+    """Write the marker of the checkpoint at `path`: from now on the checkpoint counts."""
+    write_bytes(marker_of(path), json.dumps(asdict(marker)).encode())
+
+
+def publish_folder(temporary: Path, path: Path, global_step: int) -> None:
+    """Rename a complete folder to its final name and mark it, once every file in it is on the disk.
+
+    Args:
+        temporary: the folder, on the same file system.
+        path: its final name; a checkpoint of that name is replaced.
+        global_step: optimizer steps completed.
+    """
+    for file in _files(temporary):
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
+    size, digest = _size_and_digest(temporary)
+    remove_marked(path)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+    mark(path, Marker(global_step, size, digest))
+
+
+def marker_of(path: Path) -> Path:
+    """Where the marker of the checkpoint at `path` is."""
+    return path.with_name(path.name + ".json")
+
+
+def read_marker(path: Path) -> Marker:
+    """The marker of `path`, without reading the checkpoint itself; InvalidCheckpoint if it is missing or malformed."""
+    try:
+        return Marker(**json.loads(marker_of(path).read_bytes()))
+    except FileNotFoundError:
+        raise InvalidCheckpoint(f"{path}: no marker beside it, so it was never finished") from None
+    except (ValueError, TypeError) as error:
+        raise InvalidCheckpoint(f"{path}: its marker cannot be read ({error})") from error
+
+
+def verify(path: Path) -> Marker:
+    """The marker of the checkpoint at `path`, if every byte is as it was written.
+
+    Raises:
+        InvalidCheckpoint: the file or its marker is missing, empty, cut short, or changed.
+    """
+    marker = read_marker(path)
+    if not path.exists():
+        raise InvalidCheckpoint(f"{path}: the file is missing")
+    size = sum(file.stat().st_size for file in _files(path))
+    if size != marker.size:
+        raise InvalidCheckpoint(f"{path}: {size:,} bytes, but {marker.size:,} were written")
+    if _size_and_digest(path)[1] != marker.sha256:
+        raise InvalidCheckpoint(f"{path}: its bytes have changed since they were written")
+    return marker
+
+
+def _size_and_digest(path: Path) -> tuple[int, str]:
+    """Bytes and SHA-256 of a file; of a folder, the digest of its files' names and digests."""
+    if path.is_dir():
+        parts = [(str(file.relative_to(path)), *_size_and_digest(file)) for file in _files(path)]
+        return sum(size for _, size, _ in parts), hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+    return path.stat().st_size, digest.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+
+
+def link_marked(source: Path, target: Path) -> None:
+    """Make `target` another name of the checkpoint `source` and its marker; a copy where hard links are refused."""
+    if source.is_dir():
+        marker_of(target).unlink(missing_ok=True)  # a folder cannot be replaced in one step
+    for old, new in ((source, target), (marker_of(source), marker_of(target))):
+        temporary = new.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{new.name}")
+        try:
+            _link_or_copy(old, temporary)
+            if new.is_dir():
+                shutil.rmtree(new)
+            os.replace(temporary, new)
+        finally:
+            _remove(temporary)  # still there if both names were the same file already
+    sync_folder(target.parent)
+
+
+def _link_or_copy(old: Path, new: Path) -> None:
+    if old.is_dir():
+        new.mkdir()
+        for file in _files(old):
+            _link_or_copy(file, new / file.name)
+        return
+    try:
+        os.link(old, new)
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        with open(old, "rb") as source, open(new, "wb") as target:
+            shutil.copyfileobj(source, target, READ_BYTES)
+            os.fsync(target.fileno())
+
+
+def remove_marked(path: Path) -> None:
+    """Remove a checkpoint, its marker first, so that a half-removed one does not count."""
+    marker_of(path).unlink(missing_ok=True)
+    _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Remove the partial files of a killed process."""
+    for left in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        _remove(left)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def copied_to_cpu(state: Any) -> Any:
+    """A copy of nested containers whose tensors are copied too."""
+    return apply_to_collection(state, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
+
+
+def plain(value: Any, name: str = "checkpoint") -> Any:
+    """Convert to types that `torch.load(weights_only=True)` reads back.
+
+    Paths become strings, numpy scalars numbers, numpy arrays tensors, OmegaConf nodes dicts and lists, subclasses of
+    tensor plain tensors. Other objects among a module's hyperparameters become their `repr`.
+
+    Args:
+        value: anything a checkpoint holds.
+        name: where it is, for the message of the error.
+
+    Raises:
+        TypeError: another type; the message says where it is.
+    """
+    if type(value) in _PLAIN_TYPES:
+        return value
+    if isinstance(value, Tensor):
+        if hasattr(value, "full_tensor"):
+            raise TypeError(f"{name} is sharded; gather it first")
+        return value.detach().as_subclass(Tensor)
+    if isinstance(value, Enum):
+        return plain(value.value, name)
+    if isinstance(value, DictConfig | ListConfig):
+        return plain(OmegaConf.to_container(value, resolve=True), name)
+    if isinstance(value, Mapping):
+        pairs = {plain(key, f"{name}'s key"): plain(item, f"{name}[{key!r}]") for key, item in value.items()}
+        if not isinstance(value, OrderedDict):
+            return pairs
+        ordered = OrderedDict(pairs)
+        ordered.__dict__.update(plain(value.__dict__, f"{name}.__dict__"))  # a state dict's versions
+        return ordered
+    if isinstance(value, list | tuple | set | frozenset):
+        items = [plain(item, f"{name}[{index}]") for index, item in enumerate(value)]
+        return tuple(items) if isinstance(value, tuple) else items if isinstance(value, list) else set(items)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, PurePath):
+        return str(value)
+    if "['hyper_parameters']" in name:  # Lightning's key for what a module was made from: information for people
+        return repr(value)
+    raise TypeError(f"{name} is a {type(value).__module__}.{type(value).__qualname__}, which no checkpoint can keep")
+
+
+def without_compiled_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's state under the names it has when nothing is compiled."""
+    return _renamed(state, lambda name: name.replace(COMPILED_PREFIX, ""))
+
+
+def with_names_of(state: Mapping[str, Any], names: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+    """`state` under `names`, which may be those of a compiled model; a name that is not among them stays."""
+    compiled = {name.replace(COMPILED_PREFIX, ""): name for name in names}
+    return _renamed(state, lambda name: compiled.get(name, name))
+
+
+def _renamed(state: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    renamed = OrderedDict((rename(name), value) for name, value in state.items())
+    renamed.__dict__.update(getattr(state, "__dict__", {}))
+    return renamed

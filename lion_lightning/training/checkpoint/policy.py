@@ -1,0 +1,474 @@
+"""When a run is saved, which checkpoint is `best` and `last`, and how a run resumes from one or says why it cannot.
+
+A resume passes three places: `resolve` picks the checkpoint, `DurableCheckpointIO` (or `ShardedStrategy`) reads it, and
+`RunCheckpoint` checks that every part of it fits the run while Lightning takes the parts over.
+"""
+
+import logging
+import math
+import pickle
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from typing_extensions import override
+
+from lion_lightning import __version__
+from lion_lightning.errors import ConfigError
+from lion_lightning.training.checkpoint.files import (
+    CheckpointFailed,
+    DurableCheckpointIO,
+    InvalidCheckpoint,
+    Placement,
+    link_marked,
+    marker_of,
+    read_marker,
+    refuse_url,
+    sweep_temporaries,
+    verify,
+)
+from lion_lightning.training.signals import StopFlag, TrainingInterrupted, replace_lightnings_handlers
+
+log = logging.getLogger(__name__)
+AUTO = "auto"
+KEY = "lion_lightning"  # our part of a checkpoint: facts of the run, and the version that wrote it
+WAY_OUT = (
+    f"go on with the settings and the version of lion_lightning that wrote it (this is {__version__}), "
+    "or start afresh with resume=null in another run_dir="
+)
+_PARTS = ("callbacks", "global_step", "loops", "lr_schedulers", KEY)  # Lightning ignores most of them if missing
+_BATCHES, _VALIDATION = "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"  # of Lightning's fit loop
+_STEP_FILE = re.compile(r"step-(\d+)\.ckpt")
+_LOAD_FAILURES = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, pickle.UnpicklingError)
+# A RuntimeError of another kind is a fault of the machine: memory that ran out, another rank that is gone.
+_MISFITS = re.compile(r"Error\(s\) in loading state_dict|cannot be loaded")
+_MAX_CHARACTERS = 300
+
+
+def step_path(folder: Path, global_step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"step-{global_step:09d}.ckpt"
+
+
+def step_files(folder: Path) -> list[Path]:
+    """The step files of `folder`, oldest first, including those of which only a marker is left; not verified."""
+    names = {path.name.removesuffix(".json") for path in folder.glob("step-*")}
+    return [folder / name for name in sorted(names) if _STEP_FILE.fullmatch(name)]
+
+
+def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of `folder` that is whole, and what is wrong with those that are newer.
+
+    Step files come first; `last.ckpt` and `best.ckpt` are names of such files and are used where those are gone.
+    """
+    wrong: list[str] = []
+    names = [folder / "last.ckpt", folder / "best.ckpt"]
+    for path in [*reversed(step_files(folder)), *(name for name in names if name.exists() or marker_of(name).exists())]:
+        try:
+            verify(path)
+        except InvalidCheckpoint as error:
+            wrong.append(str(error))
+        else:
+            return path, wrong
+    return None, wrong
+
+
+def resolve(resume: str | None, folder: Path) -> Path | None:
+    """The checkpoint that `resume` means for a run that keeps its own in `folder`; None to start afresh.
+
+    Args:
+        resume: `auto` for the newest valid one of `folder`, a path, or None.
+        folder: the run's checkpoints; need not exist.
+
+    Raises:
+        ConfigError: a URL; no such file; a file that is not what was written; or `folder` belongs to a run already.
+    """
+    if resume == AUTO:
+        path, wrong = newest_valid(folder)
+        for line in wrong:
+            log.warning("resume=auto skips %s", line)
+        if path is None and wrong:
+            raise ConfigError(f"resume=auto: none of the checkpoints in {folder} is valid: {'; '.join(wrong)}")
+        if path is None:
+            log.info("resume=auto: no checkpoint in %s, so the run starts afresh", folder)
+        return path
+    if existing := step_files(folder):
+        raise ConfigError(
+            f"{folder} holds checkpoints of a run up to {existing[-1].name}: "
+            "resume=auto goes on with it, another run_dir= starts afresh"
+        )
+    if resume is None:
+        return None
+    try:
+        path = Path(refuse_url(resume))
+        if marker_of(path).is_file():
+            verify(path)
+    except ValueError as error:
+        raise ConfigError(f"resume={error}") from error
+    if not path.exists():
+        raise ConfigError(f"resume={resume}: there is no such checkpoint file")
+    return path
+
+
+@contextmanager
+def restoring(path: object, owner: str = "the checkpoint") -> Iterator[None]:
+    """Turn a failure to take over state from a checkpoint into one line.
+
+    Args:
+        path: of the checkpoint.
+        owner: what is restored, for the message.
+
+    Raises:
+        ConfigError: names the file, what of it is missing or does not fit, and the way out.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except _LOAD_FAILURES as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, RuntimeError) and not _MISFITS.search(text):
+            raise
+        if isinstance(error, pickle.UnpicklingError):
+            told = "it is no checkpoint, or one that holds more than tensors and plain values; it was not loaded"
+        elif isinstance(error, KeyError):
+            told = f"{owner} lacks {error.args[0]!r}"
+        elif text.startswith("zip()"):
+            told = f"{owner} has more or fewer parts than this run"
+        else:
+            told = f"{owner} does not fit ({text[:_MAX_CHARACTERS]}{' ...' * (len(text) > _MAX_CHARACTERS)})"
+        raise ConfigError(f"resume={path}: {told}; {WAY_OUT}") from error
+
+
+class RunCheckpoint(Checkpoint):
+    """Saves a run as `step-000001200.ckpt`, with `last.ckpt` and `best.ckpt` as further names of such files.
+
+    Saves after every validation, every so many steps and minutes, and when a signal ends the run. A callback of the
+    Trainer whose method `is_healthy() -> bool` returns False keeps the run from being saved.
+
+    Args:
+        folder: where the checkpoints are.
+        monitor: the metric that decides which one is best; None for no `best.ckpt`.
+        mode: whether less (`min`) or more (`max`) of it is better.
+        every_n_steps: optimizer steps between saves; None for only after validation.
+        every_minutes: at most so long without a save; None for no limit.
+        keep: so many of the latest step files stay.
+        stop: checked after every step and every validation batch.
+        facts: plain values that a resumed run must have again, kept in each checkpoint.
+
+    Raises:
+        ValueError: an argument out of its range.
+        CheckpointFailed: during training, on all ranks, when a file could not be written.
+        TrainingInterrupted: during training, when a signal asked for it.
+        ConfigError: when training starts, if the checkpoint to resume from does not fit.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        monitor: str | None = None,
+        mode: str = "min",
+        every_n_steps: int | None = None,
+        every_minutes: float | None = None,
+        keep: int = 2,
+        stop: StopFlag | None = None,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode must be one of min, max, got {mode!r}")
+        if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
+            raise ValueError(f"every_n_steps must be a whole number of at least 1 or null, got {every_n_steps!r}")
+        if every_minutes is not None and not (isinstance(every_minutes, int | float) and every_minutes > 0):
+            raise ValueError(f"every_minutes must be a number above 0 or null, got {every_minutes!r}")
+        if not isinstance(keep, int) or keep < 1:
+            raise ValueError(f"keep must be a whole number of at least 1, got {keep!r}")
+        self.folder, self.monitor, self.mode, self.keep = Path(folder), monitor, mode, keep
+        self.every_n_steps = every_n_steps
+        self.every_seconds = math.inf if every_minutes is None else 60 * every_minutes
+        self.stop, self.facts = stop or StopFlag(), facts or {}
+        self.best_path, self.last_path = self.folder / "best.ckpt", self.folder / "last.ckpt"
+        self.best_score: float | None = None
+        self.best_step: int | None = None
+        self._step = self._saved_step = 0
+        self._validation_due = self._warned_unhealthy = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not isinstance(trainer.strategy.checkpoint_io, DurableCheckpointIO):
+            raise TypeError("RunCheckpoint needs Trainer(plugins=[DurableCheckpointIO()])")
+        self._io = trainer.strategy.checkpoint_io
+        self._io.model = pl_module
+        self._name_misfits(trainer, pl_module)
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            sweep_temporaries(self.folder)
+
+    def _name_misfits(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wrap each call by which Lightning takes over a part of a checkpoint, so that a misfit names the part."""
+        strategy = trainer.strategy
+        read, load_optimizers = strategy.load_checkpoint, strategy.load_optimizer_state_dict
+        sharded = not strategy.lightning_restore_optimizer
+        parts = _PARTS if sharded else ("state_dict", "optimizer_states", *_PARTS)
+
+        def load_checkpoint(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+            with restoring(path):
+                checkpoint = read(path, weights_only=weights_only)
+                missing = [name for name in parts if name not in checkpoint]
+                if missing or "fit_loop" not in checkpoint["loops"]:
+                    raise KeyError(*missing[:1] or ["fit_loop"])
+            return checkpoint
+
+        def load_optimizer_state_dict(checkpoint: Any) -> None:
+            kept = {"optimizers": checkpoint["optimizer_states"], "schedules": checkpoint["lr_schedulers"]}
+            for name, ours in (("optimizers", trainer.optimizers), ("schedules", trainer.lr_scheduler_configs)):
+                if len(kept[name]) != len(ours):
+                    told = f"it has the state of {len(kept[name])} {name}, and this run has {len(ours)}"
+                    raise ConfigError(f"resume={trainer.ckpt_path}: {told}; {WAY_OUT}")
+            names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
+            with restoring(trainer.ckpt_path, f"the state of {names}"):
+                load_optimizers(checkpoint)
+
+        strategy.load_checkpoint = load_checkpoint  # type: ignore[method-assign, assignment]
+        strategy.load_optimizer_state_dict = load_optimizer_state_dict  # type: ignore[method-assign]
+        model = f"the state of {type(pl_module).__name__}"
+        strategy.load_model_state_dict = _restoring_call(trainer, strategy.load_model_state_dict, model)  # type: ignore[method-assign]
+        loop = trainer.fit_loop
+        loop.load_state_dict = _restoring_call(trainer, loop.load_state_dict, "the checkpoint")  # type: ignore[method-assign]
+        for each in _stateful(trainer):
+            owner = f"the state of {type(each).__name__}"
+            each.load_state_dict = _restoring_call(trainer, each.load_state_dict, owner)
+            each.on_fit_start = _restoring_call(trainer, each.on_fit_start, owner)  # once there are optimizers
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        kept = checkpoint["callbacks"]
+        fresh = [type(each).__name__ for each in _stateful(trainer) if each.state_key not in kept]
+        if fresh and trainer.is_global_zero:
+            log.warning("resume: the checkpoint has no state of %s, which start(s) afresh", ", ".join(fresh))
+        kept = checkpoint[KEY]
+        with restoring(trainer.ckpt_path):
+            for name, value in self.facts.items():
+                if kept[name] != value:
+                    raise ConfigError(f"resume: {name} was {kept[name]!r} and is now {value!r}; a resumed run keeps it")
+            _recount(checkpoint, kept.get("accumulate_grad_batches"), trainer.accumulate_grad_batches)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        replace_lightnings_handlers(trainer, self.stop)
+        self._step = trainer.global_step
+        self._saved_step = self._step if step_path(self.folder, self._step).exists() else -1
+        self._saved_at = time.monotonic()
+        if trainer.is_global_zero and self.best_step is not None:
+            self._repair_best(self.best_step)
+        signum, _ = self._agree(trainer)
+        if signum:
+            raise TrainingInterrupted(f"stopped by signal {signum} before the first step; nothing new to save", signum)
+
+    def _repair_best(self, step: int) -> None:
+        """Link `best.ckpt` again after a kill between a step file and its names."""
+        try:
+            if read_marker(self.best_path).global_step == step:
+                return
+        except InvalidCheckpoint as error:
+            log.warning("%s", error)
+        if step_path(self.folder, step).exists():
+            link_marked(step_path(self.folder, step), self.best_path)
+        else:
+            log.warning("the best checkpoint, of step %d, is gone: the next validation makes a new one", step)
+            self.best_step = self.best_score = None
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == self._step:
+            return  # a micro-batch: the step is not done
+        self._step = trainer.global_step
+        signum, time_is_up = self._agree(trainer)
+        fetcher = trainer.fit_loop._data_fetcher
+        validation_due = fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+        if signum and not (validation_due and self._is_over(trainer)):
+            self._end(trainer, signum, validation_due)
+        periodic = self.every_n_steps is not None and self._step % self.every_n_steps == 0
+        if (periodic or time_is_up) and not validation_due:
+            self._save(trainer)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Ranks may differ in their number of batches; signals are compared in those that all have.
+        self._shared_batches = -_largest(trainer, -sum(trainer.num_val_batches))[0]
+
+    @override
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if trainer.state.fn != "fit" or self._is_over(trainer) or batch_idx >= self._shared_batches:
+            return
+        signum, _due = self._agree(trainer)
+        if signum:
+            self._end(trainer, signum, validation_due=True)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._save(trainer, best=self._is_best(trainer))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._saved_step != trainer.global_step:
+            self._save(trainer)
+        self._io.wait()
+        self._raise_failure(trainer)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "_io"):
+            self._io.wait()
+
+    def _is_over(self, trainer: Trainer) -> bool:
+        """After the last step only its validation is left, which a resumed run would skip: a signal waits for it."""
+        return 0 <= trainer.max_steps <= trainer.global_step
+
+    def _end(self, trainer: Trainer, signum: int, validation_due: bool) -> None:
+        self._validation_due = validation_due
+        saved = self._saved_step == trainer.global_step or self._save(trainer)
+        self._io.wait()
+        self._raise_failure(trainer)
+        what = f"saved in {self.folder}; resume=auto goes on" if saved else "not saved, because the guard calls it sick"
+        raise TrainingInterrupted(f"stopped by signal {signum} after step {trainer.global_step}: {what}", signum)
+
+    def _agree(self, trainer: Trainer) -> tuple[int, bool]:
+        """Share among all ranks: the signal (0 for none), and whether it is time to save."""
+        time_is_up = trainer.is_global_zero and time.monotonic() - self._saved_at >= self.every_seconds
+        signum, due, failed = _largest(trainer, self.stop.signal, time_is_up, self._io.error is not None)
+        if failed:
+            self._fail()
+        return signum, bool(due)
+
+    def _raise_failure(self, trainer: Trainer) -> None:
+        if _largest(trainer, self._io.error is not None)[0]:
+            self._fail()
+
+    def _fail(self) -> None:
+        error = self._io.error
+        told = f"{type(error).__name__}: {error}" if error else "another rank says so"
+        raise CheckpointFailed(
+            f"a checkpoint could not be written to {self.folder} ({told}); the ones before it are as they were"
+        ) from error
+
+    def _is_best(self, trainer: Trainer) -> bool:
+        if self.monitor is None or self.monitor not in trainer.callback_metrics:
+            return False
+        score = float(trainer.callback_metrics[self.monitor])
+        if not math.isfinite(score) or not self._is_healthy(trainer):
+            return False
+        sign = 1 if self.mode == "min" else -1
+        if self.best_score is not None and sign * score >= sign * self.best_score:
+            return False
+        self.best_score, self.best_step = score, trainer.global_step
+        return True
+
+    def _save(self, trainer: Trainer, best: bool = False) -> bool:
+        """Save this step unless the run is unhealthy; returns whether it did."""
+        if not self._is_healthy(trainer):
+            if not self._warned_unhealthy:
+                _warn_unhealthy(trainer.global_step)
+            self._warned_unhealthy = True
+            return False
+        path = step_path(self.folder, trainer.global_step)
+        names = (self.best_path,) if best else ()
+        placement = Placement(links=(self.last_path, *names), weights=names, remove=tuple(self._outdated(path)))
+        trainer.save_checkpoint(path, weights_only=False, storage_options=placement)
+        self._raise_failure(trainer)
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+        return True
+
+    def _outdated(self, path: Path) -> Sequence[Path]:
+        """What `path` replaces: all but the `keep` latest, and later steps, which were not valid."""
+        older = [file for file in step_files(self.folder) if file.name < path.name]
+        later = [file for file in step_files(self.folder) if file.name > path.name]
+        return [*older[: max(0, len(older) - self.keep + 1)], *later]
+
+    def _is_healthy(self, trainer: Trainer) -> bool:
+        checks = [callback.is_healthy for callback in _callbacks(trainer) if hasattr(callback, "is_healthy")]
+        return not _largest(trainer, not all(check() for check in checks))[0]
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        accumulate = {"accumulate_grad_batches": trainer.accumulate_grad_batches}
+        checkpoint[KEY] = {**self.facts, **accumulate, "version": __version__}
+        if self._validation_due:
+            _expect_validation(checkpoint)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_score": self.best_score, "best_step": self.best_step}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
+
+
+def _restoring_call(trainer: Trainer, call: Any, owner: str) -> Any:
+    def checked(*arguments: Any, **options: Any) -> Any:
+        if trainer.ckpt_path is None:
+            return call(*arguments, **options)
+        with restoring(trainer.ckpt_path, owner):
+            return call(*arguments, **options)
+
+    return checked
+
+
+def _expect_validation(checkpoint: dict[str, Any]) -> None:
+    """Make a run resumed from `checkpoint` begin with the validation that its last step should have ended with.
+
+    Lightning skips that validation where a checkpoint was written before it. It repeats one that was interrupted, so
+    the loop counters are set to: the step is complete, and the first validation batch has been started.
+    """
+    state = checkpoint["loops"]["fit_loop"]
+    for counts in (state[_BATCHES]["total"], state[_BATCHES]["current"]):
+        counts["completed"] = counts["processed"]
+    for counts in (state[_VALIDATION]["total"], state[_VALIDATION]["current"]):
+        counts.update(ready=1, started=1, processed=0, completed=0)
+    state[_VALIDATION]["is_last_batch"] = False
+
+
+def _recount(checkpoint: dict[str, Any], before: int | None, now: int) -> None:
+    """Convert the loop counters to micro-batches of the resumed run, which may accumulate another number of them."""
+    if before in (None, now):
+        return
+    assert before is not None
+    state = checkpoint["loops"]["fit_loop"][_BATCHES]
+    for counts in (state["total"], state["current"]):
+        unfinished = counts["processed"] - counts["completed"]
+        for name in ("ready", "started", "processed"):
+            counts[name] = counts[name] // before * now
+        counts["completed"] = counts["processed"] - unfinished
+
+
+def _largest(trainer: Trainer, *values: float) -> list[int]:
+    """The largest of each value over all ranks."""
+    if trainer.world_size == 1:
+        return [int(value) for value in values]
+    shared = torch.tensor([int(value) for value in values], device=trainer.strategy.root_device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return shared.tolist()
+
+
+def _callbacks(trainer: Trainer) -> list[Any]:
+    return trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+
+
+def _stateful(trainer: Trainer) -> list[Any]:
+    return [each for each in _callbacks(trainer) if type(each).state_dict is not Callback.state_dict]
+
+
+@rank_zero_only
+def _warn_unhealthy(step: int) -> None:
+    log.warning("step %d is not saved: the guard calls the run sick; last and best stay as they are", step)

@@ -1,0 +1,191 @@
+"""What a run keeps about itself, without its secrets: its configuration, the logger, and the end of the W&B run.
+
+Secrets are found by the name of the setting, by the look of the value, and in URLs. Nothing heavy is imported here:
+the command line needs it before there is something to run.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+
+from lion_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+    from lion_lightning.tracking.wandb import RunLogger
+
+RUN_ID_FILE = "wandb_run_id"
+# The value that stands for the run in W&B's table, by exact metric name.
+SUMMARIES: dict[str, Any] = {
+    "train/loss": "last",
+    "val/loss": "min",
+    "val/perplexity": "min",
+    "val/accuracy": "max",
+    "val/top1": "max",
+    "val/top5": "max",
+    "val/ece": "min",
+    "perf/samples_per_second": "last",
+    "perf/tokens_per_second": "last",
+    "perf/step_ms": "last",
+    "perf/mfu": "last",
+    "perf/peak_memory_gib": "max",
+}
+HIDDEN = "(hidden)"
+# Names of settings that hold secrets: whole words of the name, so that `max_tokens` and `monkey` are none.
+_SECRET_WORDS = frozenset(
+    {"secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials"}
+    | {"token", "apikey", "authorization", "bearer", "cookie"}
+)
+_SECRET_PAIRS = frozenset((first, "key") for first in ("api", "access", "private", "secret", "auth"))
+_PINS = frozenset({"revision", "commit", "sha", "sha1", "fingerprint"})  # 40 hexadecimal digits, and no secret
+# What tokens look like: W&B (also wandb_v1_), Hugging Face, GitHub, OpenAI and Anthropic, AWS, Google, Slack, JWT.
+_TOKENS = re.compile(
+    r"wandb_v\d_[A-Za-z0-9_]{20,}|\b[0-9a-f]{40}\b|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}"
+    r"|github_pat_[A-Za-z0-9_]{20,}|sk-[A-Za-z0-9_-]{20,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|AIza[A-Za-z0-9_-]{30,}"
+    r"|xox[abprs]-[A-Za-z0-9-]{10,}|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]*"
+)
+_USER_INFO = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+_QUERY = re.compile(r"(?i)(?<=[?&;])((?:[\w-]*(?:token|key|secret|signature|password|sig))=)[^&#\s]+")
+_OVERRIDE = re.compile(r"(?P<name>[+~]*[\w./@-]+)=(?P<value>.*)", re.DOTALL)
+_INTERPOLATION = re.compile(r"\$\{[^{}]*\}")
+
+
+def redacted(value: Any, name: str = "") -> Any:
+    """`value` with every secret in it replaced, at any depth.
+
+    Args:
+        value: a plain configuration: dicts, lists and scalars.
+        name: the setting it belongs to; one such as `api_key` hides a string whatever it looks like.
+    """
+    if isinstance(value, Mapping):
+        return {key: redacted(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(redacted(item, name) for item in value)
+    if value is None or isinstance(value, bool) or name in _PINS:
+        return value
+    if _names_a_secret(name):
+        return HIDDEN
+    return redacted_text(value) if isinstance(value, str) else value
+
+
+def redacted_text(text: str) -> str:
+    """`text` without tokens, URL user information and secret query parameters."""
+    hidden = _TOKENS.sub(HIDDEN, _USER_INFO.sub(HIDDEN, text))
+    return _QUERY.sub(rf"\1{HIDDEN}", hidden)
+
+
+def redacted_argument(argument: str) -> str:
+    """A command-line override with its secret hidden: by the last part of its name, or by the look of its value."""
+    found = _OVERRIDE.fullmatch(argument)
+    name = re.split(r"[./@]", found["name"])[-1].lstrip("+~") if found else ""
+    if found and _names_a_secret(name):
+        return argument[: found.start("value")] + HIDDEN
+    return argument if name in _PINS else redacted_text(argument)
+
+
+def _names_a_secret(name: str) -> bool:
+    """Whether a setting of this name holds a secret, in snake, kebab or camel case."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().replace("-", "_").split("_")
+    return bool(_SECRET_WORDS.intersection(words)) or any(pair in _SECRET_PAIRS for pair in pairwise(words))
+
+
+def is_sweep(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks Hydra for several runs."""
+    return any(argument in ("-m", "--multirun", "hydra.mode=MULTIRUN") for argument in arguments)
+
+
+def carried_in_environment(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a sweep with an interpolation in place of each secret, which this puts into the environment.
+
+    Hydra keeps every override of a sweep in `multirun.yaml`, and submitit in the file of each job; with this they keep
+    `${oc.env:NAME}`, and the jobs inherit the environment.
+
+    Raises:
+        ConfigError: a choice between secrets, or one in a mapping or beside an interpolation.
+    """
+    return [_carried(argument, number) for number, argument in enumerate(arguments)]
+
+
+def _carried(argument: str, number: int) -> str:
+    found = _OVERRIDE.fullmatch(argument)
+    if found is None or redacted_argument(argument) == argument:
+        return argument
+    name, value = found["name"], found["value"]
+    if not _INTERPOLATION.sub("", value).strip(" ,'\"[]"):
+        return argument  # it is in the environment already
+    try:
+        parsed = OverridesParser.create().parse_override(argument)
+    except OverrideParseException:
+        return argument  # Hydra reports what is wrong with it, and keeps nothing
+    if parsed.is_sweep_override() or "{" in value:
+        raise ConfigError(
+            f"{name}={HIDDEN}: a sweep would keep the secrets in multirun.yaml; put each in an environment variable "
+            f"and write {name}='${{oc.env:NAME}}'"
+        )
+    kept, variable = parsed.value(), f"LION_LIGHTNING_SECRET_{number}"
+    os.environ[variable] = kept if isinstance(kept, str) else json.dumps(kept)
+    reference = f"${{oc.env:{variable}}}"
+    return f"{name}={reference}" if isinstance(kept, str) else f"{name}='${{oc.decode:{reference}}}'"
+
+
+def log_config(logger: "Logger | None", cfg: DictConfig) -> None:
+    """Keep the resolved configuration beside the checkpoints and in the logger, without its secrets; on rank 0.
+
+    Args:
+        logger: None for the file alone.
+        cfg: the whole configuration.
+    """
+    plain = redacted(OmegaConf.to_container(cfg, resolve=True))
+    OmegaConf.save(OmegaConf.create(plain), Path(cfg.run_dir) / "config.yaml")
+    if logger is None:
+        return
+    given = sys.argv
+    sys.argv = [given[0], *map(redacted_argument, given[1:])]  # W&B records them when its run begins, which is here
+    try:
+        logger.log_hyperparams(plain)
+    finally:
+        sys.argv = given
+    if wandb_logger := wandb_logger_of(logger):
+        wandb_logger.define_summaries({**SUMMARIES, cfg.recipe.monitor: cfg.recipe.mode})
+        if wandb_logger.mode == "online":
+            (Path(cfg.run_dir) / RUN_ID_FILE).write_text(wandb_logger.experiment.id)
+
+
+def known_run_id(run_dir: str) -> str | None:
+    """The id of the online W&B run that `run_dir` has had, if it has had one."""
+    file = Path(run_dir) / RUN_ID_FILE
+    return (file.read_text().strip() or None) if file.is_file() else None
+
+
+@contextmanager
+def closing(logger: "Logger | None") -> Iterator[None]:
+    """Finish a W&B run in any case, with the exit code that this process will have."""
+    code = 0
+    try:
+        yield
+    except BaseException as error:
+        code = getattr(error, "exit_code", 1)
+        raise
+    finally:
+        if wandb_logger := wandb_logger_of(logger):
+            wandb_logger.finish(code)
+
+
+def wandb_logger_of(logger: "Logger | None") -> "RunLogger | None":
+    """`logger` if it is a W&B run; without importing wandb where it is not used, since it need not be installed."""
+    if logger is None or "wandb" not in sys.modules:
+        return None
+    from lion_lightning.tracking.wandb import RunLogger
+
+    return logger if isinstance(logger, RunLogger) else None

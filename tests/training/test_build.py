@@ -1,0 +1,138 @@
+"""The allowlist of `_target_`: what may be built from a configuration, and what a mistake says."""
+
+import functools
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import recipes.bert_mlm.masking as masking_module
+from lion_lightning.errors import ConfigError
+from lion_lightning.optim import Lion
+from lion_lightning.training.build import instantiate
+from recipes.bert_mlm.masking import Masking
+
+MASKING = "recipes.bert_mlm.masking.Masking"
+
+
+@pytest.fixture
+def aliases() -> Iterator[None]:
+    """Dangerous functions under a name inside an allowed module, as an import there would leave them."""
+    planted = {"run_command": os.system, "read_pickle": torch.load, "evaluate": eval}
+    for name, function in planted.items():
+        setattr(masking_module, name, function)
+    yield
+    for name in planted:
+        delattr(masking_module, name)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "torch.load",
+        "torch.serialization.load",
+        "torch.hub.load",
+        "os.system",
+        "posix.system",
+        "subprocess.run",
+        "subprocess.Popen",
+        "builtins.eval",
+        "builtins.exec",
+        "pickle.loads",
+        "importlib.import_module",
+        "hydra.utils.instantiate",
+        "functools.partial",
+        "shutil.rmtree",
+        "pathlib.Path",
+        "recipes.bert_mlm.masking",
+        "recipes.bert_mlm.masking.IGNORED",
+        "recipes.text.corpus.hashlib.blake2b",
+        "recipes.text.corpus.glob.glob",
+        "lion_lightning.data.cache.shutil.rmtree",
+        "transformers.AutoModel.from_pretrained",
+    ],
+)
+def test_what_is_not_ours_is_refused(target: str) -> None:
+    with pytest.raises(ConfigError, match="not allowed") as error:
+        instantiate({"_target_": target})
+    assert target in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("aliases")
+@pytest.mark.parametrize("name", ["run_command", "read_pickle", "evaluate"])
+def test_an_alias_in_an_allowed_module_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="not allowed"):
+        instantiate({"_target_": f"recipes.bert_mlm.masking.{name}"})
+
+
+@pytest.mark.parametrize("nesting", [lambda bad: {"rate": bad}, lambda bad: {"rate": [0.1, {"deeper": bad}]}])
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_nested_target_is_refused_before_it_is_called(tmp_path, nesting, partial: bool) -> None:
+    bad = {"_target_": "os.mkdir", "path": str(tmp_path / "made")}
+    with pytest.raises(ConfigError, match=r"os\.mkdir"):
+        instantiate({"_target_": MASKING, "_partial_": partial, **nesting(bad)})
+    assert not (tmp_path / "made").exists()
+
+
+def test_an_override_is_passed_as_it_is() -> None:
+    """Objects that were built already are never searched for targets."""
+    value = {"_target_": "os.system", "command": "false"}
+    assert instantiate({"_target_": "torch.nn.ParameterDict"}, parameters=None) is not None
+    made = instantiate({"_target_": MASKING, "_partial_": True}, rate=value)
+    assert made.keywords["rate"] is value
+
+
+@pytest.mark.parametrize("target", ["nowhere.Thing", "recipes.bert_mlm.masking.Masknig", "torch", "", 5, None])
+def test_a_target_that_does_not_exist_is_one_line(target: object) -> None:
+    with pytest.raises(ConfigError) as error:
+        instantiate({"_target_": target})
+    assert "\n" not in str(error.value)
+    assert repr(target) in str(error.value)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_an_unknown_argument_names_itself_and_what_is_taken(partial: bool) -> None:
+    with pytest.raises(ConfigError, match="rte") as error:
+        instantiate({"_target_": MASKING, "_partial_": partial, "rte": 0.1})
+    assert "mask_share" in str(error.value)
+
+
+def test_a_missing_argument_is_named() -> None:
+    with pytest.raises(ConfigError, match="embedding_dim"):
+        instantiate({"_target_": "torch.nn.Embedding", "num_embeddings": 3})
+
+
+def test_a_node_becomes_the_object() -> None:
+    assert instantiate(OmegaConf.create({"_target_": MASKING, "rate": 0.3})) == Masking(rate=0.3)
+    assert instantiate({"_target_": MASKING, "rate": 0.3}, rate=0.4) == Masking(rate=0.4)
+
+
+def test_nested_nodes_are_built_first_and_interpolations_resolved() -> None:
+    cfg = OmegaConf.create(
+        {"share": 0.2, "node": {"_target_": MASKING, "_partial_": True, "rate": {"_target_": MASKING}}}
+    )
+    cfg.node.mask_share = "${share}"
+    made = instantiate(cfg.node)
+    assert made.keywords == {"rate": Masking(), "mask_share": 0.2}
+
+
+def test_a_label_is_no_argument() -> None:
+    assert instantiate({"_target_": MASKING, "name": "fifteen"}) == Masking()
+
+
+def test_partial_keeps_the_arguments_for_later() -> None:
+    factory = instantiate({"_target_": "lion_lightning.optim.Lion", "_partial_": True, "lr": 0.5})
+    assert isinstance(factory, functools.partial)
+    assert factory.func is Lion
+    assert factory([torch.nn.Parameter(torch.ones(1))]).param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "alias", ["transformers.BertConfig", "torch.optim.AdamW", "lightning.pytorch.loggers.CSVLogger"]
+)
+def test_a_public_name_of_an_allowed_class_is_fine(alias: str) -> None:
+    """The class is defined elsewhere than the name says; what counts is where it is defined."""
+    assert instantiate({"_target_": alias, "_partial_": True}).func.__name__ == alias.rsplit(".", 1)[1]
