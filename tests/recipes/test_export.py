@@ -72,8 +72,8 @@ def test_the_text_pipeline_says_what_validation_says(tmp_path: Path) -> None:
 
     from transformers import BertConfig
 
+    from lion_lightning.hyperparams import cosine
     from lion_lightning.optim import Lion
-    from lion_lightning.schedules import cosine
     from recipes.text_classification.data import LabeledTexts
     from recipes.text_classification.module import TextClassifier
     from recipes.text_classification.sources import LabeledFiles
