@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recipes.image_classification.models import forward_flops
 from transformers import AutoModelForImageClassification
 
 from lion_lightning.training.build import instantiate
+from recipes.image_classification.module import forward_flops
 
 SMALL = ("model.config.embedding_size=4", "model.config.hidden_sizes=[4,8]", "model.config.depths=[1,1]")
 
