@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -120,6 +121,7 @@ class TextBlocks(StreamDataModule):
     def prepare_data(self) -> None:
         self.setup("fit")
 
+    @isolate_rng(include_cuda=False)  # the first start prepares and later ones do not: neither may draw random numbers
     def setup(self, stage: str) -> None:
         if self.blocks is None:
             corpora = [source.corpus for source in self.sources]

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
@@ -25,7 +26,7 @@ from recipes.image_classification.images import (
 )
 from recipes.image_classification.sources import ImageSource, PictureSplits
 
-FORMAT_VERSION = 3  # raise it when what is written to the cache changes
+FORMAT_VERSION = 4  # raise it when what is written to the cache changes
 BYTES_PER_GIB = 2**30
 STATISTICS_FROM_ARRAYS, STATISTICS_FROM_PICTURES = 10_000, 512
 ON_THE_HOST = ("sample", "unreadable")  # read by the host only: on the device, reading them would synchronise
@@ -86,6 +87,7 @@ class ImageArrays(StreamDataModule):
     def prepare_data(self) -> None:
         self.setup("fit")
 
+    @isolate_rng(include_cuda=False)  # the first start prepares and later ones do not: neither may draw random numbers
     @override
     def setup(self, stage: str) -> None:
         if self.classes:
@@ -115,6 +117,8 @@ class ImageArrays(StreamDataModule):
                 labels, broken = decode(encoded, file, size, splits.max_broken)
             except ConfigError as error:
                 raise ConfigError(f"data.path={self.path}: {error}") from error
+            if len(labels) + len(broken) != len(encoded):
+                raise RuntimeError(f"{len(encoded)} images, but {len(labels)} decoded and {len(broken)} left out")
             if not len(labels):
                 raise ConfigError(f"data.path={self.path}: none of the {len(encoded)} {name} images can be read")
             images[name] = Images(np.load(file, mmap_mode="r"), labels)
@@ -122,7 +126,7 @@ class ImageArrays(StreamDataModule):
         return ImageSplits(images["train"], images["val"], splits.classes, notes)
 
     def _use(self, splits: ImageSplits, made: str) -> None:
-        self.splits, self.made = splits, made
+        self.splits, self.made, self.val_share = splits, made, 1.0
         self.classes, self.notes = splits.classes, dict(splits.notes)
         self.image_shape = tuple(splits.train.pixels.shape[1:])
         self.train_set, self.val_set = ImageDataset(splits.train), ImageDataset(splits.val)
@@ -130,7 +134,7 @@ class ImageArrays(StreamDataModule):
     def _decode_on_access(self, splits: PictureSplits) -> None:
         self.made = f"decoded on access: over {self.decoded_gib:g} GiB otherwise"
         self.classes, self.notes, self.max_broken = splits.classes, dict(splits.notes), splits.max_broken
-        self.image_shape = (3, splits.size, splits.size)
+        self.image_shape, self.val_share = (3, splits.size, splits.size), splits.share
         self.train_set = DecodedOnAccess(splits.train, splits.size, seed=self.seed)
         self.val_set = DecodedOnAccess(splits.val, splits.size, share=splits.share)
         self._for_statistics = DecodedOnAccess(splits.train, splits.size, share=splits.share)

@@ -25,7 +25,7 @@ from recipes.files import check_fraction
 
 VAL_SHARE_SEED = 20_230_213
 UNREADABLE = -1  # the label of a validation picture that cannot be decoded; no metric counts it
-MAX_PIXELS = 64_000_000  # a larger picture is a mistake or an attack
+MAX_PIXELS = 64_000_000  # a larger picture, as stored or as resized, is a mistake or an attack
 AREA, LOG_ASPECT = (0.08, 1.0), (math.log(3 / 4), math.log(4 / 3))
 ATTEMPTS = 10
 SIXTEEN_BITS_PER_BYTE = 257  # 65,535 becomes 255
@@ -98,7 +98,7 @@ def held_out(count: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def square(stored: Mapping[str, Any] | None, size: int, share: float = 1.0) -> np.ndarray:
-    """The middle of a picture, resized.
+    """The middle of a picture, resized: the shorter side with bicubic interpolation, then the middle square.
 
     Args:
         stored: `bytes` of an encoded picture, or its `path`, as the `datasets` library keeps it.
@@ -112,12 +112,21 @@ def square(stored: Mapping[str, Any] | None, size: int, share: float = 1.0) -> n
         ValueError, OSError and whatever else Pillow's decoders raise: there is no picture that can be used.
     """
     picture = read(stored)
-    if picture.size == (size, size):
-        return _pixels(picture)
-    width, height = (max(size, round(side * size / share / min(picture.size))) for side in picture.size)
+    edge, short = shorter_edge(size, share), min(picture.size)
+    # Rounded down as the image processor of the export does, so that both make the same pixels.
+    width, height = (edge if side == short else int(edge * side / short) for side in picture.size)
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"{picture.width}x{picture.height}, resized to {width}x{height}, is over {MAX_PIXELS:,} pixels"
+        )
     left, top = (width - size) // 2, (height - size) // 2
     resized = picture.resize((width, height), Picture.Resampling.BICUBIC)
     return _pixels(resized.crop((left, top, left + size, top + size)))
+
+
+def shorter_edge(size: int, share: float) -> int:
+    """Pixels of a picture's shorter side, of which the middle `size` are `share`."""
+    return round(size / share)
 
 
 def random_resized_crop(stored: Mapping[str, Any] | None, size: int, draw: np.random.Generator) -> np.ndarray:

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoModelForImageClassification,
+    CLIPImageProcessorPil,
     PretrainedConfig,
-    ViTImageProcessorPil,
 )
 from typing_extensions import override
 
@@ -27,6 +27,7 @@ from lion_lightning.hyperparams import Schedule
 from lion_lightning.lightning import LionMixin, OptimizerFactory
 from recipes.image_classification.augmentation import Augmentation, mixed_cross_entropy
 from recipes.image_classification.data import ImageArrays
+from recipes.image_classification.images import shorter_edge
 from recipes.image_classification.metrics import Mistake, ValidationMetrics, WorstMistakes
 from recipes.image_classification.plots import draw_confusion, draw_mistakes
 
@@ -153,8 +154,9 @@ class ImageClassifier(LionMixin, LightningModule):
         """Write a Hugging Face folder that `pipeline("image-classification")` opens, with `card` as its README."""
         self.model.save_pretrained(folder)
         height, width = self.data.image_shape[-2:]
-        ViTImageProcessorPil(
-            size={"height": height, "width": width},
+        CLIPImageProcessorPil(  # resizes the shorter side, bicubic, and cuts out the middle, as `images.square` does
+            size={"shortest_edge": shorter_edge(min(height, width), self.data.val_share)},
+            crop_size={"height": height, "width": width},
             image_mean=self.mean.flatten().tolist(),
             image_std=self.std.flatten().tolist(),
         ).save_pretrained(folder)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -125,6 +126,7 @@ class LabeledTexts(StreamDataModule):
     def prepare_data(self) -> None:
         self.setup("fit")
 
+    @isolate_rng(include_cuda=False)  # the first start prepares and later ones do not: neither may draw random numbers
     def setup(self, stage: str) -> None:
         if self._tokenizer is not None:
             return

@@ -113,7 +113,11 @@ class TextClassifier(LionMixin, LightningModule):
         """Write a Hugging Face folder that `pipeline("text-classification")` opens, with `card` as its README."""
         self.model.save_pretrained(folder)
         self.data.tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        usage = (
+            f"Texts were cut at {self.data.sequence_length} tokens: "
+            '`pipeline("text-classification", FOLDER)(texts, truncation=True)` does the same.'
+        )
+        (folder / "README.md").write_text(f"{card}\n{usage}\n", encoding="utf-8")
 
     def showcase(self) -> list[str]:
         """The most confident mistakes, or the largest errors of a value, on up to 1,000 validation texts."""

@@ -216,3 +216,16 @@ def test_an_empty_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(ConfigError, match="no parquet file and no image in it"):
         ImageFiles(str(tmp_path))
+
+
+def test_a_picture_that_grows_to_gigabytes_when_resized_is_not_decoded(tmp_path: Path) -> None:
+    """1 x 20,000 pixels are 163 bytes as a file; with 224 pixels on the shorter side they would take 4 GiB."""
+    blob = encoded(Image.new("1", (20_000, 1)))
+    assert len(blob) < 200
+    with pytest.raises(ValueError, match="20000x1, resized to 4480000x224, is over 64,000,000 pixels"):
+        square({"bytes": blob, "path": None}, 224)
+    assert square({"bytes": blob, "path": None}, 8).shape == (3, 8, 8)
+    names = ["cat", "dog"] * 6
+    write_parquet(tmp_path / "train.parquet", [blob, *(encoded(picture(name)) for name in names[1:])], pa.array(names))
+    lines = prepared(tmp_path, image_size=224, val_fraction=0.5).describe()
+    assert any("image 0: 20000x1, resized" in lines.get(f"left out ({split})", "") for split in ("train", "val"))

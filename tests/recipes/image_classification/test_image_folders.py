@@ -189,6 +189,10 @@ def test_relabelling_and_moving_a_link_change_the_fingerprint(tmp_path: Path) ->
     os.symlink(store / "cat" / "1.png", root / "dog" / "cat-0.png")
     pointed = ImageFiles(str(root)).fingerprint()
     assert pointed not in (first, moved)
+    os.rename(root / "cat", root / "cow")  # the same targets in the same order under another class
+    renamed = ImageFiles(str(root)).fingerprint()
+    assert renamed not in (first, moved, pointed)
+    os.rename(root / "cow", root / "cat")
     (root / "metadata.csv").write_text("file_name,label\n")
     with_metadata = ImageFiles(str(root)).fingerprint()
     (root / "metadata.csv").write_text("file_name,label\ncat/cat-1.png,dog\n")

@@ -48,9 +48,10 @@ def test_the_summary_has_the_account(tmp_path: Path) -> None:
     data = LabeledTexts(LabeledFiles(str(tmp_path)), batch_size=4, cache_dir=str(tmp_path / "cache"))
     data.setup("fit")
     assert data.describe()["files"] == (
-        "4 on disk = 1 training tables + 0 validation tables + 1 not used: no table, such as README.md + 1 not used: "
-        "in a folder below, such as old/train.csv + 1 not used: tables whose names begin with neither train nor val, "
-        "such as test.csv"
+        "4 on disk = 1 training tables + 0 validation tables + "
+        "1 not used: no table, such as README.md + "
+        "1 not used: in a folder below, such as old/train.csv + "
+        "1 not used: tables whose names begin with neither train nor val, such as test.csv"
     )
 
 

@@ -19,13 +19,13 @@ from recipes.bert_mlm.data import TextBlocks
 from recipes.text.model import ModelOptions
 from recipes.text_classification.data import LabeledTexts
 from recipes.text_classification.module import TextClassifier, build_metrics, scores
-from recipes.text_classification.sources import Row, TextSplits, label_splits
+from recipes.text_classification.sources import Row, TextSource, TextSplits, label_splits
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
 
 
-class Made:
+class Made(TextSource):
     """Texts of different lengths whose first word tells the class, or whose number of words is the value."""
 
     def __init__(self, count: int = 64, classes: int = 2, pairs: bool = False) -> None:
