@@ -1,8 +1,7 @@
 """ResNets for images of 32 pixels: a 3x3 stem without pooling, as in the paper's CIFAR nets (He et al., 2016).
 
-`transformers` only has the ImageNet stem, which reduces 32x32 pixels to 8x8 before the first block. This file imports
-nothing else of the project: an exported folder contains a copy of it, and `from_pretrained(folder,
-trust_remote_code=True)` opens the folder on a machine without this project.
+`transformers` only has the ImageNet stem, which reduces 32x32 pixels to 8x8 before the first block. An exported folder
+contains weights and configuration but no code: `from_pretrained` opens it in a process that has imported this module.
 """
 
 from torch import nn
@@ -33,5 +32,3 @@ class CifarResNetForImageClassification(ResNetForImageClassification):
 
 AutoConfig.register(CifarResNetConfig.model_type, CifarResNetConfig)
 AutoModelForImageClassification.register(CifarResNetConfig, CifarResNetForImageClassification)
-CifarResNetConfig.register_for_auto_class()
-CifarResNetForImageClassification.register_for_auto_class("AutoModelForImageClassification")

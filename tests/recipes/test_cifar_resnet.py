@@ -1,4 +1,4 @@
-"""`model=resnet18_cifar`: the size of the usual CIFAR net, full resolution in the first stage, an export that opens."""
+"""`model=resnet18_cifar`: the usual size, full resolution in the first stage, an export without code."""
 
 import subprocess
 import sys
@@ -38,19 +38,24 @@ def test_the_first_stage_sees_every_pixel(compose: Any) -> None:
 
 
 OPEN = """
-import sys, torch
+import torch
 from transformers import AutoModelForImageClassification
-model = AutoModelForImageClassification.from_pretrained("export", trust_remote_code=True).eval()
-assert not [name for name in sys.modules if name.startswith("recipes")]
-torch.save(model(torch.load("pixels.pt")).logits.detach(), "logits.pt")
+import recipes.image_classification.cifar_resnet
+model = AutoModelForImageClassification.from_pretrained({export!r}).eval()
+torch.save(model(torch.load({pixels!r})).logits.detach(), {logits!r})
 """
 
 
-def test_the_export_opens_without_this_project(compose: Any, tmp_path: Path) -> None:
+def test_the_export_has_no_code_and_opens_where_the_module_is_imported(
+    compose: Any, root: Path, tmp_path: Path
+) -> None:
     model = build(compose, *SMALL).eval()
     pixels = torch.randn(2, 3, 32, 32)
     model.save_pretrained(tmp_path / "export")
+    assert not list((tmp_path / "export").rglob("*.py"))
+    assert "auto_map" not in (tmp_path / "export/config.json").read_text()
     torch.save(pixels, tmp_path / "pixels.pt")
-    # Another process: where this project is imported, transformers prefers the registered class to the exported one.
-    subprocess.run([sys.executable, "-c", OPEN], cwd=tmp_path, check=True, capture_output=True)
+    places = {name: str(tmp_path / file) for name, file in
+              {"export": "export", "pixels": "pixels.pt", "logits": "logits.pt"}.items()}  # fmt: skip
+    subprocess.run([sys.executable, "-c", OPEN.format(**places)], cwd=root, check=True, capture_output=True)
     assert torch.equal(torch.load(tmp_path / "logits.pt"), model(pixels).logits)
