@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-resume lint lock check-lock audit clean environment
+.PHONY: help train test test-all test-resume lint lock check-lock audit clean environment
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -15,8 +15,11 @@ train: environment ## train; ARGS="recipe=image_classification optim=adamw" go o
 test: environment ## run the tests; TESTS=tests/optim picks some
 	$(BIN)/python -m pytest $(TESTS)
 
+test-all: environment ## run the slow tests as well (an hour or two)
+	$(BIN)/python -m pytest -m "" $(TESTS)
+
 test-resume: environment ## every resume, signal and two-process test, and 50 kills (half an hour)
-	LION_LIGHTNING_WHOLE_MATRIX=1 $(BIN)/python -m pytest tests/reliability tests/training/checkpoint/test_files.py
+	LION_LIGHTNING_WHOLE_MATRIX=1 $(BIN)/python -m pytest -m "" tests/reliability tests/training/checkpoint/test_files.py
 	$(BIN)/python scripts/kill_test.py --kills 50 --seed 1
 	$(BIN)/python scripts/signal_test.py --repeats 20 --seed 1
 
