@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -17,8 +17,8 @@ from typing_extensions import override
 from lion_lightning.guard import preflight
 from lion_lightning.guard.events import Event, EventLog, TelemetryReader, Trace, metrics, report
 from lion_lightning.guard.preflight import MIN_BATCH_SIZE, ON_SMALL_BATCH, EffectiveBatch, NoiseScale, OnSmallBatch
-from lion_lightning.guard.recovery import ON_DIVERGENCE, OnDivergence, Recovery, Remedy, Treated
-from lion_lightning.guard.rules import Reading, Thresholds
+from lion_lightning.guard.recovery import ON_DIVERGENCE, OnDivergence, Recovery, Remedy, Treated, Trial
+from lion_lightning.guard.rules import RULES, Reading, Thresholds
 from lion_lightning.guard.step_monitor import Losses, StepMonitor
 from lion_lightning.guard.warmup import LinearWarmup, warmup_length
 from lion_lightning.optim import Lion
@@ -26,14 +26,17 @@ from lion_lightning.optim import Lion
 Manual = Literal["watch", "act"]
 FORMAT = 2
 """Of the state in checkpoints."""
-OnBadLoss = Literal["note", "skip"]
-ON_BAD_LOSS: tuple[OnBadLoss, ...] = ("note", "skip")
+OnBadLoss = Literal["note", "skip", "off"]
+ON_BAD_LOSS: tuple[OnBadLoss, ...] = ("note", "skip", "off")
 WHAT_TO_DO = "Lower the learning rate, warm up for longer (warmup_steps), or look for bad samples near this step"
 NO_GRADIENTS = (
     "there are no gradients when the optimizer steps (are they released in backward?): the guard sees the loss alone, "
     "and cannot gate steps"
 )
-
+UNSEEN_STEPS = (
+    "the optimizer steps without Lightning's hook on_before_optimizer_step (a raw optimizer, as of "
+    "self.optimizers(use_pl_optimizer=False)?): the guard does not see these steps; warm-up applies to them"
+)
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +50,7 @@ class TrainingStopped(RuntimeError):
     exit_code = 42
 
 
-Hook = TypeVar("Hook", bound=Callable[..., None])
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
 def harmless(hook: Hook) -> Hook:
@@ -58,11 +61,11 @@ def harmless(hook: Hook) -> Hook:
     """
 
     @functools.wraps(hook)
-    def call(self: "LionGuard", trainer: Trainer, *args: Any) -> None:
+    def call(self: "LionGuard", trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if self.is_off:
             return
         try:
-            hook(self, trainer, *args)
+            hook(self, trainer, *args, **kwargs)
         except TrainingStopped:
             raise
         except Exception as error:
@@ -90,9 +93,12 @@ class LionGuard(Callback):
             the run. The same for every optimizer.
         min_batch_size: samples that an optimizer step should have.
         on_small_batch: below it, "warn" once, "accumulate" more micro-batches, or "error".
-        on_bad_loss: steps whose loss is far above the others are counted ("note"), and skipped if isolated ("skip").
-        on_divergence: "recover" (rewind, rewind at half the learning rate, stop), "stop" or "warn".
+        on_bad_loss: steps whose loss is far above the others are counted ("note"), and skipped if isolated ("skip");
+            "off" ignores them.
+        on_divergence: "recover" (rewind, rewind at half the learning rate, stop), "stop", "warn" or "off".
         gate: whether outliers are clipped and non-finite steps skipped.
+        off: rules that neither act nor report, of `rules.RULES`: "nonfinite", "outlier", "bad_loss", "stuck_momentum",
+            "divergence", "dead", "cosine", "unmoved", "near_bound", "batch_size", "settings".
         dry_run: report what would be done and do nothing; warm-up stays on.
         thresholds: limits of all rules.
         telemetry_every: optimizer steps between `lion/*` samples; 0 for none.
@@ -115,6 +121,7 @@ class LionGuard(Callback):
         on_bad_loss: OnBadLoss = "note",
         on_divergence: OnDivergence = "warn",
         gate: bool = True,
+        off: Sequence[str] = (),
         dry_run: bool = False,
         thresholds: Thresholds | None = None,
         telemetry_every: int = 100,
@@ -139,6 +146,9 @@ class LionGuard(Callback):
         for name, choice, allowed in choices:
             if choice not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {choice!r}")
+        if isinstance(off, str) or not set(off) <= RULES.keys():
+            raise ValueError(f"off must be a list of rules of {', '.join(RULES)}, got {off!r}")
+        self.off = frozenset(off) | ({"bad_loss"} if on_bad_loss == "off" else set())
         self.warmup_steps, self.min_batch_size, self.on_small_batch = warmup_steps, min_batch_size, on_small_batch
         self.on_bad_loss, self.on_divergence, self.gates, self.acts = on_bad_loss, on_divergence, gate, not dry_run
         self.thresholds = thresholds or Thresholds()
@@ -156,8 +166,8 @@ class LionGuard(Callback):
         """Whether the guard has turned itself off."""
         self.warmup = LinearWarmup(0)  # of the first optimizer
         self.batch, self.noise, self.losses = EffectiveBatch(self.min_batch_size), NoiseScale(), Losses()
-        self.recovery = Recovery(self.thresholds, self.on_divergence, acts=self.acts, gates=self.gates)
-        self.log, self.steps = EventLog(), 0
+        self.recovery = Recovery(self.thresholds, self.on_divergence, acts=self.acts, gates=self.gates, off=self.off)
+        self.event_log, self.steps = EventLog(), 0
         self._final: dict[str, Any] | None = None
         """The state at the end of training."""
         self._telemetry: TelemetryReader | None = None
@@ -169,7 +179,7 @@ class LionGuard(Callback):
     @property
     def events(self) -> list[Event]:
         """What was seen and done, in order."""
-        return self.log.events
+        return self.event_log.events
 
     def is_healthy(self) -> bool:
         """Whether the run may be saved as one to continue from."""
@@ -221,6 +231,8 @@ class LionGuard(Callback):
                 acts=acts and self.gates,
                 scaled=scaled,
                 skips_bad_losses=self.on_bad_loss == "skip",
+                off=self.off,
+                failed=self.turn_off if trainer.world_size == 1 else None,
             )
             for optimizer, warmup in zip(optimizers, warmups, strict=True)
         ]
@@ -234,10 +246,20 @@ class LionGuard(Callback):
         self.recovery.module = pl_module
         if loaded is not None:
             self._restore(loaded)
+            self._keep_given_warmup(optimizers, preflight.total_steps(trainer))
         elif self.monitors:
             self._preflight(trainer, optimizers)
         if self.monitors:
             self.recovery.keep(self.steps, trusted=True)
+
+    def _keep_given_warmup(self, optimizers: list[Optimizer], total_steps: float) -> None:
+        """After a resume: a number of `warmup_steps` that was given counts, even if the checkpoint has another."""
+        length = warmup_length(self.warmup_steps, optimizers, total_steps)
+        if self.warmup_steps is None or self.warmup_steps < 1 or length == self.warmup.warmup_steps:
+            return
+        report(f"LionGuard: warmup_steps={length}, not {self.warmup.warmup_steps} as in the checkpoint.")
+        for monitor in self.monitors:
+            monitor.warmup.warmup.warmup_steps = length
 
     def _preflight(self, trainer: Trainer, optimizers: list[Optimizer]) -> None:
         settings = preflight.RunSettings(
@@ -284,6 +306,9 @@ class LionGuard(Callback):
             self._detach()
             self.on_train_start(trainer, pl_module)
         number = [monitor.optimizer for monitor in self.monitors].index(optimizer)
+        if self.monitors[number].is_measured:  # LBFGS and SAM evaluate the loss several times for one step
+            self.losses = Losses()
+            return
         if number == 0:
             self.batch.close()
             self.steps += 1
@@ -305,6 +330,8 @@ class LionGuard(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if any(monitor.steps_unseen for monitor in self.monitors):
+            self._report_once(trainer, "unseen_steps", UNSEEN_STEPS)
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             self.losses.add(loss, self._samples or 1)
@@ -326,16 +353,22 @@ class LionGuard(Callback):
         self._react(trainer, flush=True)
         if self.trace is not None:
             self.trace.flush()
+        for monitor in self.monitors:
+            summary = monitor.rules.bad_loss_summary() if "bad_loss" not in self.off else None
+            if summary is not None:
+                report(f"LionGuard: {summary}.")
         streak = max((monitor.rules.nonfinite_in_a_row for monitor in self.monitors), default=0)
         if streak >= self.thresholds.nonfinite_steps and self.on_divergence != "warn":
             raise TrainingStopped(f"the last {streak} steps had no finite gradient: nothing was learned. {WHAT_TO_DO}")
 
     @override
+    @harmless
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
         self._stage = None
 
     @override
+    @harmless
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Detaches, as Lightning calls no teardown then."""
         if self.trace is not None:
@@ -364,13 +397,13 @@ class LionGuard(Callback):
 
     def _report(self, trainer: Trainer, treated: Treated, step: int) -> None:
         symptom = treated.symptom
-        self.log.add(Event(step, symptom.kind, treated.said, symptom.message), trainer.loggers)
+        self.event_log.add(Event(step, symptom.kind, treated.said, symptom.message), trainer.loggers)
         if treated.remedy is Remedy.STOP and self.recovery.acts:
             raise TrainingStopped(f"{symptom.message}. {WHAT_TO_DO}")
 
     def _report_once(self, trainer: Trainer, kind: str, message: str) -> None:
-        if all(event.kind != kind for event in self.events):
-            self.log.add(Event(self.steps, kind, Remedy.NOTE.value, message), trainer.loggers)
+        if kind not in self.recovery.ignored and all(event.kind != kind for event in self.events):
+            self.event_log.add(Event(self.steps, kind, Remedy.NOTE.value, message), trainer.loggers)
 
     def _log_metrics(self, trainer: Trainer) -> None:
         """Passes metrics straight to the loggers, with Lightning's step: `log_dict` takes milliseconds for so many."""
@@ -379,12 +412,12 @@ class LionGuard(Callback):
             **self._lion_metrics,
             "guard/effective_batch_size": self.batch.last,
             "guard/events": len(self.events),
-            "guard/rung": self.recovery.policy.level,
+            "guard/recoveries": self.recovery.policy.level,
         }
         if math.isfinite(self.noise.value):
             found["guard/noise_scale"] = self.noise.value
         for logger in trainer.loggers:
-            logger.log_metrics({name: float(value) for name, value in found.items()}, step=trainer.global_step - 1)
+            logger.log_metrics({name: float(value) for name, value in found.items()}, step=self.steps - 1)
         self._lion_metrics = {}
 
     def _read_telemetry(self, trainer: Trainer) -> None:
@@ -393,7 +426,8 @@ class LionGuard(Callback):
         self._lion_metrics |= found
         first = self.monitors[0]
         for name in ("unmoved", "near_bound"):
-            if symptom := first.rules.averages.observe(name, found.get(f"lion/{name}", math.nan)):
+            symptom = first.rules.averages.observe(name, found.get(f"lion/{name}", math.nan))
+            if symptom is not None and name not in self.off:
                 self._report(trainer, self.recovery.treat(symptom, self.steps, first), self.steps)
 
     def turn_off(self, reason: str) -> None:
@@ -418,9 +452,20 @@ class LionGuard(Callback):
             monitor.remove()
         self.monitors = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have the settings and the state, but no hooks on anybody's optimizer."""
+        lightnings = ("log", "log_dict")  # bound methods of the module
+        state = {name: value for name, value in self.__dict__.items() if name not in lightnings}
+        state |= {"monitors": [], "_telemetry": None, "losses": Losses()}
+        state["_loaded"] = self.state_dict() if self.monitors else self._loaded
+        state["recovery"] = Recovery(
+            self.thresholds, self.on_divergence, acts=self.acts, gates=self.gates, off=self.off
+        )
+        return state
+
     @override
     def state_dict(self) -> dict[str, Any]:
-        finished_or_loaded = self._loaded or self._final
+        finished_or_loaded, trial = self._loaded or self._final, self.recovery.trial
         if finished_or_loaded is not None and not self.monitors:
             return finished_or_loaded
         return {
@@ -432,8 +477,9 @@ class LionGuard(Callback):
             "losses": self.losses.state_dict(),
             "noise": self.noise.state_dict(),
             "policy": self.recovery.policy.state_dict(),
-            "events": self.log.state_dict(),
+            "events": self.event_log.state_dict(),
             "snapshots": self.recovery.ring.state_dict() if self.checkpoint_snapshots else [],
+            "trial": trial.state_dict() if self.checkpoint_snapshots and trial is not None else None,
             "telemetry": None if self._telemetry is None else self._telemetry.state_dict(),
         }
 
@@ -461,7 +507,9 @@ class LionGuard(Callback):
         self.losses.load_state_dict(state["losses"])
         self.noise.load_state_dict(state["noise"])
         self.recovery.policy.load_state_dict(state["policy"])
-        self.log.load_state_dict(state["events"])
+        self.event_log.load_state_dict(state["events"])
         self.recovery.ring.load_state_dict(state["snapshots"])
+        trial = state.get("trial")
+        self.recovery.trial = None if trial is None else Trial.from_state(trial)
         if self._telemetry is not None and state["telemetry"] is not None:
             self._telemetry.load_state_dict(state["telemetry"])

@@ -110,21 +110,23 @@ def metrics(monitors: Sequence[StepMonitor], reading: Reading) -> dict[str, floa
         "warmup_factor": min(1.0, warmup.step / max(1, warmup.warmup_steps)),
         "lr_factor": warmup.factor,
         **{name: getattr(reading, name) for name in ("loss", "grad_norm", "norm_z", "loss_z", "flip_rate")},
+        "bad_loss_share": rules.bad_losses / max(1, rules.steps),
         "clipped": float(rules.clipped),
         "skipped": float(rules.skipped),
         "bad_losses": float(rules.bad_losses),
         "cosine": rules.averages.cosine.value,
         "dead": rules.averages.dead.value,
         "loss_average": rules.divergence.fast.value,
-        "loss_limit": rules.divergence.limit,
+        "divergence_limit": rules.divergence.limit,
     }
     found: dict[str, float | Tensor] = {
         f"guard/{name}": value for name, value in values.items() if math.isfinite(value)
     }
     for number, hook in enumerate(monitor.warmup for monitor in monitors):
-        label = f"lr-{type(hook.optimizer).__name__}" + (f"-{number}" if number else "")
+        label = f"lr/{type(hook.optimizer).__name__}" + (f"-{number}" if number else "")
         for index, (group, rate) in enumerate(zip(hook.optimizer.param_groups, hook.applied, strict=False)):
-            found[f"{label}/{group.get('name', index)}"] = rate
+            if rate is not None:
+                found[f"{label}/{group.get('name', index)}"] = rate
     return found
 
 

@@ -8,6 +8,7 @@ is computed with tensors on the device of the gradients, without synchronising.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,10 +102,14 @@ class Gate:
     Args:
         thresholds: `window`, `armed_after`, `outlier_z`, `outlier_ratio`, `loss_z`, `horizon`.
         skips_bad_losses: whether a step with an isolated outlier of the loss is skipped.
+        off: rules of `rules.RULES` that do not act: "nonfinite" and "outlier" are the gate's.
     """
 
-    def __init__(self, thresholds: Thresholds, skips_bad_losses: bool = False) -> None:
+    def __init__(
+        self, thresholds: Thresholds, skips_bad_losses: bool = False, off: Collection[str] = frozenset()
+    ) -> None:
         self.thresholds, self.skips_bad_losses = thresholds, skips_bad_losses
+        self.clips_outliers, self.skips_nonfinite = "outlier" not in off, "nonfinite" not in off
         self._allowed = torch.tensor([ISOLATED_OUTLIERS, ISOLATED_LOSSES])
         self._outliers = torch.full((2, KEPT_OUTLIERS), -torch.inf)
         self._outlier_steps = torch.full((2, KEPT_OUTLIERS), -(10**9))
@@ -134,11 +139,12 @@ class Gate:
         far = (z > self._limits) & values.isfinite()
         far = far & torch.stack([above > 0, finite])
         outlier, bad_loss = (far & self._isolated(values, center)).unbind()
-        skip = bad_loss & self.skips_bad_losses | ~finite
+        skip = bad_loss & self.skips_bad_losses | ~finite & self.skips_nonfinite
         self._remember(values, far)
         # The logarithm of a gradient of zeros is not finite, and has no information about the usual size.
         self._history.add(values, values.isfinite() & finite)
-        return Verdict(torch.where(outlier, above.exp(), 1.0), skip.float(), norm_z=z[0], loss_z=z[1])
+        factor = torch.where(outlier & self.clips_outliers, above.exp(), 1.0)
+        return Verdict(factor, skip.float(), norm_z=z[0], loss_z=z[1])
 
     def _isolated(self, values: Tensor, center: Tensor) -> Tensor:
         """Whether the step has had few enough outliers of the same kind before it, bool of shape (2,)."""

@@ -206,8 +206,8 @@ def _matrices(optimizer: Optimizer) -> Iterator[tuple[float, Tensor]]:
 
 
 def _peak(group: dict[str, Any]) -> float:
-    """The rate before any schedule."""
-    return float(group.get("initial_lr", group["lr"]))
+    """The rate before any schedule; 0 for a group that has none."""
+    return float(group.get("initial_lr", group.get("lr")) or 0.0)
 
 
 def _rms(param: Tensor) -> float:

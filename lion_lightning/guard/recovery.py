@@ -1,8 +1,10 @@
 """What is done about a symptom: the escalation policy, snapshots in host memory, and the recovery itself."""
 
+import math
+import statistics
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
@@ -10,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lion_lightning.guard.rules import Reading, Stateful, Symptom, Thresholds
+from lion_lightning.guard.rules import RULES, Reading, Stateful, Symptom, Thresholds
 from lion_lightning.guard.step_monitor import GatedRules
 from lion_lightning.optim import layout
 
-OnDivergence = Literal["recover", "stop", "warn"]
-ON_DIVERGENCE: tuple[OnDivergence, ...] = ("recover", "stop", "warn")
+OnDivergence = Literal["recover", "stop", "warn", "off"]
+ON_DIVERGENCE: tuple[OnDivergence, ...] = ("recover", "stop", "warn", "off")
 HALF_RATE = 0.5
 
 
@@ -31,9 +33,12 @@ class Remedy(str, Enum):
     REPAIR = "what was not finite was restored from the newest snapshot"
     REWIND = "rewound to the newest healthy snapshot"
     REWIND_AT_HALF_RATE = "rewound to an older snapshot, at half the learning rate"
+    UNDO_REWIND = "the rewind was undone; the loss is compared with its new level from now on"
     STOP = "the run stops"
 
 
+UNDONE_LIMIT = 2
+"""Rewinds undone within `thresholds.horizon` steps after which a raised loss is only noted."""
 AT_ONCE = {"outlier": Remedy.CLIP, "bad_loss": Remedy.SKIP, "nonfinite": Remedy.SKIP}
 REWINDS = (Remedy.REWIND, Remedy.REWIND_AT_HALF_RATE)
 ESCALATION = (*REWINDS, Remedy.STOP)
@@ -47,14 +52,15 @@ class EscalationPolicy(Stateful):
 
     Args:
         thresholds: `proven_after`, `horizon`.
-        on_divergence: "recover" escalates, "stop" stops at the first divergence, "warn" only notes it.
+        on_divergence: "recover" escalates, "stop" stops at the first divergence, "warn" only notes it, "off" too.
     """
 
-    STATE = ("level", "last_escalation", "last_reset", "last_repair")
+    STATE = ("level", "last_escalation", "last_reset", "last_repair", "undone", "last_undone")
 
     def __init__(self, thresholds: Thresholds, on_divergence: OnDivergence = "warn") -> None:
-        self.thresholds, self.on_divergence = thresholds, on_divergence
-        self.level = self.last_escalation = 0
+        self.thresholds = thresholds
+        self.on_divergence: OnDivergence = "warn" if on_divergence == "off" else on_divergence
+        self.level = self.last_escalation = self.undone = self.last_undone = 0
         self.last_reset: int | None = None
         self.last_repair: int | None = None
 
@@ -76,8 +82,19 @@ class EscalationPolicy(Stateful):
             self.last_repair = step
             return Remedy.REPAIR
         if self.on_divergence == "recover":
-            return self._escalate(step)
+            keeps_rising = self.undone >= UNDONE_LIMIT and step - self.last_undone <= self.thresholds.horizon
+            return Remedy.NEW_LEVEL if keeps_rising and kind == "divergence" else self._escalate(step)
         return Remedy.STOP if self.on_divergence == "stop" else Remedy.NEW_LEVEL
+
+    def undo(self, step: int, level: int) -> None:
+        """Takes back an escalation that was not needed.
+
+        Args:
+            step: at which the rewind was undone.
+            level: the number of escalations before it.
+        """
+        self.undone = self.undone + 1 if step - self.last_undone <= self.thresholds.horizon else 1
+        self.level, self.last_undone = level, step
 
     def _is_recent(self, last: int | None, step: int) -> bool:
         return last is not None and step - last <= self.thresholds.proven_after
@@ -96,7 +113,8 @@ class Snapshot:
 
     Attributes:
         tensors: parameters and buffers by name (the local part of DTensors), on the host.
-        optimizers: for each optimizer, the state of its parameters by position, and the step counters of its groups.
+        optimizers: for each optimizer, the state of its parameters by position, the number of parameters, and the step
+            counters of its groups.
         rules: state of the rules of each optimizer at that time.
         trusted: the run may be rewound to it without further healthy steps.
     """
@@ -140,8 +158,7 @@ class SnapshotRing:
             rules: state of the rules of each optimizer.
             trusted: whether the run may be rewound to it without further healthy steps.
         """
-        tensors = {name: _to_host(tensor) for name, tensor in _tensors(module)}
-        self.ring.append(Snapshot(step, tensors, [_kept_state(optimizer) for optimizer in optimizers], rules, trusted))
+        self.ring.append(Snapshot(step, *_copies(module, optimizers), rules, trusted))
 
     @property
     def newest(self) -> Snapshot | None:
@@ -172,21 +189,34 @@ class SnapshotRing:
 
 
 @torch.no_grad()
-def restore(snapshot: Snapshot, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+def restore(snapshot: Snapshot, module: nn.Module, optimizers: Sequence[Optimizer]) -> list[str]:
     """Copies a snapshot into the tensors of the run, in place. Learning rates stay as they are.
+
+    A model may have changed since: parameters may have been added, unfrozen, resized or pruned.
 
     Args:
         snapshot: of this run.
         module, optimizers: those that the snapshot was taken of.
+
+    Returns:
+        Names of the tensors that the snapshot does not have in their present shape; they are left as they are.
     """
+    left = []
     for name, tensor in _tensors(module):
-        tensor.copy_(snapshot.tensors[name], non_blocking=True)
-    for optimizer, kept in zip(optimizers, snapshot.optimizers, strict=True):
+        kept = snapshot.tensors.get(name)
+        if kept is None or kept.shape != tensor.shape:
+            left.append(name)
+        else:
+            tensor.copy_(kept, non_blocking=True)
+    for optimizer, saved in zip(optimizers, snapshot.optimizers, strict=False):
         for index, param in enumerate(_params(optimizer)):
-            _restore_state(optimizer.state, param, kept["state"].get(index, {}))
-        for group, counter in zip(optimizer.param_groups, kept["steps"], strict=True):
+            if index < saved["params"]:
+                _restore_state(optimizer.state, param, saved["state"].get(index, {}))
+        for group, counter in zip(optimizer.param_groups, saved["steps"], strict=False):
             if counter is not None:
-                group["step"] = counter.to(param.device) if isinstance(counter, Tensor) else counter
+                device = group["step"].device if isinstance(group.get("step"), Tensor) else None
+                group["step"] = counter.to(device) if isinstance(counter, Tensor) else counter
+    return left
 
 
 @torch.no_grad()
@@ -200,8 +230,8 @@ def repair(snapshot: Snapshot, module: nn.Module, optimizers: Sequence[Optimizer
     Returns:
         The number of restored elements of this process.
     """
-    pairs = [(tensor, snapshot.tensors[name]) for name, tensor in _tensors(module)]
-    for optimizer, kept in zip(optimizers, snapshot.optimizers, strict=True):
+    pairs = [(tensor, snapshot.tensors[name]) for name, tensor in _tensors(module) if name in snapshot.tensors]
+    for optimizer, kept in zip(optimizers, snapshot.optimizers, strict=False):
         for index, param in enumerate(_params(optimizer)):
             for key, value in optimizer.state.get(param, {}).items():
                 if isinstance(value, Tensor):
@@ -210,10 +240,16 @@ def repair(snapshot: Snapshot, module: nn.Module, optimizers: Sequence[Optimizer
                     pairs.append((here, torch.zeros_like(here) if before is None else before))
     count = 0
     for tensor, before in pairs:
-        if tensor.is_floating_point() and (sick := ~tensor.isfinite()).any():
+        if tensor.shape == before.shape and tensor.is_floating_point() and (sick := ~tensor.isfinite()).any():
             count += int(sick.sum())
             tensor.copy_(torch.where(sick, before.to(tensor.device), tensor))
     return count
+
+
+def _copies(module: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """`tensors` and `optimizers` of a snapshot."""
+    tensors = {name: _to_host(tensor) for name, tensor in _tensors(module)}
+    return tensors, [_kept_state(optimizer) for optimizer in optimizers]
 
 
 def _restore_state(states: Any, param: Tensor, kept: dict[str, Any]) -> None:
@@ -221,6 +257,9 @@ def _restore_state(states: Any, param: Tensor, kept: dict[str, Any]) -> None:
         states.pop(param, None)
         return
     state = states[param]
+    shared = [key for key in state.keys() & kept.keys() if isinstance(kept[key], Tensor)]
+    if any(layout.local(state[key]).shape != kept[key].shape for key in shared):
+        return  # of a parameter that has been resized since
     for key in [key for key in state if key not in kept]:
         del state[key]
     for key, value in kept.items():
@@ -236,11 +275,17 @@ def _kept_state(optimizer: Optimizer) -> dict[str, Any]:
         for index, param in enumerate(_params(optimizer))
         if param in optimizer.state
     }
-    return {"state": states, "steps": [_to_host(group.get("step")) for group in optimizer.param_groups]}
+    return {
+        "state": states,
+        "params": sum(1 for _ in _params(optimizer)),
+        "steps": [_to_host(group.get("step")) for group in optimizer.param_groups],
+    }
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+    """Trainable parameters and buffers. Frozen parameters do not change in training and need no copies."""
+    trainable = ((name, param) for name, param in module.named_parameters() if param.requires_grad)
+    for name, tensor in (*trainable, *module.named_buffers()):
         yield name, layout.local(tensor.detach())
 
 
@@ -257,6 +302,36 @@ def _to_host(value: Any) -> Any:
     if tensor.device.type != "cuda":
         return tensor.to("cpu", copy=True)
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+@dataclass
+class Trial:
+    """A rewind on trial. If the loss does not return with the older weights, the task has changed, not the weights.
+
+    Attributes:
+        newer: the run before the rewind, which is restored then.
+        rates: for each monitor, its `rate_state` before the rewind.
+        level: number of escalations before the rewind.
+        monitor: number of the monitor whose loss is compared.
+        returned: loss of the snapshot's weights when it was taken.
+        raised: loss before the rewind.
+        losses: since the rewind.
+    """
+
+    newer: Snapshot
+    rates: list[dict[str, Any]]
+    level: int
+    monitor: int
+    returned: float
+    raised: float
+    losses: list[float] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**vars(self), "newer": dict(vars(self.newer))}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Trial":
+        return cls(**{**state, "newer": Snapshot(**state["newer"])})
 
 
 @dataclass(frozen=True)
@@ -276,12 +351,21 @@ class Recovery:
         on_divergence: see `EscalationPolicy`.
         acts: False reports what would be done and does nothing.
         gates: whether the gate's verdicts are carried out.
+        off: rules of `rules.RULES` whose symptoms are ignored.
     """
 
     def __init__(
-        self, thresholds: Thresholds, on_divergence: OnDivergence, acts: bool = True, gates: bool = True
+        self,
+        thresholds: Thresholds,
+        on_divergence: OnDivergence,
+        acts: bool = True,
+        gates: bool = True,
+        off: Collection[str] = (),
     ) -> None:
         self.thresholds, self.acts, self.gates = thresholds, acts, gates
+        off = {*off, "divergence"} if on_divergence == "off" else off
+        self.ignored = {kind for rule in off for kind in RULES[rule]}
+        self.trial: Trial | None = None
         self.policy, self.ring = EscalationPolicy(thresholds, on_divergence), SnapshotRing(thresholds)
         self.monitors: Sequence[GatedRules] = ()
         self.module: nn.Module = nn.Module()
@@ -305,11 +389,37 @@ class Recovery:
         elif count and count % limits.nonfinite_steps == 0 and not reading.is_finite and not is_finite():
             message = "weights or optimizer state are no longer finite: every further step is lost"
             symptoms.append(Symptom("sick_weights", message))
+        if monitor.scaled and not reading.bad_ranks:  # the GradScaler finds its scale by steps that overflow
+            symptoms = [symptom for symptom in symptoms if symptom.kind != "nonfinite"]
         for symptom in symptoms:
-            yield self.treat(symptom, reading.step, monitor)
+            if symptom.kind not in self.ignored:
+                yield self.treat(symptom, reading.step, monitor)
+        if self.trial is not None and monitor is self.monitors[self.trial.monitor]:
+            yield from self._try(self.trial, reading)
+
+    def _try(self, trial: Trial, reading: Reading) -> Iterator[Treated]:
+        """Takes in a loss after a rewind; ends the trial when there are enough of them."""
+        if math.isfinite(reading.level):
+            trial.losses.append(reading.level)
+        if len(trial.losses) < self.thresholds.trial_steps:
+            return
+        self.trial = None
+        loss = statistics.median(trial.losses)
+        if loss <= (trial.returned + trial.raised) / 2:
+            return
+        restore(trial.newer, self.module, self.optimizers)
+        for monitor, rules, rate in zip(self.monitors, trial.newer.rules, trial.rates, strict=True):
+            monitor.undo_rewind(rules, rate)
+        self.policy.undo(reading.step, trial.level)
+        message = (
+            f"the weights of a loss of {trial.returned:.4g} now have one of {loss:.4g}, as those before the rewind had "
+            f"({trial.raised:.4g}): the task has changed, not the weights"
+        )
+        yield Treated(Symptom("new_level", message), Remedy.UNDO_REWIND, Remedy.UNDO_REWIND.value)
 
     def treat(self, symptom: Symptom, step: int, monitor: GatedRules) -> Treated:
         """Chooses the remedy for a symptom of a step of `monitor` and carries it out."""
+        level = self.policy.level
         remedy = self.policy.remedy(symptom.kind, step)
         kept = None
         if remedy is Remedy.REPAIR:
@@ -329,11 +439,37 @@ class Recovery:
             repair(kept, self.module, self.optimizers)
             monitor.rules.nonfinite_in_a_row = 0
         elif kept is not None:
-            restore(kept, self.module, self.optimizers)
-            scale = HALF_RATE if remedy is Remedy.REWIND_AT_HALF_RATE else 1.0
-            for each, rules in zip(self.monitors, kept.rules, strict=True):
-                each.rewind(rules, scale)
+            said += self._rewind(kept, remedy, step, monitor, level if symptom.kind == "divergence" else None)
         return Treated(symptom, remedy, said)
+
+    def _rewind(self, kept: Snapshot, remedy: Remedy, step: int, monitor: GatedRules, level: int | None) -> str:
+        """Restores a snapshot.
+
+        Args:
+            kept: the snapshot.
+            remedy: one of `REWINDS`.
+            step: of the symptom.
+            monitor: that saw it.
+            level: number of escalations before; None if the rewind is not to be put on trial.
+
+        Returns:
+            The end of the sentence that says so: what was not restored.
+        """
+        raised = monitor.rules.divergence.fast.value
+        rules = [each.rules_state() for each in self.monitors]
+        newer = Snapshot(step, *_copies(self.module, self.optimizers), rules)
+        rates = [each.rate_state() for each in self.monitors]
+        left = restore(kept, self.module, self.optimizers)
+        scale = HALF_RATE if remedy is Remedy.REWIND_AT_HALF_RATE else 1.0
+        for each, kept_rules in zip(self.monitors, kept.rules, strict=True):
+            each.rewind(kept_rules, scale)
+        returned = monitor.rules.divergence.fast.value
+        number = [each is monitor for each in self.monitors].index(True)
+        self.trial = None
+        if level is not None and math.isfinite(returned) and returned < raised:
+            self.trial = Trial(newer, rates, level, number, returned, raised)
+        names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        return f"; not in the snapshot in its present shape, and left as it is: {names}" if left else ""
 
     def keep(self, step: int, trusted: bool = False) -> None:
         """Takes a snapshot if one is due and the run is healthy.
@@ -352,6 +488,8 @@ class Recovery:
 
         In a dry run only a step that is not finite prevents saving, as symptoms have no consequence that ends them.
         """
+        if self.trial is not None:
+            return False
         if not self.acts:
             return all(monitor.is_latest_finite() for monitor in self.monitors)
         ignored = self.policy.on_divergence == "warn"

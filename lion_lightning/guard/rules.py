@@ -49,6 +49,8 @@ class Thresholds:
     """Spacing in steps and number of the snapshots kept in host memory."""
     proven_after: int = 100
     """Healthy steps after a snapshot before a run may be rewound to it."""
+    trial_steps: int = 10
+    """Steps after a rewind whose median loss tells whether the loss has returned to the snapshot's."""
     horizon: int = 1000
     """Healthy steps after which earlier recoveries are forgotten."""
     dead: float = 0.10
@@ -129,6 +131,22 @@ class Symptom:
 
     kind: str
     message: str
+
+
+RULES: dict[str, tuple[str, ...]] = {
+    "nonfinite": ("nonfinite", "nonfinite_loss", "nonfinite_limit", "sick_weights"),
+    "outlier": ("outlier",),
+    "bad_loss": ("bad_loss", "bad_losses"),
+    "stuck_momentum": ("poison", "low_flip_rate"),
+    "divergence": ("divergence",),
+    "dead": ("dead",),
+    "cosine": ("cosine",),
+    "unmoved": ("unmoved",),
+    "near_bound": ("near_bound",),
+    "batch_size": ("batch_size",),
+    "settings": ("lr", "decay", "warmup", "bf16", "betas", "clipping"),
+}
+"""Rules that can be turned off by name, and the kinds of symptom that each reports."""
 
 
 class Stateful:
@@ -320,6 +338,7 @@ BAD_LOSSES = (
     "the loss {reading.backward_loss:.4g} of step {reading.step} is far above the others (robust z "
     "{reading.loss_z:.0f}); such steps are counted as guard/bad_losses and taken as they are"
 )
+SHOWN_BAD_LOSSES = 10
 NONFINITE_LOSS = "the loss is not finite on rank {ranks}, though the gradient is: the step was taken"
 
 
@@ -335,6 +354,8 @@ class RuleSet(Stateful):
         "clipped",
         "skipped",
         "bad_losses",
+        "first_bad_losses",
+        "steps",
     )
 
     def __init__(self, thresholds: Thresholds) -> None:
@@ -342,16 +363,20 @@ class RuleSet(Stateful):
         self.stuck_momentum, self.divergence = StuckMomentum(thresholds), Divergence(thresholds)
         self.averages = WarningAverages(thresholds)
         self.last_outlier = -math.inf
-        self.nonfinite_in_a_row = self.clipped = self.skipped = self.bad_losses = 0
+        self.nonfinite_in_a_row = self.clipped = self.skipped = self.bad_losses = self.steps = 0
+        self.first_bad_losses: list[int] = []
 
     def observe(self, reading: Reading) -> list[Symptom]:
         """The symptoms in the next step's reading, in the order in which they should be acted on."""
+        self.steps += 1
         gated = reading.factor > 1 or reading.skipped
         if reading.is_finite:
             self.nonfinite_in_a_row = 0
         symptoms = self._gated(reading) if gated or not reading.is_finite else []
         if reading.loss_z > self.thresholds.loss_z:
             self.bad_losses += 1
+            if len(self.first_bad_losses) < SHOWN_BAD_LOSSES:
+                self.first_bad_losses.append(reading.step)
             if self.bad_losses == 1 and not reading.skipped:
                 symptoms.append(Symptom("bad_losses", BAD_LOSSES.format(reading=reading)))
         far = reading.norm_z > self.thresholds.outlier_z
@@ -364,6 +389,16 @@ class RuleSet(Stateful):
             symptoms.append(Symptom("divergence", DIVERGENCE.format(level=reading.level, rule=self.divergence)))
         averages = (self.averages.observe(name, getattr(reading, name)) for name in ("dead", "cosine"))
         return symptoms + [symptom for symptom in averages if symptom is not None]
+
+    def bad_loss_summary(self) -> str | None:
+        """Count, share and first steps of the losses far above the others; None if there were fewer than two."""
+        if self.bad_losses < 2:
+            return None
+        shown = ", ".join(map(str, self.first_bad_losses)) + (", ..." if self.bad_losses > SHOWN_BAD_LOSSES else "")
+        return (
+            f"{self.bad_losses} of {self.steps} steps ({self.bad_losses / self.steps:.2%}) had a loss far above the "
+            f"others: steps {shown}"
+        )
 
     def _gated(self, reading: Reading) -> list[Symptom]:
         """Records what the gate did to a step that it did not let pass unchanged."""

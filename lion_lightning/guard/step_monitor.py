@@ -3,7 +3,7 @@
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -133,11 +133,26 @@ class Losses:
 
 
 class GatedRules:
-    """Gate, rules and unread readings of one optimizer: what a run and a replay of it have in common."""
+    """Gate, rules and unread readings of one optimizer: what a run and a replay of it have in common.
 
-    def __init__(self, thresholds: Thresholds, world_size: int = 1, skips_bad_losses: bool = False) -> None:
+    Args:
+        thresholds: of gate and rules.
+        world_size: number of ranks that add up a reading.
+        skips_bad_losses, off: see `Gate`.
+    """
+
+    scaled = False
+    """Whether a GradScaler steps the optimizer, which then skips steps whose gradients have overflowed."""
+
+    def __init__(
+        self,
+        thresholds: Thresholds,
+        world_size: int = 1,
+        skips_bad_losses: bool = False,
+        off: Collection[str] = frozenset(),
+    ) -> None:
         self.world_size = world_size
-        self.gate = Gate(thresholds, skips_bad_losses)
+        self.gate = Gate(thresholds, skips_bad_losses, off)
         self.rules, self.readback = RuleSet(thresholds), AsyncReadback()
 
     def judge(self, vector: Tensor, clip_val: float | None, facts: Sequence[float]) -> tuple[Verdict, Tensor]:
@@ -203,6 +218,21 @@ class GatedRules:
         self.load_rules_state(rules)
         self.readback.clear()
 
+    def rate_state(self) -> dict[str, Any]:
+        """State of the warm-up, which a rewind starts again; none in a replay."""
+        return {}
+
+    def undo_rewind(self, rules: dict[str, Any], rate: dict[str, Any]) -> None:
+        """Returns to the state before a rewind, with the raised loss as the new level.
+
+        Args:
+            rules: what `rules_state` returned before the rewind.
+            rate: what `rate_state` returned before the rewind.
+        """
+        self.load_rules_state(rules)
+        self.rules.divergence.take_level()
+        self.readback.clear()
+
 
 class StepMonitor(GatedRules):
     """Measures the steps of one optimizer, gates them, and warms up its learning rate.
@@ -219,7 +249,8 @@ class StepMonitor(GatedRules):
         reduce: sums a vector over all ranks; the one communication of a step.
         acts: whether the gate's verdicts are carried out.
         scaled: whether a GradScaler steps the optimizer: it then owns `grad_scale` and `found_inf` of fused ones.
-        skips_bad_losses: see `Gate`.
+        skips_bad_losses, off: see `Gate`.
+        failed: called with a message when a hook on the optimizer's step fails; the step goes on.
     """
 
     def __init__(
@@ -233,13 +264,19 @@ class StepMonitor(GatedRules):
         acts: bool = True,
         scaled: bool = False,
         skips_bad_losses: bool = False,
+        off: Collection[str] = frozenset(),
+        failed: Callable[[str], None] | None = None,
     ) -> None:
-        super().__init__(thresholds, world_size, skips_bad_losses)
-        self.optimizer, self.rank, self.acts = optimizer, rank, acts
-        self._reduce = reduce
-        self._handles = [optimizer.register_step_pre_hook(self._begin_step)]
-        self.warmup = WarmupHook(optimizer, warmup)
-        self._handles.append(optimizer.register_step_post_hook(self._end_step))
+        super().__init__(thresholds, world_size, skips_bad_losses, off)
+        self.optimizer, self.rank, self.acts, self.scaled = optimizer, rank, acts, scaled
+        self._reduce, self._failed = reduce, failed
+        self.is_measured = False
+        """Whether the step under way has been measured: further closures of the same step are not."""
+        self.steps_unseen = 0
+        """Optimizer steps that were not announced by `before_step`."""
+        self._handles = [optimizer.register_step_pre_hook(self._safely(self._begin_step))]
+        self.warmup = WarmupHook(optimizer, warmup, self._safely)
+        self._handles.append(optimizer.register_step_post_hook(self._safely(self._end_step)))
         self._device = layout.local(self._params()[0]).device
         self._dtype = torch.float32 if self._device.type == "mps" else torch.float64
         self.sample = SampledCoordinates(optimizer) if isinstance(optimizer, Lion) else None
@@ -255,6 +292,7 @@ class StepMonitor(GatedRules):
         for handle in self._handles:
             handle.remove()
         self._end_step()
+        self.steps_unseen = 0
 
     @torch.no_grad()
     def before_step(self, losses: Losses, clip_val: float | None, facts: Sequence[float]) -> bool:
@@ -268,6 +306,7 @@ class StepMonitor(GatedRules):
         Returns:
             Whether there were gradients.
         """
+        self.is_measured = not self.scaled  # a GradScaler may make no step at all, and takes no further closures
         grads = [param.grad for param in self._params() if param.grad is not None]
         update_sums = self.sample.measure() if self.sample is not None else ()
         vector = torch.stack([self._scalar(value) for value in self._sums(losses, update_sums, bool(grads))])
@@ -311,7 +350,8 @@ class StepMonitor(GatedRules):
         for param in self._params():
             if param.grad is not None:
                 parts = sharded if layout.is_sharded(param) else whole
-                parts.append(layout.local_grad(param.grad, param))
+                grad = param.grad.coalesce().values() if param.grad.is_sparse else param.grad
+                parts.append(layout.local_grad(grad, param))
         squares = _sum_of_squares(whole, self._device, self._dtype) / shared_by
         return squares + _sum_of_squares(sharded, self._device, self._dtype) if sharded else squares
 
@@ -324,10 +364,26 @@ class StepMonitor(GatedRules):
         elif verdict.skip:
             self._skips = True
         elif float(verdict.factor) != 1:
-            torch._foreach_div_(grads, float(verdict.factor * still_to_clip))
+            for grad in grads:
+                grad.div_(float(verdict.factor * still_to_clip))
+
+    def _safely(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """The hook, whose errors are passed to `failed` instead of ending the optimizer's step."""
+
+        def call(*args: Any) -> Any:
+            try:
+                return hook(*args)
+            except Exception as error:
+                if self._failed is None:
+                    raise
+                self._failed(f"{type(error).__name__}: {error}")
+                return None
+
+        return call
 
     def _begin_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Hides the gradients of a step that is to be skipped, after its closure has made them."""
+        self.is_measured = False
         if self._takes_scalars:
             return None
         if self._skips:
@@ -355,6 +411,8 @@ class StepMonitor(GatedRules):
         for param, grad in self._hidden:
             param.grad = grad
         self._skips, self._hidden = False, []
+        self.steps_unseen += not self.is_measured and not self.scaled
+        self.is_measured = False
 
     @torch.no_grad()
     def zero_momentum(self) -> None:
@@ -377,6 +435,15 @@ class StepMonitor(GatedRules):
     def rewind(self, rules: dict[str, Any], scale: float) -> None:
         super().rewind(rules, scale)
         self.warmup.warmup.rewarm(scale)
+        if self.sample is not None:
+            self.sample.forget()
+
+    def rate_state(self) -> dict[str, Any]:
+        return self.warmup.warmup.state_dict()
+
+    def undo_rewind(self, rules: dict[str, Any], rate: dict[str, Any]) -> None:
+        super().undo_rewind(rules, rate)
+        self.warmup.warmup.load_state_dict({**rate, "step": self.warmup.warmup.step})
         if self.sample is not None:
             self.sample.forget()
 

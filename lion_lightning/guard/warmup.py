@@ -5,7 +5,7 @@ others keep it for ever. So the rate is multiplied right before the step and res
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -85,16 +85,26 @@ class WarmupHook:
     """Applies a warm-up to one optimizer by its step hooks.
 
     An exception between the hooks leaves the scaled rates in the groups; the next step restores the true ones before
-    it scales them again, and so does `remove`.
+    it scales them again, and so does `remove`. Groups without a rate, such as those of Adafactor, are left alone.
+
+    Args:
+        optimizer: of torch or with torch's hooks.
+        warmup: gives the factor, and is advanced by every step.
+        wrap: applied to the two hooks before they are registered.
     """
 
-    def __init__(self, optimizer: Optimizer, warmup: LinearWarmup) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup: LinearWarmup,
+        wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda hook: hook,
+    ) -> None:
         self.optimizer, self.warmup = optimizer, warmup
-        self.applied: list[float | Tensor] = []
-        self._true_rates: list[float | Tensor] = []
+        self.applied: list[float | Tensor | None] = []
+        self._true_rates: list[float | Tensor | None] = []
         self._handles: list[Any] = [
-            optimizer.register_step_pre_hook(self._scale),
-            optimizer.register_step_post_hook(self._finish),
+            optimizer.register_step_pre_hook(wrap(self._scale)),
+            optimizer.register_step_post_hook(wrap(self._finish)),
         ]
 
     def remove(self) -> None:
@@ -107,10 +117,11 @@ class WarmupHook:
         self._restore()
         factor, groups = self.warmup.factor, optimizer.param_groups
         if factor != 1:
-            self._true_rates = [_copy(group["lr"]) for group in groups]
-            for group in groups:
-                _assign(group, group["lr"] * factor)
-        self.applied = [_copy(group["lr"]) for group in groups]
+            self._true_rates = [_copy(group.get("lr")) for group in groups]
+            for group, rate in zip(groups, self._true_rates, strict=True):
+                if rate is not None:
+                    _assign(group, rate * factor)
+        self.applied = [_copy(group.get("lr")) for group in groups]
 
     def _finish(self, *_: Any) -> None:
         self._restore()
@@ -119,11 +130,12 @@ class WarmupHook:
     def _restore(self) -> None:
         if self._true_rates:
             for group, rate in zip(self.optimizer.param_groups, self._true_rates, strict=False):
-                _assign(group, rate)
+                if rate is not None:
+                    _assign(group, rate)
             self._true_rates = []
 
 
-def _copy(rate: float | Tensor) -> float | Tensor:
+def _copy(rate: float | Tensor | None) -> float | Tensor | None:
     return rate.clone() if isinstance(rate, Tensor) else rate
 
 

@@ -14,7 +14,7 @@ from lion_lightning.tracking.compare import Comparison, Variant
 from lion_lightning.tracking.runs import AXES, Run
 
 PLOTLY_DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
-PREFIXES = ("val/", "train/", "guard/", "lion/", "lr-", "perf/")  # of the metrics offered, in this order
+PREFIXES = ("val/", "train/", "guard/", "lion/", "lr/", "perf/")  # of the metrics offered, in this order
 MAX_SINGLE_RUNS = 48  # in more runs, only the metric that decides has a curve per run: the page would be slow
 SIGNIFICANT_DIGITS = 6
 

@@ -12,7 +12,7 @@ from lion_lightning.tracking.runs import AXES, STEP
 # The sections of the workspace, with the prefixes of their metrics; True: open from the start.
 SECTIONS = {
     "Result": (("val/",), True),
-    "Training": (("train/", "lr-"), True),
+    "Training": (("train/", "lr/"), True),
     "Guard": (("guard/", "lion/"), False),
     "Cost": (("perf/", "data/"), False),
 }

@@ -69,4 +69,4 @@ CASES = [
 """Faults that a run can outlive."""
 
 FOR_EVER = Case("wrong labels from then on", lambda: [LabelNoise(every(HIT))], "divergence", 2.0, guard=RECIPES)
-"""The guard cannot mend data: it tries twice, then stops the run."""
+"""The guard cannot mend data: it reports that the task has changed."""

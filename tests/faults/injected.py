@@ -75,6 +75,18 @@ class NaNMomentum(Callback):
             layout.local(state["exp_avg"]).view(-1)[3] = torch.nan
 
 
+class ScaledWeights(Callback):
+    """All weights become several times as large: what a wrong checkpoint or a careless script does."""
+
+    def __init__(self, step: int, factor: float) -> None:
+        self.step, self.factor = step, factor
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            for param in pl_module.parameters():
+                param.data.mul_(self.factor)
+
+
 def every(start: int) -> "range":
     """All steps from `start` on."""
     return range(start, 10**9)

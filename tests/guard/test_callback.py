@@ -54,7 +54,7 @@ def fit(module, guard, tmp_path, samples=512, batch_size=64, **options):
 @pytest.mark.parametrize("module", [Regression, AdamRegression])
 def test_the_first_steps_are_warmed_up_and_what_is_logged_is_what_was_applied(tmp_path, module):
     trainer, rows = fit(module(), LionGuard(warmup_steps=4), tmp_path)
-    (name,) = {key for key in rows[0] if key.startswith("lr-") and not key.endswith("no_decay")}
+    (name,) = {key for key in rows[0] if key.startswith("lr/") and not key.endswith("no_decay")}
     peak = trainer.optimizers[0].param_groups[0].get("initial_lr", 0.1)
     assert rows[0][name] == pytest.approx(peak / 4)
     _, bare = fit(module(), LionGuard(warmup_steps=0), tmp_path)

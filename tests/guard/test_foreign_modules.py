@@ -1,15 +1,26 @@
 """LionGuard in modules and with tools that it does not know: training goes on, whatever happens."""
 
+import copy
+import csv
 import logging
+import math
+import pickle
+from dataclasses import replace
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lion_lightning import Lion, LionGuard
+from lion_lightning.guard.recovery import Recovery
+from lion_lightning.guard.rules import Reading, Thresholds
+from lion_lightning.guard.step_monitor import StepMonitor
+from lion_lightning.guard.warmup import LinearWarmup
 
 
 class Regression(LightningModule):
@@ -110,3 +121,215 @@ def test_any_length_of_run(tmp_path, options):
     guard = LionGuard()
     trainer_with(guard, tmp_path, **options).fit(Regression())
     assert not guard.is_off
+
+
+def test_finders_of_batch_size_and_rate_as_callbacks(tmp_path):
+    class Data(LightningDataModule):
+        batch_size = 8
+
+        def train_dataloader(self):
+            inputs = torch.randn(256, 4)
+            return DataLoader(TensorDataset(inputs, inputs.sum(1, keepdim=True)), batch_size=self.batch_size)
+
+    for finder in (BatchSizeFinder(steps_per_trial=2, max_trials=2), LearningRateFinder(num_training_steps=5)):
+        guard = LionGuard(warmup_steps=2)
+        trainer = Trainer(
+            default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False,
+            enable_model_summary=False, max_epochs=1, callbacks=[finder, guard],
+        )  # fmt: skip
+        trainer.fit(Regression(), Data())
+        assert not guard.is_off
+        assert guard.steps == guard.warmup.step == trainer.global_step > 0
+
+
+class WithLBFGS(Regression):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=5)
+
+
+class Sam(torch.optim.SGD):
+    """Two evaluations of the loss for one step, as in sharpness-aware minimisation."""
+
+    def step(self, closure):
+        closure()
+        return super().step(closure)
+
+
+class WithSam(Regression):
+    def configure_optimizers(self):
+        return Sam(self.parameters(), lr=1e-3)
+
+
+class NoRate(torch.optim.SGD):
+    """A group without a learning rate, as Adafactor's with a relative step."""
+
+    def step(self, closure=None):
+        rate, self.param_groups[0]["lr"] = self.param_groups[0]["lr"], 1e-3
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups[0]["lr"] = rate
+
+
+class WithoutRate(Regression):
+    def configure_optimizers(self):
+        optimizer = NoRate(self.parameters(), lr=1e-3)
+        optimizer.param_groups[0]["lr"] = None
+        return optimizer
+
+
+class Sparse(Regression):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(16, 4, sparse=True)
+
+    def training_step(self, batch, batch_idx):
+        return (self.table(torch.arange(8)).sum(0) - 1).square().sum() + 0 * super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        return torch.optim.SparseAdam(list(self.table.parameters()), lr=1e-2)
+
+
+@pytest.mark.parametrize("module", [WithLBFGS, WithSam, WithoutRate, Sparse])
+def test_a_step_of_any_optimizer_counts_once(tmp_path, module):
+    guard = LionGuard(warmup_steps=3)
+    trainer = trainer_with(guard, tmp_path)
+    trainer.fit(module())
+    assert not guard.is_off
+    assert guard.steps == trainer.global_step == 8
+    assert [event.kind for event in guard.events if event.kind != "batch_size"] == []
+
+
+def test_a_step_of_a_raw_optimizer_is_told_once(tmp_path):
+    class Raw(Regression):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            super().training_step(batch, batch_idx).backward()
+            optimizer.step()
+
+    guard = LionGuard()
+    trainer_with(guard, tmp_path, max_epochs=2).fit(Raw())
+    assert [event.kind for event in guard.events] == ["unseen_steps"]
+
+
+def test_copies_in_the_middle_of_a_fit_have_the_state_and_no_hooks(tmp_path):
+    class Copies(Regression):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == 3:
+                guard = self.trainer.callbacks[0]
+                self.copies = [copy.deepcopy(guard), pickle.loads(pickle.dumps(guard))]
+
+    guard, module = LionGuard(on_divergence="recover"), Copies()
+    trainer_with(guard, tmp_path).fit(module)
+    for copied in module.copies:
+        assert copied.monitors == []
+        assert copied.state_dict()["steps"] == 4
+        trainer_with(copied, tmp_path).fit(Regression())
+        assert not copied.is_off
+
+
+def test_another_number_of_warmup_steps_after_a_resume_counts_and_is_told(tmp_path, caplog):
+    trainer = trainer_with(LionGuard(warmup_steps=4), tmp_path)
+    trainer.fit(Regression())
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    guard = LionGuard(warmup_steps=20)
+    trainer_with(guard, tmp_path, max_epochs=2).fit(Regression(), ckpt_path=tmp_path / "first.ckpt", weights_only=False)
+    assert guard.warmup.warmup_steps == 20
+    assert guard.warmup.step == 16
+    assert "warmup_steps=20, not 4 as in the checkpoint" in caplog.text
+
+
+def test_a_checkpoint_from_before_the_guard(tmp_path, caplog):
+    trainer = trainer_with(Callback(), tmp_path)
+    trainer.fit(Regression())
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    guard = LionGuard(warmup_steps=20)
+    trainer_with(guard, tmp_path, max_epochs=2).fit(Regression(), ckpt_path=tmp_path / "first.ckpt", weights_only=False)
+    assert guard.steps == 16
+    assert "starts at step 8 without a state of its own" in caplog.text
+
+
+def test_keys_of_its_own_beside_a_monitor_of_learning_rates(tmp_path):
+    class Named(Regression):
+        def configure_optimizers(self):
+            return Lion([{"params": self.net.parameters(), "name": "all"}], lr=self.lr)
+
+    logger = CSVLogger(tmp_path)
+    Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", logger=logger, enable_progress_bar=False, log_every_n_steps=1,
+        enable_model_summary=False, max_epochs=1, callbacks=[LearningRateMonitor("step"), LionGuard(warmup_steps=8)],
+    ).fit(Named())  # fmt: skip
+    logger.save()
+    with open(logger.experiment.metrics_file_path, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["lr/Lion/all"]]
+    assert [int(row["step"]) for row in rows] == list(range(8))
+    assert float(rows[0]["lr/Lion/all"]) == pytest.approx(1e-3 / 8)
+    assert any(key.startswith("lr-Lion") for key in rows[0])
+
+
+def test_rules_that_are_off_neither_act_nor_report(tmp_path):
+    class Spike(Regression):
+        def on_after_backward(self):
+            if self.trainer.global_step in (40, 50):
+                self.net.weight.grad.mul_(torch.inf if self.trainer.global_step == 50 else 1e6)
+
+    def kinds(off):
+        guard = LionGuard(warmup_steps=0, off=off)
+        trainer_with(guard, tmp_path, max_epochs=8).fit(Spike())
+        assert not guard.is_off
+        return {event.kind for event in guard.events}
+
+    assert kinds(["settings"]) == {"outlier", "nonfinite"}
+    assert kinds(["settings", "outlier"]) == {"nonfinite"}
+    assert kinds(["settings", "outlier", "nonfinite", "stuck_momentum"]) == set()
+    with pytest.raises(ValueError, match=r"off must be a list of rules of nonfinite, .* got \['gate'\]"):
+        LionGuard(off=["gate"])
+
+
+def test_overflows_of_a_grad_scaler_are_no_faults():
+    param = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    monitor = StepMonitor(optimizer, Thresholds(), LinearWarmup(0), scaled=True)
+    recovery = Recovery(Thresholds(), "warn")
+    recovery.monitors = [monitor]
+    overflow = Reading(grad_norm=math.inf, skipped=True, step=1)
+    assert list(recovery.process(monitor, overflow)) == []
+    assert [treated.symptom.kind for treated in recovery.process(monitor, replace(overflow, bad_ranks=(0,)))] == [
+        "nonfinite"
+    ]
+
+
+def test_a_model_that_changes_while_it_trains(tmp_path):
+    """Its loss rises when it is changed, so it is rewound to a snapshot of the smaller model; the rewind is undone."""
+
+    class Grows(Regression):
+        def __init__(self):
+            super().__init__()
+            self.frozen = nn.Linear(4, 1)
+            self.frozen.requires_grad_(False)
+            self.register_buffer("queue", torch.zeros(2))
+
+        def configure_optimizers(self):
+            return Lion(self.net.parameters(), lr=self.lr)
+
+        def training_step(self, batch, batch_idx):
+            inputs, targets = batch
+            raised = 5.0 if self.trainer.global_step >= 200 else 0.0
+            return nn.functional.mse_loss(self.net(inputs) + self.frozen(inputs), targets) + raised
+
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.trainer.global_step == 200:
+                self.frozen.requires_grad_(True)
+                self.trainer.optimizers[0].add_param_group({"params": self.frozen.parameters()})
+                self.queue = torch.zeros(5)
+
+    guard = LionGuard(warmup_steps=0, on_divergence="recover", thresholds=Thresholds(proven_after=20))
+    trainer_with(guard, tmp_path, max_epochs=40).fit(Grows())
+    assert not guard.is_off
+    kinds = [event.kind for event in guard.events if event.kind in ("divergence", "new_level")]
+    assert kinds == ["divergence", "new_level"]
+    (divergence,) = (event for event in guard.events if event.kind == "divergence")
+    assert "left as it is: frozen.weight, frozen.bias, queue" in divergence.remedy

@@ -179,8 +179,8 @@ def test_two_optimizers_by_hand_and_a_nan_in_the_first(second_every):
     assert [event.kind for event in guard.events].count("nonfinite") == 1
     assert guard.steps == 20
     assert guard.batch.last == BATCH
-    assert trainer.logger.latest["lr-Lion/0"] == pytest.approx(1e-3)
-    assert trainer.logger.latest["lr-AdamW-1/0"] == pytest.approx(1e-3)
+    assert trainer.logger.latest["lr/Lion/0"] == pytest.approx(1e-3)
+    assert trainer.logger.latest["lr/AdamW-1/0"] == pytest.approx(1e-3)
 
 
 def test_two_optimizers_by_hand_are_not_disturbed():

@@ -87,7 +87,10 @@ for *types, checks in COMBINATIONS:
 """
 
 
-@pytest.mark.parametrize(("backend", "architecture", "warp"), [("cuda", "80", "32"), ("hip", "gfx942", "64")])
+COMPILERS = [("cuda", "80", "32"), pytest.param("hip", "gfx942", "64", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("backend", "architecture", "warp"), COMPILERS)
 def test_it_compiles_to_rounded_arithmetic_and_wide_loads(
     backend: str, architecture: str, warp: str, tmp_path: Path
 ) -> None:

@@ -100,7 +100,7 @@ def test_speed_and_data_are_logged_under_their_names(finished: tuple[Path, float
     ):
         assert name in kept, name
     assert kept["data/samples_seen"] == 12 * 64
-    assert {"lr-AdamW/decay", "lr-AdamW/no_decay", "guard/warmup_factor"} <= set(kept)
+    assert {"lr/AdamW/decay", "lr/AdamW/no_decay", "guard/warmup_factor"} <= set(kept)
 
 
 def test_the_environment_is_left_as_it_was(finished: tuple[Path, float]) -> None:
