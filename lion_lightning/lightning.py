@@ -1,11 +1,14 @@
 """Lion in Lightning: `LionMixin` configures the optimizer, `GradientRelease` steps parameters inside backward."""
 
 import inspect
+import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -14,6 +17,8 @@ from typing_extensions import override
 from lion_lightning.hyperparams import Schedule, cosine, parameter_groups
 from lion_lightning.optim import Lion
 from lion_lightning.optim.gradient_release import Release, release_gradients
+
+log = logging.getLogger(__name__)
 
 OptimizerFactory: TypeAlias = Callable[..., Optimizer]
 
@@ -30,7 +35,8 @@ class LionMixin:
         optimizer_factory: an optimizer class, or a `functools.partial` of one, of torch or of this library. Its
             `weight_decay` applies to the `decay` group alone (see `hyperparams.parameter_groups`).
         schedule: from the number of optimizer steps of the run to a function that gives the factor of the learning rate
-            at each step; see `hyperparams`. The number is `trainer.estimated_stepping_batches`.
+            at each step; see `hyperparams`. The number is `trainer.estimated_stepping_batches`; where it is not known,
+            the rate stays as it is.
     """
 
     optimizer_factory: OptimizerFactory = Lion
@@ -41,11 +47,31 @@ class LionMixin:
         module = cast(LightningModule, self)
         factory = self.optimizer_factory
         optimizer = factory(parameter_groups(module, _weight_decay(factory)))
-        factor = self.schedule(int(module.trainer.estimated_stepping_batches))
+        steps = total_steps(module.trainer)
+        if math.isinf(steps):
+            log.warning("LionMixin: the length of this run is not known, so the learning rate stays as it is")
+        factor = self._schedule()(int(steps)) if math.isfinite(steps) else lambda step: 1.0
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step", "frequency": 1},
         }
+
+    def _schedule(self) -> Schedule:
+        """The schedule; a function that is set as a class attribute is not taken for a method."""
+        given = inspect.getattr_static(self, "schedule")
+        if not inspect.isfunction(given):
+            return self.schedule
+        required = [entry for entry in inspect.signature(given).parameters.values() if entry.default is entry.empty]
+        return given if len(required) == 1 else self.schedule
+
+
+def total_steps(trainer: Trainer) -> float:
+    """Optimizer steps of the whole run; infinite if they are not known."""
+    try:
+        steps = float(trainer.estimated_stepping_batches)
+    except (MisconfigurationException, TypeError, ValueError, ZeroDivisionError):
+        return math.inf
+    return steps if steps > 0 else math.inf
 
 
 def _weight_decay(factory: OptimizerFactory) -> float:

@@ -21,6 +21,7 @@ from lion_lightning.guard.recovery import ON_DIVERGENCE, OnDivergence, Recovery,
 from lion_lightning.guard.rules import RULES, Reading, Thresholds
 from lion_lightning.guard.step_monitor import Losses, StepMonitor
 from lion_lightning.guard.warmup import LinearWarmup, warmup_length
+from lion_lightning.lightning import total_steps
 from lion_lightning.optim import Lion
 
 Manual = Literal["watch", "act"]
@@ -209,7 +210,7 @@ class LionGuard(Callback):
         acts = self.acts and (plain or self.manual_optimization == "act")
         self.recovery.acts = acts
         if loaded is None:
-            length = warmup_length(self.warmup_steps, optimizers, preflight.total_steps(trainer))
+            length = warmup_length(self.warmup_steps, optimizers, total_steps(trainer))
             self.warmup = LinearWarmup(length)
             if trainer.global_step:
                 self.steps = self.warmup.step = trainer.global_step
@@ -246,7 +247,7 @@ class LionGuard(Callback):
         self.recovery.module = pl_module
         if loaded is not None:
             self._restore(loaded)
-            self._keep_given_warmup(optimizers, preflight.total_steps(trainer))
+            self._keep_given_warmup(optimizers, total_steps(trainer))
         elif self.monitors:
             self._preflight(trainer, optimizers)
         if self.monitors:
@@ -263,7 +264,7 @@ class LionGuard(Callback):
 
     def _preflight(self, trainer: Trainer, optimizers: list[Optimizer]) -> None:
         settings = preflight.RunSettings(
-            total_steps=preflight.total_steps(trainer),
+            total_steps=total_steps(trainer),
             warmup_steps=self.warmup.warmup_steps,
             batch_size=preflight.batch_size(trainer),
             gradient_clip_val=trainer.gradient_clip_val,

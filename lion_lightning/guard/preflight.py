@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
@@ -26,6 +25,8 @@ STEP_LIMIT, TRIAL_STEP_LIMIT = 1.0, 2.0
 
 In runs of 300 steps the best of 16 rates was at 1.5, and nothing above 2.5 was near it (docs/guard.md)."""
 FAR_TOO_HIGH = 5.0
+ADAMW_LR, ADAMW_DECAY = 1e-3, 0.1
+"""A Lion with at least this rate and at most this decay has AdamW's numbers."""
 LEAST_DECAY = 0.005
 """Share of itself that a weight should lose to decay over a run, if decay is asked for at all."""
 SHORT_RUN_STEPS = 1000
@@ -109,7 +110,7 @@ def _lr(optimizer: Optimizer, run: RunSettings) -> Finding | None:
     value = turnover(optimizer)
     limit = TRIAL_STEP_LIMIT if run.total_steps <= SHORT_RUN_STEPS else STEP_LIMIT
     if value <= limit:
-        return None
+        return next((_adamw_numbers(group) for group in optimizer.param_groups if _adamw_numbers(group)), None)
     lr = max(_peak(group) for group in optimizer.param_groups)
     advice = (
         "this looks like an AdamW rate: set a tenth to a third of it (hyperparams.from_adamw)"
@@ -118,6 +119,18 @@ def _lr(optimizer: Optimizer, run: RunSettings) -> Finding | None:
     )
     return Finding(
         "lr", f"lr={lr:g} moves the matrices {value:.1f} times their own effect in one step (limit {limit:g}); {advice}"
+    )
+
+
+def _adamw_numbers(group: dict[str, Any]) -> Finding | None:
+    """A rate that is high beside a decay that is small, for Lion. SIGNUM, whose betas are equal, takes such numbers."""
+    lr, decay = _peak(group), group["weight_decay"]
+    if lr < ADAMW_LR or not 0 < decay <= ADAMW_DECAY or group["betas"][0] == group["betas"][1]:
+        return None
+    return Finding(
+        "lr",
+        f"lr={lr:g} with weight_decay={decay:g} are numbers for AdamW: Lion(**from_adamw({lr:g}, {decay:g})) takes a "
+        "rate 3 to 10 times smaller and a decay as much larger",
     )
 
 
@@ -279,15 +292,6 @@ def samples_in(batch: Any) -> int:
 
 def _is_image(entry: Any) -> bool:
     return isinstance(entry, Tensor) and entry.ndim == 3
-
-
-def total_steps(trainer: Trainer) -> float:
-    """Optimizer steps of the whole run; infinite if they are not known."""
-    try:
-        steps = float(trainer.estimated_stepping_batches)
-    except (MisconfigurationException, TypeError, ValueError, ZeroDivisionError):
-        return math.inf
-    return steps if steps > 0 else math.inf
 
 
 class EffectiveBatch(Stateful):

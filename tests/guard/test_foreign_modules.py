@@ -14,13 +14,14 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, Lea
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lion_lightning import Lion, LionGuard
+from lion_lightning import Lion, LionGuard, LionMixin
 from lion_lightning.guard.recovery import Recovery
 from lion_lightning.guard.rules import Reading, Thresholds
 from lion_lightning.guard.step_monitor import StepMonitor
 from lion_lightning.guard.warmup import LinearWarmup
+from lion_lightning.hyperparams import linear
 
 
 class Regression(LightningModule):
@@ -333,3 +334,28 @@ def test_a_model_that_changes_while_it_trains(tmp_path):
     assert kinds == ["divergence", "new_level"]
     (divergence,) = (event for event in guard.events if event.kind == "divergence")
     assert "left as it is: frozen.weight, frozen.bias, queue" in divergence.remedy
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield torch.ones(4), torch.ones(1)
+
+
+class Mixed(LionMixin, Regression):
+    configure_optimizers = LionMixin.configure_optimizers
+
+
+class Linear(Mixed):
+    schedule = linear
+
+
+def test_a_function_as_schedule_and_a_run_of_unknown_length(tmp_path, caplog):
+    trainer = trainer_with(LionGuard(warmup_steps=0), tmp_path)
+    trainer.fit(Linear())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0)
+    trainer = trainer_with(LionGuard(), tmp_path, max_epochs=-1, max_time={"seconds": 1})
+    trainer.fit(Mixed(), DataLoader(Endless(), batch_size=64))
+    assert trainer.global_step > 0
+    assert "the length of this run is not known" in caplog.text
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-4

@@ -188,3 +188,11 @@ def test_bf16_weights_that_round_steps_away_are_found_for_others_and_not_for_our
 def test_what_is_special_to_lion_is_left_out_for_others():
     run = RunSettings(1000, warmup_steps=0, batch_size=64, gradient_clip_val=1.0)
     assert found(AdamW(bert_base_matrices(), lr=1e-2, betas=(0.5, 0.5), weight_decay=1e-6), run) == {}
+
+
+def test_numbers_of_adamw_name_the_conversion():
+    params = [nn.Parameter(torch.randn(8, 8))]
+    (finding,) = inspect(Lion(params, lr=1e-3, weight_decay=0.1), RunSettings(500, 50))
+    assert "from_adamw(0.001, 0.1)" in finding.message
+    assert inspect(Lion(params, lr=1e-4, weight_decay=1.0), RunSettings(500, 50)) == []
+    assert inspect(Lion(params, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.9)), RunSettings(500, 50)) == []
