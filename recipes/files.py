@@ -4,8 +4,11 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import charset_normalizer
+
 from lion_lightning.errors import ConfigError
 
+SAMPLE_BYTES = 2**20
 SHOWN_CHARACTERS = 300  # of another library's error message
 
 
@@ -85,6 +88,27 @@ def check_fraction(fraction: float) -> float:
     if not 0 < fraction < 1:
         raise ConfigError(f"data.val_fraction must be between 0 and 1, got {fraction}")
     return fraction
+
+
+def conversion_of(file: Path) -> str:
+    """What to do with a file that is not UTF-8: the encoding that its beginning fits best, and how to convert it."""
+    with file.open("rb") as raw:
+        best = charset_normalizer.from_bytes(raw.read(SAMPLE_BYTES)).best()
+    if best is None:
+        return "it fits no encoding of text; is it a text file?"
+    name = best.encoding
+    return f"it looks like {name}; convert it: iconv -f {name.upper()} -t UTF-8 {file.name} > converted{file.suffix}"
+
+
+def without_surrogates(text: str) -> str:
+    """`text` with pairs of surrogates joined and lone ones, which no encoding can hold, replaced by U+FFFD."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def one_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ file by file; names that cannot be told apart are an error.
 import csv
 import gzip
 import json
+import logging
 import math
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,9 +20,11 @@ import pyarrow.parquet
 from datasets import ClassLabel, Features
 
 from lion_lightning.errors import ConfigError
-from recipes.files import one_line
+from recipes.files import conversion_of, one_line, without_surrogates
 
+log = logging.getLogger(__name__)
 MAX_FIELD_CHARACTERS = 2**24
+LONG_TEXT_CHARACTERS = 100_000
 PARQUET_ROWS_PER_BATCH = 4096
 SHOWN_NAMES = 3
 Read = Callable[[Path], tuple[Sequence[str], Iterator[Sequence[Any]]]]
@@ -79,18 +82,30 @@ def read_table(file: Path, columns: Columns, by_name: bool = True) -> Iterator[R
             )
         text, label = header.index(columns.text), header.index(columns.label)
         second = header.index(columns.second) if columns.second else None
+        long: list[int] = []
         for number, row in enumerate(rows, 1):
             if len(row) == len(header):
+                if isinstance(row[text], str) and len(row[text]) > LONG_TEXT_CHARACTERS:
+                    long.append(number)
                 found = row[label] if names is None else name_at(names, row[label])
-                yield Row(row[text], None if second is None else row[second], found, number)
+                first, other = (_clean(row[place]) if place is not None else None for place in (text, second))
+                yield Row(first, other, found, number)
             else:
                 yield Row("", None, None, number)
+        if long:
+            log.warning(
+                "%s: %d texts have over %d characters, the first in row %d; is a quote not closed before it?",
+                file, len(long), LONG_TEXT_CHARACTERS, long[0],
+            )  # fmt: skip
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{file} is not UTF-8 (byte 0x{error.object[error.start]:02x}: {error.reason}); convert it first"
-        ) from error
+        advice = "convert it first" if file.suffix.lower() == ".gz" else conversion_of(file)
+        raise ConfigError(f"{file} is not UTF-8 (byte 0x{error.object[error.start]:02x}); {advice}") from error
     except (csv.Error, pyarrow.ArrowException, OSError, EOFError) as error:
         raise ConfigError(f"{file} cannot be read: {one_line(error)}") from error
+
+
+def _clean(cell: Any) -> Any:
+    return without_surrogates(cell) if isinstance(cell, str) else cell
 
 
 def columns_of(file: Path) -> Sequence[str]:
@@ -167,7 +182,18 @@ def _separated(delimiter: str, quoting: int) -> Read:
         def lines() -> Iterator[Sequence[str]]:
             csv.field_size_limit(MAX_FIELD_CHARACTERS)
             with _open(file, newline="") as opened:
-                yield from (row for row in csv.reader(opened, delimiter=delimiter, quoting=quoting) if row)  # type: ignore[arg-type]
+                reader = csv.reader(opened, delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
+                begin = 1
+                try:
+                    for row in reader:
+                        if row:
+                            yield row
+                        begin = reader.line_num + 1
+                except csv.Error as error:
+                    raise ConfigError(
+                        f"{file}: the row that begins in line {begin} is not CSV ({error}); is a quote not closed? A "
+                        "quote inside a quoted field is written twice"
+                    ) from error
 
         rows = lines()
         return next(rows, []), rows

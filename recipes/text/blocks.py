@@ -23,6 +23,7 @@ from transformers import BertTokenizer, PreTrainedTokenizerBase
 
 from lion_lightning.data.cache import cached_folder, release_freed_memory
 from lion_lightning.errors import ConfigError
+from recipes.files import without_surrogates
 from recipes.text.corpus import Corpus, digest
 from recipes.text.tokenizer import SPECIAL_TOKENS, as_transformers, identity, load_masking_tokenizer, train_tokenizer
 
@@ -34,7 +35,7 @@ SHARD_CHARACTERS = 2**24  # about 4 M tokens, a few seconds of work
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**21, 512  # a token takes 100 bytes while it is an `Encoding`
 SPLITS = {"train": TRAIN, "val": VAL}
 __all__ = ["SPECIAL_TOKENS", "BlockSettings", "Blocks", "prepare_blocks"]
-FORMAT_VERSION = 4  # raise it when what is written to the cache changes
+FORMAT_VERSION = 5  # raise it when what is written to the cache changes
 TOKENIZER_DONE, HELD_OUT = "tokenizer.done", "held_out.npy"
 
 
@@ -65,24 +66,25 @@ def read_documents(corpora: Sequence[Corpus]) -> Iterator[tuple[int, int, str]]:
     for source, corpus in enumerate(corpora):
         held_out = corpus.held_out()
         if held_out is not None:
-            yield from ((source, VAL, document) for document in held_out)
+            yield from ((source, VAL, without_surrogates(document)) for document in held_out)
         role = BY_CONTENT if held_out is None else TRAIN
-        yield from ((source, role, document) for document in corpus.documents())
+        yield from ((source, role, without_surrogates(document)) for document in corpus.documents())
 
 
 def scan_corpora(corpora: Sequence[Corpus], val_fraction: float) -> CorpusScan:
-    """Read all documents once, and keep 9 bytes of each and a bounded sample.
+    """Read all documents once, and keep 17 bytes of each and a bounded sample.
 
     Left out are documents without text, and those that came before. Held out are the documents of a source's own
     validation set, or else a share of its documents, by their content.
     """
-    digests, given, characters = array("Q"), array("B"), 0
+    digests, given, lengths, characters = array("Q"), array("B"), array("L"), 0
     sample, whole = _Sample(SAMPLE_CHARACTERS), _Whole(SAMPLE_CHARACTERS)
     threshold = math.ceil(val_fraction * 2**64)
     for source, role, document in read_documents(corpora):
         known = digest(document) if document.strip() else _EMPTY
         digests.append(known)
         given.append(role)
+        lengths.append(len(document))
         characters += len(document)
         whole.add((source, document))
         if known != _EMPTY and (role or (VAL if known < threshold else TRAIN)) == TRAIN:
@@ -94,6 +96,12 @@ def scan_corpora(corpora: Sequence[Corpus], val_fraction: float) -> CorpusScan:
     first[np.unique(numbers, return_index=True)[1]] = True
     empty = numbers == _EMPTY
     roles[empty | ~first] = LEFT_OUT
+    by_content = (np.frombuffer(given, np.uint8) == BY_CONTENT) & (roles != LEFT_OUT)
+    for number in _held_out_too(
+        roles, numbers, np.frombuffer(lengths, f"u{lengths.itemsize}"), by_content, val_fraction
+    ):
+        roles[number] = VAL
+        sample.kept.pop(int(numbers[number]), None)
     return CorpusScan(
         roles=roles,
         held_out=numbers[roles == VAL],
@@ -103,6 +111,29 @@ def scan_corpora(corpora: Sequence[Corpus], val_fraction: float) -> CorpusScan:
         sample=list(sample.kept.values()),
         whole=whole.kept,
     )
+
+
+def _held_out_too(
+    roles: np.ndarray, digests: np.ndarray, lengths: np.ndarray, by_content: np.ndarray, val_fraction: float
+) -> list[int]:
+    """Documents to hold out as well, by digest, where chance holds out less than half of the share, or nothing.
+
+    Args:
+        roles, digests, lengths: of each document, (documents,).
+        by_content: bool (documents,), those whose role their content decides.
+        val_fraction: the share of their characters that is to be held out.
+    """
+    aim = val_fraction * lengths[by_content].sum()
+    held = lengths[by_content & (roles == VAL)].sum()
+    trained = np.flatnonzero(by_content & (roles == TRAIN))
+    found: list[int] = []
+    if held < aim / 2:
+        for number in trained[np.argsort(digests[trained], kind="stable")][:-1]:
+            if held >= aim:
+                break
+            found.append(int(number))
+            held += lengths[number]
+    return found
 
 
 class _Sample:
@@ -182,7 +213,10 @@ def encode(documents: Iterable[str], tokenizer: Tokenizer, separator: int) -> It
     """The tokens of each document, `separator` at the end, by batches on all cores."""
     dtype = token_dtype(tokenizer.get_vocab_size())
     for batch in _batches(documents):
-        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+        tokenizer.encode_special_tokens = True  # a [MASK] in the text is text
+        encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        tokenizer.encode_special_tokens = False
+        for encoding in encodings:
             yield np.array([*encoding.ids, separator], dtype)
 
 

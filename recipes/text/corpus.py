@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lion_lightning.errors import ConfigError
-from recipes.files import account, fingerprint_of, is_hidden, list_files, one_line
+from recipes.files import account, conversion_of, fingerprint_of, is_hidden, list_files, one_line
 
 if TYPE_CHECKING:
     import datasets
@@ -27,7 +27,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
-PASSAGE_CHARACTERS = 20_000
+PASSAGE_CHARACTERS, MIN_PASSAGE_CHARACTERS = 20_000, 400
+MIN_PASSAGES = 50  # a small text is cut into shorter passages, so that some can be held out
 TEXT_ENDINGS = (".txt", ".md")
 TOPIC_PASSAGE_CHARACTERS = 2_000  # a few topics are very long; whole, they would decide the validation set alone
 MAX_PARAGRAPH_CHARACTERS = 2**22  # a file without an empty line is cut there, and never held in memory as a whole
@@ -118,8 +119,10 @@ class TextFiles(Corpus):
         return "text_files " + fingerprint_of(self.files)
 
     def documents(self) -> Iterator[str]:
+        size = sum(file.stat().st_size for file in self.files) // MIN_PASSAGES
+        size = min(PASSAGE_CHARACTERS, max(MIN_PASSAGE_CHARACTERS, size))
         for file in self.files:
-            yield from passages(read_text(file))
+            yield from passages(read_text(file), size)
 
 
 def find_files(path: str) -> tuple[list[Path], str]:
@@ -181,14 +184,14 @@ def not_utf8(file: Path) -> ConfigError:
                 decoder.decode(piece, final=not piece)
             except UnicodeDecodeError as error:
                 place, byte = done - begun + error.start, error.object[error.start]
-                return ConfigError(f"{file} is not UTF-8 (byte {place} is 0x{byte:02x}); convert it first")
+                return ConfigError(f"{file} is not UTF-8 (byte {place} is 0x{byte:02x}); {conversion_of(file)}")
             if not piece:
                 return ConfigError(f"{file} changed while it was read")
             done += len(piece)
 
 
 def passages(text: str | Iterable[str], size: int = PASSAGE_CHARACTERS) -> Iterator[str]:
-    """Cut a long text at paragraph breaks into passages of about `size` characters.
+    """Cut a long text at paragraph breaks into passages of about `size` characters, long paragraphs at line ends too.
 
     A book as one document could not be shared between training and validation; its passages can.
 
@@ -199,13 +202,28 @@ def passages(text: str | Iterable[str], size: int = PASSAGE_CHARACTERS) -> Itera
     kept: list[str] = []
     length = 0
     for paragraph in _paragraphs([text] if isinstance(text, str) else text):
-        kept.append(paragraph)
-        length += len(paragraph)
-        if length >= size:
-            yield "\n\n".join(kept)
-            kept, length = [], 0
+        for part in [paragraph] if len(paragraph) <= PASSAGE_CHARACTERS else _lines(paragraph, size):
+            kept.append(part)
+            length += len(part)
+            if length >= size:
+                yield "\n\n".join(kept)
+                kept, length = [], 0
     if kept:
         yield "\n\n".join(kept)
+
+
+def _lines(paragraph: str, size: int) -> Iterator[str]:
+    """Parts of about `size` characters of a paragraph without an empty line, cut at line ends."""
+    kept: list[str] = []
+    length = 0
+    for line in paragraph.split("\n"):
+        kept.append(line)
+        length += len(line)
+        if length >= size:
+            yield "\n".join(kept)
+            kept, length = [], 0
+    if kept:
+        yield "\n".join(kept)
 
 
 def _paragraphs(pieces: Iterable[str]) -> Iterator[str]:

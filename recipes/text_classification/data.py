@@ -19,7 +19,7 @@ from lion_lightning.errors import ConfigError
 from recipes.text.tokenizer import as_transformers, identity, load_tokenizer, train_tokenizer
 from recipes.text_classification.sources import Labeled, TextSource
 
-FORMAT_VERSION = 1  # raise it when what is written to the cache changes
+FORMAT_VERSION = 2  # raise it when what is written to the cache changes
 MIN_SEQUENCE_LENGTH, MIN_VOCAB_SIZE = 8, 256
 PADDINGS = ("longest", "fixed")
 TEXTS_PER_BATCH = 2048
@@ -207,7 +207,13 @@ def tokenize(
     for start in range(0, len(labeled), TEXTS_PER_BATCH):
         part = slice(start, start + TEXTS_PER_BATCH)
         seconds = labeled.seconds[part] if labeled.seconds else None
-        found = tokenizer(labeled.texts[part], seconds, truncation="longest_first", max_length=sequence_length)
+        found = tokenizer(
+            labeled.texts[part],
+            seconds,
+            truncation="longest_first",
+            max_length=sequence_length,
+            split_special_tokens=True,
+        )
         tokens += [np.array(ids, np.uint32) for ids in found["input_ids"]]
         types += [np.array(ids, np.uint8) for ids in found.get(TOKEN_TYPES, [])]
         cut += sum(bool(encoding.overflowing) for encoding in found.encodings or [])
