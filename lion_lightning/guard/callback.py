@@ -27,8 +27,8 @@ from lion_lightning.optim import Lion
 Manual = Literal["watch", "act"]
 FORMAT = 2
 """Of the state in checkpoints."""
-OnBadLoss = Literal["note", "skip", "off"]
-ON_BAD_LOSS: tuple[OnBadLoss, ...] = ("note", "skip", "off")
+OnBadLoss = Literal["note", "skip", "ignore"]
+ON_BAD_LOSS: tuple[OnBadLoss, ...] = ("note", "skip", "ignore")
 WHAT_TO_DO = "Lower the learning rate, warm up for longer (warmup_steps), or look for bad samples near this step"
 NO_GRADIENTS = (
     "there are no gradients when the optimizer steps (are they released in backward?): the guard sees the loss alone, "
@@ -95,11 +95,11 @@ class LionGuard(Callback):
         min_batch_size: samples that an optimizer step should have.
         on_small_batch: below it, "warn" once, "accumulate" more micro-batches, or "error".
         on_bad_loss: steps whose loss is far above the others are counted ("note"), and skipped if isolated ("skip");
-            "off" ignores them.
-        on_divergence: "recover" (rewind, rewind at half the learning rate, stop), "stop", "warn" or "off".
+            "ignore" ignores them.
+        on_divergence: "recover" (rewind, rewind at half the learning rate, stop), "stop", "warn" or "ignore".
         gate: whether outliers are clipped and non-finite steps skipped.
-        off: rules that neither act nor report, of `rules.RULES`: "nonfinite", "outlier", "bad_loss", "stuck_momentum",
-            "divergence", "dead", "cosine", "unmoved", "near_bound", "batch_size", "settings".
+        disabled: rules that neither act nor report, of `rules.RULES`: "nonfinite", "outlier", "bad_loss",
+            "stuck_momentum", "divergence", "dead", "cosine", "unmoved", "near_bound", "batch_size", "settings".
         dry_run: report what would be done and do nothing; warm-up stays on.
         thresholds: limits of all rules.
         telemetry_every: optimizer steps between `lion/*` samples; 0 for none.
@@ -122,7 +122,7 @@ class LionGuard(Callback):
         on_bad_loss: OnBadLoss = "note",
         on_divergence: OnDivergence = "warn",
         gate: bool = True,
-        off: Sequence[str] = (),
+        disabled: Sequence[str] = (),
         dry_run: bool = False,
         thresholds: Thresholds | None = None,
         telemetry_every: int = 100,
@@ -147,9 +147,9 @@ class LionGuard(Callback):
         for name, choice, allowed in choices:
             if choice not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {choice!r}")
-        if isinstance(off, str) or not set(off) <= RULES.keys():
-            raise ValueError(f"off must be a list of rules of {', '.join(RULES)}, got {off!r}")
-        self.off = frozenset(off) | ({"bad_loss"} if on_bad_loss == "off" else set())
+        if isinstance(disabled, str) or not set(disabled) <= RULES.keys():
+            raise ValueError(f"disabled must be a list of rules of {', '.join(RULES)}, got {disabled!r}")
+        self.disabled = frozenset(disabled) | ({"bad_loss"} if on_bad_loss == "ignore" else set())
         self.warmup_steps, self.min_batch_size, self.on_small_batch = warmup_steps, min_batch_size, on_small_batch
         self.on_bad_loss, self.on_divergence, self.gates, self.acts = on_bad_loss, on_divergence, gate, not dry_run
         self.thresholds = thresholds or Thresholds()
@@ -167,7 +167,9 @@ class LionGuard(Callback):
         """Whether the guard has turned itself off."""
         self.warmup = LinearWarmup(0)  # of the first optimizer
         self.batch, self.noise, self.losses = EffectiveBatch(self.min_batch_size), NoiseScale(), Losses()
-        self.recovery = Recovery(self.thresholds, self.on_divergence, acts=self.acts, gates=self.gates, off=self.off)
+        self.recovery = Recovery(
+            self.thresholds, self.on_divergence, acts=self.acts, gates=self.gates, disabled=self.disabled
+        )
         self.event_log, self.steps = EventLog(), 0
         self._final: dict[str, Any] | None = None
         """The state at the end of training."""
@@ -232,7 +234,7 @@ class LionGuard(Callback):
                 acts=acts and self.gates,
                 scaled=scaled,
                 skips_bad_losses=self.on_bad_loss == "skip",
-                off=self.off,
+                disabled=self.disabled,
                 failed=self.turn_off if trainer.world_size == 1 else None,
             )
             for optimizer, warmup in zip(optimizers, warmups, strict=True)
@@ -355,7 +357,7 @@ class LionGuard(Callback):
         if self.trace is not None:
             self.trace.flush()
         for monitor in self.monitors:
-            summary = monitor.rules.bad_loss_summary() if "bad_loss" not in self.off else None
+            summary = monitor.rules.bad_loss_summary() if "bad_loss" not in self.disabled else None
             if summary is not None:
                 report(f"LionGuard: {summary}.")
         streak = max((monitor.rules.nonfinite_in_a_row for monitor in self.monitors), default=0)
@@ -428,7 +430,7 @@ class LionGuard(Callback):
         first = self.monitors[0]
         for name in ("unmoved", "near_bound"):
             symptom = first.rules.averages.observe(name, found.get(f"lion/{name}", math.nan))
-            if symptom is not None and name not in self.off:
+            if symptom is not None and name not in self.disabled:
                 self._report(trainer, self.recovery.treat(symptom, self.steps, first), self.steps)
 
     def turn_off(self, reason: str) -> None:
@@ -460,7 +462,7 @@ class LionGuard(Callback):
         state |= {"monitors": [], "_telemetry": None, "losses": Losses()}
         state["_loaded"] = self.state_dict() if self.monitors else self._loaded
         state["recovery"] = Recovery(
-            self.thresholds, self.on_divergence, acts=self.acts, gates=self.gates, off=self.off
+            self.thresholds, self.on_divergence, acts=self.acts, gates=self.gates, disabled=self.disabled
         )
         return state
 

@@ -102,14 +102,14 @@ class Gate:
     Args:
         thresholds: `window`, `armed_after`, `outlier_z`, `outlier_ratio`, `loss_z`, `horizon`.
         skips_bad_losses: whether a step with an isolated outlier of the loss is skipped.
-        off: rules of `rules.RULES` that do not act: "nonfinite" and "outlier" are the gate's.
+        disabled: rules of `rules.RULES` that do not act: "nonfinite" and "outlier" are the gate's.
     """
 
     def __init__(
-        self, thresholds: Thresholds, skips_bad_losses: bool = False, off: Collection[str] = frozenset()
+        self, thresholds: Thresholds, skips_bad_losses: bool = False, disabled: Collection[str] = frozenset()
     ) -> None:
         self.thresholds, self.skips_bad_losses = thresholds, skips_bad_losses
-        self.clips_outliers, self.skips_nonfinite = "outlier" not in off, "nonfinite" not in off
+        self.clips_outliers, self.skips_nonfinite = "outlier" not in disabled, "nonfinite" not in disabled
         self._allowed = torch.tensor([ISOLATED_OUTLIERS, ISOLATED_LOSSES])
         self._outliers = torch.full((2, KEPT_OUTLIERS), -torch.inf)
         self._outlier_steps = torch.full((2, KEPT_OUTLIERS), -(10**9))

@@ -16,8 +16,8 @@ from lion_lightning.guard.rules import RULES, Reading, Stateful, Symptom, Thresh
 from lion_lightning.guard.step_monitor import GatedRules
 from lion_lightning.optim import layout
 
-OnDivergence = Literal["recover", "stop", "warn", "off"]
-ON_DIVERGENCE: tuple[OnDivergence, ...] = ("recover", "stop", "warn", "off")
+OnDivergence = Literal["recover", "stop", "warn", "ignore"]
+ON_DIVERGENCE: tuple[OnDivergence, ...] = ("recover", "stop", "warn", "ignore")
 HALF_RATE = 0.5
 
 
@@ -52,14 +52,14 @@ class EscalationPolicy(Stateful):
 
     Args:
         thresholds: `proven_after`, `horizon`.
-        on_divergence: "recover" escalates, "stop" stops at the first divergence, "warn" only notes it, "off" too.
+        on_divergence: "recover" escalates, "stop" stops at the first divergence, "warn" only notes it, "ignore" too.
     """
 
     STATE = ("level", "last_escalation", "last_reset", "last_repair", "undone", "last_undone")
 
     def __init__(self, thresholds: Thresholds, on_divergence: OnDivergence = "warn") -> None:
         self.thresholds = thresholds
-        self.on_divergence: OnDivergence = "warn" if on_divergence == "off" else on_divergence
+        self.on_divergence: OnDivergence = "warn" if on_divergence == "ignore" else on_divergence
         self.level = self.last_escalation = self.undone = self.last_undone = 0
         self.last_reset: int | None = None
         self.last_repair: int | None = None
@@ -351,7 +351,7 @@ class Recovery:
         on_divergence: see `EscalationPolicy`.
         acts: False reports what would be done and does nothing.
         gates: whether the gate's verdicts are carried out.
-        off: rules of `rules.RULES` whose symptoms are ignored.
+        disabled: rules of `rules.RULES` whose symptoms are ignored.
     """
 
     def __init__(
@@ -360,11 +360,11 @@ class Recovery:
         on_divergence: OnDivergence,
         acts: bool = True,
         gates: bool = True,
-        off: Collection[str] = (),
+        disabled: Collection[str] = (),
     ) -> None:
         self.thresholds, self.acts, self.gates = thresholds, acts, gates
-        off = {*off, "divergence"} if on_divergence == "off" else off
-        self.ignored = {kind for rule in off for kind in RULES[rule]}
+        disabled = {*disabled, "divergence"} if on_divergence == "ignore" else disabled
+        self.ignored = {kind for rule in disabled for kind in RULES[rule]}
         self.trial: Trial | None = None
         self.policy, self.ring = EscalationPolicy(thresholds, on_divergence), SnapshotRing(thresholds)
         self.monitors: Sequence[GatedRules] = ()

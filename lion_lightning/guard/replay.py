@@ -23,14 +23,14 @@ class Settings:
 
     Attributes:
         thresholds: of all rules.
-        on_divergence, on_bad_loss, off: as LionGuard's.
+        on_divergence, on_bad_loss, disabled: as LionGuard's.
         clip_val: the norm that the Trainer clipped gradients to; None for none.
     """
 
     thresholds: Thresholds = field(default_factory=Thresholds)
     on_divergence: OnDivergence = "warn"
     on_bad_loss: str = "note"
-    off: tuple[str, ...] = ()
+    disabled: tuple[str, ...] = ()
     clip_val: float | None = None
 
 
@@ -59,7 +59,7 @@ class ReplayedRules(GatedRules):
 
     def __init__(self, readings: Sequence[Reading], settings: Settings) -> None:
         skips_bad_losses = settings.on_bad_loss == "skip"
-        super().__init__(settings.thresholds, skips_bad_losses=skips_bad_losses, off=settings.off)
+        super().__init__(settings.thresholds, skips_bad_losses=skips_bad_losses, disabled=settings.disabled)
         self.readings, self.clip_val = {reading.step: reading for reading in readings}, settings.clip_val
 
     def judge_step(self, step: int) -> None:
@@ -89,8 +89,8 @@ def replay(readings: Mapping[int, Sequence[Reading]], settings: Settings) -> lis
         settings: the thresholds to try.
     """
     seen: list[Replayed] = []
-    off = {*settings.off, "bad_loss"} if settings.on_bad_loss == "off" else settings.off
-    recovery = Recovery(settings.thresholds, settings.on_divergence, off=off)
+    disabled = {*settings.disabled, "bad_loss"} if settings.on_bad_loss == "ignore" else settings.disabled
+    recovery = Recovery(settings.thresholds, settings.on_divergence, disabled=disabled)
     recovery.monitors = monitors = [ReplayedRules(readings[number], settings) for number in sorted(readings)]
     recovery.keep(0, trusted=True)
     known = {step for monitor in monitors for step in monitor.readings}
@@ -143,7 +143,7 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
         thresholds=changed(Thresholds(), [f"{name}={value}" for name, value in given.items()]),
         on_divergence=on_divergence,
         on_bad_loss=guard.get("on_bad_loss", "note"),
-        off=tuple(guard.get("off") or ()),
+        disabled=tuple(guard.get("disabled") or ()),
         clip_val=trainer.get("gradient_clip_val") if by_norm else None,
     )
 

@@ -138,7 +138,7 @@ class GatedRules:
     Args:
         thresholds: of gate and rules.
         world_size: number of ranks that add up a reading.
-        skips_bad_losses, off: see `Gate`.
+        skips_bad_losses, disabled: see `Gate`.
     """
 
     scaled = False
@@ -149,10 +149,10 @@ class GatedRules:
         thresholds: Thresholds,
         world_size: int = 1,
         skips_bad_losses: bool = False,
-        off: Collection[str] = frozenset(),
+        disabled: Collection[str] = frozenset(),
     ) -> None:
         self.world_size = world_size
-        self.gate = Gate(thresholds, skips_bad_losses, off)
+        self.gate = Gate(thresholds, skips_bad_losses, disabled)
         self.rules, self.readback = RuleSet(thresholds), AsyncReadback()
 
     def judge(self, vector: Tensor, clip_val: float | None, facts: Sequence[float]) -> tuple[Verdict, Tensor]:
@@ -249,7 +249,7 @@ class StepMonitor(GatedRules):
         reduce: sums a vector over all ranks; the one communication of a step.
         acts: whether the gate's verdicts are carried out.
         scaled: whether a GradScaler steps the optimizer: it then owns `grad_scale` and `found_inf` of fused ones.
-        skips_bad_losses, off: see `Gate`.
+        skips_bad_losses, disabled: see `Gate`.
         failed: called with a message when a hook on the optimizer's step fails; the step goes on.
     """
 
@@ -264,10 +264,10 @@ class StepMonitor(GatedRules):
         acts: bool = True,
         scaled: bool = False,
         skips_bad_losses: bool = False,
-        off: Collection[str] = frozenset(),
+        disabled: Collection[str] = frozenset(),
         failed: Callable[[str], None] | None = None,
     ) -> None:
-        super().__init__(thresholds, world_size, skips_bad_losses, off)
+        super().__init__(thresholds, world_size, skips_bad_losses, disabled)
         self.optimizer, self.rank, self.acts, self.scaled = optimizer, rank, acts, scaled
         self._reduce, self._failed = reduce, failed
         self.is_measured = False

@@ -271,14 +271,14 @@ def test_keys_of_its_own_beside_a_monitor_of_learning_rates(tmp_path):
     assert any(key.startswith("lr-Lion") for key in rows[0])
 
 
-def test_rules_that_are_off_neither_act_nor_report(tmp_path):
+def test_disabled_rules_neither_act_nor_report(tmp_path):
     class Spike(Regression):
         def on_after_backward(self):
             if self.trainer.global_step in (40, 50):
                 self.net.weight.grad.mul_(torch.inf if self.trainer.global_step == 50 else 1e6)
 
-    def kinds(off):
-        guard = LionGuard(warmup_steps=0, off=off)
+    def kinds(disabled):
+        guard = LionGuard(warmup_steps=0, disabled=disabled)
         trainer_with(guard, tmp_path, max_epochs=8).fit(Spike())
         assert not guard.is_off
         return {event.kind for event in guard.events}
@@ -286,8 +286,8 @@ def test_rules_that_are_off_neither_act_nor_report(tmp_path):
     assert kinds(["settings"]) == {"outlier", "nonfinite"}
     assert kinds(["settings", "outlier"]) == {"nonfinite"}
     assert kinds(["settings", "outlier", "nonfinite", "stuck_momentum"]) == set()
-    with pytest.raises(ValueError, match=r"off must be a list of rules of nonfinite, .* got \['gate'\]"):
-        LionGuard(off=["gate"])
+    with pytest.raises(ValueError, match=r"disabled must be a list of rules of nonfinite, .* got \['gate'\]"):
+        LionGuard(disabled=["gate"])
 
 
 def test_overflows_of_a_grad_scaler_are_no_faults():
