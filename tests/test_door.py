@@ -105,6 +105,7 @@ def test_every_mistake_is_one_line_and_status_2(root: Path, tmp_path: Path, pros
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_a_sweep_over_several_devices_is_refused(root: Path, tmp_path: Path) -> None:
     answer = call(root, tmp_path, ["-m", "seed=1,2", "trainer.accelerator=cpu", "trainer.devices=2"])
     assert answer.returncode == 2

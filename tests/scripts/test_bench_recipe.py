@@ -33,6 +33,7 @@ def test_all_are_timed_and_compared(recipe, tmp_path, monkeypatch):
     assert [len(seconds) for seconds in counted] == [2] * 4, "the first batches are left out, no other"
 
 
+@pytest.mark.slow
 def test_a_turn_has_a_process_of_its_own(monkeypatch):
     monkeypatch.setattr(bench_recipe, "keep_freed_memory", lambda: pytest.fail("not in this process"))
     assert bench_recipe.alone(partial(bench_recipe.kept, operator.add), [0.1], [0.2]) == [0.1, 0.2]

@@ -73,6 +73,7 @@ def log_run(command: list[str], code: int = 0) -> None:
     logger.finish(code)
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_run_again_and_a_crash_stops_one_run_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ AS_RUN = Settings(on_divergence="recover", on_bad_loss="skip")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """An outlier, two NaN batches, and labels that are wrong for good: two rewinds."""
+    """An outlier, two NaN batches, and labels that are wrong for good: a rewind that is undone."""
     folder = tmp_path_factory.mktemp("run")
     guard = LionGuard(on_bad_loss="skip", on_divergence="recover", trace=folder / "guard.csv")
     (folder / "config.yaml").write_text("guard:\n  on_divergence: recover\n  on_bad_loss: skip\n")
@@ -52,7 +52,7 @@ def test_the_settings_of_a_run_see_in_it_what_they_saw_then(run):
     seen = replay(read_trace(folder / "guard.csv"), AS_RUN)
     assert [(event.step, event.kind) for event in seen] == [(event.step, event.kind) for event in noted]
     assert all(event.remedy.startswith(other.remedy.value) for event, other in zip(noted, seen, strict=True))
-    assert {event.remedy for event in seen} >= {Remedy.CLIP, Remedy.SKIP, Remedy.REWIND, Remedy.REWIND_AT_HALF_RATE}
+    assert {event.remedy for event in seen} >= {Remedy.CLIP, Remedy.SKIP, Remedy.REWIND, Remedy.UNDO_REWIND}
 
 
 def test_a_rewind_drops_the_reading_that_was_on_its_way_as_in_a_run(run):

@@ -43,6 +43,7 @@ def call(tmp_path: Path, run: Callable[[DictConfig], float], *arguments: str) ->
     return tune.main([RECIPE, *arguments, *folders], run)
 
 
+@pytest.mark.slow
 def test_every_optimizer_gets_the_same_number_of_trials_on_its_own_range(tmp_path: Path) -> None:
     seen: Runs = []
     assert call(tmp_path, bowl(seen), "--optim", "lion,adamw", "--trials", "9") == 0
@@ -158,6 +159,7 @@ finally:  # the other one does not wait for a process that failed
 """
 
 
+@pytest.mark.slow
 def test_two_searches_that_start_together_share_a_new_database(root: Path, tmp_path: Path) -> None:
     names = ("lion", "adamw")
     pairs = [names, names[::-1]]
@@ -182,6 +184,7 @@ def test_warm_up_is_a_share_of_the_run() -> None:
     assert "warmup_steps: 0.2 " in tuned_file({"warm_up": "0.2", "optim.lr": 0.5}, "why")
 
 
+@pytest.mark.slow
 def test_the_heat_map_walks_the_grid_with_the_rest_of_the_winner(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

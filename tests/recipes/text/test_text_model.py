@@ -62,6 +62,7 @@ def test_checkpointing_keeps_less_for_the_backward_pass(blocks: TextBlocks, kind
     assert kept(ModelOptions(activation_checkpointing=True)) < 0.6 * kept(ModelOptions())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "change"),
     [(ModernBertConfig, {"within_documents": True}), (BertConfig, {"activation_checkpointing": True})],
@@ -95,6 +96,7 @@ def test_batches_do_not_compile_again(blocks: TextBlocks, kind: Kind, change: di
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_compiled_module_computes_with_its_own_weights(blocks: TextBlocks) -> None:
     module = build(blocks, options=ModelOptions(compile="eager"))
     before = module.training_step(batch_of(blocks), 0).item()

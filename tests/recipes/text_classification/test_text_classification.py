@@ -211,6 +211,7 @@ def test_flops_are_those_that_torch_counts(cache: str, kind: type[PretrainedConf
     assert module.flops_per_sample() == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
+@pytest.mark.slow
 def test_batches_do_not_compile_again(cache: str) -> None:
     torch._dynamo.reset()
     counters.clear()
