@@ -39,6 +39,6 @@ def torchrun(
     file.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += [*options, "-m", "tests.reliability.ranks", str(file), str(folder)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode != 0) == fails, done.stdout[-2000:] + done.stderr[-6000:]
     return done.stdout + done.stderr

@@ -28,15 +28,15 @@ def stored(
 
 def saving(folder: Path) -> list[dict[str, Any]]:
     """On two processes; training goes on after the save."""
-    lost = ("trainer=fsdp2", "checkpoint.background=true", "checkpoint.every_n_steps=1")
+    lost = ("trainer=fsdp2", "checkpoint.every_n_steps=1")
     made = [job(folder, "lost", *TWO, *lost, lose=[0, 4])]
     for mode in MODES:
         made += [stored(folder, f"{strategy}-saved", mode, strategy, 2, 4, save_at=2) for strategy in ("ddp", "fsdp2")]
-    return [*made, stored(folder, "in-background", "fp32", "fsdp2", 2, 4, save_at=2, background=True)]
+    return made
 
 
 def on_one_process(folder: Path) -> list[dict[str, Any]]:
-    made = [stored(folder, "of-background", "fp32", "fsdp2", 1, 3, resume="in-background-fp32")]
+    made = []
     for mode in MODES:
         made.append(stored(folder, "on-one", mode, "fsdp2", 1, 3, save_at=0, resume=f"fsdp2-saved-{mode}"))
         made.append(stored(folder, "whole-on-one", mode, "ddp", 1, 3, resume=f"fsdp2-saved-{mode}"))
@@ -112,9 +112,7 @@ def test_ddp_goes_on_from_shards_and_fsdp2_from_a_file(states: Path, mode: str) 
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_shards_written_in_the_background_are_the_state_at_the_call(states: Path) -> None:
-    saved = state(states, "in-background-fp32", "step 2")
-    assert not changed(saved, state(states, "of-background-fp32", "loaded"))
+def test_shards_that_cannot_be_written_end_the_run_on_all_ranks(states: Path) -> None:
     for rank in (0, 1):
         error = seen(states, "lost", rank)["error"]
         assert error.startswith("CheckpointFailed: a checkpoint could not be written"), error

