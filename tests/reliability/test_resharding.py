@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from lion_lightning.training.checkpoint.files import verify
 from tests.processes import torchrun
 from tests.reliability.resharding import CUT, STORAGE
-from tests.reliability.test_two_processes import TWO, job
+from tests.reliability.test_two_processes import JOBS_AT_A_TIME, TWO, job
 
 WHOLE = os.environ.get("LION_LIGHTNING_WHOLE_MATRIX") == "1"
 MODES = tuple(STORAGE) if WHOLE else ("fp32", "fp32, int8 momentum", "bf16, 24 bits")
@@ -56,7 +56,8 @@ def on_two_again(folder: Path) -> list[dict[str, Any]]:
 def states(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     folder = tmp_path_factory.mktemp("states")
     for processes, jobs in ((2, saving(folder)), (1, on_one_process(folder)), (2, on_two_again(folder))):
-        torchrun(processes, jobs, folder, root)
+        for start in range(0, len(jobs), JOBS_AT_A_TIME):
+            torchrun(processes, jobs[start : start + JOBS_AT_A_TIME], folder, root)
     return folder
 
 

@@ -16,6 +16,7 @@ from tests.reliability import ranks
 
 WHOLE = os.environ.get("LION_LIGHTNING_WHOLE_MATRIX") == "1"
 STEPS = 6
+JOBS_AT_A_TIME = 6  # of one start of torchrun, which has two minutes
 DIGITS = (
     "recipe=image_classification", "logger=none", "export=false", "recipe.module.crop_padding=0",
     f"trainer.max_steps={STEPS}", "trainer.val_check_interval=3",
@@ -35,7 +36,7 @@ EVERY_MODE = {
     "bf16-16-bf16-momentum": ("trainer.precision=bf16-true", "optim.weight_bits=16"),
     "bf16-16": ("trainer.precision=bf16-true", "optim.weight_bits=16", "optim.momentum_dtype=int8"),
 }
-MODES = EVERY_MODE if WHOLE else {mode: EVERY_MODE[mode] for mode in ("fp32", "bf16-16")}
+MODES = EVERY_MODE if WHOLE else {mode: EVERY_MODE[mode] for mode in ("fp32",)}
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.01}
 VALIDATION_TOLERANCE = {"fp32": 1e-4, "bf16": 0.02}  # bf16-true keeps its mean in bf16: steps of 1/64 at 2.3
 
@@ -79,7 +80,9 @@ def jobs_of_two_again(folder: Path) -> list[dict[str, Any]]:
 def folder(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     """What all runs left: on two processes, then half of them continued on one, and one of them on two again."""
     folder = tmp_path_factory.mktemp("runs")
-    torchrun(2, jobs_of_two(folder), folder, root)
+    two = jobs_of_two(folder)
+    for start in range(0, len(two), JOBS_AT_A_TIME):
+        torchrun(2, two[start : start + JOBS_AT_A_TIME], folder, root)
     torchrun(1, jobs_of_one(folder), folder, root)
     torchrun(2, jobs_of_two_again(folder), folder, root)
     return folder

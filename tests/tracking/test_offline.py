@@ -38,7 +38,7 @@ def runs(folder):
 def test_a_run_comes_back_as_it_was_logged(runs):
     assert set(runs) == {"lion-0", "adamw-1", "lion-2"}
     run = runs["adamw-1"]
-    assert (run.state, run.exit_code, run.group, run.seed) == ("finished", 0, "g", 1)
+    assert (run.state, run.exit_code, run.group, run.setting("seed")) == ("finished", 0, "g", 1)
     assert run.config["optim"] == {"name": "adamw", "lr": 1e-3}
     steps, values = run.curve("val/loss")
     assert steps.tolist() == [1, 2, 3]
