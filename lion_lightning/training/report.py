@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from lion_lightning.training.checkpoint.files import load, with_names_of
+from lion_lightning.training.checkpoint.files import weights_of, with_names_of
 from lion_lightning.training.checkpoint.policy import RunCheckpoint
-from lion_lightning.training.checkpoint.sharded_state import read_whole
 from lion_lightning.training.logging_setup import redacted_argument, wandb_logger_of
 
 NOT_SHARED = ("optim", "run_dir", "hydra.run.dir", "resume")
@@ -63,8 +62,7 @@ def conclude(
     """
     kept = checkpoint.last_path if checkpoint.best_step is None else checkpoint.best_path
     if kept.exists():
-        state = (read_whole(kept, "state_dict") if kept.is_dir() else load(kept))["state_dict"]
-        module.load_state_dict(with_names_of(state, module.state_dict()))
+        module.load_state_dict(with_names_of(weights_of(kept), module.state_dict()))
     last = trainer.callback_metrics.get(checkpoint.monitor or "")
     best = "none" if checkpoint.best_score is None else f"{checkpoint.best_score:.4f}"
     outcome = {

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from lion_lightning.optim import Lion
 from lion_lightning.optim.kernels import storage_formats
-from lion_lightning.training.checkpoint.files import DurableCheckpointIO, Placement
+from lion_lightning.training.checkpoint.files import DurableCheckpointIO, weights_of, write_weights
 from lion_lightning.training.checkpoint.sharded import ShardedStrategy
 
 STORAGE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -79,9 +79,9 @@ class SaveAt(pl.Callback):
             self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:
-        best = self.path.with_name(f"best-{self.path.name}")
-        placement = Placement(links=(best,), weights=(best,))
-        trainer.save_checkpoint(self.path, weights_only=False, storage_options=placement)
+        trainer.save_checkpoint(self.path, weights_only=False)
+        if trainer.is_global_zero:
+            write_weights(weights_of(self.path), self.path.with_name(f"best-{self.path.stem}.safetensors"))
 
 
 def whole(tensor: Tensor) -> Tensor:

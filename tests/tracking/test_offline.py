@@ -95,8 +95,11 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_running_until_it_has_been_quiet_and_crashed_then(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, timeout=120, check=False
+    )
     assert done.returncode == -9
     (file,) = find_runs(tmp_path)
     run = read_run(file)

@@ -34,7 +34,7 @@ def test_the_table_is_in_the_run(logger, tmp_path):
     assert content["columns"] == ["image", "label", "guess", "share"]
     assert [row[1:] for row in content["data"]] == [["3", "8", 0.9], ["1", "7", 0.8]]
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(find_runs(tmp_path)[0])]
-    written = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    written = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     (artifact,) = (line for line in written.splitlines() if '"type":"artifact"' in line[:40])
     assert '"path":"media/images/' in artifact, "the pictures travel with the table"
 

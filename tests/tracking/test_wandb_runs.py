@@ -1,5 +1,6 @@
 """Weights & Biases runs, read back with W&B's own `wandb leet inspect`."""
 
+import functools
 import json
 import os
 import subprocess
@@ -20,8 +21,10 @@ CLI = Path(sys.executable).with_name("wandb")
 QUICK = ("trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1", "export=false")
 
 
+@functools.cache  # loading W&B's command line takes seconds
 def wandb_cli(*arguments: str) -> str:
-    return subprocess.run([str(CLI), "leet", "inspect", *arguments], capture_output=True, text=True, check=True).stdout
+    command = [str(CLI), "leet", "inspect", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -144,7 +147,7 @@ def test_a_sweep_makes_separate_finished_runs_of_one_group(root: Path, tmp_path:
         sys.executable, "train.py", "-m", "recipe=image_classification", "optim=lion,adamw", *QUICK,
         f"hydra.sweep.dir={tmp_path}",
     ]  # fmt: skip
-    subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=300)
+    subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=120)
     seen = [summary(folder) for folder in runs_below(tmp_path)]
     assert sorted(one["name"] for one in seen) == ["image_classification-adamw-s1", "image_classification-lion-s1"]
     assert len({one["run_id"] for one in seen}) == 2

@@ -28,7 +28,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lion_lightning.training.checkpoint.sharded_state import whole_checkpoint
+from lion_lightning.training.checkpoint.sharded_state import read_whole, whole_checkpoint
 
 TEMPORARY_PREFIX = ".writing-"
 READ_BYTES = 2**22
@@ -67,21 +67,6 @@ class Marker:
     sha256: str
 
 
-@dataclass(frozen=True)
-class Placement:
-    """What goes with a checkpoint file, in this order once the file is safe on the disk.
-
-    Attributes:
-        links: further names of it.
-        weights: names of it beside which the weights alone are written as safetensors.
-        remove: older checkpoints that it replaces.
-    """
-
-    links: tuple[Path, ...] = ()
-    weights: tuple[Path, ...] = ()
-    remove: tuple[Path, ...] = ()
-
-
 class DurableCheckpointIO(CheckpointIO):
     """Writes whole files of plain types, and reads with `weights_only=True` only.
 
@@ -99,8 +84,7 @@ class DurableCheckpointIO(CheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
-        """Write `checkpoint` to `path`, then do what the `Placement` in `storage_options` says."""
-        self.attempt(lambda: write(checkpoint, Path(path), storage_options or Placement()))
+        self.attempt(lambda: write(checkpoint, Path(path)))
 
     def attempt(self, task: Callable[[], None]) -> None:
         """Run `task`; its failure is kept in `error`."""
@@ -155,34 +139,35 @@ def refuse_url(path: _PATH) -> str:
     return str(path)
 
 
-def write(checkpoint: Mapping[str, Any], path: Path, placement: Placement) -> None:
-    """Write a checkpoint in plain types, then its links and weights, and remove what it replaces.
+def weights_of(path: Path) -> dict[str, Any]:
+    """The model's state in the checkpoint at `path`, a file or the folder that FSDP2 writes, onto the CPU."""
+    return (read_whole(path, "state_dict") if path.is_dir() else load(path))["state_dict"]
+
+
+def write(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint in plain types, and its marker.
 
     Args:
         checkpoint: with `state_dict` and `global_step`.
         path: where to; its folder is made if missing.
-        placement: what goes with it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = plain(dict(checkpoint))
     kept["state_dict"] = without_compiled_prefix(kept["state_dict"])
     write_durably(path, lambda file: torch.save(kept, file))
     mark(path, int(kept["global_step"]))
-    place(path, kept["state_dict"], placement)
 
 
-def place(path: Path, state: Mapping[str, Any], placement: Placement) -> None:
-    """Do what `placement` says for the checkpoint at `path`, whose weights are `state`."""
-    if placement.weights:
-        # safetensors keeps no aliases such as tied embeddings: every tensor gets storage of its own.
-        weights = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
-        data = safetensors_bytes(without_compiled_prefix(weights))
-        for name in placement.weights:
-            write_durably(name.with_suffix(".safetensors"), lambda file: file.write(data))
-    for link in placement.links:
-        link_marked(path, link)
-    for old in placement.remove:
-        remove_marked(old)
+def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write weights alone, as safetensors.
+
+    Args:
+        state: the state of a model, on the CPU.
+        path: where to.
+    """
+    # safetensors keeps no aliases such as tied embeddings: every tensor gets storage of its own.
+    data = safetensors_bytes({name: tensor.contiguous().clone() for name, tensor in state.items()})
+    write_durably(path, lambda file: file.write(data))
 
 
 def write_durably(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:

@@ -9,7 +9,7 @@ import math
 import pickle
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,16 @@ from lion_lightning.training.checkpoint.files import (
     CheckpointFailed,
     DurableCheckpointIO,
     InvalidCheckpoint,
-    Placement,
     link_marked,
     marker_of,
     read_marker,
     refuse_url,
+    remove_marked,
     sweep_temporaries,
     verify,
+    weights_of,
+    without_compiled_prefix,
+    write_weights,
 )
 from lion_lightning.training.signals import StopFlag, TrainingInterrupted
 
@@ -342,9 +345,9 @@ class RunCheckpoint(Checkpoint):
             self._warned_unhealthy = True
             return False
         path = step_path(self.folder, trainer.global_step)
-        names = (self.best_path,) if best else ()
-        placement = Placement(links=(self.last_path, *names), weights=names, remove=tuple(self._outdated(path)))
-        trainer.save_checkpoint(path, weights_only=False, storage_options=placement)
+        trainer.save_checkpoint(path, weights_only=False)
+        if trainer.is_global_zero and self._io.error is None:
+            self._io.attempt(lambda: self._name(path, best))
         if _largest(trainer, self._io.error is not None)[0]:
             error = self._io.error
             told = f"{type(error).__name__}: {error}" if error else "another rank says so"
@@ -354,11 +357,17 @@ class RunCheckpoint(Checkpoint):
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
         return True
 
-    def _outdated(self, path: Path) -> Sequence[Path]:
-        """What `path` replaces: all but the `keep` latest, and later steps, which were not valid."""
+    def _name(self, path: Path, best: bool) -> None:
+        """Make the checkpoint at `path` the last one, maybe the best, and remove those that it replaces."""
+        if best:
+            weights = without_compiled_prefix(weights_of(path))
+            write_weights(weights, self.best_path.with_suffix(".safetensors"))
+            link_marked(path, self.best_path)
+        link_marked(path, self.last_path)
         older = [file for file in step_files(self.folder) if file.name < path.name]
-        later = [file for file in step_files(self.folder) if file.name > path.name]
-        return [*older[: max(0, len(older) - self.keep + 1)], *later]
+        later = [file for file in step_files(self.folder) if file.name > path.name]  # not valid, else resumed from
+        for file in [*older[: max(0, len(older) - self.keep + 1)], *later]:
+            remove_marked(file)
 
     def _is_healthy(self, trainer: Trainer) -> bool:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

@@ -22,7 +22,6 @@ from lion_lightning.training.checkpoint.sharded_state import (
     META_FILE,
     load_shards,
     load_whole_into_shards,
-    read_whole,
 )
 
 
@@ -66,7 +65,6 @@ class ShardedStrategy(ModelParallelStrategy):
         state = {"state_dict": checkpoint.pop("state_dict")}
         for number, optimizer_state in enumerate(checkpoint.pop("optimizer_states", [])):
             state[f"optimizer_{number}"] = optimizer_state
-        placement = storage_options or files.Placement()
 
         def make_room() -> None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -81,8 +79,6 @@ class ShardedStrategy(ModelParallelStrategy):
                 meta = files.plain(checkpoint)
                 files.write_durably(temporary / META_FILE, lambda file: torch.save(meta, file))
                 files.publish_folder(temporary, path, int(meta["global_step"]))
-                weights = read_whole(path, "state_dict")["state_dict"] if placement.weights else {}
-                files.place(path, weights, placement)
 
         if self.is_global_zero:
             io.attempt(make_room)

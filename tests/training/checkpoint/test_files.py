@@ -23,7 +23,6 @@ from lion_lightning.training.checkpoint import files
 from lion_lightning.training.checkpoint.files import (
     DurableCheckpointIO,
     InvalidCheckpoint,
-    Placement,
     load,
     marker_of,
     plain,
@@ -43,7 +42,7 @@ def state(step: int, **more: Any) -> dict[str, Any]:
 def folder(tmp_path: Path) -> Path:
     """Checkpoints of the steps 1, 2 and 3."""
     for step in (1, 2, 3):
-        write(state(step), step_path(tmp_path, step), Placement())
+        write(state(step), step_path(tmp_path, step))
     return tmp_path
 
 
@@ -92,7 +91,7 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(
 
 def test_a_flipped_byte_is_seen_wherever_it_is(tmp_path: Path) -> None:
     path = tmp_path / "step-000000001.ckpt"
-    write({"state_dict": {"w": torch.ones(2)}, "global_step": 1}, path, Placement())
+    write({"state_dict": {"w": torch.ones(2)}, "global_step": 1}, path)
     data = path.read_bytes()
     for position in range(0, len(data), 11):
         path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
@@ -163,7 +162,7 @@ def test_what_is_not_plain_becomes_plain(tmp_path: Path) -> None:
     }
     checkpoint = {"state_dict": module.state_dict(), "global_step": np.int64(7), "odd": odd}
     checkpoint["hyper_parameters"] = {"factory": partial(print, 1), "path": Path("x")}
-    write(checkpoint, tmp_path / "a.ckpt", Placement())
+    write(checkpoint, tmp_path / "a.ckpt")
     kept = load(tmp_path / "a.ckpt")
     assert kept["global_step"] == 7
     assert kept["odd"]["path"] == "/a/b"
@@ -207,8 +206,13 @@ def test_a_malicious_checkpoint_is_refused_and_runs_nothing(tmp_path: Path, monk
 
 def test_links_and_weights_come_with_the_file(tmp_path: Path) -> None:
     best, last = tmp_path / "best.ckpt", tmp_path / "last.ckpt"
-    write(state(1), step_path(tmp_path, 1), Placement(links=(last, best), weights=(best,)))
-    write(state(2), step_path(tmp_path, 2), Placement(links=(last,), remove=(step_path(tmp_path, 1),)))
+    write(state(1), step_path(tmp_path, 1))
+    files.write_weights(files.weights_of(step_path(tmp_path, 1)), tmp_path / "best.safetensors")
+    for link in (last, best):
+        files.link_marked(step_path(tmp_path, 1), link)
+    write(state(2), step_path(tmp_path, 2))
+    files.link_marked(step_path(tmp_path, 2), last)
+    files.remove_marked(step_path(tmp_path, 1))
     assert verify(best).global_step == 1
     assert verify(last).global_step == 2
     assert not step_path(tmp_path, 1).exists()
@@ -222,7 +226,8 @@ def test_a_link_is_a_copy_where_there_are_no_hard_links(tmp_path: Path, monkeypa
         raise OSError(errno.EPERM, "no hard links here")
 
     monkeypatch.setattr(os, "link", refuse)
-    write(state(1), step_path(tmp_path, 1), Placement(links=(tmp_path / "last.ckpt",)))
+    write(state(1), step_path(tmp_path, 1))
+    files.link_marked(step_path(tmp_path, 1), tmp_path / "last.ckpt")
     assert verify(tmp_path / "last.ckpt").global_step == 1
     assert (tmp_path / "last.ckpt").stat().st_ino != step_path(tmp_path, 1).stat().st_ino
 
@@ -267,16 +272,18 @@ def save_for_ever(folder: Path) -> None:
     step = 0 if path is None else load(path)["global_step"]
     while True:
         step += 1
-        old = tuple(step_files(folder)[:-1])
-        links = (folder / "last.ckpt", folder / "best.ckpt")
-        weights = {"w": torch.full((50_000,), float(step))}
-        write({"state_dict": weights, "global_step": step}, step_path(folder, step), Placement(links, links[1:], old))
+        old, path = step_files(folder)[:-1], step_path(folder, step)
+        write({"state_dict": {"w": torch.full((50_000,), float(step))}, "global_step": step}, path)
+        for name in ("best.ckpt", "last.ckpt"):
+            files.link_marked(path, folder / name)
+        for file in old:
+            files.remove_marked(file)
 
 
 def test_a_kill_at_any_moment_of_a_save_leaves_a_valid_checkpoint(tmp_path: Path) -> None:
     """Real processes that save over and over, killed at random moments."""
     random, steps, pause = np.random.default_rng(1), [1], 0.03
-    write({**state(1), "state_dict": {"w": torch.ones(2)}}, step_path(tmp_path, 1), Placement())
+    write({**state(1), "state_dict": {"w": torch.ones(2)}}, step_path(tmp_path, 1))
     for _ in range(20):
         process = get_context("fork").Process(target=save_for_ever, args=(tmp_path,))
         process.start()
