@@ -111,6 +111,7 @@ def test_the_environment_is_left_as_it_was(finished: tuple[Path, float]) -> None
     assert "WANDB_RUN_ID" not in os.environ
 
 
+@pytest.mark.slow
 def test_a_crash_is_closed_as_failed_and_the_next_run_is_a_new_one(
     compose: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
