@@ -1,7 +1,7 @@
 """A run that is stopped by a real signal and resumed ends where the run that was never stopped does, bit for bit.
 
 Every case trains with the stops it names, and everything that its last checkpoint holds (weights, momentum, schedules,
-warm-up, counters) and every metric are compared with those of a run without a stop, which cases of equal settings share.
+warm-up, counters) and every metric are compared with those of a run without a stop, shared by cases of equal settings.
 `make test` runs the first cases of each kind, the others are marked `slow`.
 """
 
