@@ -112,11 +112,11 @@ def test_a_sick_run_is_not_saved(go: Any, tmp_path: Path, caplog: pytest.LogCapt
     assert [load(path)["global_step"] for path in step_files(folder)] == [3, 4]
     assert load(folder / "last.ckpt")["global_step"] == 4
     assert load(folder / "best.ckpt")["global_step"] == 3
-    assert caplog.text.count("is not saved: the guard calls the run sick") == 1
+    assert caplog.text.count("is not saved: the guard reports a fault") == 1
 
 
 def test_a_signal_does_not_save_a_sick_run(go: Any, tmp_path: Path) -> None:
-    with pytest.raises(TrainingInterrupted, match="after step 4: not saved, because the guard calls it sick"):
+    with pytest.raises(TrainingInterrupted, match="after step 4: not saved, because the guard reports a fault"):
         go(At(4, send(signal.SIGTERM), sick_from=4), "checkpoint.every_n_steps=1")
     assert load(tmp_path / "checkpoints/last.ckpt")["global_step"] == 3
 

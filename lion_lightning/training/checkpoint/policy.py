@@ -50,7 +50,7 @@ _BATCHES, _VALIDATION = "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_
 _OPTIMIZERS, _SCHEDULES = "optimizer_states", "lr_schedulers"  # Lightning restores as many as both sides have
 _STEP_FILE = re.compile(r"step-(\d+)\.ckpt")
 _LOAD_FAILURES = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, pickle.UnpicklingError)
-# A RuntimeError of another kind is a fault of the machine: memory that ran out, another rank that is gone.
+# Other kinds of RuntimeError are faults of the machine, such as memory that ran out or a lost rank.
 _MISFITS = re.compile(r"Error\(s\) in loading state_dict|cannot be loaded")
 _MAX_CHARACTERS = 300
 
@@ -210,7 +210,7 @@ class RunCheckpoint(Checkpoint):
 
     @contextmanager
     def resuming(self) -> Iterator[None]:
-        """A context for `Trainer.fit`: a failure between reading a checkpoint and the first step is told in one line.
+        """A context for `Trainer.fit`: a failure between reading a checkpoint and the first step becomes one line.
 
         Raises:
             ConfigError: see `restoring`.
@@ -313,7 +313,9 @@ class RunCheckpoint(Checkpoint):
     def _end(self, trainer: Trainer, signum: int, validation_due: bool) -> None:
         self._validation_due = validation_due
         saved = self._saved_step == trainer.global_step or self._save(trainer)
-        what = f"saved in {self.folder}; resume=auto goes on" if saved else "not saved, because the guard calls it sick"
+        what = (
+            f"saved in {self.folder}; resume=auto goes on" if saved else "not saved, because the guard reports a fault"
+        )
         raise TrainingInterrupted(f"stopped by signal {signum} after step {trainer.global_step}: {what}", signum)
 
     def _agree(self, trainer: Trainer) -> tuple[int, bool]:
@@ -339,7 +341,7 @@ class RunCheckpoint(Checkpoint):
         if not self._is_healthy(trainer):
             if not self._warned_unhealthy and trainer.is_global_zero:
                 log.warning(
-                    "step %d is not saved: the guard calls the run sick; last and best stay as they are",
+                    "step %d is not saved: the guard reports a fault; last and best stay as they are",
                     trainer.global_step,
                 )
             self._warned_unhealthy = True
@@ -350,7 +352,7 @@ class RunCheckpoint(Checkpoint):
             self._io.attempt(lambda: self._name(path, best))
         if _largest(trainer, self._io.error is not None)[0]:
             error = self._io.error
-            told = f"{type(error).__name__}: {error}" if error else "another rank says so"
+            told = f"{type(error).__name__}: {error}" if error else "on another rank"
             raise CheckpointFailed(
                 f"a checkpoint could not be written to {self.folder} ({told}); the ones before it are as they were"
             ) from error
