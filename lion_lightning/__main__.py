@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from lion_lightning.errors import ConfigError
-from lion_lightning.training.logging_setup import carried_in_environment, is_sweep
+from lion_lightning.training.logging_setup import refuse_secrets_of_a_sweep
 
 EXIT_USAGE = 2
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -52,8 +52,7 @@ def main() -> None:
     # Without this Hydra prints an excerpt of its own and hides the exception from us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        if is_sweep(sys.argv[1:]):
-            sys.argv[1:] = carried_in_environment(sys.argv[1:])
+        refuse_secrets_of_a_sweep(sys.argv[1:])
         train()
     except Exception as error:
         report_error(error)

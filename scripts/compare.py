@@ -1,7 +1,7 @@
 """Compare optimizers, with significance and cost: `python scripts/compare.py outputs/multirun/...`.
 
 Reads offline W&B runs from folders, runs on the server (`--wandb entity/project --group NAME`), or both. Prints two
-tables and writes compare.md, runs.csv, curves.csv, a PNG per axis and compare.html. Runs that differ in more than
+tables and writes compare.md, runs.csv, a PNG per axis and compare.html. Runs that differ in more than
 optimizer and seed are refused with the reason.
 """
 
@@ -82,13 +82,12 @@ def write(comparison: Comparison, folder: Path, command: str, date: str) -> list
     """
     folder.mkdir(parents=True, exist_ok=True)
     pictures = report.write_pictures(comparison, folder)
-    page, text, runs, curves = (folder / name for name in ("compare.html", "compare.md", "runs.csv", "curves.csv"))
+    page, text, runs = (folder / name for name in ("compare.html", "compare.md", "runs.csv"))
     write_page(comparison, page, command, date)
     names = [picture.name for picture in pictures]
     text.write_text(report.markdown(comparison, command, date, names), encoding="utf-8")
     report.write_runs_csv(comparison, runs)
-    report.write_curves_csv(comparison, comparison.goal.metric, curves)
-    return [text, page, runs, curves, *pictures]
+    return [text, page, runs, *pictures]
 
 
 def _compare(
@@ -110,10 +109,9 @@ def _compare(
     names = ", ".join(file.name for file in files)
     console.print(f"{report.relative(str(folder))}: {names}", highlight=False, soft_wrap=True)
     if options.report:
-        from lion_lightning.tracking.publish import publish_report, publish_workspace
+        from lion_lightning.tracking.publish import publish_report
 
-        for publish in (publish_report, publish_workspace):
-            console.print(publish(comparison, options.wandb), highlight=False, soft_wrap=True)
+        console.print(publish_report(comparison, options.wandb), highlight=False, soft_wrap=True)
 
 
 def _refuse(message: str) -> int:
@@ -137,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--aside", **keys, help="settings that follow from those, such as a rate scaled with the batch")
     parser.add_argument("--unlike", action="store_true", help="compare runs in spite of other differences")
     parser.add_argument("--output", type=Path, default=Path("outputs/comparison"), help="folder (default: %(default)s)")
-    parser.add_argument("--report", action="store_true", help="publish a W&B report and a workspace (needs --wandb)")
+    parser.add_argument("--report", action="store_true", help="publish a W&B report (needs --wandb)")
     return parser
 
 

@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from lion_lightning.training.build import build_data, build_module
-from lion_lightning.training.checkpoint.files import load, with_names_of
+from lion_lightning.training.checkpoint.files import weights_of, with_names_of
 
 
 def run_folders(places: list[Path]) -> list[Path]:
@@ -22,6 +22,6 @@ def load_run(folder: Path) -> tuple[Any, Any, Any]:
     data = build_data(cfg)
     torch.manual_seed(cfg.seed)
     module = build_module(cfg, data)
-    weights = load(folder / "checkpoints" / "best.ckpt")["state_dict"]
+    weights = weights_of(folder / "checkpoints" / "best.ckpt")
     module.load_state_dict(with_names_of(weights, module.state_dict()))
     return cfg, module.eval(), data

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+LIMIT_SECONDS = 120
+
 
 def run_together(
     commands: Sequence[Sequence[str]],
@@ -39,6 +41,12 @@ def torchrun(
     file.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += [*options, "-m", "tests.reliability.ranks", str(file), str(folder)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900, check=False)
-    assert (done.returncode != 0) == fails, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout + done.stderr
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=root, **pipes) as process:  # type: ignore[call-overload]
+        try:
+            output, errors = process.communicate(timeout=LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun then ends its ranks, which have sessions of their own
+            raise
+    assert (process.returncode != 0) == fails, output[-2000:] + errors[-6000:]
+    return output + errors

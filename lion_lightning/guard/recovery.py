@@ -37,6 +37,8 @@ class Remedy(str, Enum):
     STOP = "the run stops"
 
 
+AGREEING_LOSSES = 3
+"""Losses after a rewind that end its trial before `thresholds.trial_steps` if all are on one side of the middle."""
 UNDONE_LIMIT = 2
 """Rewinds undone within `thresholds.horizon` steps after which a raised loss is only noted."""
 AT_ONCE = {"outlier": Remedy.CLIP, "bad_loss": Remedy.SKIP, "nonfinite": Remedy.SKIP}
@@ -313,7 +315,7 @@ class Trial:
         rates: for each monitor, its `rate_state` before the rewind.
         level: number of escalations before the rewind.
         monitor: number of the monitor whose loss is compared.
-        returned: loss of the snapshot's weights when it was taken.
+        returned: loss of the snapshot's weights when it was taken; `raised` if it is not known.
         raised: loss before the rewind.
         losses: since the rewind.
     """
@@ -401,19 +403,22 @@ class Recovery:
         """Takes in a loss after a rewind; ends the trial when there are enough of them."""
         if math.isfinite(reading.level):
             trial.losses.append(reading.level)
-        if len(trial.losses) < self.thresholds.trial_steps:
+        middle = (trial.returned + trial.raised) / 2
+        is_high = [loss > middle for loss in trial.losses]
+        agree = len(is_high) >= AGREEING_LOSSES and len(set(is_high)) == 1
+        if not agree and len(is_high) < self.thresholds.trial_steps:
             return
         self.trial = None
         loss = statistics.median(trial.losses)
-        if loss <= (trial.returned + trial.raised) / 2:
+        if loss <= middle:
             return
         restore(trial.newer, self.module, self.optimizers)
         for monitor, rules, rate in zip(self.monitors, trial.newer.rules, trial.rates, strict=True):
             monitor.undo_rewind(rules, rate)
         self.policy.undo(reading.step, trial.level)
         message = (
-            f"the weights of a loss of {trial.returned:.4g} now have one of {loss:.4g}, as those before the rewind had "
-            f"({trial.raised:.4g}): the task has changed, not the weights"
+            f"the older weights have a loss of {loss:.4g} now, those before the rewind had {trial.raised:.4g}: the task "
+            "has changed, not the weights"
         )
         yield Treated(Symptom("new_level", message), Remedy.UNDO_REWIND, Remedy.UNDO_REWIND.value)
 
@@ -465,9 +470,9 @@ class Recovery:
             each.rewind(kept_rules, scale)
         returned = monitor.rules.divergence.fast.value
         number = [each is monitor for each in self.monitors].index(True)
-        self.trial = None
-        if level is not None and math.isfinite(returned) and returned < raised:
-            self.trial = Trial(newer, rates, level, number, returned, raised)
+        if not returned < raised:  # not known of the weights that training started from
+            returned = raised
+        self.trial = Trial(newer, rates, level, number, returned, raised) if level is not None else None
         names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         return f"; not in the snapshot in its present shape, and left as it is: {names}" if left else ""
 

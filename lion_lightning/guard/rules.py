@@ -50,7 +50,7 @@ class Thresholds:
     proven_after: int = 100
     """Healthy steps after a snapshot before a run may be rewound to it."""
     trial_steps: int = 10
-    """Steps after a rewind whose median loss tells whether the loss has returned to the snapshot's."""
+    """At most so many steps after a rewind tell, by their median loss, whether the loss has returned."""
     horizon: int = 1000
     """Healthy steps after which earlier recoveries are forgotten."""
     dead: float = 0.10

@@ -17,7 +17,7 @@ Mode = Literal["min", "max"]
 USUAL_BASELINE = "adamw"
 CONFIDENCE = 0.95
 MIN_SEEDS_FOR_A_TEST = 2
-COSTS = ("step_ms", "peak_memory_gib", "bytes_per_parameter", "energy_kj")  # logged as `perf/...`
+COSTS = ("step_ms", "peak_memory_gib", "bytes_per_parameter")  # logged as `perf/...`
 UNIGRAM_ENTROPY = "data/unigram_entropy"
 COMPARED = ("optim", "schedule", "guard")  # keys that may differ between variants
 # Keys that have no effect on the result: names, places, logging.
@@ -353,7 +353,7 @@ def _baseline(variants: Sequence[Variant], wanted: str | None) -> Variant:
 def _variant(label: str, runs: Sequence[Run], remarks: list[str]) -> Variant:
     by_seed: dict[Any, list[Run]] = {}
     for number, run in enumerate(sorted(runs, key=lambda run: run.created)):
-        by_seed.setdefault(("no seed", number) if run.seed is None else run.seed, []).append(run)
+        by_seed.setdefault(("no seed", number) if run.setting("seed") is None else run.setting("seed"), []).append(run)
     variant = Variant(label)
     for seed, attempts in by_seed.items():
         chosen = next((run for run in reversed(attempts) if run.state == "finished"), attempts[-1])
@@ -362,7 +362,7 @@ def _variant(label: str, runs: Sequence[Run], remarks: list[str]) -> Variant:
         if len(attempts) > 1:
             what = "the newest finished one counts" if joined is chosen else "the last goes on from the one before"
             remarks.append(f"{label}, seed {seed}: {len(attempts)} runs; {what}")
-    if any(run.seed is None for run in runs):
+    if any(run.setting("seed") is None for run in runs):
         remarks.append(f"{label}: no `seed` in the configuration; each of its {len(runs)} runs counts as one")
     return variant
 

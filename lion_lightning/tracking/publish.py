@@ -1,21 +1,10 @@
-"""A comparison as a W&B report and as a saved workspace of its project.
-
-Needs wandb-workspaces: `pip install 'lion-lightning[wandb-report]'`.
-"""
+"""A comparison as a W&B report. Needs wandb-workspaces: `pip install 'lion-lightning[wandb-report]'`."""
 
 from typing import Any
 
 from lion_lightning.tracking.compare import Comparison, Incomparable
 from lion_lightning.tracking.report import markdown_table, notes, tables, verdict
 from lion_lightning.tracking.runs import AXES, STEP
-
-# The sections of the workspace, with the prefixes of their metrics; True: open from the start.
-SECTIONS = {
-    "Result": (("val/",), True),
-    "Training": (("train/", "lr/"), True),
-    "Guard": (("guard/", "lion/"), False),
-    "Cost": (("perf/", "data/"), False),
-}
 
 
 def publish_report(comparison: Comparison, project: str | None) -> str:
@@ -31,7 +20,9 @@ def publish_report(comparison: Comparison, project: str | None) -> str:
     Raises:
         Incomparable: `project` is not of that form.
     """
-    entity, name = _entity_and_project(project)
+    entity, _, name = (project or "").partition("/")
+    if not (entity and name):
+        raise Incomparable(f"a W&B report needs --wandb ENTITY/PROJECT to be published to, got {project!r}")
     import wandb_workspaces.reports.v2 as wr
 
     x_axes = [STEP, *(metric for axis in comparison.axes if (metric := AXES[axis]))]
@@ -65,38 +56,9 @@ def publish_report(comparison: Comparison, project: str | None) -> str:
     return f"W&B report: {report.url}"
 
 
-def publish_workspace(comparison: Comparison, project: str | None) -> str:
-    """Save a workspace with a section each for results, training, guard and cost; arguments as of `publish_report`."""
-    entity, name = _entity_and_project(project)
-    import wandb_workspaces.workspaces as ws
-
-    logged = sorted(frozenset().union(*(run.metrics for run in comparison.runs)) - {*AXES.values()})
-    sections = []
-    for title, (prefixes, is_open) in SECTIONS.items():
-        panels = [_line_plot(metric, STEP) for metric in logged if metric.startswith(prefixes)]
-        if panels:
-            sections.append(ws.Section(name=title, panels=panels, is_open=is_open))
-    workspace = ws.Workspace(
-        entity=entity,
-        project=name,
-        name="lion_lightning",
-        sections=sections,
-        runset_settings=ws.RunsetSettings(groupby=[ws.Config("optim.name")]),
-    )
-    workspace.save()
-    return f"W&B workspace: {workspace.url}"
-
-
 def _line_plot(metric: str, x: str) -> Any:
     import wandb_workspaces.reports.v2 as wr
 
     return wr.LinePlot(
         title=metric, x=x, y=[metric], groupby_aggfunc="mean", groupby_rangefunc="stddev", smoothing_factor=0
     )
-
-
-def _entity_and_project(project: str | None) -> tuple[str, str]:
-    entity, _, name = (project or "").partition("/")
-    if not (entity and name):
-        raise Incomparable(f"a W&B report needs --wandb ENTITY/PROJECT to be published to, got {project!r}")
-    return entity, name

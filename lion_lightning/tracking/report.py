@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 NONE = "-"
 SIGNIFICANCE = 0.05
 LABEL_COLUMNS = 16  # minimum width of a label in the terminal; a longer one is folded
-COST_FORMATS = dict(
-    zip(COSTS, [("ms a step", ".1f"), ("peak GiB", ".2f"), ("bytes/param", ".2f"), ("kJ", ".2f")], strict=True)
-)
+COST_FORMATS = dict(zip(COSTS, [("ms a step", ".1f"), ("peak GiB", ".2f"), ("bytes/param", ".2f")], strict=True))
 # The palette of Okabe and Ito (jfly.uni-koeln.de/color) is safe for colour-blind readers; dashes extend it.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
@@ -31,7 +29,6 @@ AXIS_TITLES = {
     "samples": "samples seen",
     "tokens": "tokens seen",
     "seconds": "seconds of training and validation",
-    "energy": "energy (kJ)",
 }
 SIZE_INCHES, DOTS_PER_INCH = (7, 4), 150
 MAX_SINGLE_CURVES = 5
@@ -141,25 +138,13 @@ def write_runs_csv(comparison: Comparison, file: Path) -> None:
         writer.writerow(header)
         for variant, run in comparison.labelled_runs:
             writer.writerow([
-                variant.label, run.seed, run.state, run in variant.counted, run.name, run.id, run.group,
+                variant.label, run.setting("seed"), run.state, run in variant.counted, run.name, run.id, run.group,
                 run.setting("optim.lr"), run.setting("optim.weight_decay"), goal.best(run.curve(goal.metric)[1]),
                 run.last(goal.metric),
                 *(run.place([run.last_step], axis)[0] if run.has_axis(axis) else None for axis in AXES),
                 *(run.last(f"perf/{name}") for name in COSTS),
                 len(run.guard_steps()), run.created, run.hardware, relative(run.source),
             ])  # fmt: skip
-
-
-def write_curves_csv(comparison: Comparison, metric: str, file: Path) -> None:
-    """Write a line per logged value of `metric`, with its place on every axis."""
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["optimizer", "seed", "id", "metric", *AXES, "value"])
-        for variant, run in comparison.labelled_runs:
-            steps, values = run.curve(metric)
-            for *places, value in zip(*(run.place(steps, axis) for axis in AXES), values, strict=True):
-                known = ["" if math.isnan(place) else round(float(place), 3) for place in places]
-                writer.writerow([variant.label, run.seed, run.id, metric, *known, value])
 
 
 def relative(source: str) -> str:

@@ -27,7 +27,6 @@ AXES: Mapping[str, str | None] = {
     "samples": "data/samples_seen",
     "tokens": "data/tokens_seen",
     "seconds": "perf/seconds",
-    "energy": "perf/energy_kj",
 }
 STEP = "trainer/global_step"
 GUARD_EVENTS = "guard/events"
@@ -36,7 +35,7 @@ EMPTY_FILE_BYTES = 100
 REQUESTS_AT_A_TIME = 8
 SERVER_STATES = {"pending": "running", "preempting": "running", "killed": "crashed", "preempted": "crashed"}
 
-# Loading W&B's command line takes half a second, so one process reads several files. `wandb leet inspect` writes to the
+# Loading W&B's command line takes half a second, so one process reads all files. `wandb leet inspect` writes to the
 # inherited standard output through a program of its own; a marker line closes the output of each file.
 READER = """
 import sys
@@ -83,19 +82,14 @@ class Run:
     created: str = ""
     hardware: str = ""
 
-    def setting(self, key: str, default: Any = None) -> Any:
-        """Look up a dotted key of the configuration, such as `optim.lr`; `default` where it is missing."""
+    def setting(self, key: str) -> Any:
+        """The value of a dotted key of the configuration, such as `optim.lr`; None where it is missing."""
         node: Any = self.config
         for part in key.split("."):
             if not isinstance(node, Mapping) or part not in node:
-                return default
+                return None
             node = node[part]
         return node
-
-    @property
-    def seed(self) -> Any:
-        """The `seed` of the configuration; None where there is none."""
-        return self.setting("seed")
 
     @cached_property
     def metrics(self) -> frozenset[str]:
@@ -202,10 +196,27 @@ def read_runs(files: Sequence[Path]) -> list[Run | UnreadableRun]:
     """Read `.wandb` files with W&B's public reader; a file that cannot be read yields its error in its place."""
     if not files:
         return []
-    workers = min(len(files), os.cpu_count() or 1)
-    size = math.ceil(len(files) / workers)
-    with ThreadPoolExecutor(workers) as pool:
-        return list(chain.from_iterable(pool.map(_read, (files[i : i + size] for i in range(0, len(files), size)))))
+    found: list[Run | UnreadableRun] = []
+    records: dict[str, list[dict[str, Any]]] = {}
+    complaint = ""
+    with subprocess.Popen(
+        [sys.executable, "-c", READER, *map(str, files)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
+        env={**os.environ, "WANDB_ERROR_REPORTING": "false"},
+    ) as reader:  # fmt: skip
+        assert reader.stdout is not None
+        for line in reader.stdout:
+            kind = RECORD.match(line)
+            if line.startswith(END_OF_FILE):
+                code = int(line.removeprefix(END_OF_FILE))
+                found.append(_from_file(files[len(found)], records, complaint.strip(), code))
+                records, complaint = {}, ""
+            elif kind is None:
+                complaint += line
+            elif kind[1] in RECORDS:
+                records.setdefault(kind[1], []).append(json.loads(line).get(kind[1], {}))
+    unread = [UnreadableRun(f"{file}: the reader ended early: {complaint.strip()}") for file in files[len(found) :]]
+    return [*found, *unread]
 
 
 def read_run(place: Path) -> Run:
@@ -258,31 +269,6 @@ def _from_server(run: "ServerRun") -> Run:
         created=run.created_at or "",
         hardware=_hardware(run.metadata or {}),
     )
-
-
-def _read(files: Sequence[Path]) -> list[Run | UnreadableRun]:
-    """Read several files in one process, so that W&B's command line is loaded once."""
-    found: list[Run | UnreadableRun] = []
-    records: dict[str, list[dict[str, Any]]] = {}
-    complaint = ""
-    with subprocess.Popen(
-        [sys.executable, "-c", READER, *map(str, files)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
-        env={**os.environ, "WANDB_ERROR_REPORTING": "false"},
-    ) as reader:  # fmt: skip
-        assert reader.stdout is not None
-        for line in reader.stdout:
-            kind = RECORD.match(line)
-            if line.startswith(END_OF_FILE):
-                code = int(line.removeprefix(END_OF_FILE))
-                found.append(_from_file(files[len(found)], records, complaint.strip(), code))
-                records, complaint = {}, ""
-            elif kind is None:
-                complaint += line
-            elif kind[1] in RECORDS:
-                records.setdefault(kind[1], []).append(json.loads(line).get(kind[1], {}))
-    unread = [UnreadableRun(f"{file}: the reader ended early: {complaint.strip()}") for file in files[len(found) :]]
-    return [*found, *unread]
 
 
 def _from_file(

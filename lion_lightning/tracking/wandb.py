@@ -1,21 +1,18 @@
-"""The Weights & Biases logger of a run, and what it records beside metrics: predictions, pictures, artifacts."""
+"""The Weights & Biases logger of a run, and what it records beside metrics: predictions and pictures."""
 
-import json
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import wandb
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 Mode = Literal["online", "offline", "disabled"]
 MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
-MAX_REFERENCED_FILES = 100_000
 
 
 class RunLogger(WandbLogger):
@@ -28,7 +25,6 @@ class RunLogger(WandbLogger):
         job_type, tags: For filters.
         mode: `online`, `offline` or `disabled`; None: see `choose_mode`.
         save_dir: Folder in which W&B creates its `wandb` folder.
-        artifacts: Record the exported model and the description of the data as W&B artifacts.
         run_id: Id of a run to continue, online only: a later upload of the same id overwrites the earlier one, so an
             offline run always gets a new id.
 
@@ -46,11 +42,9 @@ class RunLogger(WandbLogger):
         job_type: str = "train",
         tags: Sequence[str] = (),
         mode: Mode | None = None,
-        artifacts: bool = False,
         run_id: str | None = None,
     ) -> None:
         self.mode = choose_mode(mode)
-        self.artifacts = artifacts
         super().__init__(
             name=run_name,
             project=project,
@@ -71,15 +65,6 @@ class RunLogger(WandbLogger):
         """Define the summary of each metric, by exact name: W&B ignores globs under Lightning."""
         for name, kind in summaries.items():
             self.experiment.define_metric(name, summary=kind, step_metric="trainer/global_step", step_sync=True)
-
-    @rank_zero_only
-    def log_hyperparams(self, params: Any) -> None:
-        """Log the configuration, and its `data` as an artifact if artifacts are recorded."""
-        super().log_hyperparams(params)
-        if self.artifacts and isinstance(params, Mapping) and isinstance(params.get("data"), Mapping):
-            # An artifact can be marked as used only on a server; an offline run logs it instead.
-            record = self.experiment.use_artifact if self.mode == "online" else self.experiment.log_artifact
-            record(dataset_artifact(params["data"]))
 
     def log_predictions(self, module: LightningModule) -> int:
         """Log pictures and a table of predictions of a trained module.
@@ -120,24 +105,8 @@ class RunLogger(WandbLogger):
     def finish(self, exit_code: int) -> None:
         """Close the run. An unclosed run would take the logs of the next job of a sweep, and hide a failure."""
         if self._experiment is not None:
-            export = Path(self.save_dir or ".") / "export"
-            if self.artifacts and exit_code == 0 and export.is_dir():
-                artifact = wandb.Artifact(str(self._name), type="model")
-                artifact.add_dir(str(export))
-                self._experiment.log_artifact(artifact)
             self._experiment.finish(exit_code=exit_code)
             self._experiment = None
-
-
-def dataset_artifact(data: Mapping[str, Any]) -> wandb.Artifact:
-    """The settings of the data, with checksummed references to the user's files in place of copies."""
-    artifact = wandb.Artifact(str(data.get("name", "data")), type="dataset", metadata=dict(data))
-    path = data.get("path")
-    if path and Path(path).exists():
-        artifact.add_reference(Path(path).resolve().as_uri(), max_objects=MAX_REFERENCED_FILES)
-    with artifact.new_file("settings.json") as file:
-        json.dump(dict(data), file, indent=2, default=str)
-    return artifact
 
 
 def choose_mode(mode: str | None) -> Mode:

@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
@@ -31,8 +31,9 @@ from lion_lightning.errors import ConfigError, configuring
 from lion_lightning.training.checkpoint.files import DurableCheckpointIO
 from lion_lightning.training.checkpoint.policy import RunCheckpoint
 from lion_lightning.training.checkpoint.sharded import ShardedStrategy
-from lion_lightning.training.distributed import ReplicatedStrategy, started_by_launcher
+from lion_lightning.training.distributed import started_by_launcher
 from lion_lightning.training.logging_setup import known_run_id
+from lion_lightning.training.report import near
 from lion_lightning.training.signals import StopFlag
 
 LABEL = "name"  # every group file has one: a label for people and run names, never an argument
@@ -49,8 +50,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true")
 POSITIVE = ("max_steps", "val_check_interval", "accumulate_grad_batches", "num_nodes", "log_every_n_steps")
 # Keys of `trainer` that are no arguments of Lightning's Trainer, or that `build_trainer` computes.
 OWN_TRAINER_KEYS = (
-    "name", "max_steps", "max_epochs", "val_check_interval", "strategy", "timeout_minutes", "check_replicas_every",
-    "keep_freed_memory",
+    "name", "max_steps", "max_epochs", "val_check_interval", "strategy", "timeout_minutes", "check_replicas_every"
 )  # fmt: skip
 
 
@@ -207,10 +207,9 @@ def build_checkpoint(cfg: DictConfig, stop: StopFlag) -> RunCheckpoint:
         "optim": OmegaConf.to_container(cfg.optim, resolve=True),
         "effective batch size": effective_batch_size(cfg),
     }
-    options = {key: value for key, value in cfg.checkpoint.items() if key != "background"}
     folder, recipe = Path(cfg.run_dir) / "checkpoints", cfg.recipe
     with configuring("checkpoint"):
-        return RunCheckpoint(folder, recipe.monitor, recipe.mode, stop=stop, facts=facts, **options)
+        return RunCheckpoint(folder, recipe.monitor, recipe.mode, stop=stop, facts=facts, **cfg.checkpoint)
 
 
 def build_trainer(cfg: DictConfig, logger: Logger | None, callbacks: list[Callback], bar: bool) -> pl.Trainer:
@@ -237,7 +236,7 @@ def build_trainer(cfg: DictConfig, logger: Logger | None, callbacks: list[Callba
             default_root_dir=cfg.run_dir,
             logger=logger or False,
             callbacks=callbacks,
-            plugins=[DurableCheckpointIO(cfg.checkpoint.background)],
+            plugins=[DurableCheckpointIO()],
         )
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise ConfigError(f"trainer: {error}") from error
@@ -255,5 +254,32 @@ def _build_strategy(cfg: DictConfig) -> Strategy | str:
         )
     timeout = timedelta(minutes=cfg.trainer.timeout_minutes)
     if name == "ddp":
-        return ReplicatedStrategy(gradient_as_bucket_view=True, timeout=timeout)
+        return DDPStrategy(gradient_as_bucket_view=True, timeout=timeout)
     return ShardedStrategy(timeout=timeout)
+
+
+def describe(
+    cfg: DictConfig, data: StreamDataModule, module: Any, trainer: pl.Trainer, resumed: Path | None
+) -> dict[str, str]:
+    """Lines for the panel at the start of a run and for the model card.
+
+    Args:
+        cfg: the whole configuration.
+        data, module, trainer: what was built from it.
+        resumed: the checkpoint it goes on from.
+    """
+    where = f"{cfg.data.name} from {cfg.data.path}" if cfg.data.get("path") else cfg.data.name
+    settings = ", ".join(f"{key} {value}" for key, value in cfg.optim.items() if key in ("lr", "betas", "weight_decay"))
+    micro = (
+        f"{cfg.data.batch_size} x {cfg.trainer.accumulate_grad_batches} micro-batches x {trainer.world_size} devices"
+    )
+    return {
+        "data": where,
+        **data.describe(),  # type: ignore[attr-defined]  # of the recipes' data modules
+        **module.describe(),
+        "effective batch": f"{effective_batch_size(cfg)} samples ({micro})",
+        "optimizer": f"{cfg.optim.name}: {settings}; {cfg.schedule.name} schedule over {trainer.max_steps} steps",
+        "precision": f"{cfg.trainer.precision} on {trainer.strategy.root_device.type}",
+        "goes on from": near(resumed) if resumed else "nothing: it starts afresh",
+        "kept in": near(cfg.run_dir),
+    }

@@ -1,14 +1,9 @@
-"""The small Lightning callbacks of a run: progress, random numbers per step, an average of the weights, heartbeats."""
+"""The small Lightning callbacks of a run: progress, random numbers per step, an average of the weights."""
 
-import json
-import logging
-import threading
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
@@ -19,15 +14,10 @@ from typing_extensions import override
 from lion_lightning.errors import ConfigError
 from lion_lightning.training.checkpoint.sharded import ShardedStrategy
 
-log = logging.getLogger(__name__)
 METRICS_FORMAT = ".3f"
 WARMUP_UPDATES = 10  # of the decay: without it a short run's average is mostly its first weights
 SEED_STRIDE, BATCH_STRIDE, RANK_STRIDE = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # odd, 64 bits
 MASK64 = 2**64 - 1
-INTERVAL_SECONDS = 2.0  # between heartbeats
-PATIENCE_SECONDS = 1.5 * INTERVAL_SECONDS  # a rank that is alive has written within it
-COMMUNICATION = ("gloo", "nccl", "timed out", "connection", "socket", "store")  # in the message of such an error
-PHASES = ("between batches", "in the forward pass", "in the backward pass or the step")
 
 
 def progress(console: Console, metrics: Sequence[str]) -> list[Callback]:
@@ -45,7 +35,7 @@ def progress(console: Console, metrics: Sequence[str]) -> list[Callback]:
 class StepBar(RichProgressBar):
     """Lightning's bar without the count of epochs: a run here is one stream of steps."""
 
-    @override
+    @override  # private in Lightning, which has no setting for the text
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training".ljust(len(self.validation_description))  # as wide, so that the bars do not jump
 
@@ -160,86 +150,3 @@ class AverageWeights(WeightAveraging):
         if self._exchanged:
             current, average = checkpoint["state_dict"], checkpoint["current_model_state"]
             checkpoint.update(state_dict=average, current_model_state=current)
-
-
-class Heartbeat(Callback):
-    """Names the rank that the others waited for.
-
-    A thread writes (step, phase, time) of this rank to the process group's store every two seconds, at no cost to the
-    training loop. When an exception ends a run of several ranks, each surviving rank reads them and says which rank is
-    behind the others or silent, or else which ones are still waiting.
-    """
-
-    def __init__(self) -> None:
-        self._place, self._gave_up = (0, 0), False
-        self._over = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.world_size == 1:
-            return
-        self._gave_up = False
-        self._over.clear()
-        self._store = dist.PrefixStore("lion_lightning/heartbeat", dist.distributed_c10d._get_default_store())
-        self._thread = threading.Thread(target=self._beat, args=(trainer.global_rank,), daemon=True, name="heartbeat")
-        self._thread.start()
-
-    def _beat(self, rank: int) -> None:
-        while self._write(rank) and not self._over.wait(INTERVAL_SECONDS):
-            pass
-
-    def _write(self, rank: int) -> bool:
-        try:
-            self._store.set(str(rank), json.dumps([*self._place, self._gave_up, time.time()]))
-        except RuntimeError as error:  # the store ended with its rank: the run is ending
-            log.debug("no more heartbeats: %s", error)
-            return False
-        return True
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._place = (trainer.global_step, 1)
-
-    @override
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._place = (trainer.global_step, 2)
-
-    @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._place = (trainer.global_step, 0)
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        message = str(exception).lower()
-        self._gave_up = isinstance(exception, RuntimeError) and any(word in message for word in COMMUNICATION)
-        if self._thread is not None:
-            self._write(trainer.global_rank)
-            if self._gave_up and (late := self._late(trainer)):
-                log.error("[rank %d] waited in vain for %s", trainer.global_rank, late)
-        self.on_train_end(trainer, pl_module)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Waits for a write under way: a thread that returns from the store while Python exits aborts the process."""
-        self._over.set()
-        if self._thread is not None:
-            self._thread.join(PATIENCE_SECONDS)
-
-    def _late(self, trainer: Trainer) -> str:
-        """Ranks that are behind this one or silent, else those still busy where this one gave up; empty if none is."""
-        time.sleep(PATIENCE_SECONDS)
-        late: list[str] = []
-        busy: list[str] = []
-        for rank in (other for other in range(trainer.world_size) if other != trainer.global_rank):
-            step, phase, gave_up, seen = 0, 0, False, 0.0
-            try:
-                if self._store.check([str(rank)]):
-                    step, phase, gave_up, seen = json.loads(self._store.get(str(rank)))
-            except RuntimeError as error:
-                return f"a rank; which one is unknown, since the store is gone ({type(error).__name__})"
-            silent = time.time() - seen
-            if not gave_up:
-                told = f"rank {rank}, last seen {silent:.0f} s ago at step {step}, {PHASES[phase]}"
-                (late if (step, phase) < self._place or silent > PATIENCE_SECONDS else busy).append(told)
-        return "; ".join(late or busy)

@@ -4,8 +4,6 @@ Secrets are found by the name of the setting, by the look of the value, and in U
 the command line needs it before there is something to run.
 """
 
-import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from lion_lightning.errors import ConfigError
 
@@ -57,8 +53,8 @@ _TOKENS = re.compile(
 )
 _USER_INFO = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 _QUERY = re.compile(r"(?i)(?<=[?&;])((?:[\w-]*(?:token|key|secret|signature|password|sig))=)[^&#\s]+")
-_OVERRIDE = re.compile(r"(?P<name>[+~]*[\w./@-]+)=(?P<value>.*)", re.DOTALL)
 _INTERPOLATION = re.compile(r"\$\{[^{}]*\}")
+_OVERRIDE = re.compile(r"(?P<name>[+~]*[\w./@-]+)=(?P<value>.*)", re.DOTALL)
 
 
 def redacted(value: Any, name: str = "") -> Any:
@@ -100,54 +96,32 @@ def _names_a_secret(name: str) -> bool:
     return bool(_SECRET_WORDS.intersection(words)) or any(pair in _SECRET_PAIRS for pair in pairwise(words))
 
 
-def is_sweep(arguments: Sequence[str]) -> bool:
-    """Whether a command line asks Hydra for several runs."""
-    return any(argument in ("-m", "--multirun", "hydra.mode=MULTIRUN") for argument in arguments)
+def refuse_secrets_of_a_sweep(arguments: Sequence[str]) -> None:
+    """Raise ConfigError if the command line of a sweep holds a secret, since Hydra keeps it in `multirun.yaml`."""
+    if not any(argument in ("-m", "--multirun", "hydra.mode=MULTIRUN") for argument in arguments):
+        return
+    for argument in arguments:
+        found = _OVERRIDE.fullmatch(argument)
+        if found is None or redacted_argument(argument) == argument:
+            continue
+        if _INTERPOLATION.sub("", found["value"]).strip(" ,'\"[]"):  # more than references such as ${oc.env:NAME}
+            name = found["name"]
+            raise ConfigError(
+                f"{name}={HIDDEN}: a sweep would keep this secret in multirun.yaml; put it into an environment "
+                f"variable and write {name}='${{oc.env:NAME}}'"
+            )
 
 
-def carried_in_environment(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a sweep with an interpolation in place of each secret, which this puts into the environment.
-
-    Hydra keeps every override of a sweep in `multirun.yaml`, and submitit in the file of each job; with this they keep
-    `${oc.env:NAME}`, and the jobs inherit the environment.
-
-    Raises:
-        ConfigError: a choice between secrets, or one in a mapping or beside an interpolation.
-    """
-    return [_carried(argument, number) for number, argument in enumerate(arguments)]
-
-
-def _carried(argument: str, number: int) -> str:
-    found = _OVERRIDE.fullmatch(argument)
-    if found is None or redacted_argument(argument) == argument:
-        return argument
-    name, value = found["name"], found["value"]
-    if not _INTERPOLATION.sub("", value).strip(" ,'\"[]"):
-        return argument  # it is in the environment already
-    try:
-        parsed = OverridesParser.create().parse_override(argument)
-    except OverrideParseException:
-        return argument  # Hydra reports what is wrong with it, and keeps nothing
-    if parsed.is_sweep_override() or "{" in value:
-        raise ConfigError(
-            f"{name}={HIDDEN}: a sweep would keep the secrets in multirun.yaml; put each in an environment variable "
-            f"and write {name}='${{oc.env:NAME}}'"
-        )
-    kept, variable = parsed.value(), f"LION_LIGHTNING_SECRET_{number}"
-    os.environ[variable] = kept if isinstance(kept, str) else json.dumps(kept)
-    reference = f"${{oc.env:{variable}}}"
-    return f"{name}={reference}" if isinstance(kept, str) else f"{name}='${{oc.decode:{reference}}}'"
-
-
-def log_config(logger: "Logger | None", cfg: DictConfig) -> None:
+def log_config(logger: "Logger | None", config: Mapping[str, Any], run_dir: Path) -> None:
     """Keep the resolved configuration beside the checkpoints and in the logger, without its secrets; on rank 0.
 
     Args:
         logger: None for the file alone.
-        cfg: the whole configuration.
+        config: the whole configuration, in plain types.
+        run_dir: where `config.yaml` and the id of an online W&B run are kept.
     """
-    plain = redacted(OmegaConf.to_container(cfg, resolve=True))
-    OmegaConf.save(OmegaConf.create(plain), Path(cfg.run_dir) / "config.yaml")
+    plain = redacted(config)
+    OmegaConf.save(OmegaConf.create(plain), run_dir / "config.yaml")
     if logger is None:
         return
     given = sys.argv
@@ -157,9 +131,10 @@ def log_config(logger: "Logger | None", cfg: DictConfig) -> None:
     finally:
         sys.argv = given
     if wandb_logger := wandb_logger_of(logger):
-        wandb_logger.define_summaries({**SUMMARIES, cfg.recipe.monitor: cfg.recipe.mode})
+        recipe = config["recipe"]
+        wandb_logger.define_summaries({**SUMMARIES, recipe["monitor"]: recipe["mode"]})
         if wandb_logger.mode == "online":
-            (Path(cfg.run_dir) / RUN_ID_FILE).write_text(wandb_logger.experiment.id)
+            (run_dir / RUN_ID_FILE).write_text(wandb_logger.experiment.id)
 
 
 def known_run_id(run_dir: str) -> str | None:

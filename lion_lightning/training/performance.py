@@ -1,14 +1,11 @@
-"""How fast a run is and what it costs: throughput, utilisation, bytes per parameter, energy, memory of the host."""
+"""How fast a run is and what it costs: throughput, utilisation, memory, bytes per parameter."""
 
-import ctypes
-import platform
 import resource
 import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,8 +20,6 @@ WINDOW_BATCHES = 1000  # bounds the cost of a median, however long the run
 WARMUP_BATCHES = 5  # allocation, compilation and caches make them slower
 BYTES_PER_GIB = 2**30
 SIDE, REPEATS = 1024, 4  # of the matrix products that measure a CPU
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt, from glibc's malloc.h
-NEVER, NONE = -1, 0  # their values
 
 
 class Throughput(Callback):
@@ -33,8 +28,8 @@ class Throughput(Callback):
     Under `perf/`: `step_ms` (one optimizer step), `samples_per_second`, `tokens_per_second` (over all ranks, where a
     batch has `input_ids`), `mfu` (model FLOPs utilisation: what the module's `flops_per_sample` asks for, over
     `peak_flops`; recomputed activations do not count), `data_wait` (share of the time spent waiting for a batch),
-    `peak_memory_gib` (device, or the process on a CPU), `seconds` (since training began). Under `data/`:
-    `samples_seen`, `tokens_seen`.
+    `peak_memory_gib` (device, or the process on a CPU), `bytes_per_parameter` (weights and optimizer state), `seconds`
+    (since training began). Under `data/`: `samples_seen`, `tokens_seen`.
     """
 
     def __init__(self) -> None:
@@ -79,10 +74,12 @@ class Throughput(Callback):
             self._tokens.append(tokens)
         self._mark = now
         if self.durations and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            seen = {"data/samples_seen": float(self.samples_seen)}
+            figures = {**self.measured(trainer), "perf/seconds": now - self._began}
+            figures["perf/bytes_per_parameter"] = bytes_per_parameter(trainer.optimizers)
+            figures["data/samples_seen"] = float(self.samples_seen)
             if self.tokens_seen:
-                seen["data/tokens_seen"] = float(self.tokens_seen)
-            pl_module.log_dict({**self.measured(trainer), **seen, "perf/seconds": now - self._began})
+                figures["data/tokens_seen"] = float(self.tokens_seen)
+            pl_module.log_dict(figures)
 
     def measured(self, trainer: Trainer) -> dict[str, float]:
         """The `perf/*` figures so far; empty before the first measured batch."""
@@ -143,112 +140,9 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return 2 * SIDE**3 / min(times)
 
 
-def keep_freed_memory() -> bool:
-    """Make malloc keep what is freed, for the whole process and as long as it lives: `trainer.keep_freed_memory=true`.
-
-    By default glibc maps the memory of a large tensor anew for each operation and returns it afterwards, and the system
-    clears every page that it hands out: a tenth of a training step of BERT-mini on two cores. With it kept, the process
-    never shrinks, and peak memory grows by fragmentation: by 3 % for BERT-mini, 7 % for BERT-tiny on a stream.
-
-    Returns:
-        Whether it is in effect; False where the C library is not glibc, and nothing was changed.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(M_MMAP_MAX, NONE) and libc.mallopt(M_TRIM_THRESHOLD, NEVER))
-
-
-POWERCAP = Path("/sys/class/powercap")
-JOULES_PER_KILOJOULE, MICROJOULES_PER_JOULE, MILLIJOULES_PER_JOULE = 1e3, 1e6, 1e3
-
-
-class Costs(Callback):
-    """Logs `perf/bytes_per_parameter` (weights and optimizer state) and, where it can be read, `perf/energy_kj`.
-
-    Energy is that of the devices that the counters see (NVIDIA's NVML, Linux' powercap), this run's or not, since
-    training began.
-    """
-
-    def __init__(self) -> None:
-        self._meters: list[Callable[[], float]] = []
-        self._joules_at_start = 0.0
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._meters = meters(trainer.strategy.root_device)
-        self._joules_at_start = self._joules()
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == 0 or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            return
-        figures = {"perf/bytes_per_parameter": bytes_per_parameter(trainer.optimizers)}
-        if self._meters:
-            figures["perf/energy_kj"] = (self._joules() - self._joules_at_start) / JOULES_PER_KILOJOULE
-        pl_module.log_dict(figures)
-
-    def _joules(self) -> float:
-        return sum(meter() for meter in self._meters)
-
-
 def bytes_per_parameter(optimizers: Sequence[Optimizer]) -> float:
     """Bytes of the weights that `optimizers` hold and of the state kept for them, per weight; gradients not counted."""
     weights = {id(p): p for o in optimizers for group in o.param_groups for p in group["params"]}
-    state = [tensor for o in optimizers for tensor in _tensors(o.state)]
-    numbers = sum(weight.numel() for weight in weights.values())
-    return sum(tensor.nbytes for tensor in [*weights.values(), *state]) / max(1, numbers)
-
-
-def meters(device: torch.device, powercap: Path = POWERCAP) -> list[Callable[[], float]]:
-    """Counters of joules that this process may read, none where there are none."""
-    return [*_packages(powercap), *([] if device.type != "cuda" else _nvml(device))]
-
-
-def _packages(powercap: Path) -> Iterator[Callable[[], float]]:
-    """Processor packages. A counter that wraps is unwrapped, as long as it is read before it wraps twice."""
-    for package in sorted(powercap.glob("intel-rapl:?")):
-        try:
-            yield _Unwrapped(package)
-        except (OSError, ValueError):  # usually for root alone
-            continue
-
-
-class _Unwrapped:
-    def __init__(self, package: Path) -> None:
-        self.file = package / "energy_uj"
-        self.range = int((package / "max_energy_range_uj").read_text())
-        self.last, self.turns = int(self.file.read_text()), 0
-
-    def __call__(self) -> float:
-        now = int(self.file.read_text())
-        self.turns += now < self.last
-        self.last = now
-        return (now + self.turns * self.range) / MICROJOULES_PER_JOULE
-
-
-def _nvml(device: torch.device) -> list[Callable[[], float]]:
-    try:
-        import pynvml
-    except ModuleNotFoundError:
-        return []
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except pynvml.NVMLError:  # before Volta there is no such counter
-        return []
-    return [lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / MILLIJOULES_PER_JOULE]
-
-
-def _tensors(node: Any) -> Iterator[Tensor]:
-    if isinstance(node, Tensor):
-        yield node
-    elif isinstance(node, Mapping):
-        for value in node.values():
-            yield from _tensors(value)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            yield from _tensors(value)
+    state = [value for o in optimizers for entry in o.state.values() for value in entry.values()]
+    tensors = [*weights.values(), *(value for value in state if isinstance(value, Tensor))]
+    return sum(tensor.nbytes for tensor in tensors) / max(1, sum(weight.numel() for weight in weights.values()))

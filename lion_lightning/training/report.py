@@ -1,6 +1,5 @@
-"""What a run prints before and after training, the weights it exports, and the value it returns."""
+"""What a run prints before and after training, and the weights it exports."""
 
-import math
 import os
 import shlex
 import sys
@@ -11,47 +10,16 @@ from typing import Any
 import lightning.pytorch as pl
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from lion_lightning.data.stream import StreamDataModule
-from lion_lightning.training.build import build_module, effective_batch_size
-from lion_lightning.training.checkpoint.files import load, with_names_of
+from lion_lightning.training.checkpoint.files import weights_of, with_names_of
 from lion_lightning.training.checkpoint.policy import RunCheckpoint
-from lion_lightning.training.checkpoint.sharded import load_whole
 from lion_lightning.training.logging_setup import redacted_argument, wandb_logger_of
 
 NOT_SHARED = ("optim", "run_dir", "hydra.run.dir", "resume")
 """Arguments that the control run does not share; each run has a folder of its own."""
-
-
-def describe(
-    cfg: DictConfig, data: StreamDataModule, module: Any, trainer: pl.Trainer, resumed: Path | None
-) -> dict[str, str]:
-    """Lines for the panel at the start of a run.
-
-    Args:
-        cfg: the whole configuration.
-        data, module, trainer: what was built from it.
-        resumed: the checkpoint it goes on from.
-    """
-    where = f"{cfg.data.name} from {cfg.data.path}" if cfg.data.get("path") else cfg.data.name
-    settings = ", ".join(f"{key} {value}" for key, value in cfg.optim.items() if key in ("lr", "betas", "weight_decay"))
-    micro = (
-        f"{cfg.data.batch_size} x {cfg.trainer.accumulate_grad_batches} micro-batches x {trainer.world_size} devices"
-    )
-    return {
-        "data": where,
-        **data.describe(),  # type: ignore[attr-defined]  # of the recipes' data modules
-        **module.describe(),
-        "effective batch": f"{effective_batch_size(cfg)} samples ({micro})",
-        "optimizer": f"{cfg.optim.name}: {settings}; {cfg.schedule.name} schedule over {trainer.max_steps} steps",
-        "precision": f"{cfg.trainer.precision} on {trainer.strategy.root_device.type}",
-        "goes on from": _near(resumed) if resumed else "nothing: it starts afresh",
-        "kept in": _near(cfg.run_dir),
-    }
 
 
 def show(console: Console, title: str, lines: Mapping[str, str]) -> None:
@@ -71,56 +39,52 @@ def show(console: Console, title: str, lines: Mapping[str, str]) -> None:
 
 
 def conclude(
-    cfg: DictConfig,
     console: Console,
+    title: str,
     trainer: pl.Trainer,
-    data: StreamDataModule,
-    module: Any,
     checkpoint: RunCheckpoint,
+    module: Any,
+    about: Mapping[str, str],
     took: str,
-    about: dict[str, str],
-) -> float:
-    """Export the best weights, print the outcome, and return the best value of the monitored metric.
+    export: Path | None,
+) -> None:
+    """Load and export the best weights of a run and print its outcome; on rank 0.
 
     Args:
-        cfg: the whole configuration.
         console: where to print.
-        trainer, data, module, checkpoint: of the run, after training.
+        title: the name of the run.
+        trainer: after training.
+        checkpoint: that of the run.
+        module: of the architecture that was trained, in one piece.
+        about: value by name, for the model card.
         took: duration and speed of the training.
-        about: what `describe` returned, for the model card.
+        export: folder for the exported model; None to export nothing.
     """
-    best = math.nan if checkpoint.best_score is None else checkpoint.best_score
-    last = trainer.callback_metrics.get(cfg.recipe.monitor)
-    if not trainer.is_global_zero:
-        return best
-    kept = checkpoint.best_path if checkpoint.best_step is not None else checkpoint.last_path
-    if kept.is_dir():
-        module = build_module(cfg, data)  # this rank has only its shard of the one that was trained
-        load_whole(module, kept)
-    elif kept.is_file():
-        module.load_state_dict(with_names_of(load(kept)["state_dict"], module.state_dict()))
+    kept = checkpoint.last_path if checkpoint.best_step is None else checkpoint.best_path
+    if kept.exists():
+        module.load_state_dict(with_names_of(weights_of(kept), module.state_dict()))
+    last = trainer.callback_metrics.get(checkpoint.monitor or "")
+    best = "none" if checkpoint.best_score is None else f"{checkpoint.best_score:.4f}"
     outcome = {
-        f"best {cfg.recipe.monitor}": f"{best:.4f}" + (f" (last {float(last):.4f})" if last is not None else ""),
+        f"best {checkpoint.monitor}": best + (f" (last {float(last):.4f})" if last is not None else ""),
         "training took": took,
     }
     module.eval()
     for number, line in enumerate(module.showcase(), 1):
         outcome[f"example {number}"] = line
-    outcome["checkpoint"] = _near(kept)
-    if cfg.export:
-        folder = Path(cfg.run_dir) / "export"
-        module.export(folder, _model_card(cfg.run_name, {**about, **outcome}))
-        outcome["export"] = f"{_near(folder)} (a Hugging Face folder)"
-    show(console, f"{cfg.run_name} is done", outcome)
+    outcome["checkpoint"] = near(kept)
+    if export is not None:
+        module.export(export, _model_card(title, {**about, **outcome}))
+        outcome["export"] = f"{near(export)} (a Hugging Face folder)"
+    show(console, f"{title} is done", outcome)
     # Commands stand outside the panel, on one line each, so that they can be copied.
-    commands = [_next_command(cfg.optim.name)]
+    commands = [_next_command(about["optimizer"].partition(":")[0])]
     wandb_logger = wandb_logger_of(trainer.logger)
     if wandb_logger is not None:
         wandb_logger.log_predictions(module)
-        commands.insert(0, wandb_logger.describe(_near))
+        commands.insert(0, wandb_logger.describe(near))
     for line in commands:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
-    return best
 
 
 def _model_card(title: str, lines: Mapping[str, str]) -> str:
@@ -147,7 +111,7 @@ def duration(seconds: float, steps: int, speed: Mapping[str, float]) -> str:
     return ", ".join(parts)
 
 
-def _near(path: str | Path) -> str:
+def near(path: str | Path) -> str:
     """`path` as short as it can be written from here."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative

@@ -1,13 +1,15 @@
 """One run, from its configuration to its summary: build, fit, report."""
 
 import logging
+import math
 import time
 import warnings
 from pathlib import Path
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import transformers
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lion_lightning.training.build import (
@@ -18,14 +20,16 @@ from lion_lightning.training.build import (
     build_module,
     build_trainer,
     check,
+    describe,
     max_steps,
 )
-from lion_lightning.training.callbacks import Heartbeat, StepSeed, ValidateAtEnd, progress
+from lion_lightning.training.callbacks import StepSeed, ValidateAtEnd, progress
 from lion_lightning.training.checkpoint.policy import AUTO, resolve
+from lion_lightning.training.checkpoint.sharded import ShardedStrategy
 from lion_lightning.training.distributed import ReplicaCheck, started_by_launcher
 from lion_lightning.training.logging_setup import closing, log_config
-from lion_lightning.training.performance import Costs, Throughput, keep_freed_memory
-from lion_lightning.training.report import conclude, describe, duration, show
+from lion_lightning.training.performance import Throughput
+from lion_lightning.training.report import conclude, duration, show
 from lion_lightning.training.signals import StopFlag
 
 
@@ -39,8 +43,9 @@ def run(cfg: DictConfig) -> float:
         TrainingStopped: the guard ended the run.
     """
     check(cfg)
-    resumed = resolve(cfg.resume, Path(cfg.run_dir) / "checkpoints")
-    Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
+    folder = Path(cfg.run_dir)
+    resumed = resolve(cfg.resume, folder / "checkpoints")
+    folder.mkdir(parents=True, exist_ok=True)
     _quiet_libraries()
     console = Console(soft_wrap=False)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -51,22 +56,25 @@ def run(cfg: DictConfig) -> float:
     throughput = Throughput()
     with StopFlag(alone=not started_by_launcher()) as stop:
         checkpoint = build_checkpoint(cfg, stop)
-        callbacks = [StepSeed(cfg.seed), *build_callbacks(cfg, "guard"), throughput, Costs(), ValidateAtEnd()]
-        callbacks += [*build_callbacks(cfg, "callbacks"), checkpoint]
-        callbacks += [Heartbeat(), ReplicaCheck(cfg.trainer.check_replicas_every)]
+        callbacks = [StepSeed(cfg.seed), *build_callbacks(cfg, "guard"), throughput, ValidateAtEnd()]
+        callbacks += [*build_callbacks(cfg, "callbacks"), checkpoint, ReplicaCheck(cfg.trainer.check_replicas_every)]
         callbacks += progress(console, ["train/loss", cfg.recipe.monitor])
         trainer = build_trainer(cfg, logger, callbacks, bar=console.is_terminal)
         about = describe(cfg, data, module, trainer, resumed)
         with closing(logger):
             if trainer.is_global_zero:
                 show(console, cfg.run_name, about)
-                log_config(logger, cfg)
-            if cfg.trainer.keep_freed_memory and trainer.strategy.root_device.type == "cpu":
-                keep_freed_memory()
+                log_config(logger, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), folder)
             started = time.perf_counter()
-            trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+            with checkpoint.resuming():
+                trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
             took = duration(time.perf_counter() - started, trainer.global_step, throughput.measured(trainer))
-            return conclude(cfg, console, trainer, data, module, checkpoint, took, about)
+            if trainer.is_global_zero:
+                # Under FSDP2 this rank has only its shard of the module that was trained.
+                whole = build_module(cfg, data) if isinstance(trainer.strategy, ShardedStrategy) else module
+                export = folder / "export" if cfg.export else None
+                conclude(console, cfg.run_name, trainer, checkpoint, whole, about, took, export)
+    return math.nan if checkpoint.best_score is None else checkpoint.best_score
 
 
 def _quiet_libraries() -> None:

@@ -7,13 +7,11 @@ OmegaConf is imported here, since `--help` needs them too.
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-NO_RUN_ID = ("", "none")  # what torchrun passes on where it was given no --rdzv-id
+NO_RUN_ID = ("", "none")  # what torchrun passes on where it was given neither --standalone nor --rdzv-id
 INTERACTIVE_JOBS = ("bash", "interactive")  # a shell in which many runs are started one after another
-START_TIME_FIELD = 19  # of what follows the command in /proc/PID/stat: ticks after boot
 # Settings that are named in a group unless they have their usual value, and how.
 UNUSUAL = {
     "model.pretrained": (None, "from-"),
@@ -54,7 +52,7 @@ def run_stamp() -> str:
     `slurm-JOB` under SLURM, `torchrun-ID` under torchrun, else the time.
 
     Raises:
-        ValueError: torchrun on several machines was given no `--rdzv-id`, so the ranks have nothing in common.
+        ValueError: torchrun was given neither `--standalone` nor `--rdzv-id`, so the ranks have no common name.
     """
     return _slurm(os.environ) or _torchrun(os.environ) or time.strftime("%Y-%m-%d_%H-%M-%S")
 
@@ -70,13 +68,6 @@ def _slurm(environment: Mapping[str, str]) -> str | None:
 def _torchrun(environment: Mapping[str, str]) -> str | None:
     if "TORCHELASTIC_RUN_ID" not in environment:
         return None
-    run_id = environment["TORCHELASTIC_RUN_ID"]
-    if run_id not in NO_RUN_ID:
-        return f"torchrun-{run_id}"
-    if environment.get("GROUP_WORLD_SIZE", "1") != "1":
-        raise ValueError("the ranks of several machines need a common run folder: give torchrun --rdzv-id=NAME")
-    # Process numbers are reused: the launcher's start time makes the name unique.
-    stat = Path(f"/proc/{os.getppid()}/stat")
-    if not stat.is_file():
-        raise ValueError("cannot tell when torchrun was started: give it --rdzv-id=NAME or --standalone")
-    return f"torchrun-{os.getppid()}-{stat.read_text().rpartition(')')[2].split()[START_TIME_FIELD]}"
+    if environment["TORCHELASTIC_RUN_ID"] in NO_RUN_ID:
+        raise ValueError("the ranks need a common run folder: give torchrun --standalone or --rdzv-id=NAME")
+    return f"torchrun-{environment['TORCHELASTIC_RUN_ID']}"

@@ -1,7 +1,8 @@
 """Signals that ask a run to end: SIGTERM, SIGINT and SIGUSR1 set a flag; the run saves and ends at a step boundary.
 
 Nothing else happens in a handler, since it may run inside `optimizer.step`, a save or a collective. Lightning 2.6's own
-SIGTERM handler broadcasts, which deadlocks when the other ranks are elsewhere; `StopFlag` replaces it.
+SIGTERM handler broadcasts, which deadlocks when the other ranks are elsewhere; `StopFlag.install` replaces it when
+training begins, where Lightning has set its own.
 
 submitit's own signal, SIGUSR2 before a time limit, is one more: its handler puts the job back into the queue and ends
 the process at once, so it is called only after the run is saved.
@@ -15,8 +16,6 @@ import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
-
-from lightning.pytorch import Trainer
 
 log = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -97,12 +96,3 @@ def _is_submitits(handler: Any) -> bool:
     """Whether a signal's handler was set by submitit, inside one of its jobs."""
     module = getattr(handler, "__module__", None) or ""
     return "SUBMITIT_EXECUTOR" in os.environ and module.partition(".")[0] == "submitit"
-
-
-def replace_lightnings_handlers(trainer: Trainer, stop: StopFlag) -> None:
-    """Handle the stop signals by `stop` alone from the start of training, where Lightning has set its own handlers.
-
-    Lightning also broadcasts its flag before every step; the flag is never set any more, so that is left out.
-    """
-    stop.install()
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]

@@ -7,9 +7,7 @@
 All train the same configuration of model on the same data in the same batches, precision and with the same optimizer,
 in turns, each in a process of its own; printed are medians over all steps but the first of each turn. The usual way is,
 for text, the Trainer of Hugging Face with DataCollatorForLanguageModeling, and for images a torch loop whose batches
-the image processor of transformers makes. Our recipe is `train.py` as it is, guard and logger included. On a CPU it
-keeps freed memory (lion_lightning/training/performance.py), and so does the raw loop; the usual way comes as it is, and
-once more with that.
+the image processor of transformers makes. Our recipe is `train.py` as it is, guard and logger included.
 """
 
 import argparse
@@ -23,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,17 +35,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for the modules 
 from lion_lightning.__main__ import CONFIG_FOLDER
 from lion_lightning.training import run as training_run
 from lion_lightning.training.build import build_data, build_module
-from lion_lightning.training.performance import WARMUP_BATCHES, Throughput, keep_freed_memory
+from lion_lightning.training.performance import WARMUP_BATCHES, Throughput
 from scripts.bench.bench_usual import Clock, Turn, usual_way
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
-    turns: dict[str, Turn] = {"recipe": recipe, "raw loop": partial(kept, raw_loop)}
-    for name, turn in usual_way(_configuration(options.overrides, 1)).items():
-        turns[name] = turn
-        if not torch.cuda.is_available():
-            turns[f"{name}, memory kept"] = partial(kept, turn)
+    turns: dict[str, Turn] = {"recipe": recipe, "raw loop": raw_loop}
+    turns |= usual_way(_configuration(options.overrides, 1))
     times: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(options.rounds):
         for name, turn in turns.items():
@@ -66,13 +60,6 @@ def alone(turn: Turn, cfg: DictConfig, steps: int) -> list[float]:
     """A turn in a fresh process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(turn, cfg, steps).result()
-
-
-def kept(turn: Turn, cfg: DictConfig, steps: int) -> list[float]:
-    """A turn that keeps freed memory, as the recipe does on a CPU."""
-    if not torch.cuda.is_available():
-        keep_freed_memory()
-    return turn(cfg, steps)
 
 
 def recipe(cfg: DictConfig, steps: int) -> list[float]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from lion_lightning.training.build import instantiate
@@ -33,6 +34,7 @@ def peak_bytes(compose: Any, prose: Path, folder: Path, copies: int) -> int:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_eight_times_the_text_takes_no_more_memory(compose: Any, prose: Path, tmp_path: Path) -> None:
     small = peak_bytes(compose, prose, tmp_path / "small", 6)  # more than one pool of 2 MiB
     large = peak_bytes(compose, prose, tmp_path / "large", 48)

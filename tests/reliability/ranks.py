@@ -55,7 +55,6 @@ class Observer(Callback):
         if self.job.get("kill") == [self.rank, step] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.job.get("lose") == [self.rank, step]:
-            trainer.strategy.checkpoint_io.wait()  # for the step before, if a thread writes it
             folder = Path(trainer.default_root_dir) / "checkpoints"
             folder.rename(folder.with_name("before"))
             folder.write_text("a file where the folder was")

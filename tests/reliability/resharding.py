@@ -5,14 +5,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lion_lightning.optim import Lion
 from lion_lightning.optim.kernels import storage_formats
-from lion_lightning.training.checkpoint.files import DurableCheckpointIO, Placement
+from lion_lightning.training.checkpoint.files import DurableCheckpointIO, weights_of, write_weights
 from lion_lightning.training.checkpoint.sharded import ShardedStrategy
-from lion_lightning.training.distributed import ReplicatedStrategy
 
 STORAGE: dict[str, tuple[str, dict[str, Any]]] = {
     "fp32": ("32-true", {}),
@@ -79,9 +79,9 @@ class SaveAt(pl.Callback):
             self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:
-        best = self.path.with_name(f"best-{self.path.name}")
-        placement = Placement(links=(best,), weights=(best,))
-        trainer.save_checkpoint(self.path, weights_only=False, storage_options=placement)
+        trainer.save_checkpoint(self.path, weights_only=False)
+        if trainer.is_global_zero:
+            write_weights(weights_of(self.path), self.path.with_name(f"best-{self.path.stem}.safetensors"))
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -120,19 +120,18 @@ def momentum(entry: dict[str, Tensor]) -> Tensor:
 
 
 def carry_out(job: dict[str, Any], rank: int) -> dict[str, Any]:
-    """One run. `job`: mode, strategy, steps, folder, and maybe resume, save_at, background; what was seen is a file."""
+    """One run. `job`: mode, strategy, steps, folder, and maybe resume, save_at; what was seen is a file."""
     precision, options = STORAGE[job["mode"]]
-    folder, io = Path(job["folder"]), DurableCheckpointIO(job.get("background", False))
+    folder, io = Path(job["folder"]), DurableCheckpointIO()
     module = Network(options, job["steps"])
     callbacks = [SaveAt(job["save_at"], folder / f"{job['name']}.ckpt")] if "save_at" in job else []
     trainer = pl.Trainer(
-        strategy={"ddp": ReplicatedStrategy, "fsdp2": ShardedStrategy}[job["strategy"]](),
+        strategy={"ddp": DDPStrategy, "fsdp2": ShardedStrategy}[job["strategy"]](),
         devices=job["processes"], accelerator="cpu", precision=precision, max_steps=job["steps"], callbacks=callbacks,
         plugins=[io], logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, default_root_dir=folder,
     )  # fmt: skip
     trainer.fit(module, ckpt_path=folder / f"{job['resume']}.ckpt" if "resume" in job else None, weights_only=True)
-    io.wait()
     if rank == 0:
         torch.save(module.seen, folder / f"{job['name']}.pt")
     return {"error": "" if io.error is None else f"{type(io.error).__name__}: {io.error}"}

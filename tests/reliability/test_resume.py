@@ -1,14 +1,15 @@
 """A run that is stopped by a real signal and resumed ends where the run that was never stopped does, bit for bit.
 
-Every case trains once without a stop and once with the stops it names, and compares everything that the last
-checkpoints hold (weights, momentum, schedules, warm-up, counters) and every metric. `make test-resume` runs all of
-them; `make test` the first of each kind.
+Every case trains with the stops it names, and everything that its last checkpoint holds (weights, momentum, schedules,
+warm-up, counters) and every metric are compared with those of a run without a stop, shared by cases of equal settings.
+`make test` runs the first cases of each kind, the others are marked `slow`.
 """
 
 import math
 import os
 import signal
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from lion_lightning.training.checkpoint.files import load
 from lion_lightning.training.signals import TrainingInterrupted
 from recipes.text import text_chunks as pieces
 
-WHOLE = os.environ.get("LION_LIGHTNING_WHOLE_MATRIX") == "1"
 STEPS, STEPS_PER_EPOCH, VALIDATION_INTERVAL, WARMUP_STEPS, BATCH = 12, 6, 4, 5, 16
 Compose = Callable[..., Any]
 
@@ -71,11 +71,14 @@ CASES = [
     Case("accumulation", (3,), ACCUMULATED),
     Case("2 workers", (5,), ("data.num_workers=2",)),
     Case("after a step that the guard skipped, before and after it knows", (7, 8), nan_step=7),
-    Case("bf16, 16-bit weights, int8 momentum", (5,),
-         ("trainer.precision=bf16-true", "optim.weight_bits=16", "optim.momentum_dtype=int8")),
     Case("a stream, twice", (3, 7), base=STREAM),
 ]  # fmt: skip
 CASES_OF_THE_WHOLE = [
+    Case(
+        "bf16, 16-bit weights, int8 momentum",
+        (5,),
+        ("trainer.precision=bf16-true", "optim.weight_bits=16", "optim.momentum_dtype=int8"),
+    ),
     Case("in warm-up", (3,)),
     Case("before the first validation", (4,)),
     Case("epoch's first batch", (STEPS_PER_EPOCH + 1,)),
@@ -106,7 +109,7 @@ CASES_OF_THE_WHOLE = [
     Case("SIGNUM", (5,), ("optim=signum",)),
     Case("Adafactor", (5,), ("optim=adafactor",)),
     Case("SGD", (5,), ("optim=sgd",)),
-    Case("written in the background", (5, 8), ("checkpoint.background=true", "checkpoint.every_n_steps=1")),
+    Case("saved after every step", (5, 8), ("checkpoint.every_n_steps=1",)),
     Case("BERT, mid-epoch", (5,), base=BERT),
     Case("BERT, before a validation", (8,), base=BERT),
     Case("BERT, in validation", (8,), base=BERT, in_validation=True),
@@ -177,6 +180,12 @@ def train(
     return trained
 
 
+@pytest.fixture(scope="module")
+def uninterrupted() -> dict[Any, Any]:
+    """The last checkpoint and all metrics of runs without a stop, by their settings."""
+    return {}
+
+
 def events(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
     return checkpoint["callbacks"].get("LionGuard", {"events": []})["events"]
 
@@ -206,11 +215,18 @@ def differences(left: Any, right: Any, where: str = "") -> list[str]:
     return [] if type(left) is type(right) and (left == right or left != left) else [f"{where}: {left!r} != {right!r}"]
 
 
-@pytest.mark.parametrize("case", CASES + (CASES_OF_THE_WHOLE if WHOLE else []), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES_OF_THE_WHOLE)],
+    ids=lambda case: case.name,
+)
 def test_a_resumed_run_equals_the_uninterrupted_one_in_every_bit(
-    train: Callable[..., Any], tmp_path: Path, case: Case
+    train: Callable[..., Any], tmp_path: Path, uninterrupted: dict[Any, Any], case: Case
 ) -> None:
-    whole, whole_metrics = train(case, tmp_path / "whole", set())
+    settings = (case.base, case.guard, case.settings, case.nan_step)
+    if settings not in uninterrupted:
+        uninterrupted[settings] = train(case, tmp_path / "whole", set())
+    whole, whole_metrics = deepcopy(uninterrupted[settings])
     parts, parts_metrics = train(case, tmp_path / "parts", set(case.stops))
     assert whole["global_step"] == parts["global_step"] == STEPS
     assert [key for key in whole_metrics if key[0] == "validation"] == [("validation", 4 * n) for n in (1, 2, 3)]

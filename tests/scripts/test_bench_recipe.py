@@ -2,7 +2,6 @@
 
 import operator
 import re
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -21,22 +20,20 @@ PEERS = {"bert_mlm": "Hugging Face Trainer", "image_classification": "torch loop
 @pytest.mark.parametrize("recipe", SMALL)
 def test_all_are_timed_and_compared(recipe, tmp_path, monkeypatch):
     counted = []
-    monkeypatch.setattr(bench_recipe, "keep_freed_memory", lambda: None)  # this process is not to change
     monkeypatch.setattr(bench_recipe, "alone", lambda turn, *a: counted.append(turn(*a)) or counted[-1])
     table = tmp_path / "deep" / "table.md"
     overrides = [f"recipe={recipe}", "optim=adamw", "logger=none", *SMALL[recipe]]
-    bench_recipe.main([*overrides, "trainer.keep_freed_memory=false", *ROUND, "--output", str(table)])
+    bench_recipe.main([*overrides, *ROUND, "--output", str(table)])
     rows = dict(re.findall(r"^\| ([^|]+?) \| ([\d.,]+) \|", table.read_text(), re.MULTILINE))
-    assert set(rows) == {"recipe", "raw loop", PEERS[recipe], f"{PEERS[recipe]}, memory kept"}
+    assert set(rows) == {"recipe", "raw loop", PEERS[recipe]}
     assert all(float(value) > 0 for value in rows.values())
     assert " ".join(overrides) in table.read_text()
-    assert [len(seconds) for seconds in counted] == [2] * 4, "the first batches are left out, no other"
+    assert [len(seconds) for seconds in counted] == [2] * 3, "the first batches are left out, no other"
 
 
 @pytest.mark.slow
-def test_a_turn_has_a_process_of_its_own(monkeypatch):
-    monkeypatch.setattr(bench_recipe, "keep_freed_memory", lambda: pytest.fail("not in this process"))
-    assert bench_recipe.alone(partial(bench_recipe.kept, operator.add), [0.1], [0.2]) == [0.1, 0.2]
+def test_a_turn_has_a_process_of_its_own():
+    assert bench_recipe.alone(operator.add, [0.1], [0.2]) == [0.1, 0.2]
 
 
 def test_rates_and_ratios_are_worked_out_from_medians():

@@ -59,7 +59,7 @@ def test_a_good_comparison_writes_every_file(runs: Path, capsys: pytest.CaptureF
     assert "adamw is best with 1.1500 ± 0.0707 over 2 seeds, 1.0000 ahead of the next, lion" in output
     written = {file.name for file in (tmp_path / "out").iterdir()}
     pictures = {"val_loss-steps.png", "val_loss-seconds.png"}
-    assert written == {"compare.md", "compare.html", "runs.csv", "curves.csv", *pictures}
+    assert written == {"compare.md", "compare.html", "runs.csv", *pictures}
     assert "![val_loss-steps](val_loss-steps.png)" in (tmp_path / "out" / "compare.md").read_text()
 
 

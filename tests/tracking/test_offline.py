@@ -38,7 +38,7 @@ def runs(folder):
 def test_a_run_comes_back_as_it_was_logged(runs):
     assert set(runs) == {"lion-0", "adamw-1", "lion-2"}
     run = runs["adamw-1"]
-    assert (run.state, run.exit_code, run.group, run.seed) == ("finished", 0, "g", 1)
+    assert (run.state, run.exit_code, run.group, run.setting("seed")) == ("finished", 0, "g", 1)
     assert run.config["optim"] == {"name": "adamw", "lr": 1e-3}
     steps, values = run.curve("val/loss")
     assert steps.tolist() == [1, 2, 3]
@@ -58,7 +58,7 @@ def test_a_run_is_found_once_beside_latest_run(folder, tmp_path):
     assert [file.parent.name.startswith("offline-run-") for file in find_runs(tmp_path)] == [True]
 
 
-def test_a_corrupt_file_does_not_take_the_others_with_it(folder, tmp_path):
+def test_a_corrupt_file_does_not_take_the_others_with_it(folder, tmp_path, capfd):
     whole = find_runs(folder)[0]
     damaged, noise, empty = (tmp_path / f"run-{name}.wandb" for name in ("damaged", "noise", "empty"))
     data = bytearray(whole.read_bytes())
@@ -72,8 +72,7 @@ def test_a_corrupt_file_does_not_take_the_others_with_it(folder, tmp_path):
     assert "killed before W&B wrote its first block" in str(read[2])
     half = read[3]
     assert isinstance(half, UnreadableRun) or half.state == "running", "a torn file was never closed"
-    with pytest.raises(UnreadableRun, match=r"run-noise\.wandb"):
-        read_run(noise)
+    assert capfd.readouterr().out == "", "the reader's output is not ours"
 
 
 def test_no_such_folder_is_named(tmp_path):
@@ -95,8 +94,11 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_running_until_it_has_been_quiet_and_crashed_then(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, timeout=120, check=False
+    )
     assert done.returncode == -9
     (file,) = find_runs(tmp_path)
     run = read_run(file)
@@ -107,8 +109,3 @@ def test_a_killed_run_is_running_until_it_has_been_quiet_and_crashed_then(tmp_pa
     long_ago = time.time() - 3600
     os.utime(quiet, (long_ago, long_ago))
     assert read_run(quiet).state == "crashed"
-
-
-def test_reading_leaves_standard_output_alone(folder, capfd):
-    read_runs(find_runs(folder))
-    assert capfd.readouterr().out == ""

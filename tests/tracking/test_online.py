@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 from wandb_server import Server, serving
 
+from lion_lightning.tracking.compare import Incomparable
+from lion_lightning.tracking.publish import publish_report
+from scripts import compare
+
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -25,24 +30,33 @@ def server() -> Iterator[Server]:
         yield server
 
 
-def call(server: Server, folder: Path, *arguments: str, key: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **(server.environment() if key else {})}
-    command = [sys.executable, "scripts/compare.py", *arguments, "--output", str(folder)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+MISTAKES = {
+    "--wandb me/nothing": "error: --wandb me/nothing: Could not find project nothing",
+    "--wandb me/p --group nobody": "error: no run of group nobody in me/p",
+    "--wandb me/p": "the runs belong to 2 groups: another (1 runs); g (5 runs)",
+}
+CALLS = "import sys; from scripts import compare; print([compare.main(line.split()) for line in sys.argv[1:]])"
 
 
-def test_a_group_is_fetched_compared_and_published(server: Server, tmp_path: Path) -> None:
-    done = call(server, tmp_path, "--wandb", "me/p", "--group", "g", "--report")
-    assert done.returncode == 0, done.stderr
-    output = " ".join(done.stdout.split())
+@pytest.fixture(scope="module")
+def called(server: Server, tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """One process with the key of the server: a comparison with its report, then every mistake."""
+    good = f"--wandb me/p --group g --report --output {tmp_path_factory.mktemp('report')}"
+    command = [sys.executable, "-c", CALLS, good, *MISTAKES]
+    environment = {**os.environ, **server.environment()}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True)
+
+
+def test_a_group_is_fetched_compared_and_published(server: Server, called: subprocess.CompletedProcess[str]) -> None:
+    output = " ".join(called.stdout.split())
     assert "adamw is best with 1.1500 ± 0.0707 over 2 seeds" in output
     assert "r-lion-s3 is crashed at step 1" in output
     assert "sgd" not in output
     assert f"W&B report: {server.address}/me/p/reports/" in output
     asked = [variables for query, variables in server.asked if "query Runs(" in query]
-    assert json.loads(asked[-1]["filters"]) == {"group": "g"}
-    report, workspace = [variables for query, variables in server.asked if "upsertView" in query]
-    assert (report["type"], workspace["type"]) == ("runs", "project-view")
+    assert {"group": "g"} in [json.loads(variables["filters"]) for variables in asked]
+    (report,) = [variables for query, variables in server.asked if "upsertView" in query]
+    assert report["type"] == "runs"
     assert "adamw is best" in report["spec"]
     (runset,) = [
         one for block in json.loads(report["spec"])["blocks"] for one in block.get("metadata", {}).get("runSets", [])
@@ -50,13 +64,8 @@ def test_a_group_is_fetched_compared_and_published(server: Server, tmp_path: Pat
     assert runset["filters"]["filters"] == [
         {"key": {"section": "run", "name": "group"}, "op": "IN", "value": ["g"], "disabled": False}
     ]
-    assert grouping(runset) == grouping(json.loads(workspace["spec"])["section"]["runSets"][0]) == ["optim.value.name"]
+    assert [one["name"] for one in runset["grouping"]] == ["optim.value.name"]
     assert plotted(report) >= {("val/loss", "trainer/global_step"), ("val/loss", "perf/seconds")}
-    assert ("val/loss", "trainer/global_step") in plotted(workspace)
-
-
-def grouping(runset: dict[str, Any]) -> list[str]:
-    return [one["name"] for one in runset["grouping"]]
 
 
 def plotted(view: dict[str, Any]) -> set[tuple[str, str]]:
@@ -77,32 +86,18 @@ def plotted(view: dict[str, Any]) -> set[tuple[str, str]]:
     return found
 
 
-MISTAKES = {
-    "--wandb me/nothing": "error: --wandb me/nothing: Could not find project nothing",
-    "--wandb me/p --group nobody": "error: no run of group nobody in me/p",
-    "--wandb me/p": "the runs belong to 2 groups: another (1 runs); g (5 runs)",
-}
-CALLS = "import sys; from scripts import compare; print([compare.main(line.split()) for line in sys.argv[1:]])"
-
-
-def test_a_mistake_is_reported_in_one_line(server: Server) -> None:
-    command = [sys.executable, "-c", CALLS, *MISTAKES]
-    environment = {**os.environ, **server.environment()}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout == "[2, 2, 2]\n"
-    for line, message in zip(done.stderr.splitlines(), MISTAKES.values(), strict=True):
+def test_a_mistake_is_reported_in_one_line(called: subprocess.CompletedProcess[str]) -> None:
+    assert called.stdout.splitlines()[-1] == "[0, 2, 2, 2]"
+    told = [line for line in called.stderr.splitlines() if line.startswith("error: ")]
+    for line, message in zip(told, MISTAKES.values(), strict=True):
         assert message in line
 
 
-def test_without_a_key_it_is_said(server: Server, tmp_path: Path) -> None:
-    done = call(server, tmp_path, "--wandb", "me/p", key=False)
-    assert done.returncode == 2
-    assert "No API key" in done.stderr
+def test_without_a_key_it_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare.main(["--wandb", "me/p"]) == 2
+    assert "No API key" in capsys.readouterr().err
 
 
-def test_a_report_needs_a_project(server: Server, tmp_path: Path) -> None:
-    from lion_lightning.tracking.compare import Incomparable
-    from lion_lightning.tracking.publish import publish_report
-
+def test_a_report_needs_a_project() -> None:
     with pytest.raises(Incomparable, match="--wandb ENTITY/PROJECT"):
         publish_report(None, None)  # type: ignore[arg-type]

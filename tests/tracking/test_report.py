@@ -83,13 +83,6 @@ def test_numbers_come_as_csv(comparison, tmp_path):
     assert {(row["optimizer"], row["state"], row["counted"]) for row in rows} >= {("lion", "failed", "False")}
     adamw = next(row for row in rows if row["optimizer"] == "adamw" and row["seed"] == "2")
     assert (float(adamw["best"]), float(adamw["seconds"]), float(adamw["lr"])) == (2.02, 10.0, 1e-3)
-    report.write_curves_csv(comparison, "val/loss", tmp_path / "curves.csv")
-    curves = list(csv.DictReader((tmp_path / "curves.csv").open()))
-    assert len(curves) == 13
-    assert curves[0] == {
-        "optimizer": "lion", "seed": "1", "id": "lion12026-01-01T00:00:00Z", "metric": "val/loss", "steps": "10.0",
-        "samples": "640.0", "tokens": "", "seconds": "5.0", "energy": "", "value": "4.0",
-    }  # fmt: skip
 
 
 def test_a_picture_for_every_axis_that_was_logged(comparison, tmp_path):

@@ -61,4 +61,4 @@ def test_of_one_step_the_last_value_counts():
 def test_settings_are_found_by_dotted_keys(run):
     assert run.setting("optim.lr") == 0.5
     assert run.setting("optim.lr.deeper") is None
-    assert run.setting("no.such", "default") == "default"
+    assert run.setting("no.such") is None

@@ -1,5 +1,6 @@
 """Weights & Biases runs, read back with W&B's own `wandb leet inspect`."""
 
+import functools
 import json
 import os
 import subprocess
@@ -20,8 +21,10 @@ CLI = Path(sys.executable).with_name("wandb")
 QUICK = ("trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1", "export=false")
 
 
+@functools.cache  # loading W&B's command line takes seconds
 def wandb_cli(*arguments: str) -> str:
-    return subprocess.run([str(CLI), "leet", "inspect", *arguments], capture_output=True, text=True, check=True).stdout
+    command = [str(CLI), "leet", "inspect", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -108,6 +111,7 @@ def test_the_environment_is_left_as_it_was(finished: tuple[Path, float]) -> None
     assert "WANDB_RUN_ID" not in os.environ
 
 
+@pytest.mark.slow
 def test_a_crash_is_closed_as_failed_and_the_next_run_is_a_new_one(
     compose: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,7 +148,7 @@ def test_a_sweep_makes_separate_finished_runs_of_one_group(root: Path, tmp_path:
         sys.executable, "train.py", "-m", "recipe=image_classification", "optim=lion,adamw", *QUICK,
         f"hydra.sweep.dir={tmp_path}",
     ]  # fmt: skip
-    subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=300)
+    subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=120)
     seen = [summary(folder) for folder in runs_below(tmp_path)]
     assert sorted(one["name"] for one in seen) == ["image_classification-adamw-s1", "image_classification-lion-s1"]
     assert len({one["run_id"] for one in seen}) == 2

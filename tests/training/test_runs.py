@@ -119,7 +119,9 @@ def test_a_resnet_reads_digits_with_lion(digits: Go, tmp_path: Path) -> None:
         assert (tmp_path / "digits" / name).is_file(), name
 
 
-@pytest.mark.parametrize("optim", ["lion", "adamw", "signum", "adafactor", "sgd"])
+@pytest.mark.parametrize(
+    "optim", ["lion", "adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("signum", "adafactor", "sgd"))]
+)
 def test_every_optimizer_lowers_the_loss_of_bert(bert: Go, watch: Callable[[], Losses], optim: str) -> None:
     seen = watch()
     bert(
@@ -218,7 +220,12 @@ def test_overfitting_sees_the_same_samples_again_and_again(bert: Go, watch: Call
 
 @pytest.mark.parametrize(
     ("recipe", "precision"),
-    [("bert", "bf16-mixed"), ("bert", "bf16-true"), ("bert", "64-true"), ("digits", "bf16-mixed")],
+    [
+        ("bert", "64-true"),
+        pytest.param("bert", "bf16-mixed", marks=pytest.mark.slow),
+        pytest.param("bert", "bf16-true", marks=pytest.mark.slow),
+        pytest.param("digits", "bf16-mixed", marks=pytest.mark.slow),
+    ],
 )
 def test_every_precision_trains(recipe: str, precision: str, request: pytest.FixtureRequest) -> None:
     go: Go = request.getfixturevalue(recipe)

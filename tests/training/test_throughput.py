@@ -37,7 +37,7 @@ def clock(monkeypatch):
 def trainer(world_size=1):
     return SimpleNamespace(
         world_size=world_size, global_step=10, log_every_n_steps=10, accumulate_grad_batches=2, precision="32-true",
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        optimizers=[], strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return asked
 
 
+@pytest.mark.slow
 def test_online_a_resumed_run_is_the_same_run(
     train: Callable[..., float], tmp_path: Path, online: list[dict[str, Any]]
 ) -> None:
@@ -62,6 +63,7 @@ def test_online_a_run_without_a_checkpoint_starts_afresh(
     assert (tmp_path / "wandb_run_id").read_text() == online[0]["id"]
 
 
+@pytest.mark.slow
 def test_offline_a_resumed_run_is_a_new_one_of_the_group(train: Callable[..., float], tmp_path: Path) -> None:
     for steps in (2, 4):
         train(tmp_path, steps, "logger.mode=offline", "schedule=constant", "guard.warmup_steps=1", "resume=auto")

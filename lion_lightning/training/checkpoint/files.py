@@ -14,29 +14,28 @@ import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path, PurePath
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
-from lightning_utilities.core.apply_func import apply_to_collection
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lion_lightning.training.checkpoint.sharded_state import whole_checkpoint
+from lion_lightning.training.checkpoint.sharded_state import read_whole, whole_checkpoint
 
 TEMPORARY_PREFIX = ".writing-"
 READ_BYTES = 2**22
 NO_HARD_LINKS = (errno.EPERM, errno.EXDEV, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EACCES)
 COMPILED_PREFIX = "_orig_mod."
 _PLAIN_TYPES = (str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.device, torch.Size)
+_PARTS = ("callbacks", "global_step", "loops", "lr_schedulers")  # Lightning passes over some that are missing
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 
 
@@ -68,62 +67,27 @@ class Marker:
     sha256: str
 
 
-@dataclass(frozen=True)
-class Placement:
-    """What goes with a checkpoint file, in this order once the file is safe on the disk.
-
-    Attributes:
-        links: further names of it.
-        weights: names of it beside which the weights alone are written as safetensors.
-        remove: older checkpoints that it replaces.
-    """
-
-    links: tuple[Path, ...] = ()
-    weights: tuple[Path, ...] = ()
-    remove: tuple[Path, ...] = ()
-
-
 class DurableCheckpointIO(CheckpointIO):
     """Writes whole files of plain types, and reads with `weights_only=True` only.
 
-    A failure to write is kept in `error` rather than raised: raised on one rank alone, it would leave the others
-    waiting. Whoever saves asks for it (`RunCheckpoint` does, on all ranks).
-
-    Args:
-        background: copy the state, and let a thread write it while training goes on. One write at a time: the next
-            save waits for it.
+    Attributes:
+        model: the module that reads and writes; the names of a loaded `state_dict` become its own. None: names stay.
+        error: the failure of a write. It is kept rather than raised: raised on one rank alone, it would leave the
+            others waiting. `RunCheckpoint` raises it on all ranks.
+        loaded: the checkpoint that was read last.
     """
 
-    def __init__(self, background: bool = False) -> None:
-        self.error: Exception | None = None
+    def __init__(self) -> None:
         self.model: nn.Module | None = None
-        self.background = background
-        self._executor = ThreadPoolExecutor(1, "checkpoint") if background else None
-        self._pending: Future[None] | None = None
+        self.error: Exception | None = None
+        self.loaded: Path | None = None
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
-        """Write `checkpoint` to `path`, then do what the `Placement` in `storage_options` says."""
-        self.wait()
-        state = copied_to_cpu(checkpoint) if self.background else checkpoint
-        self.run(lambda: write(state, Path(path), storage_options or Placement()))
-
-    def run(self, task: Callable[[], None]) -> None:
-        """Run `task` now or in the background; its failure is kept in `error`."""
-        self.wait()
-        if self._executor is None:
-            self.attempt(task)
-        else:
-            self._pending = self._executor.submit(self.attempt, task)
-
-    def wait(self) -> None:
-        """Return when the write under way, if any, is finished."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        self.attempt(lambda: write(checkpoint, Path(path)))
 
     def attempt(self, task: Callable[[], None]) -> None:
-        """Run `task` now; its failure is kept in `error`."""
+        """Run `task`; its failure is kept in `error`."""
         try:
             task()
         except Exception as error:
@@ -134,8 +98,9 @@ class DurableCheckpointIO(CheckpointIO):
         self, path: _PATH, map_location: Any | None = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
         """Read `path`, a file or the folder that FSDP2 writes; code is refused whatever `weights_only` says."""
-        file = Path(refuse_url(path))
-        checkpoint = whole_checkpoint(file) if file.is_dir() else load(file)
+        self.loaded = Path(refuse_url(path))
+        checkpoint = whole_checkpoint(self.loaded) if self.loaded.is_dir() else load(self.loaded)
+        require_parts(checkpoint, "state_dict", "optimizer_states")
         if self.model is not None:
             checkpoint["state_dict"] = with_names_of(checkpoint["state_dict"], self.model.state_dict())
         return checkpoint
@@ -143,10 +108,6 @@ class DurableCheckpointIO(CheckpointIO):
     @override
     def remove_checkpoint(self, path: _PATH) -> None:
         remove_marked(Path(path))
-
-    @override
-    def teardown(self) -> None:
-        self.wait()
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -164,6 +125,13 @@ def load(path: Path) -> dict[str, Any]:
         raise pickle.UnpicklingError(f"{path} is no checkpoint: {error}") from error
 
 
+def require_parts(checkpoint: Mapping[str, Any], *more: str) -> None:
+    """Raise KeyError for the first part that a run cannot resume without, or one of `more`, that is missing."""
+    for name in (*more, *_PARTS):
+        if name not in checkpoint:
+            raise KeyError(name)
+
+
 def refuse_url(path: _PATH) -> str:
     """`path`, unless it is a URL: remote files are not loaded. ValueError names it."""
     if _URL.match(str(path)):
@@ -171,55 +139,38 @@ def refuse_url(path: _PATH) -> str:
     return str(path)
 
 
-def write(checkpoint: Mapping[str, Any], path: Path, placement: Placement) -> None:
-    """Write a checkpoint in plain types, then its links and weights, and remove what it replaces.
+def weights_of(path: Path) -> dict[str, Any]:
+    """The model's state in the checkpoint at `path`, a file or the folder that FSDP2 writes, onto the CPU."""
+    return (read_whole(path, "state_dict") if path.is_dir() else load(path))["state_dict"]
+
+
+def write(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint in plain types, and its marker.
 
     Args:
         checkpoint: with `state_dict` and `global_step`.
         path: where to; its folder is made if missing.
-        placement: what goes with it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = plain(dict(checkpoint))
     kept["state_dict"] = without_compiled_prefix(kept["state_dict"])
-    file = write_durably(path, lambda file: torch.save(kept, file))
-    mark(path, Marker(int(kept["global_step"]), file.size, file.digest()))
-    place(path, kept["state_dict"], placement)
+    write_durably(path, lambda file: torch.save(kept, file))
+    mark(path, int(kept["global_step"]))
 
 
-def place(path: Path, state: Mapping[str, Any], placement: Placement) -> None:
-    """Do what `placement` says for the checkpoint at `path`, whose weights are `state`."""
-    for name in placement.weights:
-        # safetensors keeps no aliases such as tied embeddings: every tensor gets storage of its own.
-        weights = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
-        data = safetensors_bytes(cast(dict[str, Tensor], without_compiled_prefix(weights)))
-        write_bytes(name.with_suffix(".safetensors"), data)
-    for link in placement.links:
-        link_marked(path, link)
-    for old in placement.remove:
-        remove_marked(old)
+def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write weights alone, as safetensors.
+
+    Args:
+        state: the state of a model, on the CPU.
+        path: where to.
+    """
+    # safetensors keeps no aliases such as tied embeddings: every tensor gets storage of its own.
+    data = safetensors_bytes({name: tensor.contiguous().clone() for name, tensor in state.items()})
+    write_durably(path, lambda file: file.write(data))
 
 
-class HashedFile:
-    """A file open for writing that hashes and counts what passes through; enough of a file for `torch.save`."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._hash, self.size = file, hashlib.sha256(), 0
-
-    def write(self, data: Any) -> int:
-        self._hash.update(data)
-        self._file.write(data)
-        self.size += memoryview(data).nbytes
-        return memoryview(data).nbytes
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def digest(self) -> str:
-        return self._hash.hexdigest()
-
-
-def write_durably(path: Path, fill: Callable[[IO[bytes]], Any]) -> HashedFile:
+def write_durably(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
     """Write all of a file or nothing: the old content stays until the new one is on the disk.
 
     Args:
@@ -232,25 +183,24 @@ def write_durably(path: Path, fill: Callable[[IO[bytes]], Any]) -> HashedFile:
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
     try:
         with open(temporary, "wb", buffering=READ_BYTES) as file:
-            hashed = HashedFile(file)
-            fill(cast(IO[bytes], hashed))
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
-    return hashed
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """`write_durably` for content that is in memory."""
-    write_durably(path, lambda file: file.write(data))
+def mark(path: Path, global_step: int) -> None:
+    """Write the marker of the checkpoint at `path`: from now on the checkpoint counts.
 
-
-def mark(path: Path, marker: Marker) -> None:
-    """Write the marker of the checkpoint at `path`: from now on the checkpoint counts."""
-    write_bytes(marker_of(path), json.dumps(asdict(marker)).encode())
+    Args:
+        path: a file or folder, complete and on the disk.
+        global_step: optimizer steps completed.
+    """
+    marker = json.dumps(asdict(Marker(global_step, *_size_and_digest(path)))).encode()
+    write_durably(marker_of(path), lambda file: file.write(marker))
 
 
 def publish_folder(temporary: Path, path: Path, global_step: int) -> None:
@@ -264,11 +214,10 @@ def publish_folder(temporary: Path, path: Path, global_step: int) -> None:
     for file in _files(temporary):
         with open(file, "rb") as written:
             os.fsync(written.fileno())
-    size, digest = _size_and_digest(temporary)
     remove_marked(path)
     os.replace(temporary, path)
     sync_folder(path.parent)
-    mark(path, Marker(global_step, size, digest))
+    mark(path, global_step)
 
 
 def marker_of(path: Path) -> Path:
@@ -377,11 +326,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def copied_to_cpu(state: Any) -> Any:
-    """A copy of nested containers whose tensors are copied too."""
-    return apply_to_collection(state, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
 
 
 def plain(value: Any, name: str = "checkpoint") -> Any:

@@ -1,7 +1,7 @@
 """When a run is saved, which checkpoint is `best` and `last`, and how a run resumes from one or says why it cannot.
 
 A resume passes three places: `resolve` picks the checkpoint, `DurableCheckpointIO` (or `ShardedStrategy`) reads it, and
-`RunCheckpoint` checks that every part of it fits the run while Lightning takes the parts over.
+`RunCheckpoint` checks that it fits the run while Lightning restores its parts.
 """
 
 import logging
@@ -9,7 +9,7 @@ import math
 import pickle
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from lion_lightning import __version__
@@ -27,15 +26,18 @@ from lion_lightning.training.checkpoint.files import (
     CheckpointFailed,
     DurableCheckpointIO,
     InvalidCheckpoint,
-    Placement,
     link_marked,
     marker_of,
     read_marker,
     refuse_url,
+    remove_marked,
     sweep_temporaries,
     verify,
+    weights_of,
+    without_compiled_prefix,
+    write_weights,
 )
-from lion_lightning.training.signals import StopFlag, TrainingInterrupted, replace_lightnings_handlers
+from lion_lightning.training.signals import StopFlag, TrainingInterrupted
 
 log = logging.getLogger(__name__)
 AUTO = "auto"
@@ -44,11 +46,11 @@ WAY_OUT = (
     f"go on with the settings and the version of lion_lightning that wrote it (this is {__version__}), "
     "or start afresh with resume=null in another run_dir="
 )
-_PARTS = ("callbacks", "global_step", "loops", "lr_schedulers", KEY)  # Lightning ignores most of them if missing
 _BATCHES, _VALIDATION = "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"  # of Lightning's fit loop
+_OPTIMIZERS, _SCHEDULES = "optimizer_states", "lr_schedulers"  # Lightning restores as many as both sides have
 _STEP_FILE = re.compile(r"step-(\d+)\.ckpt")
 _LOAD_FAILURES = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, pickle.UnpicklingError)
-# A RuntimeError of another kind is a fault of the machine: memory that ran out, another rank that is gone.
+# Other kinds of RuntimeError are faults of the machine, such as memory that ran out or a lost rank.
 _MISFITS = re.compile(r"Error\(s\) in loading state_dict|cannot be loaded")
 _MAX_CHARACTERS = 300
 
@@ -119,12 +121,8 @@ def resolve(resume: str | None, folder: Path) -> Path | None:
 
 
 @contextmanager
-def restoring(path: object, owner: str = "the checkpoint") -> Iterator[None]:
-    """Turn a failure to take over state from a checkpoint into one line.
-
-    Args:
-        path: of the checkpoint.
-        owner: what is restored, for the message.
+def restoring(path: object) -> Iterator[None]:
+    """Turn a failure to restore a run from the checkpoint at `path` into one line.
 
     Raises:
         ConfigError: names the file, what of it is missing or does not fit, and the way out.
@@ -140,11 +138,9 @@ def restoring(path: object, owner: str = "the checkpoint") -> Iterator[None]:
         if isinstance(error, pickle.UnpicklingError):
             told = "it is no checkpoint, or one that holds more than tensors and plain values; it was not loaded"
         elif isinstance(error, KeyError):
-            told = f"{owner} lacks {error.args[0]!r}"
-        elif text.startswith("zip()"):
-            told = f"{owner} has more or fewer parts than this run"
+            told = f"the checkpoint lacks {error.args[0]!r}"
         else:
-            told = f"{owner} does not fit ({text[:_MAX_CHARACTERS]}{' ...' * (len(text) > _MAX_CHARACTERS)})"
+            told = f"the checkpoint does not fit ({text[:_MAX_CHARACTERS]}{' ...' * (len(text) > _MAX_CHARACTERS)})"
         raise ConfigError(f"resume={path}: {told}; {WAY_OUT}") from error
 
 
@@ -197,8 +193,10 @@ class RunCheckpoint(Checkpoint):
         self.best_path, self.last_path = self.folder / "best.ckpt", self.folder / "last.ckpt"
         self.best_score: float | None = None
         self.best_step: int | None = None
+        self._io = DurableCheckpointIO()  # from `setup` on, that of the Trainer
         self._step = self._saved_step = 0
-        self._validation_due = self._warned_unhealthy = False
+        self._has_begun = self._validation_due = self._warned_unhealthy = False
+        self._restored: dict[str, int] = {}  # optimizers and schedules in the checkpoint
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -206,63 +204,46 @@ class RunCheckpoint(Checkpoint):
             raise TypeError("RunCheckpoint needs Trainer(plugins=[DurableCheckpointIO()])")
         self._io = trainer.strategy.checkpoint_io
         self._io.model = pl_module
-        self._name_misfits(trainer, pl_module)
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             sweep_temporaries(self.folder)
 
-    def _name_misfits(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wrap each call by which Lightning takes over a part of a checkpoint, so that a misfit names the part."""
-        strategy = trainer.strategy
-        read, load_optimizers = strategy.load_checkpoint, strategy.load_optimizer_state_dict
-        sharded = not strategy.lightning_restore_optimizer
-        parts = _PARTS if sharded else ("state_dict", "optimizer_states", *_PARTS)
+    @contextmanager
+    def resuming(self) -> Iterator[None]:
+        """A context for `Trainer.fit`: a failure between reading a checkpoint and the first step becomes one line.
 
-        def load_checkpoint(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-            with restoring(path):
-                checkpoint = read(path, weights_only=weights_only)
-                missing = [name for name in parts if name not in checkpoint]
-                if missing or "fit_loop" not in checkpoint["loops"]:
-                    raise KeyError(*missing[:1] or ["fit_loop"])
-            return checkpoint
-
-        def load_optimizer_state_dict(checkpoint: Any) -> None:
-            kept = {"optimizers": checkpoint["optimizer_states"], "schedules": checkpoint["lr_schedulers"]}
-            for name, ours in (("optimizers", trainer.optimizers), ("schedules", trainer.lr_scheduler_configs)):
-                if len(kept[name]) != len(ours):
-                    told = f"it has the state of {len(kept[name])} {name}, and this run has {len(ours)}"
-                    raise ConfigError(f"resume={trainer.ckpt_path}: {told}; {WAY_OUT}")
-            names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
-            with restoring(trainer.ckpt_path, f"the state of {names}"):
-                load_optimizers(checkpoint)
-
-        strategy.load_checkpoint = load_checkpoint  # type: ignore[method-assign, assignment]
-        strategy.load_optimizer_state_dict = load_optimizer_state_dict  # type: ignore[method-assign]
-        model = f"the state of {type(pl_module).__name__}"
-        strategy.load_model_state_dict = _restoring_call(trainer, strategy.load_model_state_dict, model)  # type: ignore[method-assign]
-        loop = trainer.fit_loop
-        loop.load_state_dict = _restoring_call(trainer, loop.load_state_dict, "the checkpoint")  # type: ignore[method-assign]
-        for each in _stateful(trainer):
-            owner = f"the state of {type(each).__name__}"
-            each.load_state_dict = _restoring_call(trainer, each.load_state_dict, owner)
-            each.on_fit_start = _restoring_call(trainer, each.on_fit_start, owner)  # once there are optimizers
+        Raises:
+            ConfigError: see `restoring`.
+        """
+        try:
+            yield
+        except _LOAD_FAILURES as error:
+            if self._has_begun or self._io.loaded is None:
+                raise
+            with restoring(self._io.loaded):
+                raise error
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        kept = checkpoint["callbacks"]
-        fresh = [type(each).__name__ for each in _stateful(trainer) if each.state_key not in kept]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        stateful = [each for each in callbacks if type(each).state_dict is not Callback.state_dict]
+        fresh = [type(each).__name__ for each in stateful if each.state_key not in checkpoint["callbacks"]]
         if fresh and trainer.is_global_zero:
             log.warning("resume: the checkpoint has no state of %s, which start(s) afresh", ", ".join(fresh))
+        self._restored = {name: len(checkpoint[name]) for name in (_OPTIMIZERS, _SCHEDULES) if name in checkpoint}
         kept = checkpoint[KEY]
-        with restoring(trainer.ckpt_path):
-            for name, value in self.facts.items():
-                if kept[name] != value:
-                    raise ConfigError(f"resume: {name} was {kept[name]!r} and is now {value!r}; a resumed run keeps it")
-            _recount(checkpoint, kept.get("accumulate_grad_batches"), trainer.accumulate_grad_batches)
+        for name, value in self.facts.items():
+            if kept[name] != value:
+                raise ConfigError(f"resume: {name} was {kept[name]!r} and is now {value!r}; a resumed run keeps it")
+        _recount(checkpoint, kept.get("accumulate_grad_batches"), trainer.accumulate_grad_batches)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        replace_lightnings_handlers(trainer, self.stop)
+        for name, ours in ((_OPTIMIZERS, trainer.optimizers), (_SCHEDULES, trainer.lr_scheduler_configs)):
+            if self._restored.get(name, len(ours)) != len(ours):
+                raise ValueError(f"{name}: {self._restored[name]} in the checkpoint, {len(ours)} in this run")
+        self._has_begun = True
+        self.stop.install()
         self._step = trainer.global_step
         self._saved_step = self._step if step_path(self.folder, self._step).exists() else -1
         self._saved_at = time.monotonic()
@@ -291,8 +272,9 @@ class RunCheckpoint(Checkpoint):
             return  # a micro-batch: the step is not done
         self._step = trainer.global_step
         signum, time_is_up = self._agree(trainer)
-        fetcher = trainer.fit_loop._data_fetcher
-        validation_due = fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+        # As Lightning decides it with check_val_every_n_epoch=None, which counts micro-batches over the whole run.
+        interval = trainer.val_check_batch or math.inf
+        validation_due = trainer.should_stop or (trainer.fit_loop.total_batch_idx + 1) % interval == 0
         if signum and not (validation_due and self._is_over(trainer)):
             self._end(trainer, signum, validation_due)
         periodic = self.every_n_steps is not None and self._step % self.every_n_steps == 0
@@ -323,13 +305,6 @@ class RunCheckpoint(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._saved_step != trainer.global_step:
             self._save(trainer)
-        self._io.wait()
-        self._raise_failure(trainer)
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if hasattr(self, "_io"):
-            self._io.wait()
 
     def _is_over(self, trainer: Trainer) -> bool:
         """After the last step only its validation is left, which a resumed run would skip: a signal waits for it."""
@@ -338,29 +313,16 @@ class RunCheckpoint(Checkpoint):
     def _end(self, trainer: Trainer, signum: int, validation_due: bool) -> None:
         self._validation_due = validation_due
         saved = self._saved_step == trainer.global_step or self._save(trainer)
-        self._io.wait()
-        self._raise_failure(trainer)
-        what = f"saved in {self.folder}; resume=auto goes on" if saved else "not saved, because the guard calls it sick"
+        what = (
+            f"saved in {self.folder}; resume=auto goes on" if saved else "not saved, because the guard reports a fault"
+        )
         raise TrainingInterrupted(f"stopped by signal {signum} after step {trainer.global_step}: {what}", signum)
 
     def _agree(self, trainer: Trainer) -> tuple[int, bool]:
         """Share among all ranks: the signal (0 for none), and whether it is time to save."""
         time_is_up = trainer.is_global_zero and time.monotonic() - self._saved_at >= self.every_seconds
-        signum, due, failed = _largest(trainer, self.stop.signal, time_is_up, self._io.error is not None)
-        if failed:
-            self._fail()
+        signum, due = _largest(trainer, self.stop.signal, time_is_up)
         return signum, bool(due)
-
-    def _raise_failure(self, trainer: Trainer) -> None:
-        if _largest(trainer, self._io.error is not None)[0]:
-            self._fail()
-
-    def _fail(self) -> None:
-        error = self._io.error
-        told = f"{type(error).__name__}: {error}" if error else "another rank says so"
-        raise CheckpointFailed(
-            f"a checkpoint could not be written to {self.folder} ({told}); the ones before it are as they were"
-        ) from error
 
     def _is_best(self, trainer: Trainer) -> bool:
         if self.monitor is None or self.monitor not in trainer.callback_metrics:
@@ -377,26 +339,41 @@ class RunCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer, best: bool = False) -> bool:
         """Save this step unless the run is unhealthy; returns whether it did."""
         if not self._is_healthy(trainer):
-            if not self._warned_unhealthy:
-                _warn_unhealthy(trainer.global_step)
+            if not self._warned_unhealthy and trainer.is_global_zero:
+                log.warning(
+                    "step %d is not saved: the guard reports a fault; last and best stay as they are",
+                    trainer.global_step,
+                )
             self._warned_unhealthy = True
             return False
         path = step_path(self.folder, trainer.global_step)
-        names = (self.best_path,) if best else ()
-        placement = Placement(links=(self.last_path, *names), weights=names, remove=tuple(self._outdated(path)))
-        trainer.save_checkpoint(path, weights_only=False, storage_options=placement)
-        self._raise_failure(trainer)
+        trainer.save_checkpoint(path, weights_only=False)
+        if trainer.is_global_zero and self._io.error is None:
+            self._io.attempt(lambda: self._name(path, best))
+        if _largest(trainer, self._io.error is not None)[0]:
+            error = self._io.error
+            told = f"{type(error).__name__}: {error}" if error else "on another rank"
+            raise CheckpointFailed(
+                f"a checkpoint could not be written to {self.folder} ({told}); the ones before it are as they were"
+            ) from error
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
         return True
 
-    def _outdated(self, path: Path) -> Sequence[Path]:
-        """What `path` replaces: all but the `keep` latest, and later steps, which were not valid."""
+    def _name(self, path: Path, best: bool) -> None:
+        """Make the checkpoint at `path` the last one, maybe the best, and remove those that it replaces."""
+        if best:
+            weights = without_compiled_prefix(weights_of(path))
+            write_weights(weights, self.best_path.with_suffix(".safetensors"))
+            link_marked(path, self.best_path)
+        link_marked(path, self.last_path)
         older = [file for file in step_files(self.folder) if file.name < path.name]
-        later = [file for file in step_files(self.folder) if file.name > path.name]
-        return [*older[: max(0, len(older) - self.keep + 1)], *later]
+        later = [file for file in step_files(self.folder) if file.name > path.name]  # not valid, else resumed from
+        for file in [*older[: max(0, len(older) - self.keep + 1)], *later]:
+            remove_marked(file)
 
     def _is_healthy(self, trainer: Trainer) -> bool:
-        checks = [callback.is_healthy for callback in _callbacks(trainer) if hasattr(callback, "is_healthy")]
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        checks = [callback.is_healthy for callback in callbacks if hasattr(callback, "is_healthy")]
         return not _largest(trainer, not all(check() for check in checks))[0]
 
     @override
@@ -413,16 +390,6 @@ class RunCheckpoint(Checkpoint):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
-
-
-def _restoring_call(trainer: Trainer, call: Any, owner: str) -> Any:
-    def checked(*arguments: Any, **options: Any) -> Any:
-        if trainer.ckpt_path is None:
-            return call(*arguments, **options)
-        with restoring(trainer.ckpt_path, owner):
-            return call(*arguments, **options)
-
-    return checked
 
 
 def _expect_validation(checkpoint: dict[str, Any]) -> None:
@@ -459,16 +426,3 @@ def _largest(trainer: Trainer, *values: float) -> list[int]:
     shared = torch.tensor([int(value) for value in values], device=trainer.strategy.root_device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     return shared.tolist()
-
-
-def _callbacks(trainer: Trainer) -> list[Any]:
-    return trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-
-
-def _stateful(trainer: Trainer) -> list[Any]:
-    return [each for each in _callbacks(trainer) if type(each).state_dict is not Callback.state_dict]
-
-
-@rank_zero_only
-def _warn_unhealthy(step: int) -> None:
-    log.warning("step %d is not saved: the guard calls the run sick; last and best stay as they are", step)

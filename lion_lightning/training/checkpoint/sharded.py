@@ -1,12 +1,10 @@
 """FSDP2 for any LightningModule, and its checkpoints: every rank writes its shard, and all of them count at once."""
 
 import shutil
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule
@@ -19,14 +17,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lion_lightning.training import distributed
 from lion_lightning.training.checkpoint import files
 from lion_lightning.training.checkpoint.sharded_state import (
     META_FILE,
-    load_sharded,
     load_shards,
     load_whole_into_shards,
-    read_whole,
 )
 
 
@@ -39,13 +34,11 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=True, **options)
-        self._saving_group: dist.ProcessGroup | None = None
 
     @override
     def setup_environment(self) -> None:
         assert self.cluster_environment is not None
-        distributed.join(self.root_device, self._timeout)
-        self._data_parallel_size = self.cluster_environment.world_size()
+        self._data_parallel_size = self.cluster_environment.world_size()  # unknown when a strategy is made
         super().setup_environment()
         module, mesh = self.lightning_module, self.device_mesh["data_parallel"]
         assert module is not None
@@ -61,71 +54,53 @@ class ShardedStrategy(ModelParallelStrategy):
         """The state by parameter names. Lightning also moves it to the CPU, where torch fails on a `torch.dtype` among
         the options; the writer moves it anyway."""
         assert self.model is not None
-        return get_optimizer_state_dict(self.model, getattr(optimizer, "_optimizer", optimizer))
+        return get_optimizer_state_dict(self.model, getattr(optimizer, "optimizer", optimizer))
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        """Write a temporary folder, which rank 0 renames and marks when every rank has written its part.
-
-        In the background, if the plugin says so: then the state is copied here and written while training goes on.
-        """
+        """Write a temporary folder, which rank 0 renames and marks when every rank has written its part."""
         path, io = Path(filepath), self.checkpoint_io
         assert isinstance(io, files.DurableCheckpointIO)
-        io.wait()
         temporary = path.with_name(f"{files.TEMPORARY_PREFIX}{path.name}")
-        if self.is_global_zero:
-            io.attempt(lambda: _make_room(temporary))
-        self.barrier()
         state = {"state_dict": checkpoint.pop("state_dict")}
         for number, optimizer_state in enumerate(checkpoint.pop("optimizer_states", [])):
             state[f"optimizer_{number}"] = optimizer_state
-        writing = self._begin(state, temporary, io.background)
-        meta = files.copied_to_cpu(files.plain(checkpoint)) if io.background else files.plain(checkpoint)
-        placement = storage_options or files.Placement()
 
-        def finish() -> None:
+        def make_room() -> None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+        def write_parts() -> None:
             try:
-                writing.result()
+                dcp.save(state, checkpoint_id=temporary)
             except CheckpointException as error:  # is no subclass of `Exception`
                 raise RuntimeError(str(error)) from error
             if self.is_global_zero:
+                meta = files.plain(checkpoint)
                 files.write_durably(temporary / META_FILE, lambda file: torch.save(meta, file))
                 files.publish_folder(temporary, path, int(meta["global_step"]))
-                weights = read_whole(path, "state_dict")["state_dict"] if placement.weights else {}
-                files.place(path, weights, placement)
 
-        io.run(finish)
-
-    def _begin(self, state: dict[str, Any], folder: Path, background: bool) -> Future[Any]:
-        """Write `state`, or copy it and begin to write it; a failure is kept in the future, on every rank."""
-        if self._saving_group is None and background:
-            # A group of its own: collectives of two threads in one group would mix.
-            self._saving_group = dist.new_group(backend="gloo")
-        done: Future[Any] = Future()
-        try:
-            if background:
-                return dcp.async_save(state, checkpoint_id=folder, process_group=self._saving_group)  # type: ignore[return-value]
-            done.set_result(dcp.save(state, checkpoint_id=folder))
-        except (Exception, CheckpointException) as error:  # `finish` raises it where the plugin keeps it
-            done.set_exception(error)
-        return done
+        if self.is_global_zero:
+            io.attempt(make_room)
+        self.barrier()
+        io.attempt(write_parts)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Load every rank's part, whatever the number of ranks that wrote it; also from a file in one piece."""
         path = Path(files.refuse_url(checkpoint_path))
         assert self.model is not None
+        assert isinstance(self.checkpoint_io, files.DurableCheckpointIO)
+        self.checkpoint_io.loaded = path
         if path.is_dir():
             load_shards(self.model, self.optimizers, path)
-            return torch.load(path / META_FILE, map_location="cpu", weights_only=True)
-        checkpoint = files.load(path)
-        load_whole_into_shards(self.model, self.optimizers, checkpoint)
-        return {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-
-
-def _make_room(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+            checkpoint = torch.load(path / META_FILE, map_location="cpu", weights_only=True)
+        else:
+            checkpoint = files.load(path)
+            load_whole_into_shards(self.model, self.optimizers, checkpoint)
+            del checkpoint["state_dict"], checkpoint["optimizer_states"]
+        files.require_parts(checkpoint)
+        return checkpoint
 
 
 def shard(module: LightningModule, mesh: DeviceMesh) -> None:
@@ -144,10 +119,3 @@ def shard(module: LightningModule, mesh: DeviceMesh) -> None:
     fully_shard(module, mesh=mesh)
     for name in ("training_step", "validation_step"):
         register_fsdp_forward_method(module, name)
-
-
-def load_whole(module: nn.Module, path: Path) -> None:
-    """Load the weights of the sharded checkpoint at `path` into a whole `module`, in this process alone."""
-    state = {"state_dict": module.state_dict()}
-    load_sharded(state, path, alone=True)
-    module.load_state_dict(state["state_dict"])

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import distribute_tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -243,9 +243,8 @@ def _fill(target: Any, whole: Any) -> Any:
     """`target` with this rank's part of `whole` in it; what is no sharded tensor is replaced."""
     if not layout.is_sharded(target):
         return target.copy_(whole) if isinstance(target, Tensor) else whole
-    shape, offsets = compute_local_shape_and_global_offset(whole.shape, target.device_mesh, target.placements)
-    part = tuple(slice(offset, offset + size) for offset, size in zip(offsets, shape, strict=True))
-    layout.local(target).copy_(whole[part])
+    part = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)  # each rank cuts its own
+    layout.local(target).copy_(layout.local(part))
     return target
 
 

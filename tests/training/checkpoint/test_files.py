@@ -1,12 +1,10 @@
 """Checkpoint files: whole or not there, plain or refused, and a damaged one is named and skipped."""
 
 import errno
-import hashlib
 import os
 import pickle
+import resource
 import signal
-import subprocess
-import sys
 from collections import OrderedDict
 from enum import Enum
 from functools import partial
@@ -25,7 +23,6 @@ from lion_lightning.training.checkpoint import files
 from lion_lightning.training.checkpoint.files import (
     DurableCheckpointIO,
     InvalidCheckpoint,
-    Placement,
     load,
     marker_of,
     plain,
@@ -45,7 +42,7 @@ def state(step: int, **more: Any) -> dict[str, Any]:
 def folder(tmp_path: Path) -> Path:
     """Checkpoints of the steps 1, 2 and 3."""
     for step in (1, 2, 3):
-        write(state(step), step_path(tmp_path, step), Placement())
+        write(state(step), step_path(tmp_path, step))
     return tmp_path
 
 
@@ -94,7 +91,7 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(
 
 def test_a_flipped_byte_is_seen_wherever_it_is(tmp_path: Path) -> None:
     path = tmp_path / "step-000000001.ckpt"
-    write({"state_dict": {"w": torch.ones(2)}, "global_step": 1}, path, Placement())
+    write({"state_dict": {"w": torch.ones(2)}, "global_step": 1}, path)
     data = path.read_bytes()
     for position in range(0, len(data), 11):
         path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
@@ -165,7 +162,7 @@ def test_what_is_not_plain_becomes_plain(tmp_path: Path) -> None:
     }
     checkpoint = {"state_dict": module.state_dict(), "global_step": np.int64(7), "odd": odd}
     checkpoint["hyper_parameters"] = {"factory": partial(print, 1), "path": Path("x")}
-    write(checkpoint, tmp_path / "a.ckpt", Placement())
+    write(checkpoint, tmp_path / "a.ckpt")
     kept = load(tmp_path / "a.ckpt")
     assert kept["global_step"] == 7
     assert kept["odd"]["path"] == "/a/b"
@@ -197,8 +194,7 @@ def test_a_malicious_checkpoint_is_refused_and_runs_nothing(tmp_path: Path, monk
     owned = tmp_path / "owned"
     path = tmp_path / "step-000000001.ckpt"
     torch.save({**state(1), "x": Exploit(owned)}, path)
-    data = path.read_bytes()
-    files.mark(path, files.Marker(1, len(data), hashlib.sha256(data).hexdigest()))
+    files.mark(path, 1)
     assert resolve(str(path), tmp_path / "run") == path, "its bytes are what was written"
     for read in (load, DurableCheckpointIO().load_checkpoint, lambda p: DurableCheckpointIO().load_checkpoint(p, weights_only=False)):  # noqa: E501  # fmt: skip
         with pytest.raises(pickle.UnpicklingError):
@@ -210,8 +206,13 @@ def test_a_malicious_checkpoint_is_refused_and_runs_nothing(tmp_path: Path, monk
 
 def test_links_and_weights_come_with_the_file(tmp_path: Path) -> None:
     best, last = tmp_path / "best.ckpt", tmp_path / "last.ckpt"
-    write(state(1), step_path(tmp_path, 1), Placement(links=(last, best), weights=(best,)))
-    write(state(2), step_path(tmp_path, 2), Placement(links=(last,), remove=(step_path(tmp_path, 1),)))
+    write(state(1), step_path(tmp_path, 1))
+    files.write_weights(files.weights_of(step_path(tmp_path, 1)), tmp_path / "best.safetensors")
+    for link in (last, best):
+        files.link_marked(step_path(tmp_path, 1), link)
+    write(state(2), step_path(tmp_path, 2))
+    files.link_marked(step_path(tmp_path, 2), last)
+    files.remove_marked(step_path(tmp_path, 1))
     assert verify(best).global_step == 1
     assert verify(last).global_step == 2
     assert not step_path(tmp_path, 1).exists()
@@ -225,7 +226,8 @@ def test_a_link_is_a_copy_where_there_are_no_hard_links(tmp_path: Path, monkeypa
         raise OSError(errno.EPERM, "no hard links here")
 
     monkeypatch.setattr(os, "link", refuse)
-    write(state(1), step_path(tmp_path, 1), Placement(links=(tmp_path / "last.ckpt",)))
+    write(state(1), step_path(tmp_path, 1))
+    files.link_marked(step_path(tmp_path, 1), tmp_path / "last.ckpt")
     assert verify(tmp_path / "last.ckpt").global_step == 1
     assert (tmp_path / "last.ckpt").stat().st_ino != step_path(tmp_path, 1).stat().st_ino
 
@@ -234,7 +236,8 @@ def test_a_compiled_model_is_saved_under_its_own_names(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.compile(torch.nn.Linear(2, 2), backend="eager"))
     assert "0._orig_mod.weight" in model.state_dict()
     io = DurableCheckpointIO()
-    io.save_checkpoint({"state_dict": model.state_dict(), "global_step": 1}, tmp_path / "a.ckpt")
+    parts: dict[str, Any] = {"optimizer_states": [], "lr_schedulers": [], "callbacks": {}, "loops": {}}
+    io.save_checkpoint({"state_dict": model.state_dict(), "global_step": 1, **parts}, tmp_path / "a.ckpt")
     assert set(load(tmp_path / "a.ckpt")["state_dict"]) == {"0.weight", "0.bias"}
     io.model = model
     model.load_state_dict(io.load_checkpoint(tmp_path / "a.ckpt")["state_dict"])
@@ -242,44 +245,26 @@ def test_a_compiled_model_is_saved_under_its_own_names(tmp_path: Path) -> None:
     io.model.load_state_dict(io.load_checkpoint(tmp_path / "a.ckpt")["state_dict"])
 
 
-FULL = """
-import resource, signal, sys, torch
-from pathlib import Path
-from lion_lightning.training.checkpoint.files import DurableCheckpointIO
-
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-for background in (False, True):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    io, path = DurableCheckpointIO(background), Path(sys.argv[1]) / f"{background}.ckpt"
-    for step, size in ((1, 1000), (2, 100_000)):
-        assert io.error is None
-        io.save_checkpoint({"state_dict": {"w": torch.full((size,), float(step))}, "global_step": step}, path)
-        io.wait()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-    print(type(io.error).__name__, io.error)
-"""
-
-
 def test_a_failed_write_leaves_the_old_file_and_is_told(tmp_path: Path) -> None:
-    """A file that the kernel does not let grow (RLIMIT_FSIZE), half-way through, at once and in the background."""
-    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("File too large") == 2
-    for background in (False, True):
-        path = tmp_path / f"{background}.ckpt"
-        assert verify(path).global_step == 1
-        assert load(path)["state_dict"]["w"].tolist() == [1.0] * 1000
-    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
-        f"{background}.ckpt{suffix}" for background in (False, True) for suffix in ("", ".json")
-    )
+    """A file that the kernel does not let grow (RLIMIT_FSIZE), half-way through."""
 
+    def save_two_steps() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        io = DurableCheckpointIO()
+        for step, size in ((1, 1000), (2, 100_000)):
+            assert io.error is None
+            weights = {"w": torch.full((size,), float(step))}
+            io.save_checkpoint({"state_dict": weights, "global_step": step}, tmp_path / "a.ckpt")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        assert "File too large" in str(io.error)
 
-def test_what_is_written_in_the_background_is_the_state_at_the_call(tmp_path: Path) -> None:
-    io, weights = DurableCheckpointIO(background=True), torch.zeros(1_000_000)
-    io.save_checkpoint({"state_dict": {"w": weights}, "global_step": 1}, tmp_path / "a.ckpt")
-    weights.fill_(1.0)
-    io.teardown()
-    assert not load(tmp_path / "a.ckpt")["state_dict"]["w"].any()
+    process = get_context("fork").Process(target=save_two_steps)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert verify(tmp_path / "a.ckpt").global_step == 1
+    assert load(tmp_path / "a.ckpt")["state_dict"]["w"].tolist() == [1.0] * 1000
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.ckpt", "a.ckpt.json"]
 
 
 def save_for_ever(folder: Path) -> None:
@@ -287,16 +272,18 @@ def save_for_ever(folder: Path) -> None:
     step = 0 if path is None else load(path)["global_step"]
     while True:
         step += 1
-        old = tuple(step_files(folder)[:-1])
-        links = (folder / "last.ckpt", folder / "best.ckpt")
-        weights = {"w": torch.full((50_000,), float(step))}
-        write({"state_dict": weights, "global_step": step}, step_path(folder, step), Placement(links, links[1:], old))
+        old, path = step_files(folder)[:-1], step_path(folder, step)
+        write({"state_dict": {"w": torch.full((50_000,), float(step))}, "global_step": step}, path)
+        for name in ("best.ckpt", "last.ckpt"):
+            files.link_marked(path, folder / name)
+        for file in old:
+            files.remove_marked(file)
 
 
 def test_a_kill_at_any_moment_of_a_save_leaves_a_valid_checkpoint(tmp_path: Path) -> None:
     """Real processes that save over and over, killed at random moments."""
     random, steps, pause = np.random.default_rng(1), [1], 0.03
-    write({**state(1), "state_dict": {"w": torch.ones(2)}}, step_path(tmp_path, 1), Placement())
+    write({**state(1), "state_dict": {"w": torch.ones(2)}}, step_path(tmp_path, 1))
     for _ in range(20):
         process = get_context("fork").Process(target=save_for_ever, args=(tmp_path,))
         process.start()
