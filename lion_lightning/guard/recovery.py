@@ -417,8 +417,8 @@ class Recovery:
             monitor.undo_rewind(rules, rate)
         self.policy.undo(reading.step, trial.level)
         message = (
-            f"the older weights have a loss of {loss:.4g} now, those before the rewind had {trial.raised:.4g}: the task "
-            "has changed, not the weights"
+            f"the older weights have a loss of {loss:.4g} now, those before the rewind had {trial.raised:.4g}: "
+            "the task has changed, not the weights"
         )
         yield Treated(Symptom("new_level", message), Remedy.UNDO_REWIND, Remedy.UNDO_REWIND.value)
 
