@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from lion_lightning.errors import ConfigError
+from lion_lightning.suggestions import check_arguments, suggestion
 from lion_lightning.training.logging_setup import refuse_secrets_of_a_sweep
 
 EXIT_USAGE = 2
@@ -53,6 +54,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         refuse_secrets_of_a_sweep(sys.argv[1:])
+        check_arguments(sys.argv[1:], CONFIG_FOLDER)
         train()
     except Exception as error:
         report_error(error)
@@ -73,6 +75,8 @@ def report_error(error: Exception) -> NoReturn:
         text = "hydra/launcher=slurm needs a plugin that is not installed: pip install hydra-submitit-launcher"
     else:
         text = str(error).split("Config search path")[0].split("set HYDRA_FULL_ERROR")[0]
+        if meant := suggestion(error, CONFIG_FOLDER):
+            text = text.split("To append to your config")[0].strip().rstrip(".") + meant
     print(f"{_rank()}error: {' '.join(text.split())}", file=sys.stderr)
     sys.exit(code)
 

@@ -1,0 +1,103 @@
+"""What somebody may have meant: checks of the command line that Hydra does not make, and suggestions for its errors."""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lion_lightning.errors import ConfigError
+
+UNKNOWN_KEY = re.compile(r"Could not (?:override|delete from config\.) '?([\w.@/-]+)|'([\w.@/-]+)' is not in struct")
+UNKNOWN_CHOICE = re.compile(r"(?:Could not find|Cannot find primary config|Could not load) '([\w./-]+)/([\w.-]+)'")
+
+
+def check_arguments(arguments: Sequence[str], config: Path) -> None:
+    """Refuses what Hydra would take in silence or answer with its usage.
+
+    Args:
+        arguments: of the command line, before Hydra reads them.
+        config: the folder with train.yaml and its groups.
+
+    Raises:
+        ConfigError: a setting with dashes, a `tuned` file that does not exist, or `resume=auto` without a folder.
+    """
+    groups = {entry.stem for entry in config.iterdir()}
+    keys = {str(key) for key in OmegaConf.load(config / "train.yaml")}
+    extends = any(word.startswith(("hydra.searchpath", "--config-dir", "-cd")) for word in arguments)
+    for position, argument in enumerate(arguments):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("--") and name.split(".")[0] in groups | keys:
+            value = value if equals else next(iter(arguments[position + 1 :]), "VALUE")
+            raise ConfigError(f"{argument}: settings have no dashes; write {name}={value}")
+        if name.lstrip("+") == "tuned" and not extends:
+            _check_tuned(value, config / "tuned")
+    settings = {argument.partition("=")[0].lstrip("+") for argument in arguments}
+    if "resume=auto" in arguments and not settings & {"run_dir", "hydra.run.dir", "hydra.sweep.dir"}:
+        raise ConfigError(
+            "resume=auto continues the newest checkpoint of run_dir, and without run_dir=FOLDER every run has a new one"
+        )
+
+
+def _check_tuned(value: str, folder: Path) -> None:
+    names = sorted(file.stem for file in folder.glob("*.yaml"))
+    for name in value.split(","):
+        if name.removesuffix(".yaml") not in (*names, "null", "none") and "${" not in name:
+            raise ConfigError(f"tuned={name}: there is no conf/tuned/{name}.yaml{_meant(name, names)}")
+
+
+def suggestion(error: Exception, config: Path) -> str:
+    """The end of a message about an unknown key or choice: what may have been meant; empty if nothing is similar.
+
+    Args:
+        error: of Hydra or OmegaConf.
+        config: the folder with train.yaml and its groups.
+    """
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return ""
+    text = str(error)
+    if found := UNKNOWN_CHOICE.search(text):
+        return _meant(found[2], [file.stem for file in (config / found[1]).glob("*.yaml")])
+    if found := UNKNOWN_KEY.search(text):
+        return _meant(found[1] or found[2], known_keys(config))
+    return ""
+
+
+def known_keys(config: Path) -> list[str]:
+    """Every setting of every file below `config`, with the name that the command line gives it, and the groups."""
+    keys = {entry.stem for entry in config.iterdir() if entry.is_dir()}
+    for file in config.rglob("*.yaml"):
+        place = file.relative_to(config)
+        if "hydra" in place.parts:
+            continue
+        group = ".".join(place.parent.parts)
+        loaded = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        if isinstance(loaded, Mapping):
+            is_global = "@package _global_" in file.read_text(encoding="utf-8")
+            keys |= {key if is_global or not group else f"{group}.{key}" for key in _flat(loaded)}
+    return sorted(keys)
+
+
+def _flat(settings: Mapping[Any, Any], above: str = "") -> Iterator[str]:
+    for key, value in settings.items():
+        if key != "defaults" and not str(key).startswith("_"):
+            yield f"{above}{key}"
+            if isinstance(value, Mapping):
+                yield from _flat(value, f"{above}{key}.")
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?` for up to three names of `known`: similar ones of the same group, or the same in others."""
+    group, _, last = name.rpartition(".")
+    others = list(known)
+    siblings = {key.rpartition(".")[2]: key for key in others if key.rpartition(".")[0] == group}
+    near = [siblings[key] for key in difflib.get_close_matches(last, siblings, n=3, cutoff=0.6)]
+    near += [key for key in others if key.rpartition(".")[2] == last]
+    if not siblings:
+        near += difflib.get_close_matches(name, others, n=3, cutoff=0.6)
+    near = list(dict.fromkeys(near))[:3]
+    return f"; did you mean {' or '.join(near)}?" if near else ""

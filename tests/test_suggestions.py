@@ -1,0 +1,72 @@
+"""Mistakes on the command line that Hydra takes in silence, and what its errors suggest."""
+
+import hydra
+import pytest
+
+from lion_lightning.__main__ import CONFIG_FOLDER
+from lion_lightning.errors import ConfigError
+from lion_lightning.suggestions import check_arguments, known_keys, suggestion
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--optim", "adamw"], "--optim: settings have no dashes; write optim=adamw"),
+        (["--trainer.max_steps=5"], "write trainer.max_steps=5"),
+        (["tuned=bert_mlm_loin"], "there is no conf/tuned/bert_mlm_loin.yaml; did you mean bert_mlm_lion"),
+        (["-m", "tuned=bert_mlm_lion,bert_mlm_lino"], "tuned=bert_mlm_lino: there is no"),
+        (["resume=auto"], "without run_dir=FOLDER every run has a new one"),
+    ],
+)
+def test_what_hydra_does_not_check_is_refused(arguments, said):
+    with pytest.raises(ConfigError, match=said):
+        check_arguments(arguments, CONFIG_FOLDER)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--cfg", "job"],
+        ["optim=lion", "+optim.new=1", "~callbacks"],
+        ["tuned=bert_mlm_lion"],
+        ["tuned=null"],
+        ["resume=auto", "run_dir=out"],
+        ["resume=auto", "hydra.run.dir=out"],
+        ["--config-dir", "mine", "tuned=mine"],
+        ["-m", "seed=1,2"],
+    ],
+)
+def test_what_is_right_passes(arguments):
+    check_arguments(arguments, CONFIG_FOLDER)
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("trainer.max_step=5", "trainer.max_steps"),
+        ("lr=1", "optim.lr"),
+        ("optim=lino", "lion"),
+        ("model=resnet81", "resnet18"),
+        ("recipee=bert_mlm", "recipe"),
+        ("data.batchsize=5", "data.batch_size"),
+        ("guard.dissabled=[]", "guard.disabled"),
+        ("trainer.zzzzzz=1", ""),
+    ],
+)
+def test_an_unknown_name_gets_what_is_similar(override, meant):
+    with (
+        hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"),
+        pytest.raises(Exception, match=r"Could not") as told,
+    ):
+        hydra.compose("train", overrides=[override])
+    found = suggestion(told.value, CONFIG_FOLDER)
+    assert f"did you mean {meant}" in found if meant else found == ""
+
+
+def test_other_errors_get_no_suggestion():
+    assert suggestion(ValueError("Could not override 'lr'"), CONFIG_FOLDER) == ""
+
+
+def test_keys_have_the_names_of_the_command_line():
+    assert {"optim.lr", "trainer.max_steps", "seed", "checkpoint.keep", "recipe"} <= set(known_keys(CONFIG_FOLDER))
