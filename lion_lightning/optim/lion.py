@@ -14,7 +14,7 @@ from typing_extensions import override
 from lion_lightning.optim import group_options, import_state, layout, state
 from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
 from lion_lightning.optim.kernels.select import Engine, choose
-from lion_lightning.optim.telemetry import Outline, Telemetry
+from lion_lightning.optim.telemetry import Telemetry
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Group = dict[str, Any]
@@ -208,10 +208,10 @@ class Lion(Optimizer):
         shared = begun or _Pass()
         params = [(param, place) for param, place in self._places() if param.grad is not None]
         work = self._collect(params, shared)
-        if begun is None and self._telemetry.is_due():
-            self._telemetry.begin([Outline.of(update) for _, update in work.updates if update.param.numel()])
+        if begun is None:
+            self._telemetry.begin_step()
         self._run(work)
-        self._telemetry.end()
+        self._telemetry.end_step()
         for number, group in enumerate(self.param_groups):
             used = [settings for (owner, _), settings in shared.settings.items() if owner == number]
             self._count_step(group, next((settings for settings in used if settings is not None), None))
@@ -232,8 +232,7 @@ class Lion(Optimizer):
         """
         if self._pass is None:
             self._pass = _Pass(places=dict(self._places()))
-            if self._telemetry.is_due():
-                self._telemetry.begin(self._outlines(self._pass))
+            self._telemetry.begin_step()
         self._run(self._collect([(param, self._pass.places[param])], self._pass))
 
     def _places(self) -> list[tuple[Tensor, _Place]]:
@@ -271,12 +270,11 @@ class Lion(Optimizer):
         batches: dict[tuple[str, torch.device], tuple[Engine, list[TensorUpdate]]] = {}
         for engine, update in work.updates:
             if update.param.numel():
-                self._telemetry.attach(update)
                 batches.setdefault((engine.name, update.param.device), (engine, []))[1].append(update)
         for (_, device), (engine, batch) in batches.items():
             if device not in self._nonfinite:
                 self._nonfinite[device] = torch.zeros((), dtype=torch.int64, device=device)
-            engine.step(batch, self._nonfinite[device])
+            self._telemetry.run(engine, batch, self._nonfinite[device])
         torch.autograd.graph.increment_version(work.params)  # engines that write memory do not inform autograd
         for target, source in work.copies:
             target.copy_(source)
@@ -336,16 +334,6 @@ class Lion(Optimizer):
             counter += moves if found_inf is None else moves * (found_inf == 0)
         elif lr != 0:
             counter += 1
-
-    def _outlines(self, shared: _Pass) -> list[Outline]:
-        """What telemetry has to know of a step whose gradients arrive one by one: every trainable parameter."""
-        outlines = []
-        for param, place in shared.places.items():
-            elements = layout.local(param.detach()).numel()
-            settings = self._settings(place.group, param.device, shared) if param.requires_grad and elements else None
-            if settings is not None:
-                outlines.append(Outline(place.index, elements, param.device, layout.kind(param), settings))
-        return outlines
 
     def full_precision_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's state dict with every bf16 tensor as the fp32 number it stands for.

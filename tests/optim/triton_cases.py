@@ -18,7 +18,7 @@ from lion_lightning.optim.kernels import select as engines
 from lion_lightning.optim.kernels import storage_formats, triton_kernels
 from lion_lightning.optim.kernels import triton as launch
 from lion_lightning.optim.kernels.eager import engine as eager
-from lion_lightning.optim.kernels.rule import STATISTICS, Settings, TensorUpdate
+from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
 from lion_lightning.optim.kernels.triton import engine as triton
 from tests.reference.lion import Lion64
 from tests.reference.storage import kept_momentum, kept_weight, momentum_spacing, weight_spacing
@@ -103,7 +103,7 @@ def update_of(n: int, weight: tuple[torch.dtype, int], momentum: torch.dtype | N
     )
 
 
-STORED = ("param", "exp_avg", "exp_avg_scale", "weight_remainder", "signs", "statistics")
+STORED = ("param", "exp_avg", "exp_avg_scale", "weight_remainder")
 
 
 def copied(update: TensorUpdate, device: str) -> TensorUpdate:
@@ -118,7 +118,7 @@ def assert_like_eager(update: TensorUpdate, **on_device: Tensor) -> TensorUpdate
     counts = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64, device=DEVICE)
     eager.step([reference], counts[0])
     triton.step([tested], counts[1])
-    for name in ("param", "exp_avg", "exp_avg_scale", "weight_remainder", "signs", "grad"):
+    for name in ("param", "exp_avg", "exp_avg_scale", "weight_remainder", "grad"):
         expected = getattr(reference, name)
         assert expected is None or same(expected, getattr(tested, name)), name
     assert counts[0] == counts[1]
@@ -276,27 +276,6 @@ def test_found_inf_changes_nothing(weight: tuple[torch.dtype, int], momentum_dty
     for name in STORED:
         assert getattr(before, name) is None or same(getattr(before, name), getattr(after, name)), name
     assert count == 1
-
-
-@pytest.mark.parametrize(("weight", "momentum_dtype"), [MODES[0], MODES[4], MODES[19]])
-def test_telemetry_is_that_of_the_eager_engine(
-    weight: tuple[torch.dtype, int], momentum_dtype: torch.dtype | None
-) -> None:
-    for n, stride in ((1300, 7), (2600, 129), (2, 5000)):
-        update = update_of(n, weight, momentum_dtype, weight_decay=20.0)
-        signs = (torch.arange(-(-n // stride)) % 3 - 1).to(torch.int8)
-        sums = torch.full((STATISTICS,), 0.5, dtype=torch.float64)
-        update = replace(update, statistics=sums, signs=signs, sign_stride=stride)
-        update.grad[0] = float("nan")
-        update.param[1] = 0.0
-        reference, tested = copied(update, "cpu"), copied(update, DEVICE)
-        eager.step([reference], torch.zeros((), dtype=torch.int64))
-        triton.step([tested], torch.zeros((), dtype=torch.int64, device=DEVICE))
-        assert tested.statistics is not None
-        torch.testing.assert_close(tested.statistics.cpu(), reference.statistics, rtol=1e-5, atol=1e-9)
-        assert tested.signs is not None
-        assert reference.signs is not None
-        assert same(tested.signs, reference.signs)
 
 
 @pytest.mark.parametrize("agreeing", [0, 3, 200])

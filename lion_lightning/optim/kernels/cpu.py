@@ -44,7 +44,7 @@ CAUTIOUS_FLAG, SKIP_NONFINITE_FLAG = 1, 2
 NARROW = (torch.float32, torch.bfloat16)
 DOUBLE = (torch.float64, torch.float64, torch.float64)
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.int8: 3}
-TASK = struct.Struct("19q7d")
+TASK = struct.Struct("15q7d")
 """The fields of Task in cpu.c, in order."""
 
 log = logging.getLogger(__name__)
@@ -70,25 +70,17 @@ class CpuEngine:
 
     def step(self, updates: Sequence[TensorUpdate], nonfinite: Tensor) -> None:
         table, first_chunk = bytearray(), 0
-        chunk_rows: list[tuple[Tensor, Tensor]] = []
         for update in updates:
-            chunks = -(-update.param.numel() // CHUNK_ELEMENTS)
-            row = update.statistics
-            if update.statistics is not None and chunks > 1:  # threads share no row
-                row = torch.zeros(chunks, rule.STATISTICS, dtype=torch.float64)
-                chunk_rows.append((update.statistics, row))
-            table += _task(update, first_chunk, row)
-            first_chunk += chunks
+            table += _task(update, first_chunk)
+            first_chunk += -(-update.param.numel() // CHUNK_ELEMENTS)
         compiled = load()
         assert compiled is not None, "objection() was not consulted"
         threads = min(torch.get_num_threads(), first_chunk)
         # No Python runs until all threads have ended: an interrupt surfaces when nothing is written any more.
         compiled.lion_step(bytes(table), len(updates), first_chunk, threads, nonfinite.data_ptr())
-        for total, row in chunk_rows:
-            total += row.sum(0)
 
 
-def _task(update: TensorUpdate, first_chunk: int, row: Tensor | None) -> bytes:
+def _task(update: TensorUpdate, first_chunk: int) -> bytes:
     """The Task of cpu.c for one tensor."""
     settings = update.settings
     keys = storage_formats.random_keys(settings.seed, settings.step, update.index) if update.is_random else (0, 0)
@@ -99,10 +91,6 @@ def _task(update: TensorUpdate, first_chunk: int, row: Tensor | None) -> bytes:
         update.grad.data_ptr(),
         _address(update.exp_avg_scale),
         _address(update.weight_remainder),
-        _address(row),
-        _address(update.signs),
-        update.sign_stride,
-        update.observed_below,
         update.param.numel(),
         first_chunk,
         update.offset,

@@ -70,8 +70,7 @@ def chunks(update: TensorUpdate, limit: int) -> Iterator[TensorUpdate]:
 def _is_simple(update: TensorUpdate) -> bool:
     """Whether the short path serves unless a number is not finite; finding that out would synchronise a GPU."""
     settings = update.settings
-    plain = not settings.cautious and settings.found_inf is None and update.statistics is None
-    return plain and update.param.device.type == "cpu"
+    return not settings.cautious and settings.found_inf is None and update.param.device.type == "cpu"
 
 
 def _step_simply(update: TensorUpdate, scratch: Scratch) -> bool:
@@ -94,33 +93,16 @@ def _step_simply(update: TensorUpdate, scratch: Scratch) -> bool:
 
 
 def _step_carefully(update: TensorUpdate, nonfinite: Tensor) -> None:
-    """The rule with a mask of the elements that may change, caution and telemetry."""
-    settings = update.settings
-    weight, momentum = _decode(update)
-    weight, momentum = weight.clone(), momentum.clone()
-    grad = update.grad.to(weight.dtype) * rule.gradient_factor(settings, weight.dtype)
-    mask = _update_mask(update, grad, nonfinite)
-    new_weight, new_momentum, direction = rule.ruled(weight, grad, momentum, settings)
+    """The rule with a mask of the elements that may change, and caution; adds to the count of `nonfinite`."""
+    weight, momentum = rule.decode(update)
+    grad = rule.unscaled_gradient(update, weight.dtype)
+    nonfinite += grad.isfinite().logical_not().sum()
+    mask = rule.update_mask(grad, update.settings)
+    new_weight, new_momentum, _ = rule.ruled(weight, grad, momentum, update.settings)
     new_weight = torch.where(mask, new_weight, weight)
     new_momentum = torch.where(mask, new_momentum, momentum)
     stored = storage_formats.ordinary(new_weight) if update.param.dtype == torch.bfloat16 else new_weight
     _encode(update, stored, new_momentum)
-    if update.statistics is not None:
-        direction = torch.where(mask, direction, 0.0)
-        rule.observe(update, (weight, grad, momentum), (_decode(update)[0], new_momentum), direction)
-
-
-def _update_mask(update: TensorUpdate, grad: Tensor, nonfinite: Tensor) -> Tensor:
-    """Mask of the elements that may change; adds to the counts of gradients that are not finite."""
-    found_inf = update.settings.found_inf
-    finite = grad.isfinite()
-    count = finite.logical_not().sum()
-    nonfinite += count
-    if update.statistics is not None:
-        update.statistics[rule.NONFINITE] += count
-    if not update.settings.skip_nonfinite:
-        finite = torch.ones_like(finite)
-    return finite if found_inf is None else finite & (found_inf == 0)
 
 
 def _decode_into(update: TensorUpdate, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,17 +142,6 @@ def _add_product(total: Tensor, values: Tensor, factor: float, one: Tensor) -> N
 def _is_moderate(left: Tensor, right: Tensor) -> bool:
     """Whether all numbers are finite and no product of two overflows: squares overflow far below bf16's largest."""
     return math.isfinite(torch.dot(left, right).item())
-
-
-def _decode(update: TensorUpdate) -> tuple[Tensor, Tensor]:
-    """Weight and momentum in the precision of the arithmetic; either may be the stored tensor itself."""
-    weight = update.param
-    if weight.dtype == torch.bfloat16:
-        weight = storage_formats.join_weight(weight, update.weight_remainder)
-    momentum = update.exp_avg
-    if update.exp_avg_scale is not None:
-        momentum = storage_formats.dequantize(momentum, update.exp_avg_scale)
-    return weight, momentum.to(weight.dtype)
 
 
 def _encode(update: TensorUpdate, weight: Tensor, momentum: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The Lion rule on plain tensors, the sums that telemetry takes of it, and the objects that an engine is given.
+"""The Lion rule on plain tensors, and the objects that an engine receives.
 
 For gradient g, momentum m, parameter p, learning rate eta, betas (b1, b2) and decoupled weight decay lam:
 
@@ -11,7 +11,7 @@ stored, and float64 for float64 parameters; products and sums are rounded one by
 engines agree bit for bit. A stored weight is rounded once, after step and decay together.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,13 +21,6 @@ from lion_lightning.optim.kernels.storage_formats import BLOCK_ELEMENTS
 
 CAUTIOUS_LIMIT = 2.0
 """With `cautious`, no element moves further than this multiple of lr (and its decay)."""
-
-UNMOVED, ZERO, AGREE, MOMENTUM_SQUARED, WEIGHT_SQUARED, NEAR_BOUND, DECAY, NONFINITE, FLIPPED = range(9)
-STATISTICS = 9
-"""Length of a row of sums; the order is that of the enumeration in cpu.c."""
-
-BOUND_SHARE = 0.9
-"""Lion solves min f with |p| <= 1/weight_decay; weights beyond this share of the bound are counted."""
 
 
 @dataclass(frozen=True)
@@ -79,38 +72,18 @@ class TensorUpdate:
     settings: Settings
     kind: str = "matrix"
     """"scalar", "vector" or "matrix" (two dimensions and more), for telemetry."""
-    statistics: Tensor | None = None
-    """Where not None, a row of sums (float64; see `observe`) that the engine adds to."""
-    observed_below: int = 0
-    """With statistics: which blocks the sums cover (see `is_observed`)."""
-    signs: Tensor | None = None
-    """With statistics: int8 signs of u at the last sample, of every `sign_stride`-th element from `sign_start` on."""
-    sign_stride: int = 1
-    sign_start: int = 0
-    start: int = 0
-    """Elements of the tensor before this part of it."""
 
     def part(self, start: int, stop: int) -> "TensorUpdate":
-        """The elements from `start`, a multiple of BLOCK_ELEMENTS, to `stop`."""
-        scale, remainder, signs = self.exp_avg_scale, self.weight_remainder, self.signs
-        first = max(0, -((self.sign_start - start) // self.sign_stride))
-        last = max(0, -((self.sign_start - stop) // self.sign_stride))
-        return TensorUpdate(
+        """The elements from `start`, a multiple of BLOCK_ELEMENTS, to `stop`, in the same memory."""
+        scale, remainder = self.exp_avg_scale, self.weight_remainder
+        return replace(
+            self,
             param=self.param[start:stop],
             grad=self.grad[start:stop],
             exp_avg=self.exp_avg[start:stop],
             exp_avg_scale=None if scale is None else scale[start // BLOCK_ELEMENTS : -(-stop // BLOCK_ELEMENTS)],
             weight_remainder=None if remainder is None else remainder[start:stop],
-            index=self.index,
             offset=self.offset + start,
-            settings=self.settings,
-            kind=self.kind,
-            statistics=self.statistics,
-            observed_below=self.observed_below,
-            signs=None if signs is None else signs[first:last],
-            sign_stride=self.sign_stride,
-            sign_start=self.sign_start + first * self.sign_stride - start,
-            start=self.start + start,
         )
 
     def misfit(self) -> str | None:
@@ -183,56 +156,33 @@ def gradient_factor(settings: Settings, dtype: torch.dtype) -> float | Tensor:
     return sign * torch.tensor(settings.grad_scale, dtype=dtype).reciprocal().item()
 
 
-def is_observed(block: Tensor, below: int) -> Tensor:
-    """Whether telemetry sums include a block of 256 elements.
-
-    Multiples of the golden ratio spread the observed blocks evenly, whatever the width of the matrix, and always
-    include the first. Observing all of them would cost a third of the time of a step on a CPU.
+def unscaled_gradient(update: TensorUpdate, dtype: torch.dtype) -> Tensor:
+    """The gradient to descend along, shape (n,): divided by `grad_scale`, negated to ascend.
 
     Args:
-        block: int64 numbers of blocks within the tensor.
-        below: share of the blocks that are observed, of 2^32.
-
-    Returns:
-        bool, shaped as `block`.
+        update: its `grad` may have any floating dtype.
+        dtype: of the arithmetic, float32 or float64.
     """
-    return (block * storage_formats.GOLDEN & storage_formats.WORD_MASK) < below
+    return update.grad.to(dtype) * gradient_factor(update.settings, dtype)
 
 
-def observe(
-    update: TensorUpdate,
-    values: tuple[Tensor, Tensor, Tensor],
-    new_values: tuple[Tensor, Tensor],
-    direction: Tensor,
-) -> None:
-    """Adds an update's observed elements to `update.statistics`, and compares and refreshes its sampled signs.
+def update_mask(grad: Tensor, settings: Settings) -> Tensor:
+    """Which elements the step may change: bool of shape (n,).
 
     Args:
-        update: has statistics; the count of gradients that are not finite is added elsewhere.
-        values: weight, unscaled gradient with the sign to descend along, and momentum, before the step; shape (n,).
-        new_values: the weight as it reads back from storage, and the momentum, after the step; shape (n,).
-        direction: u, after caution; 0 where the element was skipped; shape (n,).
+        grad: as `unscaled_gradient` returns it, shape (n,).
+        settings: of the parameter's group.
     """
-    assert update.statistics is not None
-    if update.signs is not None and update.signs.numel():
-        signs = direction[update.sign_start :: update.sign_stride].sign()
-        update.statistics[FLIPPED] += (update.signs * signs < 0).sum()
-        update.signs.copy_(signs)
-    settings, count = update.settings, update.param.numel()
-    first, last = update.start // BLOCK_ELEMENTS, -(-(update.start + count) // BLOCK_ELEMENTS)
-    blocks = is_observed(torch.arange(first, last, device=update.param.device), update.observed_below)
-    seen = blocks.repeat_interleave(BLOCK_ELEMENTS)[:count]
-    weight, grad, momentum, stored, new_momentum, direction = (
-        tensor[seen] for tensor in (*values, *new_values, direction)
-    )
-    bound = BOUND_SHARE / settings.weight_decay if settings.weight_decay > 0 else torch.inf
-    sums = (
-        stored == weight,
-        direction == 0,
-        momentum * grad > 0,
-        new_momentum * new_momentum,
-        weight * weight,
-        weight.abs() > bound,
-        (weight - stored - direction * settings.lr) * weight,
-    )
-    update.statistics[: len(sums)] += torch.stack([value.sum(dtype=update.statistics.dtype) for value in sums])
+    mask = grad.isfinite() if settings.skip_nonfinite else torch.ones_like(grad, dtype=torch.bool)
+    return mask if settings.found_inf is None else mask & (settings.found_inf == 0)
+
+
+def decode(update: TensorUpdate) -> tuple[Tensor, Tensor]:
+    """Weight and momentum in the precision of the arithmetic, shape (n,); may share memory with what is stored."""
+    weight = update.param
+    if weight.dtype == torch.bfloat16:
+        weight = storage_formats.join_weight(weight, update.weight_remainder)
+    momentum = update.exp_avg
+    if update.exp_avg_scale is not None:
+        momentum = storage_formats.dequantize(momentum, update.exp_avg_scale)
+    return weight, momentum.to(weight.dtype)

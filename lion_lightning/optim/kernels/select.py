@@ -29,8 +29,7 @@ class Engine(Protocol):
         The engine computes what `rule.ruled` computes, each product and sum rounded separately, and stores as
         `storage_formats` does. It leaves `grad` alone. Where `settings.skip_nonfinite` is set, an element whose scaled
         gradient is not finite stays as it is. Random bits are those of `storage_formats.random_bits`: a hash of
-        `settings.seed`, `settings.step`, `update.index` and `update.offset` + element. Where `update.statistics` is not
-        None, the engine adds what `rule.observe` adds and the count of gradients that are not finite.
+        `settings.seed`, `settings.step`, `update.index` and `update.offset` + element.
 
         Args:
             updates: all updates of one optimizer step on one device that this engine runs, over all parameter groups;

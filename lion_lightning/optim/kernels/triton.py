@@ -33,19 +33,15 @@ TENSOR_COLUMNS = (
     "exp_avg",
     "exp_avg_scale",
     "weight_remainder",
-    "statistics",
-    "signs",
-    "sign_stride",
-    "observed_below",
     "count",
     "offset",
     "index",
     "group",
     "first_tile",
 )
-"""Columns of the table of tensors; all int64, the first seven addresses (0 for None)."""
+"""Columns of the table of tensors; all int64, the first five addresses (0 for None)."""
 
-NUMBERS = ("lr", "beta1", "rest1", "beta2", "rest2", "weight_decay", "factor", "bound")
+NUMBERS = ("lr", "beta1", "rest1", "beta2", "rest2", "weight_decay", "factor")
 GROUP_COLUMNS = (
     *NUMBERS,
     "lr_address",
@@ -75,7 +71,6 @@ class Combination(NamedTuple):
     exp_avg: torch.dtype
     weight_bits: int
     cautious: bool
-    statistics: bool
     aligned: bool
 
     @classmethod
@@ -88,7 +83,6 @@ class Combination(NamedTuple):
             update.exp_avg.dtype,
             update.settings.weight_bits if update.param.dtype == torch.bfloat16 else 32,
             update.settings.cautious,
-            update.statistics is not None,
             not any(address(array) % ALIGNMENT_BYTES for array in arrays),
         )
 
@@ -132,23 +126,15 @@ class TritonEngine:
         converted: list[Tensor] = []  # freed after the launch: the stream keeps the order
         rows, groups, tiles = _rows(combination, batch, kernels.TILE_ELEMENTS, converted)
         device = nonfinite.device
-        tensors = self._tables.table(rows, device)
-        lanes = nonfinite
-        if combination.statistics:
-            shape = len(batch), kernels.LANES, kernels.LANE_COLUMNS
-            lanes = torch.zeros(shape, dtype=torch.float64, device=device)
         kernels.lion_kernel[(sum(tiles),)](
-            tensors,
+            self._tables.table(rows, device),
             self._tables.table(groups, device),
             self._tables.find(tiles, lambda: _tensor_of_tile(tiles), device),
             nonfinite,
-            lanes,
             **_constants(combination, kernels),
             num_warps=WARPS,
             enable_fp_fusion=False,  # a fused multiply-add would differ from the other engines in the last bit
         )
-        if combination.statistics:
-            kernels.statistics_kernel[(len(batch),)](tensors, lanes)
 
 
 def _rows(
@@ -185,7 +171,6 @@ def _constants(combination: Combination, kernels: ModuleType) -> dict[str, Any]:
         MOMENTUM=named(combination.exp_avg),
         WEIGHT_BITS=combination.weight_bits,
         CAUTIOUS=combination.cautious,
-        STATISTICS=combination.statistics,
         ALIGNED=combination.aligned,
     )
 
@@ -239,10 +224,6 @@ def tensor_row(update: TensorUpdate, group: int, first_tile: int) -> bytes:
         update.exp_avg.data_ptr(),
         address(update.exp_avg_scale),
         address(update.weight_remainder),
-        address(update.statistics),
-        address(update.signs),
-        update.sign_stride,
-        update.observed_below,
         update.param.numel(),
         update.offset,
         update.index,
@@ -267,7 +248,6 @@ def group_row(settings: Settings, dtype: torch.dtype, is_random: bool, converted
         converted.append(value.to(wanted))
         return converted[-1].data_ptr()
 
-    decay = settings.weight_decay
     sign = -1.0 if settings.maximize else 1.0
     return _GROUP_ROW.pack(
         0.0 if isinstance(settings.lr, Tensor) else settings.lr,
@@ -275,9 +255,8 @@ def group_row(settings: Settings, dtype: torch.dtype, is_random: bool, converted
         1 - settings.beta1,
         settings.beta2,
         1 - settings.beta2,
-        decay,
+        settings.weight_decay,
         sign if isinstance(settings.grad_scale, Tensor) else rule.gradient_factor(settings, dtype),
-        rule.BOUND_SHARE / decay if decay > 0 else float("inf"),
         place(settings.lr, dtype),
         place(settings.grad_scale, dtype),
         place(settings.found_inf, torch.float32),
