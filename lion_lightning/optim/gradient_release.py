@@ -71,7 +71,18 @@ class Release:
     """The handle of `release_gradients`: active until removed."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, clip_value: float | None) -> None:
-        _check(model, optimizer)
+        if not isinstance(model, nn.Module) or not isinstance(optimizer, Optimizer):
+            kinds = f"{type(model).__name__} and {type(optimizer).__name__}"
+            raise ValueError(
+                f"release_gradients got {kinds}, not allowed: use a torch.nn.Module and a torch.optim.Optimizer"
+            )
+        if "_release" in vars(optimizer):
+            raise ValueError("optimizer is released already, which is not allowed: remove() the first handle")
+        if isinstance(optimizer, LBFGS):
+            raise ValueError(
+                "optimizer=LBFGS is not allowed in release_gradients: its step needs all gradients at once; use an "
+                "optimizer that steps each parameter by itself, like Lion, SGD or AdamW"
+            )
         own = set(model.parameters())
         pairs = ((number, p) for number, group in enumerate(optimizer.param_groups) for p in group["params"])
         self._groups = {param: number for number, param in pairs if param in own}
@@ -240,21 +251,6 @@ class Release:
         finally:
             for hooks, kept in hidden:
                 hooks.update(kept)
-
-
-def _check(model: nn.Module, optimizer: Optimizer) -> None:
-    if not isinstance(model, nn.Module) or not isinstance(optimizer, Optimizer):
-        kinds = f"{type(model).__name__} and {type(optimizer).__name__}"
-        raise ValueError(
-            f"release_gradients got {kinds}, not allowed: use a torch.nn.Module and a torch.optim.Optimizer"
-        )
-    if "_release" in vars(optimizer):
-        raise ValueError("optimizer is released already, which is not allowed: remove() the first handle")
-    if isinstance(optimizer, LBFGS):
-        raise ValueError(
-            "optimizer=LBFGS is not allowed in release_gradients: its step needs all gradients at once; use an "
-            "optimizer that steps each parameter by itself, like Lion, SGD or AdamW"
-        )
 
 
 def _known_rate(group: dict[str, Any]) -> float | None:

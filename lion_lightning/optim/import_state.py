@@ -1,7 +1,7 @@
-"""Import of other Lion implementations' optimizer states.
+"""Import of optimizer states that other Lion implementations saved.
 
-Each reader knows how one implementation stores momentum and the lower bits of bf16 weights. Layouts were read off the
-packages themselves: lion-pytorch 0.2.5, timm 1.0.31, pytorch_optimizer 4.1.0, bitsandbytes 0.50.2 (and the
+Each implementation has a reader of its momentum and of its lower bits of bf16 weights, written from the source code of
+the packages: lion-pytorch 0.2.5, timm 1.0.31, pytorch_optimizer 4.1.0, bitsandbytes 0.50.2 (and the
 2,048-element blocks of its releases before 0.44), DeepSpeed 0.19.8 (CPULion, FusedLion), optimi 0.3.3 and FlashLion of
 flashoptim 0.1.4.
 """
@@ -30,7 +30,7 @@ SMALLEST_NORMAL_EXPONENT = -126
 
 
 class Moments(NamedTuple):
-    """What a reader finds for one parameter."""
+    """What a reader returns for one parameter."""
 
     exp_avg: Tensor
     """fp32, bf16 or fp64, shaped as the parameter."""
@@ -47,7 +47,7 @@ class Peer:
     names: Mapping[str, str]
     """Its option names -> ours, beside lr, betas and weight_decay."""
     refused: tuple[str, ...] = ()
-    """Options that have no equal here when they are set."""
+    """Options that Lion cannot represent; a value other than None, False or 0 is an error."""
 
 
 def _plain(state: Entry, group: Entry) -> Moments:
@@ -115,14 +115,31 @@ def _flashlion_momentum(levels: Tensor, scales: Tensor) -> Tensor:
 
 
 def per_element(scales: Tensor, block: int, count: int) -> Tensor:
-    """fp32 scales, one for each of `count` elements in blocks of `block`."""
+    """Expands the scales of blocks to one fp32 scale per element: shape (count,).
+
+    Args:
+        scales: one per block, in any shape and floating dtype.
+        block: elements of a block.
+        count: number of elements.
+
+    Raises:
+        ValueError: the number of scales is not that of the blocks.
+    """
     if scales.numel() != -(-count // block):
         raise ValueError(f"{scales.numel()} scales for {count} elements; allowed is one for each {block}")
     return scales.reshape(-1).float().repeat_interleave(block)[:count]
 
 
 def required(state: Entry, key: str) -> Tensor:
-    """The tensor under a key; a ValueError that names what is there instead."""
+    """The tensor under a key of a parameter's state.
+
+    Args:
+        state: of one parameter.
+        key: of a tensor.
+
+    Raises:
+        ValueError: there is no tensor under the key; names the keys that are there.
+    """
     value = state.get(key)
     if not isinstance(value, Tensor):
         raise ValueError(f"key {key!r} is missing; the keys are {', '.join(map(repr, state)) or 'none'}")
@@ -140,15 +157,17 @@ PEERS: dict[str, Peer] = {
 }
 
 
-def detect(states: list[Entry], groups: list[Entry]) -> str:
-    """Name of the implementation that saved these states and groups.
+def source_of(state_dict: StateDict) -> str:
+    """Which of `SOURCES` saved an optimizer state.
 
     Raises:
         ValueError: none that is known; names the keys seen.
     """
-    keys = {key for state in states for key in state}
+    groups = state_dict["param_groups"]
+    keys = {key for entry in state_dict["state"].values() if isinstance(entry, Mapping) for key in entry}
     options = {key for group in groups for key in group}
     signs: list[tuple[str, bool]] = [
+        ("lion_lightning", "weight_bits" in options),
         ("bitsandbytes", bool(keys & {BITSANDBYTES_WRAPPER, "state1"})),
         ("flashlion", "master_bytewidth" in options or "exp_avg::quantized" in keys),
         ("optimi", "kahan_sum" in options or "kahan_comp" in keys),
@@ -157,14 +176,18 @@ def detect(states: list[Entry], groups: list[Entry]) -> str:
         ("deepspeed", keys - {"exp_avg_sq"} == {"exp_avg", "step"}),
         ("lion-pytorch", keys == {"exp_avg"}),
     ]
-    for name, found in signs:
-        if found:
+    for name, is_found in signs:
+        if is_found:
             return name
     raise ValueError(f"optimizer state with keys {sorted(keys)} is of no Lion known; allowed are {', '.join(PEERS)}")
 
 
 def translated_options(peer: str, group: Entry) -> dict[str, Any]:
-    """A peer's hyper-parameters under our names.
+    """A peer's hyper-parameters under the names of Lion's options.
+
+    Args:
+        peer: a key of `PEERS`.
+        group: options of one parameter group.
 
     Raises:
         ValueError: an option is set that has no equal here; names it.
@@ -235,10 +258,10 @@ def optimizer_state(checkpoint: StateDict) -> StateDict:
 
 
 def check_loadable(state_dict: Any) -> None:
-    """Refuses what `Lion.load_state_dict` would not understand or would misunderstand.
+    """Refuses what `Lion.load_state_dict` cannot load, or could load only with another meaning.
 
     Raises:
-        ValueError: it is no state dict, or that of another optimizer; names the way to convert it.
+        ValueError: this is no state dict, or the state dict of another optimizer; names the way to convert it.
     """
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         found = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
@@ -252,49 +275,33 @@ def check_loadable(state_dict: Any) -> None:
         params = group.get("params")
         if not isinstance(params, Sequence) or len(set(params)) != len(params):
             raise ValueError(f"params={params!r} of a group is not allowed: use a list of different names or numbers")
-    if any("weight_bits" in group for group in groups):
-        return
-    entries = [entry for entry in states.values() if isinstance(entry, Mapping)]
-    tensors = {key for entry in entries for key in entry}
+    tensors = {key for entry in states.values() if isinstance(entry, Mapping) for key in entry}
     options = sorted(OTHER_OPTIONS & {key for group in groups for key in group})
     try:
-        source = detect(entries, groups)
+        source = source_of(state_dict)
     except ValueError:
         source = ""
+    if source == "lion_lightning":
+        return
     if (options and source in ("", "deepspeed")) or (not source and not tensors <= {"exp_avg", "weight_remainder"}):
         raise ValueError(
             f"state_dict is not of a Lion (options {options}, state {sorted(tensors)}), and a Lion cannot continue "
             "from it: begin with a fresh state, with lr and weight_decay from lion_lightning.from_adamw. States of "
             "other Lions are converted by lion_lightning.optim.import_state"
         )
+    if not source:
+        return
+    renamed = [name for name, ours in PEERS[source].names.items() if name != ours]
     try:
-        lost = [options for group in groups for options in _renamed_options(source, group)] if source else []
-    except ValueError as error:
+        lost = [name for group in groups if translated_options(source, group) for name in renamed if group.get(name)]
+    except ValueError as error:  # an option that has no equal
         lost = [str(error)]
-    if lost or (source and (source not in PLAIN or not tensors <= {"exp_avg"})):
+    if lost or source not in PLAIN or not tensors <= {"exp_avg"}:
         raise ValueError(
             f"state_dict is of {source}{''.join(f', with {option}' for option in lost)}: load it by "
             "lion_lightning.optim.import_state.import_state(state_dict, optimizer), or convert the file by "
             "`python scripts/convert_checkpoint.py IN OUT`"
         )
-
-
-def _renamed_options(source: str, group: Entry) -> list[str]:
-    """Options that are set and that Lion knows by another name; a ValueError for those that it does not know."""
-    translated_options(source, group)
-    return [name for name, ours in PEERS[source].names.items() if name != ours and group.get(name)]
-
-
-def source_of(state_dict: StateDict) -> str:
-    """Which of `SOURCES` saved an optimizer state.
-
-    Raises:
-        ValueError: none of them.
-    """
-    groups = list(state_dict["param_groups"])
-    if any("weight_bits" in group for group in groups):
-        return "lion_lightning"
-    return detect(list(state_dict["state"].values()), groups)
 
 
 def converted(
@@ -313,7 +320,7 @@ def converted(
             None leaves shapes unchecked.
         source: one of `SOURCES`; None detects it.
         hyperparameters: whether lr, betas, weight_decay and the like are taken over.
-        drop_compensation: leaves out what a peer keeps of a weight beyond bf16.
+        drop_compensation: whether the bits that a peer keeps of a weight beyond bf16 are left out.
 
     Returns:
         `state` and `param_groups`; bf16 weights with a compensation get a `weight_remainder` of int16.

@@ -55,6 +55,8 @@ def is_ready(entry: Mapping[str, Any], param: Tensor, weight_bits: int, momentum
         whole = isinstance(scale, Tensor) and scale.dtype == torch.float32 and scale.device == param.device
         if not whole or scale.shape != _scale_shape(param) or not layout.local(scale).is_contiguous():
             return False
+        if not _has_enough_scales(scale, param):
+            return False
     if remainder is None or remainder_dtype is None:
         return remainder is None and remainder_dtype is None
     return isinstance(remainder, Tensor) and remainder.dtype == remainder_dtype and _fits(remainder, param)
@@ -94,11 +96,11 @@ def check(entry: Mapping[str, Any], param: Tensor) -> None:
                 f"{key} is a {kinds[0]} beside a parameter of type {kinds[1]}, which is not allowed: load by "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
-        if (
-            key != "exp_avg_scale"
-            and layout.is_sharded(value)
-            and layout.local(value).shape != layout.local(param).shape
-        ):
+        if key == "exp_avg_scale":
+            is_misplaced = not _has_enough_scales(value, param)
+        else:
+            is_misplaced = layout.is_sharded(value) and layout.local(value).shape != layout.local(param).shape
+        if is_misplaced:
             raise ValueError(f"{key} is sharded as {value.placements}, which is not allowed: use {param.placements}")  # type: ignore[attr-defined]
     dtype = entry["exp_avg"].dtype if "exp_avg" in entry else None
     if dtype == torch.int8 and "exp_avg_scale" not in entry:
@@ -301,6 +303,11 @@ def _converted_momentum(exp_avg: Tensor, scale: Tensor | None, param: Tensor, dt
     return {"exp_avg": target, "exp_avg_scale": scale}
 
 
+def _has_enough_scales(scale: Tensor, param: Tensor) -> bool:
+    """Whether the local part of the scales covers every block of the parameter's local part."""
+    return layout.local(scale).numel() * storage_formats.BLOCK_ELEMENTS >= layout.local(param).numel()
+
+
 def _fits(tensor: Tensor, param: Tensor) -> bool:
     """Whether state has the memory layout of the parameter, or a dense one where the parameter has gaps."""
     if tensor.layout != torch.strided or tensor.device != param.device:
@@ -373,22 +380,18 @@ def seed_full_precision(model: nn.Module, optimizer: Optimizer, weights: Mapping
                 from torch.distributed.tensor import distribute_tensor
 
                 weight = distribute_tensor(weight.to(target.device), target.device_mesh, target.placements)  # type: ignore[attr-defined]
-            weight = weight.to(target.device)
-            if target.dtype == torch.bfloat16 and target in bits:
-                _seed(target, optimizer.state[target], layout.local(weight).float(), bits[target])
-            else:
+            if target.dtype != torch.bfloat16 or target not in bits:
                 target.copy_(weight)
-
-
-def _seed(param: Tensor, state: dict[str, Any], weight: Tensor, weight_bits: int) -> None:
-    """Sets one bf16 parameter and its remainder to the local part of an fp32 weight."""
-    random = torch.full_like(weight, _ROUND_TO_NEAREST, dtype=torch.int32)
-    high, low = storage_formats.split_weight(weight, weight_bits, random)
-    layout.local(param.detach()).copy_(high)
-    state.pop("weight_remainder", None)
-    if low is not None:
-        remainder = state["weight_remainder"] = torch.zeros_like(param, dtype=low.dtype, requires_grad=False)
-        layout.local(remainder).copy_(low)
+                continue
+            full = layout.local(weight.to(target.device)).float()
+            random = torch.full_like(full, _ROUND_TO_NEAREST, dtype=torch.int32)
+            high, low = storage_formats.split_weight(full, bits[target], random)
+            layout.local(target.detach()).copy_(high)
+            optimizer.state[target].pop("weight_remainder", None)
+            if low is not None:
+                remainder = torch.zeros_like(target, dtype=low.dtype, requires_grad=False)
+                layout.local(remainder).copy_(low)
+                optimizer.state[target]["weight_remainder"] = remainder
 
 
 def remainder_of(full: Tensor, weight: Tensor) -> Tensor:

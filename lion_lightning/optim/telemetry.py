@@ -7,13 +7,13 @@ A sampled step is therefore slower than others, by these copies and by some twen
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lion_lightning.optim.kernels import rule
-from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
+from lion_lightning.optim.kernels.rule import TensorUpdate
 from lion_lightning.optim.kernels.select import Engine
 from lion_lightning.optim.kernels.storage_formats import BLOCK_ELEMENTS, GOLDEN, WORD_MASK
 
@@ -23,20 +23,20 @@ OBSERVED_BLOCKS = 64
 BOUND_SHARE = 0.9
 """Lion solves min f with |p| <= 1/weight_decay; weights beyond this share of the bound are counted."""
 
-KINDS = ("scalar", "vector", "matrix")
-UNMOVED, ZERO, AGREE, MOMENTUM_SQUARED, WEIGHT_SQUARED, NEAR_BOUND, DECAY, FLIPPED = range(8)
+UNMOVED, ZERO, AGREE, FLIPPED, NEAR_BOUND, MOMENTUM_SQUARED, WEIGHT_SQUARED, DECAY, REQUESTED, LR = range(10)
 
 
 class _Row(NamedTuple):
-    """The sums over one tensor, estimated from its observed elements, and what they are sums of."""
+    """The sums over one tensor, estimated from its observed elements."""
 
     sums: Tensor
-    """Shape (8,), in the order of the enumeration above; float64, or float32 on a device without it."""
+    """Shape (10,), in the order of the enumeration above; float64, or float32 on a device without it."""
     nonfinite: Tensor
     """int64 of shape (): gradient elements of the whole tensor that were not finite."""
     elements: int
     kind: str
-    settings: Settings
+    """"scalar", "vector" or "matrix"."""
+    has_decay: bool
     has_flips: bool
     """Whether an earlier sample had signs to compare with."""
 
@@ -101,65 +101,55 @@ class Telemetry:
             new_weight == weight,
             direction == 0,
             momentum * grad > 0,
+            torch.zeros_like(signs) if last_signs is None else last_signs * signs < 0,
+            weight.abs() > bound,
             new_momentum * new_momentum,
             weight * weight,
-            weight.abs() > bound,
             (weight - new_weight - direction * settings.lr) * weight,
-            torch.zeros_like(signs) if last_signs is None else last_signs * signs < 0,
+            weight * weight * settings.lr * settings.weight_decay,
+            torch.ones_like(weight) * settings.lr,
         )
         dtype = torch.float32 if weight.device.type == "mps" else torch.float64
         elements = update.param.numel()
         sums = torch.stack([term.sum(dtype=dtype) for term in terms]) * (elements / weight.numel())
-        return _Row(sums, nonfinite, elements, update.kind, settings, last_signs is not None)
+        return _Row(sums, nonfinite, elements, update.kind, settings.weight_decay > 0, last_signs is not None)
 
     def summary(self) -> dict[str, Tensor]:
         """Metrics of the last sample as tensors of shape () under `lion/`; empty before the first.
 
         Shares are of the elements of this process, of DTensors those of the local shards, estimated from the observed
-        ones (see `observed`). The caller reduces over ranks.
+        ones (see `observed`). The caller reduces over ranks. The ratios of lr and RMS(p) are the alpha_0 of Amos
+        (arXiv:2210.11693).
         """
         if not self._rows:
             return {}
-        rows, device = self._rows, self._rows[0].sums.device
-        sums = torch.stack([row.sums.to(device, non_blocking=True) for row in rows])
-        total, elements = sums.sum(0), sum(row.elements for row in rows)
+        rows = self._rows
+        device = rows[0].sums.device
+        means = _means(rows, device)
         metrics = {
-            "lion/unmoved": total[UNMOVED] / elements,
-            "lion/zero_update": total[ZERO] / elements,
-            "lion/sign_agreement": total[AGREE] / elements,
-            "lion/momentum_rms": (total[MOMENTUM_SQUARED] / elements).sqrt(),
+            "lion/unmoved": means[UNMOVED],
+            "lion/zero_update": means[ZERO],
+            "lion/sign_agreement": means[AGREE],
+            "lion/momentum_rms": means[MOMENTUM_SQUARED].sqrt(),
             "lion/nonfinite": torch.stack([row.nonfinite.to(device, non_blocking=True) for row in rows]).sum(),
         }
-        compared = sum(row.elements for row in rows if row.has_flips)
-        if compared:
-            metrics["lion/flip_rate"] = total[FLIPPED] / compared
-        return metrics | self._ratios(rows, sums) | self._decay(rows, sums)
+        if compared := [row for row in rows if row.has_flips]:
+            metrics["lion/flip_rate"] = _means(compared, device)[FLIPPED]
+        for kind in ("scalar", "vector", "matrix"):
+            if alike := [row for row in rows if row.kind == kind]:
+                means = _means(alike, device)
+                metrics[f"lion/step_ratio_{kind}"] = means[LR] / means[WEIGHT_SQUARED].sqrt()
+        if decaying := [row for row in rows if row.has_decay]:
+            means = _means(decaying, device)
+            metrics["lion/near_bound"] = means[NEAR_BOUND]
+            metrics["lion/realised_decay"] = means[DECAY] / means[REQUESTED]
+        return metrics
 
-    def _ratios(self, rows: list[_Row], sums: Tensor) -> dict[str, Tensor]:
-        """lr / RMS(p) for each kind of parameter: the alpha_0 of Amos (arXiv:2210.11693), healthy at about 1e-3."""
-        ratios = {}
-        for kind in KINDS:
-            numbers = [number for number, row in enumerate(rows) if row.kind == kind]
-            if numbers:
-                elements = sum(rows[number].elements for number in numbers)
-                lr = sum(rows[number].settings.lr * rows[number].elements for number in numbers) / elements
-                mean_square = sums[numbers][:, WEIGHT_SQUARED].sum() / elements
-                ratios[f"lion/step_ratio_{kind}"] = lr / mean_square.sqrt()
-        return ratios
 
-    def _decay(self, rows: list[_Row], sums: Tensor) -> dict[str, Tensor]:
-        """Of parameters with decay: the share near the bound, and the decay that happened over the one requested."""
-        numbers = [number for number, row in enumerate(rows) if row.settings.weight_decay > 0]
-        if not numbers:
-            return {}
-        requested: Any = 0.0
-        for number in numbers:
-            settings = rows[number].settings
-            requested = requested + sums[number, WEIGHT_SQUARED] * settings.lr * settings.weight_decay
-        return {
-            "lion/near_bound": sums[numbers][:, NEAR_BOUND].sum() / sum(rows[number].elements for number in numbers),
-            "lion/realised_decay": sums[numbers][:, DECAY].sum() / requested,
-        }
+def _means(rows: list[_Row], device: torch.device) -> Tensor:
+    """The sums of some rows, divided by the number of their elements: shape (10,)."""
+    total = torch.stack([row.sums.to(device, non_blocking=True) for row in rows]).sum(0)
+    return total / sum(row.elements for row in rows)
 
 
 def observed(update: TensorUpdate) -> TensorUpdate:

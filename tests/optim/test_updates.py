@@ -1,14 +1,11 @@
-"""What a step leaves behind beside the weights, and parts of an update."""
+"""What a step leaves behind beside the weights."""
 
 import pytest
 import torch
 from torch import nn
 
 from lion_lightning.optim import Lion
-from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
 from lion_lightning.optim.state import full_precision_state_dict, momentum_slice
-
-SETTINGS = Settings(1e-3, 0.9, 0.99, 0.1, 32, False, False, True, 0, 0)
 
 
 @pytest.mark.parametrize("fused", [None, False])
@@ -43,18 +40,6 @@ def test_full_precision_is_a_method_too() -> None:
     assert exported.keys() == expected.keys()
     assert all(exported[name].dtype == torch.float32 for name in exported)
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
-
-
-@pytest.mark.parametrize("stride", [1, 7, 257, 2049])
-def test_a_part_of_a_part_samples_the_same_signs(stride: int) -> None:
-    count, cuts = 4000, [(0, 4000), (512, 3840), (256, 2560), (512, 1024)]
-    numbers = torch.arange(count, dtype=torch.float32)
-    signs = torch.arange(-(-count // stride))
-    part = TensorUpdate(numbers, numbers, numbers, None, None, 0, 0, SETTINGS, signs=signs, sign_stride=stride)
-    for start, stop in cuts:
-        part = part.part(start, stop)
-        assert part.signs is not None
-        assert part.param[part.sign_start :: part.sign_stride].tolist() == (part.signs * stride).tolist()
 
 
 @pytest.mark.parametrize("momentum_dtype", ["float32", "bfloat16", "int8"])

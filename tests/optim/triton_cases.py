@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from lion_lightning.optim import Lion
 from lion_lightning.optim.kernels import select as engines
 from lion_lightning.optim.kernels import storage_formats, triton_kernels
-from lion_lightning.optim.kernels import triton as launch
 from lion_lightning.optim.kernels.eager import engine as eager
 from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
 from lion_lightning.optim.kernels.triton import engine as triton
@@ -315,11 +314,3 @@ def test_int8_momentum_at_its_edges() -> None:
     update.grad[512:768] = 1e-38
     update.grad[800] = float("inf")
     assert_like_eager(update)
-
-
-def test_the_words_of_a_table_are_where_the_kernel_looks() -> None:
-    assert launch.GROUP_COLUMNS[: len(launch.NUMBERS)] == launch.NUMBERS
-    row = launch.group_row(SETTINGS, torch.float32, True, [])
-    assert len(row) == 8 * len(launch.GROUP_COLUMNS)
-    update = update_of(1, WEIGHTS[0], None)
-    assert len(launch.tensor_row(update, 0, 0)) == 8 * len(launch.TENSOR_COLUMNS)

@@ -56,9 +56,6 @@ class CpuEngine:
     name = "cpu"
 
     def objection(self, update: TensorUpdate) -> str | None:
-        misfit = update.misfit()
-        if misfit is not None:
-            return misfit
         dtypes = param, grad, exp_avg = update.param.dtype, update.grad.dtype, update.exp_avg.dtype
         if dtypes != DOUBLE and (param not in NARROW or grad not in NARROW or exp_avg not in (*NARROW, torch.int8)):
             if param == torch.float64:

@@ -86,22 +86,6 @@ class TensorUpdate:
             offset=self.offset + start,
         )
 
-    def misfit(self) -> str | None:
-        """Why engines that take addresses cannot trust the tensors, as the end of a sentence; None if they fit."""
-        count, remainder, scale = self.param.numel(), self.weight_remainder, self.exp_avg_scale
-        if not self.grad.numel() == self.exp_avg.numel() == count:
-            return f"gradient and momentum of {self.grad.numel()} and {self.exp_avg.numel()} elements for {count}"
-        low = {32: torch.int16, 24: torch.int8}.get(self.settings.weight_bits)
-        low = low if self.param.dtype == torch.bfloat16 else None
-        kept = (None, count) if remainder is None else (remainder.dtype, remainder.numel())
-        if kept != (low, count):
-            return f"weight_remainder is not of {low} with {count} elements"
-        if (self.exp_avg.dtype == torch.int8) != (scale is not None):
-            return "exp_avg_scale belongs to an exp_avg of int8"
-        if scale is not None and (scale.dtype != torch.float32 or scale.numel() * BLOCK_ELEMENTS < count):
-            return "exp_avg_scale does not have a float32 number for each block"
-        return None
-
     @property
     def is_random(self) -> bool:
         """Whether what is stored is rounded stochastically."""

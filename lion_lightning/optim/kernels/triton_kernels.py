@@ -1,8 +1,8 @@
 """The Triton kernels: one program updates one tile of one tensor.
 
-They compute what rule.py defines and store what storage_formats.py defines, operation for operation and with bf16 taken
-apart as integers. A launch must not let the compiler fuse multiplication and addition, and division is the correctly
-rounded one, so that a GPU and the other engines agree bit for bit. A tile is TILE_ROWS rows of 256 elements, the blocks
+They compute what rule.py defines and store what storage_formats.py defines, in the same order of operations, with bf16
+numbers handled as integers. A launch must disable the fusion of multiplication and addition, and division is correctly
+rounded, so that a GPU agrees with the other engines bit for bit. A tile is TILE_ROWS rows of 256 elements, the blocks
 that share an int8 scale.
 """
 
@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 
 from lion_lightning.optim.kernels import rule, storage_formats
-from lion_lightning.optim.kernels.triton import GROUP_COLUMNS, TENSOR_COLUMNS
+from lion_lightning.optim.kernels.triton import GROUP_ROW, TENSOR_ROW
 
 TILE_ROWS = 4
 TILE_ELEMENTS = TILE_ROWS * storage_formats.BLOCK_ELEMENTS
-"""Elements of one program: at 4 warps of 32 threads, a block of 256 is one warp's and 16 bytes of bf16 one thread's."""
+"""Elements of one program. With 4 warps of 32 threads, a warp takes a block of 256 and a thread 16 bytes of bf16."""
 
 ROWS, BLOCK, TILE = (tl.constexpr(n) for n in (TILE_ROWS, storage_formats.BLOCK_ELEMENTS, TILE_ELEMENTS))
 CAUTIOUS_LIMIT = tl.constexpr(rule.CAUTIOUS_LIMIT)
@@ -31,15 +31,16 @@ INFINITY_PATTERN = tl.constexpr(0x7F800000)
 NAN_PATTERN = tl.constexpr(0x7FC00000)
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
-# The columns of both launch tables, in the order of triton.py.
-TENSOR_WIDTH, GROUP_WIDTH = tl.constexpr(len(TENSOR_COLUMNS)), tl.constexpr(len(GROUP_COLUMNS))
+# The columns of both launch tables, 8 bytes each, in the order in which triton.py packs them. The column of an array
+# holds its address. Settings are float64 up to FACTOR, and int64 after it. Absent arrays and scalars have address 0.
+TENSOR_WIDTH, GROUP_WIDTH = tl.constexpr(TENSOR_ROW.size // 8), tl.constexpr(GROUP_ROW.size // 8)
 (
     PARAM_ARRAY, GRAD_ARRAY, EXP_AVG_ARRAY, SCALE_ARRAY, REMAINDER_ARRAY, COUNT, OFFSET, INDEX, GROUP, FIRST_TILE,
-) = (tl.constexpr(column) for column in range(len(TENSOR_COLUMNS)))  # fmt: skip
+) = (tl.constexpr(column) for column in range(TENSOR_ROW.size // 8))  # fmt: skip
 (
     LR, BETA1, REST1, BETA2, REST2, DECAY, FACTOR, LR_ADDRESS, GRAD_SCALE_ADDRESS, FOUND_INF_ADDRESS, STEP_ADDRESS,
     STEP, SEED, SKIP,
-) = (tl.constexpr(column) for column in range(len(GROUP_COLUMNS)))  # fmt: skip
+) = (tl.constexpr(column) for column in range(GROUP_ROW.size // 8))  # fmt: skip
 
 
 @triton.jit
@@ -66,7 +67,7 @@ def device_scalar(group, COLUMN: tl.constexpr, otherwise, DTYPE: tl.constexpr):
 
 @triton.jit
 def divide(numerator, denominator, COMPUTE: tl.constexpr):
-    """Correctly rounded division; that of float32 is not by itself."""
+    """Correctly rounded division, which `/` is not in float32."""
     if COMPUTE == tl.float64:
         return numerator / denominator
     else:
@@ -188,7 +189,7 @@ def quantize(momentum, random):
     tiny = scale < SMALLEST_NORMAL
     usable = ~(tiny | broken)
     inverse = tl.where(usable, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(usable, scale, 1.0)), 0.0)
-    # What is broken is stored as such by its scale.
+    # The scale of a block that is not finite is NaN.
     ratio = tl.where(usable, magnitude.to(tl.float32, bitcast=True) * inverse, 0.0)
     words = (ratio + 1.0).to(tl.int32, bitcast=True) - ONE_PATTERN + (random & 0xFFFF).to(tl.int32) * 8 + 4
     level = tl.minimum(words >> LEVEL_BITS_DROPPED, LEVELS)
@@ -231,7 +232,7 @@ def caution(update, grad, inside, COMPUTE: tl.constexpr):
 
 @triton.jit
 def everywhere(condition):
-    """A condition for each element of a tile; goes through int32, as the interpreter mixes up scalar booleans."""
+    """Broadcasts a scalar condition over a tile; by way of int32, as the interpreter confuses scalar booleans."""
     return tl.broadcast_to(condition.to(tl.int32), (ROWS, BLOCK)) != 0
 
 
@@ -306,7 +307,7 @@ def lion_kernel(
     group = groups + tl.load(tensor + GROUP) * GROUP_WIDTH
     start = (tile - tl.load(tensor + FIRST_TILE)) * TILE
     remaining = tl.load(tensor + COUNT) - start
-    # Loads and stores are as wide as they can be only where the compiler knows the mask.
+    # The compiler makes loads and stores of 16 bytes only where it knows the mask, hence the constant of a whole tile.
     if remaining >= TILE:
         update_tile(
             tensor, group, start, TILE, nonfinite,
@@ -321,7 +322,7 @@ def lion_kernel(
 
 @triton.jit
 def probe_kernel(target):
-    """Writes one number: shows whether kernels can be compiled and run."""
+    """Writes one number, to find out whether kernels can be compiled and run."""
     tl.store(target, 1.0)
 
 
