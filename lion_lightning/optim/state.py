@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from lion_lightning.optim import layout
 from lion_lightning.optim.kernels import storage_formats
 
-REMAINDER_DTYPES = {32: torch.int16, 24: torch.int8, 16: None}
 SMALL_ELEMENTS = 4096
 """Momentum of parameters with fewer elements stays fp32 where int8 is requested: it costs next to nothing."""
 
@@ -44,7 +43,7 @@ def is_ready(entry: Mapping[str, Any], param: Tensor, weight_bits: int, momentum
         momentum_dtype: requested of `exp_avg`; None accepts any that an engine reads.
     """
     exp_avg, scale, remainder = entry.get("exp_avg"), entry.get("exp_avg_scale"), entry.get("weight_remainder")
-    remainder_dtype = REMAINDER_DTYPES[weight_bits] if param.dtype == torch.bfloat16 else None
+    remainder_dtype = storage_formats.REMAINDER_DTYPES[weight_bits] if param.dtype == torch.bfloat16 else None
     if not isinstance(exp_avg, Tensor) or exp_avg.dtype not in DTYPES["exp_avg"]:
         return False
     if exp_avg.dtype != _stored_dtype(exp_avg.dtype, param, momentum_dtype):
@@ -146,7 +145,7 @@ def prepare(
             entry |= _converted_momentum(exp_avg, scale, param, dtype)
         elif scale is not None:
             entry["exp_avg_scale"] = scale
-    remainder_dtype = REMAINDER_DTYPES[weight_bits] if param.dtype == torch.bfloat16 else None
+    remainder_dtype = storage_formats.REMAINDER_DTYPES[weight_bits] if param.dtype == torch.bfloat16 else None
     remainder = entry.get("weight_remainder")
     if remainder_dtype is None:
         entry.pop("weight_remainder", None)

@@ -1,12 +1,13 @@
 /* The Lion rule over flat arrays on a CPU: plain loops that the compiler vectorises, block by block.
  *
- * A block of 256 elements is decoded to float, updated and encoded in first-level cache while a next one is fetched.
- * Two 16-bit numbers are taken from a 32-bit word at once and put back so, by shifts and masks: widening and narrowing
- * them one by one took twice as long. So where anything is stored in less than 32 bits, a decoded block holds its even
- * elements first, then its odd ones. A block with a number that is not finite, or nearly not, is done again with care.
+ * A block of 256 elements is decoded to float, updated and encoded in first-level cache while a later one is fetched.
+ * Numbers of 16 bits are decoded and encoded in pairs, by shifts and masks of 32-bit words, in half the time that it
+ * takes to convert them one by one. If any array of a tensor has less than 32 bits per element, a decoded block
+ * therefore holds its even elements first, then its odd ones ("paired"). A block with a number that is not finite, or
+ * beyond the largest bf16 number, is computed a second time by a slower, careful path.
  *
- * Compile with -ffp-contract=off, as a fused multiply-add would differ from the other engines in the last bit. What is
- * computed is written down in rule.py, how it is stored in storage_formats.py.
+ * Compile with -ffp-contract=off: a fused multiply-add would differ from the other engines in the last bit. rule.py
+ * specifies the arithmetic, storage_formats.py the storage.
  */
 #include <math.h>
 #include <stdint.h>
@@ -39,7 +40,7 @@ enum { CAUTIOUS = 1, SKIP_NONFINITE = 2 };
 #define CAUTIOUS_LIMIT 2
 #define LARGEST_LEVEL 247
 
-/* One tensor: must match _TENSOR and _NUMBERS in cpu.py field for field. */
+/* One tensor and its settings; the fields are those of TASK in cpu.py, in order. */
 typedef struct {
     char *param, *exp_avg;
     const char *grad;
@@ -51,16 +52,16 @@ typedef struct {
     double lr, beta1, rest1, beta2, rest2, weight_decay, grad_scale;
 } Task;
 
-/* The upper half of the pattern of 1, and the place of an int8 level in the upper half of such a pattern. */
+/* The upper half of the bit pattern of 1.0f, and the position of an int8 level in such a half. */
 enum { ONE_HALF = ONE_PATTERN >> 16, LEVEL_SHIFT = 3 };
 
-/* Where a block lies, or a copy of the last, shorter one, filled up with zeros. */
+/* Addresses of the arrays of a block, or of a copy of the last, shorter block that is padded with zeros. */
 typedef struct {
     char *param, *grad, *exp_avg, *remainder;
     float *scale;
 } Block;
 
-/* Words and floats at any address. */
+/* Types that may be read at any address. */
 typedef uint32_t __attribute__((aligned(1), may_alias)) Word;
 typedef float __attribute__((aligned(1), may_alias)) Float;
 typedef uint16_t __attribute__((aligned(1), may_alias)) Half;
@@ -77,7 +78,7 @@ INLINE float number(uint32_t word) {
     return value;
 }
 
-/* The random word of storage_formats.py but for its last step, which leaves the upper half as it is: `lower_half` takes that step. */
+/* The random word of storage_formats.py without its last step, which changes the lower half only (see `lower_half`). */
 INLINE uint32_t random_word(uint32_t element, uint32_t key1, uint32_t key2) {
     uint32_t word = element ^ key1;
     word ^= word >> 16;
@@ -86,12 +87,12 @@ INLINE uint32_t random_word(uint32_t element, uint32_t key1, uint32_t key2) {
     return (word + key2) * 0x846CA68Bu;
 }
 
-/* The lower half of a random word, moved up to where a level ends. */
+/* The lower half of a random word, after the last step, shifted to the bits below an int8 level. */
 INLINE uint32_t lower_half(uint32_t word) {
     return (word << LEVEL_SHIFT ^ word >> (16 - LEVEL_SHIFT)) & 0xFFFFu << LEVEL_SHIFT;
 }
 
-/* The decoders fill `value`, or return where the block lies as it is. */
+/* The decoders fill and return `value`, or return the stored array where it can be read as it is. */
 INLINE float *decode_float32(char *source, int paired, float *value) {
     if (!paired) return (float *)source;
     const Float *stored = (const Float *)source;
@@ -116,7 +117,7 @@ INLINE float *decode_bfloat16(const char *source, float *value) {
     return value;
 }
 
-/* Nearest bf16, ties to even, as torch casts. */
+/* Rounds to the nearest bf16 number, ties to even, like a cast in torch. */
 INLINE uint32_t nearest_bfloat16(float value) {
     uint32_t word = pattern(value);
     return word + 0x7FFFu + ((word >> 16) & 1u);
@@ -150,10 +151,10 @@ INLINE float *decode_weight(const Task *task, const Block *block, int paired, fl
     return weight;
 }
 
-/* A weight zeroed from outside is zero: a remainder below zero beside it would make it one of these NaNs. */
+/* A weight set to zero outside the optimizer, beside a negative remainder, joins to one of these NaNs: it is zero. */
 INLINE uint32_t mended(uint32_t word) { return (word & 0x7FFF8000u) == 0x7FFF8000u ? ~word & SIGN_BIT : word; }
 
-/* Saturates finite numbers at the largest bf16 number, keeps infinities, makes every NaN the same. */
+/* Saturates finite numbers at the largest bf16 number, keeps infinities, and makes every NaN the canonical one. */
 INLINE uint32_t ordinary(uint32_t word) {
     uint32_t magnitude = word & ~SIGN_BIT, sign = word & SIGN_BIT;
     if (magnitude > INFINITY_PATTERN) return NAN_PATTERN;
@@ -190,7 +191,7 @@ INLINE void encode_weight(const Task *task, const Block *block, int paired, cons
         }
 }
 
-/* |x| - 1 with the sign of x. */
+/* |x| - 1 with the sign of x, for a number x given by its pattern. */
 INLINE float less_one(uint32_t word) { return number(word) - number((word & SIGN_BIT) | ONE_PATTERN); }
 
 INLINE float *decode_momentum(const Task *task, const Block *block, int paired, float *momentum) {
@@ -211,14 +212,14 @@ INLINE float *decode_momentum(const Task *task, const Block *block, int paired, 
     return momentum;
 }
 
-/* The pattern of 1 + |m| / scale less that of 1, with the sign of m, and noise of 19 bits below what is kept of it. */
+/* The pattern of 1 + |m| / scale minus that of 1, with the sign of m, plus 19 random bits below the bits kept. */
 INLINE uint32_t noisy_ratio(float momentum, float inverse, uint32_t random) {
     float ratio = momentum * inverse + number((pattern(momentum) & SIGN_BIT) | ONE_PATTERN);
     return pattern(ratio) + (lower_half(random) | (4u - ONE_PATTERN));
 }
 
-/* int8: rounded stochastically to the top of the pattern of 1 + |m| / scale; see storage_formats.py. `peak` is the largest |m|. No
-   level passes 127: the largest ratio is 248 and at most three units of its last place, the noise at most 2^19 - 4. */
+/* `quantize` of storage_formats.py; `peak` is the pattern of the largest |m|. No level exceeds 127: the largest ratio
+   is 248 and at most three units in the last place, and the random bits are at most 2^19 - 4. */
 INLINE void quantize(const Block *block, int count, const float *momentum, uint32_t peak, const uint32_t *random) {
     int8_t *level = (int8_t *)block->exp_avg;
     float scale = number(peak) / LARGEST_LEVEL;
@@ -265,7 +266,7 @@ INLINE void draw(const Task *task, int64_t start, uint32_t *random) {
     }
 }
 
-/* Copies between a block and another of the same tensor. */
+/* Copies the first `count` elements of a block of the tensor to another address. */
 INLINE void copy_block(const Task *task, int count, Block *target, const Block *source, int with_grad) {
     memcpy(target->param, source->param, (size_t)(BYTES[task->param_type] * count));
     if (with_grad) memcpy(target->grad, source->grad, (size_t)(BYTES[task->grad_type] * count));
@@ -273,7 +274,7 @@ INLINE void copy_block(const Task *task, int count, Block *target, const Block *
     if (task->remainder) memcpy(target->remainder, source->remainder, (size_t)(remainder_bytes(task) * count));
 }
 
-/* The rule of rule.py on one block of `count` elements, filled up with zeros; u stays a NaN where c is one. */
+/* `ruled` of rule.py for one block of `count` elements, padded with zeros; u is NaN where c is. */
 #define DEFINE_RULE(real, name)                                                                                      \
     INLINE void name(const Task *task, int count, const real *weight, const real *grad, const real *momentum,        \
                      real *new_weight, real *new_momentum) {                                                         \
@@ -301,8 +302,8 @@ INLINE void copy_block(const Task *task, int count, Block *target, const Block *
 DEFINE_RULE(float, rule_float)
 DEFINE_RULE(double, rule_double)
 
-/* The rule where all numbers are finite and there is no caution. Returns the largest magnitude met, as a pattern; that
-   of the momentum is left in `peak`. */
+/* The rule for finite numbers and without caution. Returns an upper bound of all magnitudes, as a pattern. The largest
+   magnitude of the new momentum is left in `peak`. */
 INLINE uint32_t rule_plain(const Task *task, const float *weight, const float *grad, const float *momentum,
                            float *new_weight, float *new_momentum, uint32_t *peak) {
     const float lr = (float)task->lr, decay = (float)task->weight_decay;
@@ -314,7 +315,7 @@ INLINE uint32_t rule_plain(const Task *task, const float *weight, const float *g
         float update = mixed == 0 ? 0 : number((pattern(mixed) & SIGN_BIT) | ONE_PATTERN);
         new_weight[i] = weight[i] - lr * (decay * weight[i] + update);
         new_momentum[i] = beta2 * momentum[i] + rest2 * grad[i];
-        uint32_t magnitude = (pattern(mixed) | pattern(new_weight[i])) & ~SIGN_BIT; /* at least the larger one */
+        uint32_t magnitude = (pattern(mixed) | pattern(new_weight[i])) & ~SIGN_BIT; /* not below either */
         uint32_t height = pattern(new_momentum[i]) & ~SIGN_BIT;
         largest = magnitude > largest ? magnitude : largest;
         tallest = height > tallest ? height : tallest;
@@ -323,7 +324,7 @@ INLINE uint32_t rule_plain(const Task *task, const float *weight, const float *g
     return largest;
 }
 
-/* Does the rule over again where something is not finite, or with caution. Returns the number of such gradients. */
+/* Computes a block with caution or with numbers that are not finite. Returns the number of gradients not finite. */
 INLINE int step_carefully(const Task *task, int count, float *weight, const float *grad, const float *momentum,
                           float *new_weight, float *new_momentum, uint32_t *peak) {
     const int joined = task->param_type == BFLOAT16 && task->weight_bits != 16;
@@ -347,8 +348,8 @@ INLINE int step_carefully(const Task *task, int count, float *weight, const floa
     return nonfinite;
 }
 
-/* Returns the number of elements whose gradient is not finite. `next` is fetched array by array in between, as no more
-   than a few cache lines can be on their way at once. */
+/* Updates a block; returns the number of gradients that are not finite. The arrays of `next` are prefetched one by one
+   in between, as a core fetches only a few cache lines at a time. */
 INLINE int block_float(const Task *task, const Block *block, const Block *next, int64_t start, int count) {
     const int paired = task->param_type != FLOAT32 || task->grad_type != FLOAT32 || task->exp_avg_type != FLOAT32;
     float weights[BLOCK], grads[BLOCK], momenta[BLOCK], new_weight[BLOCK], new_momentum[BLOCK];
@@ -383,7 +384,7 @@ INLINE int block_float(const Task *task, const Block *block, const Block *next, 
     return nonfinite;
 }
 
-/* float64 parameters, whose gradient and momentum are float64 too. */
+/* Updates a block of a float64 parameter, whose gradient and momentum are float64 too. */
 INLINE int block_double(const Task *task, int64_t start, int count) {
     double *param = (double *)task->param + start, *exp_avg = (double *)task->exp_avg + start;
     double weight[BLOCK] = {0}, grad[BLOCK] = {0}, momentum[BLOCK] = {0};
@@ -412,7 +413,7 @@ CLONES static int64_t run_float(const Task *task, int64_t start, int64_t stop) {
         Block block = block_at(task, start), place = block;
         int64_t ahead = start + AHEAD * BLOCK;
         Block next = block_at(task, ahead + BLOCK < task->count ? ahead : start);
-        if (count < BLOCK) { /* a copy filled up with zeros, which stay zeros */
+        if (count < BLOCK) { /* a copy padded with zeros, which stay zeros */
             memset(copies, 0, sizeof copies);
             block = (Block){copies[0], copies[1], copies[2], copies[3], place.scale};
             copy_block(task, count, &block, &place, 1);
@@ -430,14 +431,14 @@ CLONES static int64_t run_double(const Task *task, int64_t start, int64_t stop) 
     return nonfinite;
 }
 
-/* One step: what its threads share. */
+/* What the threads of one step share. */
 typedef struct {
     const Task *tasks;
     int64_t task_count, chunk_count, next_chunk;
     int64_t *nonfinite;
 } Step;
 
-/* Takes chunks from the shared counter until none is left; adds to the count of non-finite gradients. */
+/* Updates chunks, taken from the shared counter, until none is left; counts gradients that are not finite. */
 static void *run_chunks(void *argument) {
     Step *step = argument;
     int64_t chunk, task = 0;
@@ -452,9 +453,9 @@ static void *run_chunks(void *argument) {
     return 0;
 }
 
-/* Runs a step on up to `threads` threads, the calling one included, and returns when all have ended: no thread outlives
- * the call, so interrupts, exits and forks meet none. Where the system grants no thread the others do its work. Threads
- * block all signals, which stay with the threads of the caller. */
+/* Runs a step on up to `threads` threads, the calling one included, and returns when all have ended, so that no thread
+ * exists at an interrupt, an exit or a fork. If the system refuses a thread, the others do its work. Threads block all
+ * signals, which remain for the threads of the caller. */
 void lion_step(const Task *tasks, int64_t task_count, int64_t chunk_count, int64_t threads, int64_t *nonfinite) {
     Step step = {tasks, task_count, chunk_count, 0, nonfinite};
 #ifndef _WIN32

@@ -1,8 +1,8 @@
-"""The cpu engine: cpu.c through ctypes. A step is one call, whose threads begin and end in C.
+"""The cpu engine: cpu.c through ctypes. A step is one call, whose threads start and end in C.
 
-The compiled library comes with the package, or is built on first use into the user's cache,
-`$XDG_CACHE_HOME/lion_lightning` (by default `~/.cache/lion_lightning`). A file there is named after a hash of source,
-compiler and flags and appears by an atomic rename, so that several processes may build it at the same time.
+The compiled library is part of the package, or is built on first use in the user's cache,
+`$XDG_CACHE_HOME/lion_lightning` (by default `~/.cache/lion_lightning`). Its file name is a hash of source, compiler and
+flags. The file is created by an atomic rename, so that several processes may build it at the same time.
 """
 
 import ctypes
@@ -73,12 +73,12 @@ class CpuEngine:
         compiled = load()
         assert compiled is not None, "objection() was not consulted"
         threads = min(torch.get_num_threads(), first_chunk)
-        # No Python runs until all threads have ended: an interrupt surfaces when nothing is written any more.
+        # Python handles an interrupt after this call, when all threads have ended and nothing is written any more.
         compiled.lion_step(bytes(table), len(updates), first_chunk, threads, nonfinite.data_ptr())
 
 
 def _task(update: TensorUpdate, first_chunk: int) -> bytes:
-    """The Task of cpu.c for one tensor."""
+    """The Task of cpu.c for one tensor, with the number of chunks of the tensors before it."""
     settings = update.settings
     keys = storage_formats.random_keys(settings.seed, settings.step, update.index) if update.is_random else (0, 0)
     arithmetic = torch.float64 if update.param.dtype == torch.float64 else torch.float32
@@ -86,8 +86,8 @@ def _task(update: TensorUpdate, first_chunk: int) -> bytes:
         update.param.data_ptr(),
         update.exp_avg.data_ptr(),
         update.grad.data_ptr(),
-        _address(update.exp_avg_scale),
-        _address(update.weight_remainder),
+        rule.address(update.exp_avg_scale),
+        rule.address(update.weight_remainder),
         update.param.numel(),
         first_chunk,
         update.offset,
@@ -107,13 +107,9 @@ def _task(update: TensorUpdate, first_chunk: int) -> bytes:
     )
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """The compiled library; None, with one warning in the log, where it can neither be found nor built."""
+    """The compiled library; None, with one warning in the log, if it can neither be found nor built."""
     problems = []
     for find in (installed, cached):
         try:
@@ -129,17 +125,26 @@ def load() -> ctypes.CDLL | None:
 
 
 def installed() -> Path:
-    """The extension module beside this file; a FileNotFoundError where there is none or the source is newer."""
+    """Path of the extension module beside this file.
+
+    Raises:
+        FileNotFoundError: there is none, or the source is newer.
+    """
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = SOURCE.with_name("_cpu" + suffix)
-        # An editable installation keeps its extension when the source is edited. A wheel writes both within seconds.
+        # Of an editable installation, the source may be newer than the extension. A wheel writes both within seconds.
         if path.exists() and path.stat().st_mtime > SOURCE.stat().st_mtime - STALE_SECONDS:
             return path
     raise FileNotFoundError("not built with the package")
 
 
 def cached() -> Path:
-    """The library in the user's cache, compiled if it is missing there."""
+    """Path of the library in the user's cache, compiled if it is missing.
+
+    Raises:
+        FileNotFoundError: there is no compiler.
+        subprocess.SubprocessError: the compiler failed.
+    """
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise FileNotFoundError("no C compiler (cc, gcc, clang or $CC)")

@@ -16,9 +16,9 @@ CHUNK_ELEMENTS = 81_920
 
 
 class Scratch(NamedTuple):
-    """Buffers that stay in cache from one chunk to the next, in the dtype of the arithmetic, and the number one.
+    """Buffers of the chunks, in the dtype of the arithmetic, and the number one.
 
-    Allocating them for each chunk costs more than the arithmetic.
+    They stay in cache from one chunk to the next. Allocating them for each chunk would cost more than the arithmetic.
     """
 
     weight: Tensor
@@ -29,7 +29,7 @@ class Scratch(NamedTuple):
 
 
 class EagerEngine:
-    """Runs every update on every device; the fallback of the other engines."""
+    """Supports every update on every device; the fallback if no other engine supports it."""
 
     name = "eager"
 
@@ -68,16 +68,16 @@ def chunks(update: TensorUpdate, limit: int) -> Iterator[TensorUpdate]:
 
 
 def _is_simple(update: TensorUpdate) -> bool:
-    """Whether the short path serves unless a number is not finite; finding that out would synchronise a GPU."""
+    """Whether the short path may be tried; on a GPU, its test for numbers that are not finite would synchronise."""
     settings = update.settings
     return not settings.cautious and settings.found_inf is None and update.param.device.type == "cpu"
 
 
 def _step_simply(update: TensorUpdate, scratch: Scratch) -> bool:
-    """The rule in scratch memory. Returns False, with nothing changed, where a number is not finite or is huge."""
+    """Runs the rule in scratch memory. Returns False, with nothing changed, if a number is not finite or is huge."""
     settings = update.settings
     weight, momentum, grad = _decode_into(update, scratch)
-    if not _is_moderate(momentum, grad):  # also fetches both, faster than one after the other
+    if not _is_moderate(momentum, grad):  # this also fetches both, faster than one after the other
         return False
     change = torch.mul(momentum, settings.beta1, out=scratch.change[: update.param.numel()])
     _add_product(change, grad, 1 - settings.beta1, scratch.one)
@@ -106,9 +106,10 @@ def _step_carefully(update: TensorUpdate, nonfinite: Tensor) -> None:
 
 
 def _decode_into(update: TensorUpdate, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight, momentum and gradient in scratch memory, or the stored tensors themselves where they serve as they are.
+    """Weight, momentum and gradient in the precision of the arithmetic.
 
-    All three of a bf16 parameter are in scratch. A weight zeroed from outside may come out as a NaN.
+    Tensors that are stored in another precision, and all three of a bf16 parameter, are in scratch memory; others are
+    the stored tensors. A weight that was set to zero outside the optimizer may become a NaN.
     """
     weight = _widened(update.param, scratch.weight)
     if update.weight_remainder is not None:
@@ -126,21 +127,21 @@ def _decode_into(update: TensorUpdate, scratch: Scratch) -> tuple[Tensor, Tensor
 
 
 def _widened(stored: Tensor, buffer: Tensor, always: bool = False) -> Tensor:
-    """The numbers in the dtype of `buffer`; copied into it where they are stored in another dtype, or `always`."""
+    """The numbers in the dtype of `buffer`, copied into it if they have another dtype, or if `always` is set."""
     return stored if stored.dtype == buffer.dtype and not always else buffer[: stored.numel()].copy_(stored)
 
 
 def _add_product(total: Tensor, values: Tensor, factor: float, one: Tensor) -> None:
-    """Adds values * factor in one pass, the product rounded before it is added.
+    """Adds values * factor in one pass, and rounds the product before the addition.
 
-    torch multiplies by the factor first, and the product that it may fuse with the addition is the one with `one`,
-    which is exact. `add_` with alpha, or a tensor in place of `one`, would fuse the product that has to be rounded.
+    torch multiplies by the factor first. It may fuse only the product with `one`, which is exact, with the addition.
+    `add_` with alpha, or a tensor in place of `one`, would fuse the product that has to be rounded.
     """
     total.addcmul_(values, one, value=factor)
 
 
 def _is_moderate(left: Tensor, right: Tensor) -> bool:
-    """Whether all numbers are finite and no product of two overflows: squares overflow far below bf16's largest."""
+    """Whether all numbers are finite and so small that their dot product does not overflow."""
     return math.isfinite(torch.dot(left, right).item())
 
 

@@ -25,10 +25,10 @@ CAUTIOUS_LIMIT = 2.0
 
 @dataclass(frozen=True)
 class Settings:
-    """What one parameter group asks of one step; made anew for every step.
+    """The options of one parameter group in one step.
 
-    `lr`, `grad_scale`, `found_inf` and `step` are Python numbers where the host knows them and 0-d device tensors
-    where it would have to wait for them. Engines on a CPU get numbers.
+    `lr`, `grad_scale`, `found_inf` and `step` are Python numbers if the host knows them, and 0-d tensors on the device
+    if reading them would synchronise. On a CPU they are numbers.
     """
 
     lr: float | Tensor
@@ -45,7 +45,7 @@ class Settings:
     grad_scale: float | Tensor = 1.0
     """Gradients are divided by it (multiplied by its fp32 reciprocal), as in torch's fused optimizers."""
     found_inf: Tensor | None = None
-    """Where not None and not 0, the step changes nothing. A skip that the host knows of never reaches an engine."""
+    """If it is a tensor other than 0, the step changes nothing. A step that the host knows to skip runs no engine."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class TensorUpdate:
     param: Tensor
     """bfloat16, float32 or float64."""
     grad: Tensor
-    """Any floating dtype; that of `param` unless the caller did something unusual."""
+    """Any floating dtype; usually that of `param`."""
     exp_avg: Tensor
     """float64, float32, bfloat16, or int8 with `exp_avg_scale`."""
     exp_avg_scale: Tensor | None
@@ -101,10 +101,14 @@ class TensorUpdate:
 
 
 def caution(update: Tensor, grad: Tensor) -> Tensor:
-    """Masks the elements of u whose sign the gradient does not share and makes up for them within each block.
+    """Masks the elements of u whose sign differs from the gradient's, and scales up the others of the same block.
 
-    Liang et al., "Cautious Optimizers", arXiv:2411.16085, rescale by 1/mean(mask) over the tensor, which is unbounded;
-    this takes the mean over BLOCK_ELEMENTS elements and stops at CAUTIOUS_LIMIT.
+    Liang et al., "Cautious Optimizers", arXiv:2411.16085, scale by 1/mean(mask) over the tensor, which is unbounded.
+    Here the mean is over BLOCK_ELEMENTS elements and the factor is at most CAUTIOUS_LIMIT.
+
+    Args:
+        update: u, of shape (n,).
+        grad: of shape (n,), to descend along.
     """
     count = update.numel()
     mask = update * grad > 0
@@ -118,8 +122,12 @@ def caution(update: Tensor, grad: Tensor) -> Tensor:
 def ruled(weight: Tensor, grad: Tensor, momentum: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """The rule, in the precision of its arguments; gradients that are not finite propagate.
 
+    Args:
+        weight, grad, momentum: before the step, of shape (n,) and one dtype; `grad` as `unscaled_gradient` returns it.
+        settings: of the parameter's group.
+
     Returns:
-        New weight, new momentum, and u.
+        New weight, new momentum, and u after caution, of shape (n,).
     """
     mixed = momentum * settings.beta1 + grad * (1 - settings.beta1)
     update = torch.where(mixed.isnan(), mixed, mixed.sign())  # torch's sign of NaN is 0
@@ -131,7 +139,12 @@ def ruled(weight: Tensor, grad: Tensor, momentum: Tensor, settings: Settings) ->
 
 
 def gradient_factor(settings: Settings, dtype: torch.dtype) -> float | Tensor:
-    """What gradients are multiplied by: the reciprocal of `grad_scale` in `dtype`, negative to ascend."""
+    """The factor of the gradients: the reciprocal of `grad_scale`, negated to ascend.
+
+    Args:
+        settings: of a parameter group.
+        dtype: of the arithmetic, in which the reciprocal is rounded.
+    """
     sign = -1.0 if settings.maximize else 1.0
     if isinstance(settings.grad_scale, Tensor):
         return settings.grad_scale.to(dtype).reciprocal() * sign
@@ -170,3 +183,8 @@ def decode(update: TensorUpdate) -> tuple[Tensor, Tensor]:
     if update.exp_avg_scale is not None:
         momentum = storage_formats.dequantize(momentum, update.exp_avg_scale)
     return weight, momentum.to(weight.dtype)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Address of a tensor's first element; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,28 +37,8 @@ KEPT_TABLES = 64
 logger = logging.getLogger(__name__)
 
 
-class Combination(NamedTuple):
-    """The constants that a kernel is compiled for; tensors with equal constants share a launch."""
-
-    param: torch.dtype
-    grad: torch.dtype
-    exp_avg: torch.dtype
-    weight_bits: int
-    cautious: bool
-    aligned: bool
-
-    @classmethod
-    def of(cls, update: TensorUpdate) -> "Combination":
-        """The combination that an update belongs to."""
-        arrays = update.param, update.grad, update.exp_avg, update.weight_remainder
-        return cls(
-            update.param.dtype,
-            update.grad.dtype,
-            update.exp_avg.dtype,
-            update.settings.weight_bits if update.param.dtype == torch.bfloat16 else 32,
-            update.settings.cautious,
-            not any(_address(array) % ALIGNMENT_BYTES for array in arrays),
-        )
+Constants: TypeAlias = tuple[torch.dtype, torch.dtype, torch.dtype, int, bool, bool]
+"""PARAM, GRAD, MOMENTUM, WEIGHT_BITS, CAUTIOUS and ALIGNED of the kernel; tensors with equal ones share a launch."""
 
 
 class TritonEngine:
@@ -80,16 +60,26 @@ class TritonEngine:
         return self._objections[device]
 
     def step(self, updates: Sequence[TensorUpdate], nonfinite: Tensor) -> None:
-        batches: dict[Combination, list[TensorUpdate]] = {}
+        batches: dict[Constants, list[TensorUpdate]] = {}
         for update in updates:
-            batches.setdefault(Combination.of(update), []).append(update)
+            arrays = update.param, update.grad, update.exp_avg, update.weight_remainder
+            constants = (
+                update.param.dtype,
+                update.grad.dtype,
+                update.exp_avg.dtype,
+                update.settings.weight_bits if update.param.dtype == torch.bfloat16 else 32,
+                update.settings.cautious,
+                not any(rule.address(array) % ALIGNMENT_BYTES for array in arrays),
+            )
+            batches.setdefault(constants, []).append(update)
         with _current(nonfinite.device):
-            for combination, batch in batches.items():
-                self._launch(combination, batch, nonfinite)
+            for constants, batch in batches.items():
+                self._launch(constants, batch, nonfinite)
 
-    def _launch(self, combination: Combination, batch: list[TensorUpdate], nonfinite: Tensor) -> None:
+    def _launch(self, constants: Constants, batch: list[TensorUpdate], nonfinite: Tensor) -> None:
+        """Writes both tables and launches the kernel once for all updates of a batch."""
         kernels, device = _kernels(), nonfinite.device
-        arithmetic = torch.float64 if combination.param == torch.float64 else torch.float32
+        arithmetic = torch.float64 if constants[0] == torch.float64 else torch.float32
         converted: list[Tensor] = []  # freed after the launch: the stream keeps the order
         numbers_of_settings: dict[int, int] = {}
         tensors, groups = bytearray(), bytearray()
@@ -108,21 +98,14 @@ class TritonEngine:
             lambda: torch.arange(len(tiles), dtype=torch.int32).repeat_interleave(torch.tensor(tiles)),
             device,
         )
-        param, grad, exp_avg = (
-            getattr(kernels.tl, str(dtype).removeprefix("torch."))
-            for dtype in (combination.param, combination.grad, combination.exp_avg)
-        )
+        dtypes = (getattr(kernels.tl, str(dtype).removeprefix("torch.")) for dtype in constants[:3])
         kernels.lion_kernel[(first_tile,)](
             self._tables.table(bytes(tensors), device),
             self._tables.table(bytes(groups), device),
             tensor_of_tile,
             nonfinite,
-            PARAM=param,
-            GRAD=grad,
-            MOMENTUM=exp_avg,
-            WEIGHT_BITS=combination.weight_bits,
-            CAUTIOUS=combination.cautious,
-            ALIGNED=combination.aligned,
+            *dtypes,
+            *constants[3:],
             num_warps=WARPS,
             enable_fp_fusion=False,  # a fused multiply-add would differ from the other engines in the last bit
         )
@@ -158,19 +141,14 @@ def _device_objection(device: torch.device) -> str | None:
     return None
 
 
-def _address(tensor: Tensor | None) -> int:
-    """Address of a tensor's first element; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _tensor_row(update: TensorUpdate, group: int, first_tile: int) -> bytes:
     """The row of one tensor, with the number of its settings' row and the number of tiles before its first."""
     return TENSOR_ROW.pack(
         update.param.data_ptr(),
         update.grad.data_ptr(),
         update.exp_avg.data_ptr(),
-        _address(update.exp_avg_scale),
-        _address(update.weight_remainder),
+        rule.address(update.exp_avg_scale),
+        rule.address(update.weight_remainder),
         update.param.numel(),
         update.offset,
         update.index,
