@@ -223,10 +223,10 @@ class DeviceTables:
             return self._captured(key, make, device)
         full_key = device, torch.cuda.current_stream(device).cuda_stream, key
         if full_key not in self._tables:
-            pinned = _pinned(make())
-            self._tables[full_key] = pinned.to(device, non_blocking=True)
-            if pinned.nbytes not in self._reserved:
-                self._reserved[pinned.nbytes] = torch.empty(pinned.nbytes, dtype=torch.uint8, pin_memory=True)
+            source = pinned(make())
+            self._tables[full_key] = source.to(device, non_blocking=True)
+            if source.nbytes not in self._reserved:
+                self._reserved[source.nbytes] = torch.empty(source.nbytes, dtype=torch.uint8, pin_memory=True)
             if len(self._tables) > KEPT_TABLES:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(full_key)
@@ -239,14 +239,15 @@ class DeviceTables:
                 self._of_graphs.append(table)
                 return table
         content = make()
-        pinned = self._reserved.pop(content.nbytes, None)
-        pinned = _pinned(content) if pinned is None else pinned.view(content.dtype).copy_(content)
-        table = pinned.to(device, non_blocking=True)
-        self._of_graphs += [pinned, table]
+        reserved = self._reserved.pop(content.nbytes, None)
+        source = pinned(content) if reserved is None else reserved.view(content.dtype).copy_(content)
+        table = source.to(device, non_blocking=True)
+        self._of_graphs += [source, table]
         return table
 
 
-def _pinned(content: Tensor) -> Tensor:
+def pinned(content: Tensor) -> Tensor:
+    """A copy of a tensor in pinned host memory."""
     return torch.empty_like(content, pin_memory=True).copy_(content)
 
 
