@@ -219,10 +219,10 @@ CONTAINERS = ("optimizer_states", "optimizer_state_dict", "optimizer", "optim")
 
 
 def read(path: str | os.PathLike[str]) -> Any:
-    """Reads a local file of torch.save that holds tensors and plain containers alone (`weights_only=True`), to the CPU.
+    """Reads a local file of torch.save that contains only tensors and plain containers (`weights_only=True`), to the CPU.
 
     Raises:
-        ValueError: the path is a URL, no file is there, or it holds anything else.
+        ValueError: the path is a URL, there is no file, or it contains anything else.
     """
     if "://" in str(path):
         raise ValueError(f"path={str(path)!r} is not allowed: use a local file; nothing is downloaded")
@@ -236,7 +236,7 @@ def read(path: str | os.PathLike[str]) -> Any:
 
 
 def optimizer_state(checkpoint: StateDict) -> StateDict:
-    """The optimizer's state in a checkpoint: the checkpoint itself, or what lies under one of `CONTAINERS`.
+    """The optimizer's state in a checkpoint: the checkpoint itself, or the value of one of the keys in `CONTAINERS`.
 
     Raises:
         ValueError: there is none, or there are several.
@@ -291,11 +291,13 @@ def check_loadable(state_dict: Any) -> None:
         )
     if not source:
         return
-    renamed = [name for name, ours in PEERS[source].names.items() if name != ours]
-    try:
-        lost = [name for group in groups if translated_options(source, group) for name in renamed if group.get(name)]
-    except ValueError as error:  # an option that has no equal
-        lost = [str(error)]
+    lost = []
+    for group in groups:
+        try:
+            translated_options(source, group)
+        except ValueError as error:  # an option that Lion does not have
+            lost.append(str(error))
+        lost += [name for name, ours in PEERS[source].names.items() if name != ours and group.get(name)]
     if lost or source not in PLAIN or not tensors <= {"exp_avg"}:
         raise ValueError(
             f"state_dict is of {source}{''.join(f', with {option}' for option in lost)}: load it by "
@@ -316,8 +318,8 @@ def converted(
 
     Args:
         state_dict: of the peer's optimizer; not changed.
-        weights: the parameters in the order of the optimizer; needed where bf16 weights have a compensation, otherwise
-            None leaves shapes unchecked.
+        weights: the parameters in the order of the optimizer; needed for bf16 weights with a compensation. With None,
+            shapes are not checked.
         source: one of `SOURCES`; None detects it.
         hyperparameters: whether lr, betas, weight_decay and the like are taken over.
         drop_compensation: whether the bits that a peer keeps of a weight beyond bf16 are left out.
@@ -360,9 +362,9 @@ def import_state(
 ) -> str:
     """Loads the optimizer state of another Lion, whose weights the model must hold already.
 
-    Momentum is kept in the dtype found (8-bit forms become fp32) until a step stores it as `momentum_dtype` asks. What
-    optimi (Kahan sum) and FlashLion (error bits) keep of a bf16 weight becomes its remainder. The parameters are left
-    alone. `weight_bits`, `momentum_dtype`, `nonfinite`, `seed` and `fused` stay those of the optimizer.
+    Momentum keeps the dtype found (8-bit formats become fp32) until a step stores it in `momentum_dtype`. The lower bits
+    of bf16 weights that optimi (Kahan sum) and FlashLion (error bits) keep become remainders. The parameters do not
+    change. `weight_bits`, `momentum_dtype`, `nonfinite`, `seed` and `fused` stay those of the optimizer.
 
     Two peers decay by an option that they do not save: lion-pytorch with `decoupled_weight_decay` and FlashLion with
     `decouple_lr`; divide weight_decay by the first lr after such an import.
