@@ -51,7 +51,7 @@ class Peer:
 
 
 def _plain(state: Entry, group: Entry) -> Moments:
-    exp_avg = required(state, "exp_avg")
+    exp_avg = _required(state, "exp_avg")
     return Moments(exp_avg.float() if exp_avg.dtype == torch.float16 else exp_avg)
 
 
@@ -64,15 +64,15 @@ def _deepspeed(state: Entry, group: Entry) -> Moments:
 
 def _bitsandbytes(state: Entry, group: Entry) -> Moments:
     state = {**state, **state.get(BITSANDBYTES_WRAPPER, {})}
-    levels = required(state, "state1")
+    levels = _required(state, "state1")
     if levels.dtype != torch.uint8:
         return Moments(levels)
-    scales, table = required(state, "absmax1"), required(state, "qmap1")
+    scales, table = _required(state, "absmax1"), _required(state, "qmap1")
     count = levels.numel()
     for block in BITSANDBYTES_BLOCK_ELEMENTS:
         if scales.numel() == -(-count // block):
             values = table.float()[levels.reshape(-1).long()]
-            return Moments((values * per_element(scales, block, count)).view(levels.shape))
+            return Moments((values * _per_element(scales, block, count)).view(levels.shape))
     raise ValueError(f"absmax1 has {scales.numel()} elements for {count} levels; allowed is one for each 256 or 2048")
 
 
@@ -88,7 +88,7 @@ def _optimi(state: Entry, group: Entry) -> Moments:
 def _flashlion(state: Entry, group: Entry) -> Moments:
     exp_avg = state.get("exp_avg")
     if exp_avg is None:
-        exp_avg = _flashlion_momentum(required(state, "exp_avg::quantized"), required(state, "exp_avg::scales"))
+        exp_avg = _flashlion_momentum(_required(state, "exp_avg::quantized"), _required(state, "exp_avg::scales"))
     errors = state.get("error_bits")
     if errors is None:
         return Moments(exp_avg)
@@ -110,36 +110,19 @@ def _flashlion_momentum(levels: Tensor, scales: Tensor) -> Tensor:
     if scales.dtype == torch.bfloat16:
         scales = scales.view(torch.float16)
     ratio = layout.flat(levels).float() / 127.0
-    values = ratio / (2.0 - ratio.abs()) * per_element(scales, FLASHLION_BLOCK_ELEMENTS, levels.numel())
+    values = ratio / (2.0 - ratio.abs()) * _per_element(scales, FLASHLION_BLOCK_ELEMENTS, levels.numel())
     return torch.empty_like(levels, dtype=torch.float32).copy_(values.as_strided(levels.shape, levels.stride()))
 
 
-def per_element(scales: Tensor, block: int, count: int) -> Tensor:
-    """Expands the scales of blocks to one fp32 scale per element: shape (count,).
-
-    Args:
-        scales: one per block, in any shape and floating dtype.
-        block: elements of a block.
-        count: number of elements.
-
-    Raises:
-        ValueError: the number of scales is not that of the blocks.
-    """
+def _per_element(scales: Tensor, block: int, count: int) -> Tensor:
+    """Expands the scales of blocks to one fp32 scale per element: shape (count,)."""
     if scales.numel() != -(-count // block):
         raise ValueError(f"{scales.numel()} scales for {count} elements; allowed is one for each {block}")
     return scales.reshape(-1).float().repeat_interleave(block)[:count]
 
 
-def required(state: Entry, key: str) -> Tensor:
-    """The tensor under a key of a parameter's state.
-
-    Args:
-        state: of one parameter.
-        key: of a tensor.
-
-    Raises:
-        ValueError: there is no tensor under the key; names the keys that are there.
-    """
+def _required(state: Entry, key: str) -> Tensor:
+    """The tensor under a key; raises a ValueError that names the keys if there is none."""
     value = state.get(key)
     if not isinstance(value, Tensor):
         raise ValueError(f"key {key!r} is missing; the keys are {', '.join(map(repr, state)) or 'none'}")
@@ -182,16 +165,8 @@ def source_of(state_dict: StateDict) -> str:
     raise ValueError(f"optimizer state with keys {sorted(keys)} is of no Lion known; allowed are {', '.join(PEERS)}")
 
 
-def translated_options(peer: str, group: Entry) -> dict[str, Any]:
-    """A peer's hyper-parameters under the names of Lion's options.
-
-    Args:
-        peer: a key of `PEERS`.
-        group: options of one parameter group.
-
-    Raises:
-        ValueError: an option is set that has no equal here; names it.
-    """
+def _translated_options(peer: str, group: Entry) -> dict[str, Any]:
+    """A peer's hyper-parameters under the names of Lion's options; raises a ValueError for those Lion does not have."""
     refused = [name for name in PEERS[peer].refused if group.get(name)]
     if group.get("weight_decouple") is False and group.get("weight_decay"):
         refused.append("weight_decouple")
@@ -219,7 +194,7 @@ CONTAINERS = ("optimizer_states", "optimizer_state_dict", "optimizer", "optim")
 
 
 def read(path: str | os.PathLike[str]) -> Any:
-    """Reads a local file of torch.save that contains only tensors and plain containers (`weights_only=True`), to the CPU.
+    """Reads a local file of torch.save with tensors and plain containers only (`weights_only=True`), to the CPU.
 
     Raises:
         ValueError: the path is a URL, there is no file, or it contains anything else.
@@ -294,7 +269,7 @@ def check_loadable(state_dict: Any) -> None:
     lost = []
     for group in groups:
         try:
-            translated_options(source, group)
+            _translated_options(source, group)
         except ValueError as error:  # an option that Lion does not have
             lost.append(str(error))
         lost += [name for name, ours in PEERS[source].names.items() if name != ours and group.get(name)]
@@ -347,7 +322,7 @@ def converted(
                 name = f"parameter {key!r} ({source})"
                 state[key] = _entry(source, entry, group, weight, name, drop_compensation)
             position += 1
-        options = translated_options(source, group) if hyperparameters else {}
+        options = _translated_options(source, group) if hyperparameters else {}
         steps = max(int(entry.get("step", 0)) for entry in (group, *entries))  # 0 where the peer does not count
         groups.append({**options, "step": steps, "params": list(group["params"])})
     return {"state": state, "param_groups": groups}
@@ -362,9 +337,9 @@ def import_state(
 ) -> str:
     """Loads the optimizer state of another Lion, whose weights the model must hold already.
 
-    Momentum keeps the dtype found (8-bit formats become fp32) until a step stores it in `momentum_dtype`. The lower bits
-    of bf16 weights that optimi (Kahan sum) and FlashLion (error bits) keep become remainders. The parameters do not
-    change. `weight_bits`, `momentum_dtype`, `nonfinite`, `seed` and `fused` stay those of the optimizer.
+    Momentum keeps the dtype found (8-bit formats become fp32) until a step stores it in `momentum_dtype`. The lower
+    bits of bf16 weights that optimi (Kahan sum) and FlashLion (error bits) keep become remainders. The parameters do
+    not change. `weight_bits`, `momentum_dtype`, `nonfinite`, `seed` and `fused` stay those of the optimizer.
 
     Two peers decay by an option that they do not save: lion-pytorch with `decoupled_weight_decay` and FlashLion with
     `decouple_lr`; divide weight_decay by the first lr after such an import.

@@ -322,11 +322,8 @@ class Lion(Optimizer):
         lr, found_inf, counter = used.lr, used.found_inf, group["step"]
         if not isinstance(counter, Tensor):
             group["step"] = counter + (1 if isinstance(lr, Tensor) or lr != 0 else 0)
-        elif isinstance(lr, Tensor) or found_inf is not None:
-            moves = (lr != 0).to(counter.dtype) if isinstance(lr, Tensor) else torch.ones_like(counter)
-            counter += moves if found_inf is None else moves * (found_inf == 0)
-        elif lr != 0:
-            counter += 1
+        else:
+            counter += (lr != 0) if found_inf is None else (found_inf == 0) & (lr != 0)
 
     def full_precision_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's state dict with every bf16 tensor as the fp32 number it stands for.

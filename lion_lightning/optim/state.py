@@ -31,7 +31,7 @@ DTYPES = {
 """The tensors of a state, and the dtypes in which they are accepted."""
 
 _ROUND_TO_NEAREST = -(2**31)
-"""The random word with which `storage_formats.split_weight` rounds to nearest: only its top bit is set."""
+"""The random word with which `storage_formats.store_words` rounds to nearest: only its top bit is set."""
 
 
 def is_ready(entry: Mapping[str, Any], param: Tensor, weight_bits: int, momentum_dtype: torch.dtype | None) -> bool:
@@ -232,16 +232,12 @@ def _stored_dtype(found: torch.dtype, param: Tensor, requested: torch.dtype | No
     return widest if found in (torch.float16, torch.float64) else found
 
 
-def scale_count(shape: Sequence[int], ways: Sequence[int]) -> int:
-    """Number of scales of an int8 momentum over all shards, which identifies the sharding.
+def _scale_count(shape: Sequence[int], ways: Sequence[int]) -> int:
+    """Number of scales of an int8 momentum over all shards, cut `ways` along each dimension; identifies the sharding.
 
     If the blocks of the shards are those of the whole tensor, there is one scale per block. Otherwise each shard has a
     few more than it uses: an odd number, so that world sizes that are powers of two differ, congruent to 1 modulo 4 if
     rows are sharded and to 3 otherwise. State of another sharding therefore has another shape and is refused.
-
-    Args:
-        shape: of the whole parameter.
-        ways: number of shards along each dimension.
     """
     block = storage_formats.BLOCK_ELEMENTS
     shards, whole = math.prod(ways), -(-math.prod(shape) // block)
@@ -263,7 +259,7 @@ def _scale_shape(param: Tensor) -> torch.Size:
     for cut, placement in zip(param.device_mesh.shape, placements, strict=True):  # type: ignore[attr-defined]
         if placement.is_shard():
             ways[placement.dim] *= cut
-    return torch.Size((scale_count(param.shape, ways),))
+    return torch.Size((_scale_count(param.shape, ways),))
 
 
 def _zero_scale(param: Tensor) -> Tensor:
@@ -381,15 +377,14 @@ def seed_full_precision(model: nn.Module, optimizer: Optimizer, weights: Mapping
             if target.dtype != torch.bfloat16 or target not in bits:
                 target.copy_(weight)
                 continue
-            full = layout.local(weight.to(target.device)).float()
-            random = torch.full_like(full, _ROUND_TO_NEAREST, dtype=torch.int32)
-            high, low = storage_formats.split_weight(full, bits[target], random)
-            layout.local(target.detach()).copy_(high)
+            words = storage_formats.ordinary(layout.local(weight.to(target.device)).float()).view(torch.int32)
+            random = torch.full_like(words, _ROUND_TO_NEAREST)
+            dtype, low = storage_formats.REMAINDER_DTYPES[bits[target]], None
             optimizer.state[target].pop("weight_remainder", None)
-            if low is not None:
-                remainder = torch.zeros_like(target, dtype=low.dtype, requires_grad=False)
-                layout.local(remainder).copy_(low)
-                optimizer.state[target]["weight_remainder"] = remainder
+            if dtype is not None:
+                remainder = torch.zeros_like(target, dtype=dtype, requires_grad=False)
+                optimizer.state[target]["weight_remainder"], low = remainder, layout.local(remainder)
+            storage_formats.store_words(words, layout.local(target.detach()), low, bits[target], random)
 
 
 def remainder_of(full: Tensor, weight: Tensor) -> Tensor:

@@ -79,9 +79,10 @@ class Telemetry:
             engine.step(updates, nonfinite)
             return
         for update in updates:
-            before, count = observed(update), nonfinite.clone()
+            blocks = observed_blocks(update)
+            before, count = copy_of(update, blocks), nonfinite.clone()
             engine.step([update], nonfinite)
-            self._collected[update.index] = self._row(update, before, observed(update), nonfinite - count)
+            self._collected[update.index] = self._row(update, before, copy_of(update, blocks), nonfinite - count)
 
     def _row(self, update: TensorUpdate, before: TensorUpdate, after: TensorUpdate, nonfinite: Tensor) -> _Row:
         """The sums of one update, from its observed elements before and after the engine ran."""
@@ -97,28 +98,32 @@ class Telemetry:
             last_signs = None  # the parameter has been resharded or moved
         self._signs[update.index] = signs
         bound = BOUND_SHARE / settings.weight_decay if settings.weight_decay > 0 else torch.inf
-        terms = (
+        square = weight * weight
+        shares = (
             new_weight == weight,
             direction == 0,
             momentum * grad > 0,
-            torch.zeros_like(signs) if last_signs is None else last_signs * signs < 0,
+            torch.zeros_like(direction, dtype=torch.bool) if last_signs is None else last_signs * signs < 0,
             weight.abs() > bound,
+        )
+        numbers = (
             new_momentum * new_momentum,
-            weight * weight,
+            square,
             (weight - new_weight - direction * settings.lr) * weight,
-            weight * weight * settings.lr * settings.weight_decay,
+            square * settings.lr * settings.weight_decay,
             torch.ones_like(weight) * settings.lr,
         )
         dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+        sums = torch.cat([torch.stack(terms).sum(1, dtype=dtype) for terms in (shares, numbers)])
         elements = update.param.numel()
-        sums = torch.stack([term.sum(dtype=dtype) for term in terms]) * (elements / weight.numel())
+        sums *= elements / weight.numel()
         return _Row(sums, nonfinite, elements, update.kind, settings.weight_decay > 0, last_signs is not None)
 
     def summary(self) -> dict[str, Tensor]:
         """Metrics of the last sample as tensors of shape () under `lion/`; empty before the first.
 
         Shares are of the elements of this process, of DTensors those of the local shards, estimated from the observed
-        ones (see `observed`). The caller reduces over ranks. The ratios of lr and RMS(p) are the alpha_0 of Amos
+        ones (see `observed_blocks`). The caller reduces over ranks. The ratios of lr and RMS(p) are the alpha_0 of Amos
         (arXiv:2210.11693).
         """
         if not self._rows:
@@ -152,22 +157,32 @@ def _means(rows: list[_Row], device: torch.device) -> Tensor:
     return total / sum(row.elements for row in rows)
 
 
-def observed(update: TensorUpdate) -> TensorUpdate:
-    """A copy of the elements that telemetry observes: all of a small tensor, else OBSERVED_BLOCKS whole blocks.
+def observed_blocks(update: TensorUpdate) -> Tensor | None:
+    """Numbers of the blocks that telemetry observes, int64 on the device; None if it observes every element.
 
-    Multiples of the golden ratio spread the blocks evenly over the tensor, whatever the width of a matrix.
+    Of a tensor of more than OBSERVED_BLOCKS blocks, these are as many whole blocks, at multiples of the golden ratio,
+    which spreads them evenly over the rows and columns of a matrix.
     """
     blocks = update.param.numel() // BLOCK_ELEMENTS
     if blocks <= OBSERVED_BLOCKS:
-        chosen = None
-    else:
-        chosen = torch.arange(OBSERVED_BLOCKS, device=update.param.device) * GOLDEN & WORD_MASK
-        chosen = chosen * blocks >> 32
+        return None
+    multiples = torch.arange(OBSERVED_BLOCKS, device=update.param.device) * GOLDEN & WORD_MASK
+    return multiples * blocks >> 32
+
+
+def copy_of(update: TensorUpdate, blocks: Tensor | None) -> TensorUpdate:
+    """A copy of some blocks of an update, or of all of it.
+
+    Args:
+        update: is not changed.
+        blocks: their numbers, int64 on the device of the update; None copies every element.
+    """
 
     def copied(tensor: Tensor, block_elements: int = BLOCK_ELEMENTS) -> Tensor:
-        if chosen is None:
+        if blocks is None:
             return tensor.clone()
-        return tensor[: blocks * block_elements].view(-1, block_elements).index_select(0, chosen).view(-1)
+        whole = update.param.numel() // BLOCK_ELEMENTS
+        return tensor[: whole * block_elements].view(-1, block_elements).index_select(0, blocks).view(-1)
 
     scale, remainder = update.exp_avg_scale, update.weight_remainder
     return replace(

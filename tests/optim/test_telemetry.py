@@ -79,7 +79,7 @@ def test_the_figures_are_those_of_float64(dtype: torch.dtype, fused: bool | None
 
 @pytest.mark.parametrize("columns", [256, 768, 1024, 1280, 13_312])
 def test_observed_elements_are_spread_over_a_matrix(columns: int) -> None:
-    """A share of zero gradients in some rows or columns alone is estimated within a few per cent."""
+    """A share of zero gradients in some rows or columns alone is estimated within a twentieth."""
     param = nn.Parameter(torch.zeros(1000, columns))
     for dimension, size in ((0, 1000), (1, columns)):
         optimizer = Lion([param], lr=1e-3)
@@ -175,12 +175,12 @@ def test_a_sample_keeps_no_gradient_alive() -> None:
 @pytest.mark.parametrize("options", [{"maximize": True}, {"cautious": True}, {"momentum_dtype": "int8"}])
 def test_the_direction_is_that_of_the_step(options: dict[str, Any]) -> None:
     """With the scale of a GradScaler, and against a second sample of gradients reversed at some elements."""
-    param = nn.Parameter(torch.randn(10_000, generator=torch.Generator().manual_seed(0)))
+    param = nn.Parameter(torch.randn(4000, generator=torch.Generator().manual_seed(0)))
     optimizer = Lion([param], lr=1e-2, weight_decay=0.0, betas=(0.0, 0.5), **options)
     optimizer.telemetry_every = 1
     optimizer.grad_scale = torch.tensor(1024.0)
-    gradient = torch.randn(10_000, generator=torch.Generator().manual_seed(1)) * 1024
-    for reverse in (0, 3000):
+    gradient = torch.randn(4000, generator=torch.Generator().manual_seed(1)) * 1024
+    for reverse in (0, 1200):
         before = param.detach().clone()
         param.grad = gradient.clone()
         param.grad[:reverse] *= -1

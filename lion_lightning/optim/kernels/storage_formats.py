@@ -120,27 +120,6 @@ def join_weight(param: Tensor, remainder: Tensor | None) -> Tensor:
     return words.view(torch.float32)
 
 
-def split_weight(value: Tensor, weight_bits: int, random: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Splits fp32 numbers into bf16 and the remainder that `weight_bits` keeps.
-
-    Finite numbers beyond the largest bf16 number become that number, infinities stay, and every NaN becomes the
-    canonical one.
-
-    Args:
-        value: fp32.
-        weight_bits: 32 (nothing is lost), 24 or 16 (stochastic rounding).
-        random: int32 words as `random_bits` gives them; their top 32 - `weight_bits` bits are used. Unused at 32.
-
-    Returns:
-        The bf16 tensor and the remainder: int16, int8 or None.
-    """
-    high = torch.empty_like(value, dtype=torch.bfloat16)
-    dtype = REMAINDER_DTYPES[weight_bits]
-    remainder = None if dtype is None else torch.empty_like(value, dtype=dtype)
-    store_words(ordinary(value).view(torch.int32), high, remainder, weight_bits, random)
-    return high, remainder
-
-
 def store_words(
     words: Tensor, param: Tensor, remainder: Tensor | None, weight_bits: int, random: Tensor | None
 ) -> None:
@@ -150,8 +129,8 @@ def store_words(
         words: int32 bit patterns of the numbers; overwritten.
         param: bf16, written in place.
         remainder: int16 or int8, written in place, or None.
-        weight_bits: 32, 24 or 16.
-        random: as in `split_weight`.
+        weight_bits: 32 (nothing is lost), 24 or 16 (stochastic rounding).
+        random: int32 words as `random_bits` gives them, of which the top 32 - `weight_bits` bits are used; None at 32.
     """
     if weight_bits != 32:
         assert random is not None, "stochastic rounding needs random bits"
@@ -162,7 +141,7 @@ def store_words(
 
 
 def ordinary(value: Tensor) -> Tensor:
-    """A copy of fp32 numbers, saturated at the largest bf16 number and with canonical NaNs."""
+    """A copy of fp32 numbers: finite ones are at most the largest bf16 number, and every NaN is the canonical one."""
     saturated = torch.where(value.isinf(), value, value.clamp(-BFLOAT16_MAX, BFLOAT16_MAX))
     return saturated.masked_fill_(value.isnan(), math.nan)
 

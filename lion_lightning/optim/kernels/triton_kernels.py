@@ -157,7 +157,7 @@ def store_weight(
     tensor, start, local, stored, value, random, DTYPE: tl.constexpr, WEIGHT_BITS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """`storage_formats.split_weight` where `stored` says so."""
+    """`storage_formats.store_words` where `stored` is true."""
     if DTYPE != tl.bfloat16:
         target = array_at(tensor, PARAM_ARRAY, start, DTYPE, ALIGNED)
         tl.store(target + local, value, mask=stored)
