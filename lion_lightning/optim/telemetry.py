@@ -99,14 +99,12 @@ class Telemetry:
         self._signs[update.index] = signs
         bound = BOUND_SHARE / settings.weight_decay if settings.weight_decay > 0 else torch.inf
         square = weight * weight
-        shares = (
+        terms = (
             new_weight == weight,
             direction == 0,
             momentum * grad > 0,
-            torch.zeros_like(direction, dtype=torch.bool) if last_signs is None else last_signs * signs < 0,
+            torch.zeros_like(signs) if last_signs is None else last_signs * signs < 0,
             weight.abs() > bound,
-        )
-        numbers = (
             new_momentum * new_momentum,
             square,
             (weight - new_weight - direction * settings.lr) * weight,
@@ -114,7 +112,7 @@ class Telemetry:
             torch.ones_like(weight) * settings.lr,
         )
         dtype = torch.float32 if weight.device.type == "mps" else torch.float64
-        sums = torch.cat([torch.stack(terms).sum(1, dtype=dtype) for terms in (shares, numbers)])
+        sums = torch.stack([term.sum(dtype=dtype) for term in terms])  # each too small to wait for other threads
         elements = update.param.numel()
         sums *= elements / weight.numel()
         return _Row(sums, nonfinite, elements, update.kind, settings.weight_decay > 0, last_signs is not None)
