@@ -29,16 +29,16 @@ Closure: TypeAlias = Callable[[], Any]
 def release_gradients(model: nn.Module, optimizer: Optimizer, *, clip_value: float | None = None) -> "Release":
     """Makes `backward` step each parameter as soon as its gradient is complete, and free the gradient.
 
-    The training loop stays as it is, one `backward` and one `optimizer.step()` an iteration, and its result is the
-    same bit for bit. `optimizer.step()` finds no gradients, ends the iteration (step number, step hooks, what a
-    scheduler observes) and steps parameters outside the model. Step pre-hooks, such as a warm-up, run before the first
+    The training loop is unchanged, with one `backward` and one `optimizer.step()` per iteration, and its result is the
+    same bit for bit. `optimizer.step()` finds no gradients, ends the iteration (step number, step hooks, the counter of
+    a scheduler) and steps parameters outside the model. Step pre-hooks, such as a warm-up, run before the first
     gradient of the iteration. The learning rate must therefore be set before `backward`.
 
     Clipping by the norm over all gradients is impossible, because they never exist together: in a training loop with
     release, `torch.nn.utils.clip_grad_norm_` finds no gradients and clips nothing. Leave it out (a step of Lion is
     bounded by lr) or use `clip_value`.
 
-    If backward raises, the next forward begins the iteration again; parameters that had stepped by then step once more.
+    If backward raises, the next forward starts the iteration again; parameters that had stepped step a second time.
 
     DDP: pass the wrapper; a parameter steps when its bucket has been reduced. DDP keeps its buckets, which are as large
     as the gradients, so little memory is saved there. FSDP2 works on each rank's shards.
@@ -52,7 +52,7 @@ def release_gradients(model: nn.Module, optimizer: Optimizer, *, clip_value: flo
         The handle: `remove()` it, or use it in a `with` statement.
 
     Raises:
-        ValueError: no parameter of the model is in the optimizer, or one of the two cannot work this way.
+        ValueError: no parameter of the model is in the optimizer, or one of the two does not support release.
         RuntimeError: later, while training: a second backward before `step` (accumulation), a GradScaler, or a learning
             rate that changed between backward and step.
 
@@ -71,7 +71,18 @@ class Release:
     """The handle of `release_gradients`: active until removed."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, clip_value: float | None) -> None:
-        _check(model, optimizer)
+        if not isinstance(model, nn.Module) or not isinstance(optimizer, Optimizer):
+            kinds = f"{type(model).__name__} and {type(optimizer).__name__}"
+            raise ValueError(
+                f"release_gradients got {kinds}, not allowed: use a torch.nn.Module and a torch.optim.Optimizer"
+            )
+        if "_release" in vars(optimizer):
+            raise ValueError("optimizer is released already, which is not allowed: remove() the first handle")
+        if isinstance(optimizer, LBFGS):
+            raise ValueError(
+                "optimizer=LBFGS is not allowed in release_gradients: its step needs all gradients at once; use an "
+                "optimizer that steps each parameter by itself, like Lion, SGD or AdamW"
+            )
         own = set(model.parameters())
         pairs = ((number, p) for number, group in enumerate(optimizer.param_groups) for p in group["params"])
         self._groups = {param: number for number, param in pairs if param in own}
@@ -126,7 +137,7 @@ class Release:
             if self._begun:
                 return
             self._begun = True
-            if not self._inside_step:  # otherwise torch has just run them
+            if not self._inside_step:  # in `optimizer.step`, torch has just run them
                 for hook in [*_global_optimizer_pre_hooks.values(), *self._pre_hooks.values()]:
                     hook(self._optimizer, (self._optimizer,), {})
             self._rates = [_known_rate(group) for group in self._optimizer.param_groups]
@@ -172,7 +183,7 @@ class Release:
         self._hook_trainable()
 
     def _hook_trainable(self) -> None:
-        """Adds the hooks of parameters that train, which may have been unfrozen since the last forward."""
+        """Hooks the trainable parameters, which may have been unfrozen since the last forward."""
         for param in self._groups:
             if param.requires_grad and param not in self._hooked:
                 self._hooked.add(param)
@@ -190,7 +201,7 @@ class Release:
         self._in_backward = False
 
     def _replace_step(self) -> None:
-        """Puts `_end` before the optimizer's step, as a method: schedulers that come later wrap it."""
+        """Replaces the optimizer's step by `_end`, as a method, so that schedulers made later can wrap it."""
 
         def step(optimizer: Optimizer, closure: Closure | None = None, *, grad_scaler: Any = None) -> Any:
             return self._end(closure, grad_scaler)
@@ -205,7 +216,7 @@ class Release:
         attributes.update(step=self._released_step, _release=self, _step_supports_amp_scaling=True)
 
     def _end(self, closure: Closure | None, grad_scaler: Any) -> Any:
-        """Ends the iteration by the optimizer's own step, which finds no gradient of the model."""
+        """Ends the iteration by the optimizer's own step, in which no parameter of the model has a gradient."""
         try:
             if self._begun:
                 self._refuse_changes(grad_scaler)
@@ -217,7 +228,7 @@ class Release:
             self._stepped.clear()
 
     def _refuse_changes(self, grad_scaler: Any) -> None:
-        """Refuses what should have been set before backward."""
+        """Refuses a GradScaler, and options that changed after backward."""
         if grad_scaler is not None:
             raise RuntimeError(
                 "GradScaler is not allowed with release_gradients: the scaled gradients have been used and are gone; "
@@ -231,7 +242,7 @@ class Release:
 
     @contextlib.contextmanager
     def _without_pre_hooks(self) -> Iterator[None]:
-        """Hides the pre-hooks, which ran when the iteration began. Handles of hooks refer to the dicts themselves."""
+        """Removes the pre-hooks, which ran when the iteration began, from their dicts, to which handles refer."""
         hidden = [(hooks, dict(hooks)) for hooks in (_global_optimizer_pre_hooks, self._pre_hooks)]
         for hooks, _ in hidden:
             hooks.clear()
@@ -242,23 +253,8 @@ class Release:
                 hooks.update(kept)
 
 
-def _check(model: nn.Module, optimizer: Optimizer) -> None:
-    if not isinstance(model, nn.Module) or not isinstance(optimizer, Optimizer):
-        kinds = f"{type(model).__name__} and {type(optimizer).__name__}"
-        raise ValueError(
-            f"release_gradients got {kinds}, not allowed: use a torch.nn.Module and a torch.optim.Optimizer"
-        )
-    if "_release" in vars(optimizer):
-        raise ValueError("optimizer is released already, which is not allowed: remove() the first handle")
-    if isinstance(optimizer, LBFGS):
-        raise ValueError(
-            "optimizer=LBFGS is not allowed in release_gradients: its step needs all gradients at once; use an "
-            "optimizer that steps each parameter by itself, like Lion, SGD or AdamW"
-        )
-
-
 def _known_rate(group: dict[str, Any]) -> float | None:
-    """The learning rate where it can be read without waiting for a device."""
+    """The learning rate, or None if reading it would synchronise a device."""
     rate = group["lr"]
     return None if isinstance(rate, Tensor) and rate.device.type != "cpu" else float(rate)
 

@@ -1,4 +1,4 @@
-"""The options of a parameter group: what is allowed, said in one sentence when it is not."""
+"""Validation of the options, parameters and gradients of a parameter group."""
 
 import difflib
 import math
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+
+from lion_lightning.optim import layout
 
 OPTIONS = (
     "lr",
@@ -21,17 +23,22 @@ OPTIONS = (
     "fused",
     "seed",
 )
-WEIGHT_BITS = (32, 24, 16)
-NONFINITE = ("skip", "propagate")
+CHOICES: dict[str, tuple[object, ...]] = {
+    "weight_bits": (32, 24, 16),
+    "nonfinite": ("skip", "propagate"),
+    "fused": (None, True, False),
+    "cautious": (True, False),
+    "maximize": (True, False),
+}
 MOMENTUM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 PARAM_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
 def momentum_dtype(value: object) -> torch.dtype | None:
-    """The dtype that `momentum_dtype` names, as a torch dtype or a string; None stays None.
+    """The torch dtype of the option `momentum_dtype`, which is a torch dtype or its name; None stays None.
 
     Raises:
-        ValueError: it is none of None, float32, bfloat16, int8.
+        ValueError: the value is not None, float32, bfloat16 or int8.
     """
     if value is None or value in MOMENTUM_DTYPES.values():
         return value  # type: ignore[return-value]
@@ -41,24 +48,30 @@ def momentum_dtype(value: object) -> torch.dtype | None:
 
 
 def check(group: Mapping[str, Any]) -> None:
-    """Checks the options of a group.
+    """Checks the options of a group. The values of tensors on an accelerator are not read, which would synchronise.
 
-    Tensors on an accelerator are taken on trust: looking at them would wait for the device.
+    Args:
+        group: has every option of `OPTIONS`; `step` and other keys are optional.
 
     Raises:
         ValueError: an option is out of range; names it, its value and what is allowed.
     """
-    _check_rate("lr", group["lr"])
-    _check_rate("weight_decay", group["weight_decay"])
+    for name in ("lr", "weight_decay"):
+        rate = plain(group[name])
+        if isinstance(rate, Tensor):
+            if rate.numel() != 1:
+                raise ValueError(f"{name} is a tensor of shape {tuple(rate.shape)}, not allowed: use one element")
+            rate = rate.item() if rate.device.type == "cpu" else 0.0
+        if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0.0 <= rate < math.inf:
+            raise ValueError(f"{name}={rate!r} is not allowed: use a finite number, 0 or above")
     betas = plain(group["betas"])
     numbers = isinstance(betas, (tuple, list)) and all(isinstance(beta, (int, float)) for beta in betas)
     if not numbers or len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
         raise ValueError(f"betas={betas!r} is not allowed: use two numbers in [0, 1)")
-    _check_choice("weight_bits", group["weight_bits"], WEIGHT_BITS)
-    _check_choice("nonfinite", group["nonfinite"], NONFINITE)
-    _check_choice("fused", group["fused"], (None, True, False))
-    _check_choice("cautious", group["cautious"], (True, False))
-    _check_choice("maximize", group["maximize"], (True, False))
+    for name, allowed in CHOICES.items():
+        value = plain(group[name])
+        if not any(value == choice and type(value) is type(choice) for choice in allowed):  # 1 is not True
+            raise ValueError(f"{name}={value!r} is not allowed: use one of {', '.join(map(repr, allowed))}")
     momentum_dtype(group["momentum_dtype"])
     seed = plain(group["seed"])
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
@@ -71,7 +84,7 @@ def check(group: Mapping[str, Any]) -> None:
 
 
 def check_names(group: Mapping[str, Any]) -> None:
-    """Refuses a key of a parameter group that is an option misspelt; other keys are the caller's own.
+    """Refuses keys of a parameter group that resemble the name of an option; others may have any name.
 
     Raises:
         ValueError: names the key and the option it resembles.
@@ -83,7 +96,7 @@ def check_names(group: Mapping[str, Any]) -> None:
 
 
 def check_param(param: Tensor) -> None:
-    """Refuses parameters that cannot be updated. Frozen ones may be of any kind; a lazy one has no elements yet.
+    """Refuses parameters that cannot be updated; frozen and lazy (uninitialised) ones are not checked.
 
     Raises:
         ValueError: the dtype is not supported, there is no data or elements share memory; names what is allowed.
@@ -106,11 +119,11 @@ def check_param(param: Tensor) -> None:
 
 
 def check_grad(grad: Tensor, param: Tensor) -> None:
-    """Refuses gradients, and parameters that have one, which no engine can read.
+    """Refuses gradients, and parameters with a gradient, that no engine can read.
 
     Args:
-        grad: of the parameter.
-        param: to be updated.
+        grad: the gradient of `param`.
+        param: the parameter to be updated.
 
     Raises:
         ValueError: the gradient is sparse, complex or not shaped and placed as the parameter, or `check_param` refuses.
@@ -123,33 +136,20 @@ def check_grad(grad: Tensor, param: Tensor) -> None:
         raise ValueError(f"gradient of layout {grad.layout} is not allowed: use dense gradients")
     if not grad.is_floating_point():
         raise ValueError(f"gradient of dtype {grad.dtype} is not allowed: use real gradients")
+    if layout.is_sharded(grad) != layout.is_sharded(param):
+        kinds = type(grad).__name__, type(param).__name__
+        raise ValueError(
+            f"gradient of type {kinds[0]} is not allowed beside a parameter of type {kinds[1]}: use the same"
+        )
     if grad.shape != param.shape or grad.device != param.device:
         found, allowed = (f"{tuple(tensor.shape)} on {tensor.device}" for tensor in (grad, param))
         raise ValueError(f"gradient of shape {found} is not allowed: use {allowed}")
 
 
 def plain(value: Any) -> Any:
-    """A number of numpy as one of Python, also within a tuple; anything else as it is."""
+    """Converts a number of numpy, also within a tuple or list, to one of Python; anything else is returned as it is."""
     if isinstance(value, (tuple, list)):
         return type(value)(map(plain, value))
     if type(value).__module__ == "numpy" and getattr(value, "size", 0) == 1:
         return value.item()
     return value
-
-
-def _check_rate(name: str, value: object) -> None:
-    value = plain(value)
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}, not allowed: use one element")
-        if value.device.type != "cpu":
-            return
-        value = value.item()
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 <= value < math.inf:
-        raise ValueError(f"{name}={value!r} is not allowed: use a finite number, 0 or above")
-
-
-def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    value = plain(value)
-    if not any(value == choice and type(value) is type(choice) for choice in allowed):
-        raise ValueError(f"{name}={value!r} is not allowed: use one of {', '.join(map(repr, allowed))}")

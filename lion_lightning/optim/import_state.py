@@ -1,7 +1,7 @@
-"""Import of other Lion implementations' optimizer states.
+"""Import of optimizer states that other Lion implementations saved.
 
-Each reader knows how one implementation stores momentum and the lower bits of bf16 weights. Layouts were read off the
-packages themselves: lion-pytorch 0.2.5, timm 1.0.31, pytorch_optimizer 4.1.0, bitsandbytes 0.50.2 (and the
+Each implementation has a reader of its momentum and of its lower bits of bf16 weights, written from the source code of
+the packages: lion-pytorch 0.2.5, timm 1.0.31, pytorch_optimizer 4.1.0, bitsandbytes 0.50.2 (and the
 2,048-element blocks of its releases before 0.44), DeepSpeed 0.19.8 (CPULion, FusedLion), optimi 0.3.3 and FlashLion of
 flashoptim 0.1.4.
 """
@@ -30,7 +30,7 @@ SMALLEST_NORMAL_EXPONENT = -126
 
 
 class Moments(NamedTuple):
-    """What a reader finds for one parameter."""
+    """What a reader returns for one parameter."""
 
     exp_avg: Tensor
     """fp32, bf16 or fp64, shaped as the parameter."""
@@ -47,11 +47,11 @@ class Peer:
     names: Mapping[str, str]
     """Its option names -> ours, beside lr, betas and weight_decay."""
     refused: tuple[str, ...] = ()
-    """Options that have no equal here when they are set."""
+    """Options that Lion cannot represent; a value other than None, False or 0 is an error."""
 
 
 def _plain(state: Entry, group: Entry) -> Moments:
-    exp_avg = required(state, "exp_avg")
+    exp_avg = _required(state, "exp_avg")
     return Moments(exp_avg.float() if exp_avg.dtype == torch.float16 else exp_avg)
 
 
@@ -64,15 +64,15 @@ def _deepspeed(state: Entry, group: Entry) -> Moments:
 
 def _bitsandbytes(state: Entry, group: Entry) -> Moments:
     state = {**state, **state.get(BITSANDBYTES_WRAPPER, {})}
-    levels = required(state, "state1")
+    levels = _required(state, "state1")
     if levels.dtype != torch.uint8:
         return Moments(levels)
-    scales, table = required(state, "absmax1"), required(state, "qmap1")
+    scales, table = _required(state, "absmax1"), _required(state, "qmap1")
     count = levels.numel()
     for block in BITSANDBYTES_BLOCK_ELEMENTS:
         if scales.numel() == -(-count // block):
             values = table.float()[levels.reshape(-1).long()]
-            return Moments((values * per_element(scales, block, count)).view(levels.shape))
+            return Moments((values * _per_element(scales, block, count)).view(levels.shape))
     raise ValueError(f"absmax1 has {scales.numel()} elements for {count} levels; allowed is one for each 256 or 2048")
 
 
@@ -88,7 +88,7 @@ def _optimi(state: Entry, group: Entry) -> Moments:
 def _flashlion(state: Entry, group: Entry) -> Moments:
     exp_avg = state.get("exp_avg")
     if exp_avg is None:
-        exp_avg = _flashlion_momentum(required(state, "exp_avg::quantized"), required(state, "exp_avg::scales"))
+        exp_avg = _flashlion_momentum(_required(state, "exp_avg::quantized"), _required(state, "exp_avg::scales"))
     errors = state.get("error_bits")
     if errors is None:
         return Moments(exp_avg)
@@ -110,19 +110,19 @@ def _flashlion_momentum(levels: Tensor, scales: Tensor) -> Tensor:
     if scales.dtype == torch.bfloat16:
         scales = scales.view(torch.float16)
     ratio = layout.flat(levels).float() / 127.0
-    values = ratio / (2.0 - ratio.abs()) * per_element(scales, FLASHLION_BLOCK_ELEMENTS, levels.numel())
+    values = ratio / (2.0 - ratio.abs()) * _per_element(scales, FLASHLION_BLOCK_ELEMENTS, levels.numel())
     return torch.empty_like(levels, dtype=torch.float32).copy_(values.as_strided(levels.shape, levels.stride()))
 
 
-def per_element(scales: Tensor, block: int, count: int) -> Tensor:
-    """fp32 scales, one for each of `count` elements in blocks of `block`."""
+def _per_element(scales: Tensor, block: int, count: int) -> Tensor:
+    """Expands the scales of blocks to one fp32 scale per element: shape (count,)."""
     if scales.numel() != -(-count // block):
         raise ValueError(f"{scales.numel()} scales for {count} elements; allowed is one for each {block}")
     return scales.reshape(-1).float().repeat_interleave(block)[:count]
 
 
-def required(state: Entry, key: str) -> Tensor:
-    """The tensor under a key; a ValueError that names what is there instead."""
+def _required(state: Entry, key: str) -> Tensor:
+    """The tensor under a key; raises a ValueError that names the keys if there is none."""
     value = state.get(key)
     if not isinstance(value, Tensor):
         raise ValueError(f"key {key!r} is missing; the keys are {', '.join(map(repr, state)) or 'none'}")
@@ -140,15 +140,17 @@ PEERS: dict[str, Peer] = {
 }
 
 
-def detect(states: list[Entry], groups: list[Entry]) -> str:
-    """Name of the implementation that saved these states and groups.
+def source_of(state_dict: StateDict) -> str:
+    """Which of `SOURCES` saved an optimizer state.
 
     Raises:
         ValueError: none that is known; names the keys seen.
     """
-    keys = {key for state in states for key in state}
+    groups = state_dict["param_groups"]
+    keys = {key for entry in state_dict["state"].values() if isinstance(entry, Mapping) for key in entry}
     options = {key for group in groups for key in group}
     signs: list[tuple[str, bool]] = [
+        ("lion_lightning", "weight_bits" in options),
         ("bitsandbytes", bool(keys & {BITSANDBYTES_WRAPPER, "state1"})),
         ("flashlion", "master_bytewidth" in options or "exp_avg::quantized" in keys),
         ("optimi", "kahan_sum" in options or "kahan_comp" in keys),
@@ -157,18 +159,14 @@ def detect(states: list[Entry], groups: list[Entry]) -> str:
         ("deepspeed", keys - {"exp_avg_sq"} == {"exp_avg", "step"}),
         ("lion-pytorch", keys == {"exp_avg"}),
     ]
-    for name, found in signs:
-        if found:
+    for name, is_found in signs:
+        if is_found:
             return name
     raise ValueError(f"optimizer state with keys {sorted(keys)} is of no Lion known; allowed are {', '.join(PEERS)}")
 
 
-def translated_options(peer: str, group: Entry) -> dict[str, Any]:
-    """A peer's hyper-parameters under our names.
-
-    Raises:
-        ValueError: an option is set that has no equal here; names it.
-    """
+def _translated_options(peer: str, group: Entry) -> dict[str, Any]:
+    """A peer's hyper-parameters under the names of Lion's options; raises a ValueError for those Lion does not have."""
     refused = [name for name in PEERS[peer].refused if group.get(name)]
     if group.get("weight_decouple") is False and group.get("weight_decay"):
         refused.append("weight_decouple")
@@ -196,10 +194,10 @@ CONTAINERS = ("optimizer_states", "optimizer_state_dict", "optimizer", "optim")
 
 
 def read(path: str | os.PathLike[str]) -> Any:
-    """Reads a local file of torch.save that holds tensors and plain containers alone (`weights_only=True`), to the CPU.
+    """Reads a local file of torch.save with tensors and plain containers only (`weights_only=True`), to the CPU.
 
     Raises:
-        ValueError: the path is a URL, no file is there, or it holds anything else.
+        ValueError: the path is a URL, there is no file, or it contains anything else.
     """
     if "://" in str(path):
         raise ValueError(f"path={str(path)!r} is not allowed: use a local file; nothing is downloaded")
@@ -213,7 +211,7 @@ def read(path: str | os.PathLike[str]) -> Any:
 
 
 def optimizer_state(checkpoint: StateDict) -> StateDict:
-    """The optimizer's state in a checkpoint: the checkpoint itself, or what lies under one of `CONTAINERS`.
+    """The optimizer's state in a checkpoint: the checkpoint itself, or the value of one of the keys in `CONTAINERS`.
 
     Raises:
         ValueError: there is none, or there are several.
@@ -235,10 +233,10 @@ def optimizer_state(checkpoint: StateDict) -> StateDict:
 
 
 def check_loadable(state_dict: Any) -> None:
-    """Refuses what `Lion.load_state_dict` would not understand or would misunderstand.
+    """Refuses what `Lion.load_state_dict` cannot load, or could load only with another meaning.
 
     Raises:
-        ValueError: it is no state dict, or that of another optimizer; names the way to convert it.
+        ValueError: this is no state dict, or the state dict of another optimizer; names the way to convert it.
     """
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         found = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
@@ -252,49 +250,35 @@ def check_loadable(state_dict: Any) -> None:
         params = group.get("params")
         if not isinstance(params, Sequence) or len(set(params)) != len(params):
             raise ValueError(f"params={params!r} of a group is not allowed: use a list of different names or numbers")
-    if any("weight_bits" in group for group in groups):
-        return
-    entries = [entry for entry in states.values() if isinstance(entry, Mapping)]
-    tensors = {key for entry in entries for key in entry}
+    tensors = {key for entry in states.values() if isinstance(entry, Mapping) for key in entry}
     options = sorted(OTHER_OPTIONS & {key for group in groups for key in group})
     try:
-        source = detect(entries, groups)
+        source = source_of(state_dict)
     except ValueError:
         source = ""
+    if source == "lion_lightning":
+        return
     if (options and source in ("", "deepspeed")) or (not source and not tensors <= {"exp_avg", "weight_remainder"}):
         raise ValueError(
             f"state_dict is not of a Lion (options {options}, state {sorted(tensors)}), and a Lion cannot continue "
             "from it: begin with a fresh state, with lr and weight_decay from lion_lightning.from_adamw. States of "
             "other Lions are converted by lion_lightning.optim.import_state"
         )
-    try:
-        lost = [options for group in groups for options in _renamed_options(source, group)] if source else []
-    except ValueError as error:
-        lost = [str(error)]
-    if lost or (source and (source not in PLAIN or not tensors <= {"exp_avg"})):
+    if not source:
+        return
+    lost = []
+    for group in groups:
+        try:
+            _translated_options(source, group)
+        except ValueError as error:  # an option that Lion does not have
+            lost.append(str(error))
+        lost += [name for name, ours in PEERS[source].names.items() if name != ours and group.get(name)]
+    if lost or source not in PLAIN or not tensors <= {"exp_avg"}:
         raise ValueError(
             f"state_dict is of {source}{''.join(f', with {option}' for option in lost)}: load it by "
             "lion_lightning.optim.import_state.import_state(state_dict, optimizer), or convert the file by "
             "`python scripts/convert_checkpoint.py IN OUT`"
         )
-
-
-def _renamed_options(source: str, group: Entry) -> list[str]:
-    """Options that are set and that Lion knows by another name; a ValueError for those that it does not know."""
-    translated_options(source, group)
-    return [name for name, ours in PEERS[source].names.items() if name != ours and group.get(name)]
-
-
-def source_of(state_dict: StateDict) -> str:
-    """Which of `SOURCES` saved an optimizer state.
-
-    Raises:
-        ValueError: none of them.
-    """
-    groups = list(state_dict["param_groups"])
-    if any("weight_bits" in group for group in groups):
-        return "lion_lightning"
-    return detect(list(state_dict["state"].values()), groups)
 
 
 def converted(
@@ -309,11 +293,11 @@ def converted(
 
     Args:
         state_dict: of the peer's optimizer; not changed.
-        weights: the parameters in the order of the optimizer; needed where bf16 weights have a compensation, otherwise
-            None leaves shapes unchecked.
+        weights: the parameters in the order of the optimizer; needed for bf16 weights with a compensation. With None,
+            shapes are not checked.
         source: one of `SOURCES`; None detects it.
         hyperparameters: whether lr, betas, weight_decay and the like are taken over.
-        drop_compensation: leaves out what a peer keeps of a weight beyond bf16.
+        drop_compensation: whether the bits that a peer keeps of a weight beyond bf16 are left out.
 
     Returns:
         `state` and `param_groups`; bf16 weights with a compensation get a `weight_remainder` of int16.
@@ -338,7 +322,7 @@ def converted(
                 name = f"parameter {key!r} ({source})"
                 state[key] = _entry(source, entry, group, weight, name, drop_compensation)
             position += 1
-        options = translated_options(source, group) if hyperparameters else {}
+        options = _translated_options(source, group) if hyperparameters else {}
         steps = max(int(entry.get("step", 0)) for entry in (group, *entries))  # 0 where the peer does not count
         groups.append({**options, "step": steps, "params": list(group["params"])})
     return {"state": state, "param_groups": groups}
@@ -353,9 +337,9 @@ def import_state(
 ) -> str:
     """Loads the optimizer state of another Lion, whose weights the model must hold already.
 
-    Momentum is kept in the dtype found (8-bit forms become fp32) until a step stores it as `momentum_dtype` asks. What
-    optimi (Kahan sum) and FlashLion (error bits) keep of a bf16 weight becomes its remainder. The parameters are left
-    alone. `weight_bits`, `momentum_dtype`, `nonfinite`, `seed` and `fused` stay those of the optimizer.
+    Momentum keeps the dtype found (8-bit formats become fp32) until a step stores it in `momentum_dtype`. The lower
+    bits of bf16 weights that optimi (Kahan sum) and FlashLion (error bits) keep become remainders. The parameters do
+    not change. `weight_bits`, `momentum_dtype`, `nonfinite`, `seed` and `fused` stay those of the optimizer.
 
     Two peers decay by an option that they do not save: lion-pytorch with `decoupled_weight_decay` and FlashLion with
     `decouple_lr`; divide weight_decay by the first lr after such an import.

@@ -1,4 +1,4 @@
-"""Flat local views of parameters, gradients and state, whatever their shape, strides and sharding."""
+"""Flat local views of parameters, gradients and state of any shape, strides and sharding."""
 
 from typing import Any
 
@@ -11,24 +11,29 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor; does not import torch.distributed."""
+    """Whether a tensor is a DTensor; does not import torch.distributed."""
     return type(tensor) not in PLAIN_TYPES and hasattr(tensor, "to_local") and hasattr(tensor, "placements")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that lives here, possibly empty; other tensors as they are."""
+    """The local part of a DTensor, possibly empty; other tensors are returned as they are."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local_grad(grad: Tensor, param: Tensor) -> Tensor:
-    """The local part of a gradient, sharded as its parameter is."""
+    """The local part of a gradient, sharded as its parameter is.
+
+    Args:
+        grad: of the shape of `param`; redistributed if its placements differ.
+        param: a parameter; both are DTensors or neither is.
+    """
     if is_sharded(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
     return local(grad)
 
 
 def element_offset(param: Tensor) -> int:
-    """Index of the first local element in the whole parameter; exact for shards of the first dimension."""
+    """Number of the first local element within the whole parameter; exact for shards of the first dimension."""
     if not is_sharded(param):
         return 0
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -54,7 +59,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def same_layout(tensor: Tensor, other: Tensor) -> bool:
-    """Whether equal positions in memory are equal elements; both must be dense."""
+    """Whether two dense tensors have the same shape and order of elements in memory."""
     if tensor.shape != other.shape:
         return False
     if tensor.stride() == other.stride():
@@ -64,22 +69,17 @@ def same_layout(tensor: Tensor, other: Tensor) -> bool:
 
 
 def laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """The tensor, or a copy of it, with the memory layout of `other`, which must be dense."""
+    """The tensor, or a copy of it, with the memory layout of `other`, which is dense and has the same shape."""
     if is_dense(tensor) and same_layout(tensor, other):
         return tensor
     return torch.empty_like(other, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """A 1-D view of all elements of a dense tensor in memory order; the tensor itself where it is one."""
+    """A 1-D view of all elements of a dense tensor in memory order; a 1-D tensor is returned as it is."""
     if tensor.ndim == 1 and tensor.is_contiguous():
         return tensor
     return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
-
-
-def kind(param: Tensor) -> str:
-    """ "scalar", "vector" or "matrix" (two dimensions and more)."""
-    return ("scalar", "vector")[param.ndim] if param.ndim < 2 else "matrix"
 
 
 def tensor_update(
@@ -88,12 +88,12 @@ def tensor_update(
     """Flat views of a parameter, its gradient and its state.
 
     Args:
-        param: has a gradient; a DTensor stands for its local part.
+        param: has a gradient; of a DTensor, the local part is updated.
         state: as `state.prepare` leaves it.
         index: position of the parameter over all groups.
         settings: those of its group.
-        copies: a parameter with gaps in memory is updated in a dense copy. (parameter, copy) is added here, and the
-            caller writes the copy back after the step.
+        copies: receives (parameter, copy) if the parameter has gaps in memory; the dense copy is updated, and the
+            caller writes it back after the step.
     """
     weight = local(param.detach())
     if not is_dense(weight):
@@ -101,16 +101,15 @@ def tensor_update(
         copies.append((weight, dense))
         weight = dense
     assert param.grad is not None
-    grad = local_grad(param.grad, param)
     scale, remainder = state.get("exp_avg_scale"), state.get("weight_remainder")
     return TensorUpdate(
         param=flat(weight),
-        grad=flat(laid_out_like(grad, weight)),
+        grad=flat(laid_out_like(local_grad(param.grad, param), weight)),
         exp_avg=flat(local(state["exp_avg"])),
         exp_avg_scale=None if scale is None else local(scale),
         weight_remainder=None if remainder is None else flat(local(remainder)),
         index=index,
         offset=element_offset(param),
         settings=settings,
-        kind=kind(param),
+        kind=("scalar", "vector")[param.ndim] if param.ndim < 2 else "matrix",
     )

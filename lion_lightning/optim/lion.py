@@ -1,4 +1,4 @@
-"""The Lion optimizer and SIGNUM: parameter groups, the step, its counter and the state dict."""
+"""The optimizers Lion and SIGNUM: parameter groups, the step, the step counter and the state dict."""
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -14,18 +14,18 @@ from typing_extensions import override
 from lion_lightning.optim import group_options, import_state, layout, state
 from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
 from lion_lightning.optim.kernels.select import Engine, choose
-from lion_lightning.optim.telemetry import Outline, Telemetry
+from lion_lightning.optim.telemetry import Telemetry
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Group = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a parameter stands: the number of its group, and its own number over all groups."""
+class _Entry(NamedTuple):
+    """A parameter, the number of its group, and its own number over all groups."""
 
+    param: Tensor
     group: int
-    index: int
+    position: int
 
 
 @dataclass
@@ -33,9 +33,9 @@ class _Pass:
     """What the updates of one step share."""
 
     settings: dict[tuple[int, torch.device], Settings | None] = field(default_factory=dict)
-    """Of each group on each device; None where the host knows that the step is skipped."""
-    places: dict[Tensor, _Place] = field(default_factory=dict)
-    """Of every parameter, if `step_param` has begun the step."""
+    """Settings of each group on each device; None where the host knows that the step is skipped."""
+    entries: dict[Tensor, _Entry] = field(default_factory=dict)
+    """Of every parameter, if `step_param` began the step."""
 
 
 class _Work(NamedTuple):
@@ -44,7 +44,7 @@ class _Work(NamedTuple):
     updates: list[tuple[Engine, TensorUpdate]]
     params: list[Tensor]
     copies: list[tuple[Tensor, Tensor]]
-    """Parameters with gaps in memory, and the dense copies that are updated in their place."""
+    """(parameter with gaps in memory, dense copy that is updated in its place)."""
 
 
 class Lion(Optimizer):
@@ -55,7 +55,7 @@ class Lion(Optimizer):
 
     Two tensors may be set as attributes, with the names and meaning of torch's fused optimizers: `grad_scale` divides
     the gradients, and a `found_inf` other than 0 makes the step change nothing. Both act inside the update, without
-    waiting for the device.
+    synchronising.
 
     Args:
         params: tensors, named tensors or parameter groups; bf16, fp32 or fp64, DTensors included.
@@ -147,10 +147,8 @@ class Lion(Optimizer):
     @property
     def nonfinite_count(self) -> Tensor:
         """Gradient elements that were not finite since the optimizer was made: int64 of shape (), on the device."""
-        counts = list(self._nonfinite.values())
-        if not counts:
-            return torch.zeros((), dtype=torch.int64)
-        return sum((count.to(counts[0].device, non_blocking=True) for count in counts[1:]), counts[0].clone())
+        counts = list(self._nonfinite.values()) or [torch.zeros((), dtype=torch.int64)]
+        return torch.stack([count.to(counts[0].device, non_blocking=True) for count in counts]).sum()
 
     @property
     def telemetry_every(self) -> int:
@@ -165,6 +163,8 @@ class Lion(Optimizer):
 
     def telemetry(self) -> dict[str, Tensor]:
         """Metrics of the last sampled step under `lion/`, tensors of shape () on the device; empty before the first.
+
+        They are estimated from up to 16,384 elements of each parameter. A sampled step is slower than others.
 
         unmoved: share of weights whose stored bits did not change. zero_update: share of u = 0. sign_agreement: share
         of elements whose momentum and gradient had the same sign. flip_rate: share of u that changed sign since the
@@ -206,12 +206,11 @@ class Lion(Optimizer):
         """Collects the updates and chooses an engine for each, runs them, and counts the step."""
         begun, self._pass = self._pass, None
         shared = begun or _Pass()
-        params = [(param, place) for param, place in self._places() if param.grad is not None]
-        work = self._collect(params, shared)
-        if begun is None and self._telemetry.is_due():
-            self._telemetry.begin([Outline.of(update) for _, update in work.updates if update.param.numel()])
+        work = self._collect([entry for entry in self._entries() if entry.param.grad is not None], shared)
+        if begun is None:
+            self._telemetry.begin_step()
         self._run(work)
-        self._telemetry.end()
+        self._telemetry.end_step()
         for number, group in enumerate(self.param_groups):
             used = [settings for (owner, _), settings in shared.settings.items() if owner == number]
             self._count_step(group, next((settings for settings in used if settings is not None), None))
@@ -231,38 +230,40 @@ class Lion(Optimizer):
             ValueError: as `step`.
         """
         if self._pass is None:
-            self._pass = _Pass(places=dict(self._places()))
-            if self._telemetry.is_due():
-                self._telemetry.begin(self._outlines(self._pass))
-        self._run(self._collect([(param, self._pass.places[param])], self._pass))
+            self._pass = _Pass(entries={entry.param: entry for entry in self._entries()})
+            self._telemetry.begin_step()
+        self._run(self._collect([self._pass.entries[param]], self._pass))
 
-    def _places(self) -> list[tuple[Tensor, _Place]]:
-        """Every parameter with its place."""
-        pairs = ((number, param) for number, group in enumerate(self.param_groups) for param in group["params"])
-        return [(param, _Place(number, index)) for index, (number, param) in enumerate(pairs)]
+    def _entries(self) -> list[_Entry]:
+        """Every parameter with its numbers."""
+        pairs = ((param, number) for number, group in enumerate(self.param_groups) for param in group["params"])
+        return [_Entry(*pair, index) for index, pair in enumerate(pairs)]
 
-    def _collect(self, params: list[tuple[Tensor, _Place]], shared: _Pass) -> _Work:
+    def _collect(self, entries: list[_Entry], shared: _Pass) -> _Work:
         """Checks everything, then prepares the state of parameters, flattens them and chooses their engines."""
         unready = []
-        for param, place in params:
+        for entry in entries:
+            param, group = entry.param, self.param_groups[entry.group]
             assert param.grad is not None
             try:
                 group_options.check_grad(param.grad, param)
-                self._settings(place.group, param.device, shared)
-                entry, stored = self.state.get(param, {}), _storage(self.param_groups[place.group])
-                if not state.is_ready(entry, param, *stored):
-                    state.check(entry, param)
-                    unready.append((param, stored))
+                if (entry.group, param.device) not in shared.settings:
+                    shared.settings[entry.group, param.device] = self._read_settings(group, param.device)
+                storage = group["weight_bits"], group_options.momentum_dtype(group["momentum_dtype"])
+                found = self.state.get(param, {})
+                if not state.is_ready(found, param, *storage):
+                    state.check(found, param)
+                    unready.append((param, storage))
             except ValueError as error:
-                raise ValueError(f"{self._label(place)}: {error}") from None
-        for param, stored in unready:
-            self.state[param] = state.prepare(self.state[param], param, *stored)
+                raise ValueError(f"{self._label(entry.position)}: {error}") from None
+        for param, storage in unready:
+            self.state[param] = state.prepare(self.state[param], param, *storage)
         work = _Work([], [], [])
-        for param, place in params:
-            group, settings = self.param_groups[place.group], self._settings(place.group, param.device, shared)
+        for param, number, index in entries:
+            settings = shared.settings[number, param.device]
             if settings is not None:
-                update = layout.tensor_update(param, self.state[param], place.index, settings, work.copies)
-                work.updates.append((choose(update, group["fused"]), update))
+                update = layout.tensor_update(param, self.state[param], index, settings, work.copies)
+                work.updates.append((choose(update, self.param_groups[number]["fused"]), update))
                 work.params.append(param)
         return work
 
@@ -271,31 +272,23 @@ class Lion(Optimizer):
         batches: dict[tuple[str, torch.device], tuple[Engine, list[TensorUpdate]]] = {}
         for engine, update in work.updates:
             if update.param.numel():
-                self._telemetry.attach(update)
                 batches.setdefault((engine.name, update.param.device), (engine, []))[1].append(update)
         for (_, device), (engine, batch) in batches.items():
             if device not in self._nonfinite:
                 self._nonfinite[device] = torch.zeros((), dtype=torch.int64, device=device)
-            engine.step(batch, self._nonfinite[device])
+            self._telemetry.run(engine, batch, self._nonfinite[device])
         torch.autograd.graph.increment_version(work.params)  # engines that write memory do not inform autograd
         for target, source in work.copies:
             target.copy_(source)
 
-    def _label(self, place: _Place) -> str:
-        """A parameter's number, and its name where the optimizer has names."""
-        names = [
-            name for group in self.param_groups for name in group.get("param_names", [None] * len(group["params"]))
-        ]
-        name = names[place.index]
-        return f"parameter {place.index}" + (f" ({name!r})" if name is not None else "")
-
-    def _settings(self, number: int, device: torch.device, shared: _Pass) -> Settings | None:
-        """A group's settings for one step on a device; None where the host knows that the step is skipped."""
-        if (number, device) not in shared.settings:
-            shared.settings[number, device] = self._read_settings(self.param_groups[number], device)
-        return shared.settings[number, device]
+    def _label(self, index: int) -> str:
+        """A parameter's number over all groups, and its name where the optimizer has names."""
+        groups = self.param_groups
+        names = [name for group in groups for name in group.get("param_names", [None] * len(group["params"]))]
+        return f"parameter {index}" + (f" ({names[index]!r})" if names[index] is not None else "")
 
     def _read_settings(self, group: Group, device: torch.device) -> Settings | None:
+        """A group's settings for one step on a device; None where the host knows that the step is skipped."""
         group_options.check(group)
         found_inf = _number(self.found_inf, device)
         if found_inf is not None and not isinstance(found_inf, Tensor):
@@ -303,14 +296,12 @@ class Lion(Optimizer):
                 return None
             found_inf = None
         grad_scale = _number(self.grad_scale, device)
-        lr = _number(group["lr"], device)
-        assert lr is not None
         is_random = group["weight_bits"] != 32 or group_options.momentum_dtype(group["momentum_dtype"]) == torch.int8
         if is_random and device.type != "cpu" and not isinstance(group["step"], Tensor):
             # Where the kernels may be replayed from a graph, the counter has to advance on the device.
             group["step"] = torch.full((), group["step"], dtype=torch.int64, device=device)
         return Settings(
-            lr=lr,
+            lr=_number(group["lr"], device),
             beta1=float(group["betas"][0]),
             beta2=float(group["betas"][1]),
             weight_decay=float(group["weight_decay"]),
@@ -331,21 +322,8 @@ class Lion(Optimizer):
         lr, found_inf, counter = used.lr, used.found_inf, group["step"]
         if not isinstance(counter, Tensor):
             group["step"] = counter + (1 if isinstance(lr, Tensor) or lr != 0 else 0)
-        elif isinstance(lr, Tensor) or found_inf is not None:
-            moves = (lr != 0).to(counter.dtype) if isinstance(lr, Tensor) else torch.ones_like(counter)
-            counter += moves if found_inf is None else moves * (found_inf == 0)
-        elif lr != 0:
-            counter += 1
-
-    def _outlines(self, shared: _Pass) -> list[Outline]:
-        """What telemetry has to know of a step whose gradients arrive one by one: every trainable parameter."""
-        outlines = []
-        for param, place in shared.places.items():
-            elements = layout.local(param.detach()).numel()
-            settings = self._settings(place.group, param.device, shared) if param.requires_grad and elements else None
-            if settings is not None:
-                outlines.append(Outline(place.index, elements, param.device, layout.kind(param), settings))
-        return outlines
+        else:
+            counter += (lr != 0) if found_inf is None else (found_inf == 0) & (lr != 0)
 
     def full_precision_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's state dict with every bf16 tensor as the fp32 number it stands for.
@@ -360,11 +338,11 @@ class Lion(Optimizer):
 
         `fused` depends on the machine: it is saved as None, and not loaded.
         """
-        for param, place in self._places():
+        for param, _, index in self._entries():
             try:
                 state.check_gatherable(self.state.get(param, {}), param)
             except ValueError as error:
-                raise ValueError(f"{self._label(place)}: {error}") from None
+                raise ValueError(f"{self._label(index)}: {error}") from None
         saved = super().state_dict()
         for group in saved["param_groups"]:
             group.update({key: group_options.plain(value) for key, value in group.items() if key != "params"})
@@ -417,12 +395,12 @@ class Lion(Optimizer):
                 f"state_dict has state of {unknown[:5]}, which no parameter group lists; use {saved_ids[:5]}"
             )
         fresh = {}
-        for key, (param, place) in zip(saved_ids, self._places(), strict=True):
+        for key, (param, _, index) in zip(saved_ids, self._entries(), strict=True):
             if key in state_dict["state"]:
                 try:
                     fresh[param] = state.loaded(state_dict["state"][key], param)
                 except ValueError as error:
-                    raise ValueError(f"{self._label(place)}: {error}") from None
+                    raise ValueError(f"{self._label(index)}: {error}") from None
         return groups, fresh
 
 
@@ -451,13 +429,8 @@ class Signum(Lion):
         super().__init__(params, lr, (momentum, momentum), weight_decay, **options)
 
 
-def _storage(group: Group) -> tuple[int, torch.dtype | None]:
-    """`weight_bits` and `momentum_dtype` of a group."""
-    return group["weight_bits"], group_options.momentum_dtype(group["momentum_dtype"])
-
-
 def _number(value: Any, device: torch.device) -> Any:
-    """A number where the host can know it without waiting for the device, else a tensor of shape () on the device."""
+    """A number where the host can read it without synchronising, else a tensor of shape () on the device."""
     if not isinstance(value, Tensor):
         return group_options.plain(value)
     if value.device.type == "cpu" or device.type == "cpu":

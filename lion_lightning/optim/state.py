@@ -1,14 +1,15 @@
-"""The state of a parameter: checked, made, converted, loaded and exported here and nowhere else.
+"""The state of a parameter: this module alone checks, creates, converts, loads and exports it.
 
-Keys, each present only where it is needed:
+Keys, each present only if it is needed:
     exp_avg: momentum, with the shape and memory layout of the parameter.
     exp_avg_scale: fp32 scales of an int8 momentum, one per block of 256 elements in memory order.
     weight_remainder: int16 (32 bits) or int8 (24 bits), the bits that a bf16 weight cannot hold, with the shape and
         memory layout of the parameter.
-A DTensor parameter has DTensors as state. The scales of its int8 momentum belong to the blocks of each local shard.
-Their number identifies the shards, and a state of other shards is refused.
+A DTensor parameter has DTensors as state. Each local shard has scales for its own blocks. The number of scales
+identifies the sharding, so that the state of another sharding is refused.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,23 +20,22 @@ from torch.optim import Optimizer
 from lion_lightning.optim import layout
 from lion_lightning.optim.kernels import storage_formats
 
-REMAINDER_DTYPES = {32: torch.int16, 24: torch.int8, 16: None}
 SMALL_ELEMENTS = 4096
-"""Momentum of parameters with fewer elements stays fp32 where int8 is requested: it costs next to nothing."""
+"""Parameters with fewer elements have fp32 momentum if int8 is requested, which takes little memory."""
 
 DTYPES = {
     "exp_avg": (torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.int8),
     "exp_avg_scale": (torch.float32, torch.float64, torch.bfloat16),
     "weight_remainder": (torch.int16, torch.int8),
 }
-"""The tensors of a state, and the dtypes in which they may be found."""
+"""The tensors of a state, and the dtypes in which they are accepted."""
 
 _ROUND_TO_NEAREST = -(2**31)
-"""The random word for `storage_formats.split_weight` that rounds to nearest: only its top bit is set."""
+"""The random word with which `storage_formats.store_words` rounds to nearest: only its top bit is set."""
 
 
 def is_ready(entry: Mapping[str, Any], param: Tensor, weight_bits: int, momentum_dtype: torch.dtype | None) -> bool:
-    """Whether a parameter's state is complete and stored as engines read it, so that addresses may be taken.
+    """Whether a parameter's state is complete and stored as engines read it; only then may its addresses be taken.
 
     Args:
         entry: the parameter's entry in `Optimizer.state`.
@@ -44,7 +44,7 @@ def is_ready(entry: Mapping[str, Any], param: Tensor, weight_bits: int, momentum
         momentum_dtype: requested of `exp_avg`; None accepts any that an engine reads.
     """
     exp_avg, scale, remainder = entry.get("exp_avg"), entry.get("exp_avg_scale"), entry.get("weight_remainder")
-    remainder_dtype = REMAINDER_DTYPES[weight_bits] if param.dtype == torch.bfloat16 else None
+    remainder_dtype = storage_formats.REMAINDER_DTYPES[weight_bits] if param.dtype == torch.bfloat16 else None
     if not isinstance(exp_avg, Tensor) or exp_avg.dtype not in DTYPES["exp_avg"]:
         return False
     if exp_avg.dtype != _stored_dtype(exp_avg.dtype, param, momentum_dtype):
@@ -55,20 +55,22 @@ def is_ready(entry: Mapping[str, Any], param: Tensor, weight_bits: int, momentum
         whole = isinstance(scale, Tensor) and scale.dtype == torch.float32 and scale.device == param.device
         if not whole or scale.shape != _scale_shape(param) or not layout.local(scale).is_contiguous():
             return False
+        if not _has_enough_scales(scale, param):
+            return False
     if remainder is None or remainder_dtype is None:
         return remainder is None and remainder_dtype is None
     return isinstance(remainder, Tensor) and remainder.dtype == remainder_dtype and _fits(remainder, param)
 
 
 def check(entry: Mapping[str, Any], param: Tensor) -> None:
-    """Refuses state that cannot be meant for a parameter; `prepare` can convert everything else.
+    """Refuses state that does not fit a parameter; `prepare` can convert any other.
 
     Args:
-        entry: the parameter's entry in `Optimizer.state`, or what is to become it.
+        entry: the parameter's entry in `Optimizer.state`, or a candidate for it.
         param: the parameter.
 
     Raises:
-        ValueError: names the tensor, what was found and what is allowed.
+        ValueError: names the tensor, the value found and the values allowed.
     """
     for key, dtypes in DTYPES.items():
         if key not in entry:
@@ -94,11 +96,11 @@ def check(entry: Mapping[str, Any], param: Tensor) -> None:
                 f"{key} is a {kinds[0]} beside a parameter of type {kinds[1]}, which is not allowed: load by "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
-        if (
-            key != "exp_avg_scale"
-            and layout.is_sharded(value)
-            and layout.local(value).shape != layout.local(param).shape
-        ):
+        if key == "exp_avg_scale":
+            is_misplaced = not _has_enough_scales(value, param)
+        else:
+            is_misplaced = layout.is_sharded(value) and layout.local(value).shape != layout.local(param).shape
+        if is_misplaced:
             raise ValueError(f"{key} is sharded as {value.placements}, which is not allowed: use {param.placements}")  # type: ignore[attr-defined]
     dtype = entry["exp_avg"].dtype if "exp_avg" in entry else None
     if dtype == torch.int8 and "exp_avg_scale" not in entry:
@@ -120,14 +122,14 @@ def check(entry: Mapping[str, Any], param: Tensor) -> None:
 def prepare(
     entry: dict[str, Any], param: Tensor, weight_bits: int, momentum_dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """The state with what is missing created, and what is stored in another form than requested converted.
+    """A new state in which missing tensors are created, and others are converted to the form requested.
 
     Args:
-        entry: the parameter's entry in `Optimizer.state`, which `check` accepts; it does not change, so that an
-            interrupt leaves either the old state or the new.
+        entry: the parameter's entry in `Optimizer.state`, which `check` accepts; it does not change, so that after an
+            interrupt the state is either the old one or the new one.
         param: bf16, fp32 or fp64 parameter.
         weight_bits: 32, 24 or 16; used for bf16 parameters only.
-        momentum_dtype: of `exp_avg`; None keeps the dtype found and begins with that of the parameter.
+        momentum_dtype: of `exp_avg`; None keeps the dtype found, and starts with that of the parameter.
     """
     entry = {key: value.to(param.device) if key in DTYPES else value for key, value in entry.items()}
     exp_avg, scale = entry.get("exp_avg"), entry.pop("exp_avg_scale", None)
@@ -144,7 +146,7 @@ def prepare(
             entry |= _converted_momentum(exp_avg, scale, param, dtype)
         elif scale is not None:
             entry["exp_avg_scale"] = scale
-    remainder_dtype = REMAINDER_DTYPES[weight_bits] if param.dtype == torch.bfloat16 else None
+    remainder_dtype = storage_formats.REMAINDER_DTYPES[weight_bits] if param.dtype == torch.bfloat16 else None
     remainder = entry.get("weight_remainder")
     if remainder_dtype is None:
         entry.pop("weight_remainder", None)
@@ -159,7 +161,7 @@ def prepare(
 
 
 def momentum_slice(state: dict[str, Tensor], start: int, stop: int) -> Tensor:
-    """The momentum of some elements in float32, whatever its storage.
+    """The momentum of a range of elements in float32, from any storage format.
 
     Args:
         state: the parameter's entry in `Optimizer.state`, after a step.
@@ -177,16 +179,16 @@ def momentum_slice(state: dict[str, Tensor], start: int, stop: int) -> Tensor:
 
 
 def loaded(entry: Any, param: Tensor) -> dict[str, Any]:
-    """State as loaded: tensors on the parameter's device in their own dtype, sharing no memory with what was saved.
+    """Loads a parameter's state: copies on the parameter's device, in the dtype saved.
 
-    fp16 and, beside parameters that are not fp64, fp64 become fp32, as engines read neither.
+    Momentum in fp16, or in fp64 beside a parameter that is not fp64, becomes fp32, as no engine reads it.
 
     Args:
-        entry: what a state dict has for the parameter; does not change.
-        param: the parameter that the state belongs to.
+        entry: the parameter's entry in a state dict; does not change.
+        param: the parameter.
 
     Raises:
-        ValueError: it is no dict, has unknown keys, or `check` refuses it.
+        ValueError: the entry is no dict, has unknown keys, or `check` refuses it.
     """
     if not isinstance(entry, Mapping):
         raise ValueError(f"the state is a {type(entry).__name__}, which is not allowed: use a dict")
@@ -205,14 +207,14 @@ def loaded(entry: Any, param: Tensor) -> dict[str, Any]:
 
 
 def check_gatherable(entry: Mapping[str, Any], param: Tensor) -> None:
-    """Refuses to save state that FSDP1 (FullyShardedDataParallel) would gather wrongly: it knows `exp_avg` alone.
+    """Refuses to save state that FSDP1 (FullyShardedDataParallel) cannot gather, which is all but `exp_avg`.
 
     Args:
         entry: the parameter's entry in `Optimizer.state`.
-        param: the parameter; FSDP1 marks those that are views of its flat parameters.
+        param: the parameter; FSDP1 sets an attribute on its parameters.
 
     Raises:
-        ValueError: names the tensors and the ways out.
+        ValueError: names the tensors and the alternatives.
     """
     beyond = [key for key in ("exp_avg_scale", "weight_remainder") if key in entry]
     if beyond and (getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False)):
@@ -230,20 +232,16 @@ def _stored_dtype(found: torch.dtype, param: Tensor, requested: torch.dtype | No
     return widest if found in (torch.float16, torch.float64) else found
 
 
-def scale_count(shape: Sequence[int], ways: Sequence[int]) -> int:
-    """Number of scales of an int8 momentum over all shards, from which their layout can be told.
+def _scale_count(shape: Sequence[int], ways: Sequence[int]) -> int:
+    """Number of scales of an int8 momentum over all shards, cut `ways` along each dimension; identifies the sharding.
 
-    Where the shards' blocks are those of the whole tensor, it is one for each. Otherwise each shard has a few more than
-    it uses: an odd number, which tells world sizes that are powers of two apart, of remainder 1 by 4 where rows are
-    sharded and 3 elsewhere. A state of another layout therefore does not fit, instead of being misread.
-
-    Args:
-        shape: of the whole parameter.
-        ways: into how many shards each dimension is cut.
+    If the blocks of the shards are those of the whole tensor, there is one scale per block. Otherwise each shard has a
+    few more than it uses: an odd number, so that world sizes that are powers of two differ, congruent to 1 modulo 4 if
+    rows are sharded and to 3 otherwise. State of another sharding therefore has another shape and is refused.
     """
     block = storage_formats.BLOCK_ELEMENTS
-    shards, whole = torch.Size(ways).numel(), -(-torch.Size(shape).numel() // block)
-    elements = torch.Size(-(-size // cut) for size, cut in zip(shape, ways, strict=True)).numel()
+    shards, whole = math.prod(ways), -(-math.prod(shape) // block)
+    elements = math.prod(-(-size // cut) for size, cut in zip(shape, ways, strict=True))
     blocks, is_by_rows = -(-elements // block), shards == max(ways[:1], default=1)
     if shards == 1 or (is_by_rows and shape[0] % shards == 0 and elements % block == 0):
         return whole
@@ -253,7 +251,7 @@ def scale_count(shape: Sequence[int], ways: Sequence[int]) -> int:
 
 
 def _scale_shape(param: Tensor) -> torch.Size:
-    """Shape of the scales of an int8 momentum; they are sharded along their only dimension."""
+    """Shape of the scales of an int8 momentum, which are sharded along their only dimension."""
     if not layout.is_sharded(param):
         return torch.Size((-(-param.numel() // storage_formats.BLOCK_ELEMENTS),))
     ways = [1] * param.ndim
@@ -261,7 +259,7 @@ def _scale_shape(param: Tensor) -> torch.Size:
     for cut, placement in zip(param.device_mesh.shape, placements, strict=True):  # type: ignore[attr-defined]
         if placement.is_shard():
             ways[placement.dim] *= cut
-    return torch.Size((scale_count(param.shape, ways),))
+    return torch.Size((_scale_count(param.shape, ways),))
 
 
 def _zero_scale(param: Tensor) -> Tensor:
@@ -272,9 +270,7 @@ def _zero_scale(param: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor, Shard
 
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-    shards = torch.Size(
-        ways for ways, placement in zip(mesh.shape, placements, strict=True) if placement.is_shard()
-    ).numel()
+    shards = math.prod(ways for ways, placement in zip(mesh.shape, placements, strict=True) if placement.is_shard())
     here = torch.zeros(shape[0] // shards, dtype=torch.float32, device=layout.local(param).device)
     across = [Shard(0) if placement.is_shard() else placement for placement in placements]
     return DTensor.from_local(here, mesh, across, run_check=False, shape=shape, stride=(1,))
@@ -301,8 +297,13 @@ def _converted_momentum(exp_avg: Tensor, scale: Tensor | None, param: Tensor, dt
     return {"exp_avg": target, "exp_avg_scale": scale}
 
 
+def _has_enough_scales(scale: Tensor, param: Tensor) -> bool:
+    """Whether the local part of the scales covers every block of the parameter's local part."""
+    return layout.local(scale).numel() * storage_formats.BLOCK_ELEMENTS >= layout.local(param).numel()
+
+
 def _fits(tensor: Tensor, param: Tensor) -> bool:
-    """Whether state has the memory layout of the parameter, or a dense one where the parameter has gaps."""
+    """Whether state has the memory layout of the parameter, or a dense one if the parameter has gaps."""
     if tensor.layout != torch.strided or tensor.device != param.device:
         return False
     here, weight = layout.local(tensor), layout.local(param)
@@ -316,7 +317,7 @@ def _fits(tensor: Tensor, param: Tensor) -> bool:
 
 
 def full_precision_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The model's state dict with every bf16 tensor as the fp32 number it stands for, exactly.
+    """The model's state dict with every bf16 tensor as the fp32 numbers that it represents, exactly.
 
     Names are those of `model.state_dict()`. A weight with a remainder in the optimizer is joined with it. Other bf16
     tensors are widened, and tensors of other dtypes are copied. Tied weights are converted once and stay one tensor
@@ -373,32 +374,27 @@ def seed_full_precision(model: nn.Module, optimizer: Optimizer, weights: Mapping
                 from torch.distributed.tensor import distribute_tensor
 
                 weight = distribute_tensor(weight.to(target.device), target.device_mesh, target.placements)  # type: ignore[attr-defined]
-            weight = weight.to(target.device)
-            if target.dtype == torch.bfloat16 and target in bits:
-                _seed(target, optimizer.state[target], layout.local(weight).float(), bits[target])
-            else:
+            if target.dtype != torch.bfloat16 or target not in bits:
                 target.copy_(weight)
-
-
-def _seed(param: Tensor, state: dict[str, Any], weight: Tensor, weight_bits: int) -> None:
-    """Sets one bf16 parameter and its remainder to the local part of an fp32 weight."""
-    random = torch.full_like(weight, _ROUND_TO_NEAREST, dtype=torch.int32)
-    high, low = storage_formats.split_weight(weight, weight_bits, random)
-    layout.local(param.detach()).copy_(high)
-    state.pop("weight_remainder", None)
-    if low is not None:
-        remainder = state["weight_remainder"] = torch.zeros_like(param, dtype=low.dtype, requires_grad=False)
-        layout.local(remainder).copy_(low)
+                continue
+            words = storage_formats.ordinary(layout.local(weight.to(target.device)).float()).view(torch.int32)
+            random = torch.full_like(words, _ROUND_TO_NEAREST)
+            dtype, low = storage_formats.REMAINDER_DTYPES[bits[target]], None
+            optimizer.state[target].pop("weight_remainder", None)
+            if dtype is not None:
+                remainder = torch.zeros_like(target, dtype=dtype, requires_grad=False)
+                optimizer.state[target]["weight_remainder"], low = remainder, layout.local(remainder)
+            storage_formats.store_words(words, layout.local(target.detach()), low, bits[target], random)
 
 
 def remainder_of(full: Tensor, weight: Tensor) -> Tensor:
-    """The int16 that leads from a bf16 weight to an fp32 number that rounds to it.
+    """The int16 remainder of fp32 numbers whose bf16 part is given, in their shape.
 
-    A number exactly between two bf16 numbers, which round-half-even may have stored as the lower, ends one fp32 bit
-    short of the middle; nothing else is lost. Numbers that are not finite have no remainder.
+    A number halfway between two bf16 numbers, of which round-half-even may have stored the lower, loses one fp32 bit.
+    All others are exact. The remainder of a number that is not finite is 0.
 
     Args:
-        full: the numbers; fp32, or fp64 that fits.
+        full: fp32 numbers, or fp64 numbers that fp32 can represent.
         weight: bf16, of the same shape.
     """
     words = full.float().view(torch.int32).to(torch.int64)

@@ -43,6 +43,10 @@ BLOCKWISE = {("momentum_dtype", "int8"), ("cautious", True)}
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1}
 
 
+SHARES = ("unmoved", "zero_update", "sign_agreement", "flip_rate", "near_bound")
+"""Metrics of telemetry whose mean over equal shards is that of the whole tensor."""
+
+
 def values(shape: tuple[int, ...], seed: int, dtype: torch.dtype, scale: float = 0.03) -> Tensor:
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
@@ -131,6 +135,24 @@ def check_columns_sharded_equal_the_whole_where_nothing_is_random(mesh: DeviceMe
         step_pairs(pairs, options, 3)
         for distributed, single in pairs:
             assert torch.equal(whole(distributed.detach()), single), f"{label}: shape {tuple(single.shape)}"
+
+
+def check_telemetry_of_shards_averages_to_that_of_the_whole(mesh: DeviceMesh) -> None:
+    for dtype, momentum_dtype in ((torch.float32, None), (torch.bfloat16, "int8")):
+        pair = distributed_pair((64, 128), Shard(0), mesh, dtype)
+        figures = []
+        for param in pair:
+            optimizer = Lion([param], lr=1e-3, weight_decay=20.0, momentum_dtype=momentum_dtype)
+            optimizer.telemetry_every = 1
+            for step in range(2):
+                grad = values((64, 128), step, dtype, 1e-3)
+                grad[step::3] = 0.0
+                param.grad = distribute_tensor(grad, mesh, [Shard(0)]) if isinstance(param, DTensor) else grad
+                optimizer.step()
+            found = optimizer.telemetry()
+            figures.append(torch.stack([found[f"lion/{name}"] for name in SHARES]))
+        dist.all_reduce(figures[0])
+        torch.testing.assert_close(figures[0] / dist.get_world_size(), figures[1], rtol=1e-9, atol=1e-12)
 
 
 def check_int8_blocks_belong_to_local_parts(mesh: DeviceMesh) -> None:
@@ -281,6 +303,7 @@ def check_a_sharded_state_loads_into_a_fresh_optimizer(mesh: DeviceMesh) -> None
 CHECKS = [
     check_shards_equal_the_whole_in_every_mode,
     check_columns_sharded_equal_the_whole_where_nothing_is_random,
+    check_telemetry_of_shards_averages_to_that_of_the_whole,
     check_int8_blocks_belong_to_local_parts,
     check_int8_loads_where_its_blocks_are_the_same_and_is_refused_elsewhere,
     check_fsdp2_equals_a_single_process,

@@ -1,12 +1,13 @@
 /* The Lion rule over flat arrays on a CPU: plain loops that the compiler vectorises, block by block.
  *
- * A block of 256 elements is decoded to float, updated and encoded in first-level cache while a next one is fetched.
- * Two 16-bit numbers are taken from a 32-bit word at once and put back so, by shifts and masks: widening and narrowing
- * them one by one took twice as long. So where anything is stored in less than 32 bits, a decoded block holds its even
- * elements first, then its odd ones. A block with a number that is not finite, or nearly not, is done again with care.
+ * A block of 256 elements is decoded to float, updated and encoded in first-level cache while a later one is fetched.
+ * Numbers of 16 bits are decoded and encoded in pairs, by shifts and masks of 32-bit words, in half the time that it
+ * takes to convert them one by one. If any array of a tensor has less than 32 bits per element, a decoded block
+ * therefore holds its even elements first, then its odd ones ("paired"). A block with a number that is not finite, or
+ * beyond the largest bf16 number, is computed a second time by a slower, careful path.
  *
- * Compile with -ffp-contract=off, as a fused multiply-add would differ from the other engines in the last bit. What is
- * computed is written down in rule.py, how it is stored in storage_formats.py.
+ * Compile with -ffp-contract=off: a fused multiply-add would differ from the other engines in the last bit. rule.py
+ * specifies the arithmetic, storage_formats.py the storage.
  */
 #include <math.h>
 #include <stdint.h>
@@ -26,10 +27,9 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { BLOCK = 256, HALF = BLOCK / 2, LANES = 16, CHUNK = 262144, AHEAD = 4, CACHE_LINE_BYTES = 64 };
+enum { BLOCK = 256, HALF = BLOCK / 2, CHUNK = 262144, AHEAD = 4, CACHE_LINE_BYTES = 64 };
 enum { FLOAT32, FLOAT64, BFLOAT16, INT8 };
 enum { CAUTIOUS = 1, SKIP_NONFINITE = 2 };
-enum { UNMOVED, ZERO, AGREE, MOMENTUM_SQUARED, WEIGHT_SQUARED, NEAR_BOUND, DECAY, NONFINITE, FLIPPED, STATISTICS };
 
 #define BFLOAT16_MAX_PATTERN 0x7F7F0000u
 #define INFINITY_PATTERN 0x7F800000u
@@ -39,34 +39,29 @@ enum { UNMOVED, ZERO, AGREE, MOMENTUM_SQUARED, WEIGHT_SQUARED, NEAR_BOUND, DECAY
 #define NAN_PATTERN 0x7FC00000u
 #define CAUTIOUS_LIMIT 2
 #define LARGEST_LEVEL 247
-#define BOUND_SHARE 0.9
 
-/* One tensor: must match _TENSOR and _NUMBERS in cpu.py field for field. */
+/* One tensor and its settings; the fields are those of TASK in cpu.py, in order. */
 typedef struct {
     char *param, *exp_avg;
     const char *grad;
     float *scale;
     char *remainder;
-    double *statistics; /* a row of STATISTICS numbers for each chunk, or NULL */
-    int8_t *signs;
-    int64_t sign_stride;
-    int64_t observed_below;
     int64_t count, first_chunk, offset;
     int64_t param_type, grad_type, exp_avg_type, weight_bits, flags;
     int64_t key1, key2;
     double lr, beta1, rest1, beta2, rest2, weight_decay, grad_scale;
 } Task;
 
-/* The upper half of the pattern of 1, and the place of an int8 level in the upper half of such a pattern. */
+/* The upper half of the bit pattern of 1.0f, and the position of an int8 level in such a half. */
 enum { ONE_HALF = ONE_PATTERN >> 16, LEVEL_SHIFT = 3 };
 
-/* Where a block lies, or a copy of the last, shorter one, filled up with zeros. */
+/* Addresses of the arrays of a block, or of a copy of the last, shorter block that is padded with zeros. */
 typedef struct {
     char *param, *grad, *exp_avg, *remainder;
     float *scale;
 } Block;
 
-/* Words and floats at any address. */
+/* Types that may be read at any address. */
 typedef uint32_t __attribute__((aligned(1), may_alias)) Word;
 typedef float __attribute__((aligned(1), may_alias)) Float;
 typedef uint16_t __attribute__((aligned(1), may_alias)) Half;
@@ -83,7 +78,7 @@ INLINE float number(uint32_t word) {
     return value;
 }
 
-/* The random word of storage_formats.py but for its last step, which leaves the upper half as it is: `lower_half` takes that step. */
+/* The random word of storage_formats.py without its last step, which changes the lower half only (see `lower_half`). */
 INLINE uint32_t random_word(uint32_t element, uint32_t key1, uint32_t key2) {
     uint32_t word = element ^ key1;
     word ^= word >> 16;
@@ -92,12 +87,12 @@ INLINE uint32_t random_word(uint32_t element, uint32_t key1, uint32_t key2) {
     return (word + key2) * 0x846CA68Bu;
 }
 
-/* The lower half of a random word, moved up to where a level ends. */
+/* The lower half of a random word, after the last step, shifted to the bits below an int8 level. */
 INLINE uint32_t lower_half(uint32_t word) {
     return (word << LEVEL_SHIFT ^ word >> (16 - LEVEL_SHIFT)) & 0xFFFFu << LEVEL_SHIFT;
 }
 
-/* The decoders fill `value`, or return where the block lies as it is. */
+/* The decoders fill and return `value`, or return the stored array where it can be read as it is. */
 INLINE float *decode_float32(char *source, int paired, float *value) {
     if (!paired) return (float *)source;
     const Float *stored = (const Float *)source;
@@ -122,7 +117,7 @@ INLINE float *decode_bfloat16(const char *source, float *value) {
     return value;
 }
 
-/* Nearest bf16, ties to even, as torch casts. */
+/* Rounds to the nearest bf16 number, ties to even, like a cast in torch. */
 INLINE uint32_t nearest_bfloat16(float value) {
     uint32_t word = pattern(value);
     return word + 0x7FFFu + ((word >> 16) & 1u);
@@ -156,10 +151,10 @@ INLINE float *decode_weight(const Task *task, const Block *block, int paired, fl
     return weight;
 }
 
-/* A weight zeroed from outside is zero: a remainder below zero beside it would make it one of these NaNs. */
+/* A weight set to zero outside the optimizer, beside a negative remainder, joins to one of these NaNs: it is zero. */
 INLINE uint32_t mended(uint32_t word) { return (word & 0x7FFF8000u) == 0x7FFF8000u ? ~word & SIGN_BIT : word; }
 
-/* Saturates finite numbers at the largest bf16 number, keeps infinities, makes every NaN the same. */
+/* Saturates finite numbers at the largest bf16 number, keeps infinities, and makes every NaN the canonical one. */
 INLINE uint32_t ordinary(uint32_t word) {
     uint32_t magnitude = word & ~SIGN_BIT, sign = word & SIGN_BIT;
     if (magnitude > INFINITY_PATTERN) return NAN_PATTERN;
@@ -167,8 +162,8 @@ INLINE uint32_t ordinary(uint32_t word) {
     return sign | (magnitude > BFLOAT16_MAX_PATTERN ? BFLOAT16_MAX_PATTERN : magnitude);
 }
 
-/* Stores new weights; leaves in them what was stored. */
-INLINE void encode_weight(const Task *task, const Block *block, int paired, float *weight, const uint32_t *random) {
+INLINE void encode_weight(const Task *task, const Block *block, int paired, const float *weight,
+                          const uint32_t *random) {
     if (task->param_type == FLOAT32) {
         encode_float32(block->param, paired, weight);
         return;
@@ -185,7 +180,6 @@ INLINE void encode_weight(const Task *task, const Block *block, int paired, floa
         for (int i = 0; i < HALF; i++) {
             uint32_t even = pattern(weight[i]) + (random[i] >> 24);
             uint32_t odd = pattern(weight[HALF + i]) + (random[HALF + i] >> 24);
-            weight[i] = number(even & ~0xFFu), weight[HALF + i] = number(odd & ~0xFFu);
             high[i] = ((even + 0x8000u) >> 16) | ((odd + 0x8000u) & UPPER);
             bytes[i] = (uint16_t)((even >> 8 & 0xFFu) | (odd & 0xFF00u));
         }
@@ -193,12 +187,11 @@ INLINE void encode_weight(const Task *task, const Block *block, int paired, floa
         for (int i = 0; i < HALF; i++) {
             uint32_t even = pattern(weight[i]) + (random[i] >> 16);
             uint32_t odd = pattern(weight[HALF + i]) + (random[HALF + i] >> 16);
-            weight[i] = number(even & UPPER), weight[HALF + i] = number(odd & UPPER);
             high[i] = (even >> 16) | (odd & UPPER);
         }
 }
 
-/* |x| - 1 with the sign of x. */
+/* |x| - 1 with the sign of x, for a number x given by its pattern. */
 INLINE float less_one(uint32_t word) { return number(word) - number((word & SIGN_BIT) | ONE_PATTERN); }
 
 INLINE float *decode_momentum(const Task *task, const Block *block, int paired, float *momentum) {
@@ -219,14 +212,14 @@ INLINE float *decode_momentum(const Task *task, const Block *block, int paired, 
     return momentum;
 }
 
-/* The pattern of 1 + |m| / scale less that of 1, with the sign of m, and noise of 19 bits below what is kept of it. */
+/* The pattern of 1 + |m| / scale minus that of 1, with the sign of m, plus 19 random bits below the bits kept. */
 INLINE uint32_t noisy_ratio(float momentum, float inverse, uint32_t random) {
     float ratio = momentum * inverse + number((pattern(momentum) & SIGN_BIT) | ONE_PATTERN);
     return pattern(ratio) + (lower_half(random) | (4u - ONE_PATTERN));
 }
 
-/* int8: rounded stochastically to the top of the pattern of 1 + |m| / scale; see storage_formats.py. `peak` is the largest |m|. No
-   level passes 127: the largest ratio is 248 and at most three units of its last place, the noise at most 2^19 - 4. */
+/* `quantize` of storage_formats.py; `peak` is the pattern of the largest |m|. No level exceeds 127: the largest ratio
+   is 248 and at most three units in the last place, and the random bits are at most 2^19 - 4. */
 INLINE void quantize(const Block *block, int count, const float *momentum, uint32_t peak, const uint32_t *random) {
     int8_t *level = (int8_t *)block->exp_avg;
     float scale = number(peak) / LARGEST_LEVEL;
@@ -273,7 +266,7 @@ INLINE void draw(const Task *task, int64_t start, uint32_t *random) {
     }
 }
 
-/* Copies between a block and another of the same tensor. */
+/* Copies the first `count` elements of a block of the tensor to another address. */
 INLINE void copy_block(const Task *task, int count, Block *target, const Block *source, int with_grad) {
     memcpy(target->param, source->param, (size_t)(BYTES[task->param_type] * count));
     if (with_grad) memcpy(target->grad, source->grad, (size_t)(BYTES[task->grad_type] * count));
@@ -281,13 +274,14 @@ INLINE void copy_block(const Task *task, int count, Block *target, const Block *
     if (task->remainder) memcpy(target->remainder, source->remainder, (size_t)(remainder_bytes(task) * count));
 }
 
-/* The rule of rule.py on one block of `count` elements, filled up with zeros; u stays a NaN where c is one. */
+/* `ruled` of rule.py for one block of `count` elements, padded with zeros; u is NaN where c is. */
 #define DEFINE_RULE(real, name)                                                                                      \
     INLINE void name(const Task *task, int count, const real *weight, const real *grad, const real *momentum,        \
-                     real *new_weight, real *new_momentum, real *update) {                                           \
+                     real *new_weight, real *new_momentum) {                                                         \
         const real lr = (real)task->lr, decay = (real)task->weight_decay;                                            \
         const real beta1 = (real)task->beta1, rest1 = (real)task->rest1;                                             \
         const real beta2 = (real)task->beta2, rest2 = (real)task->rest2;                                             \
+        real update[BLOCK];                                                                                          \
         for (int i = 0; i < BLOCK; i++) {                                                                            \
             real mixed = beta1 * momentum[i] + rest1 * grad[i];                                                      \
             update[i] = mixed > 0 ? 1 : mixed < 0 ? -1 : mixed == 0 ? 0 : mixed;                                     \
@@ -308,20 +302,20 @@ INLINE void copy_block(const Task *task, int count, Block *target, const Block *
 DEFINE_RULE(float, rule_float)
 DEFINE_RULE(double, rule_double)
 
-/* The rule where all numbers are finite and there is no caution. Returns the largest magnitude met, as a pattern; that
-   of the momentum is left in `peak`. */
+/* The rule for finite numbers and without caution. Returns an upper bound of all magnitudes, as a pattern. The largest
+   magnitude of the new momentum is left in `peak`. */
 INLINE uint32_t rule_plain(const Task *task, const float *weight, const float *grad, const float *momentum,
-                           float *new_weight, float *new_momentum, float *update, uint32_t *peak) {
+                           float *new_weight, float *new_momentum, uint32_t *peak) {
     const float lr = (float)task->lr, decay = (float)task->weight_decay;
     const float beta1 = (float)task->beta1, rest1 = (float)task->rest1;
     const float beta2 = (float)task->beta2, rest2 = (float)task->rest2;
     uint32_t largest = 0, tallest = 0;
     for (int i = 0; i < BLOCK; i++) {
         float mixed = beta1 * momentum[i] + rest1 * grad[i];
-        update[i] = mixed == 0 ? 0 : number((pattern(mixed) & SIGN_BIT) | ONE_PATTERN);
-        new_weight[i] = weight[i] - lr * (decay * weight[i] + update[i]);
+        float update = mixed == 0 ? 0 : number((pattern(mixed) & SIGN_BIT) | ONE_PATTERN);
+        new_weight[i] = weight[i] - lr * (decay * weight[i] + update);
         new_momentum[i] = beta2 * momentum[i] + rest2 * grad[i];
-        uint32_t magnitude = (pattern(mixed) | pattern(new_weight[i])) & ~SIGN_BIT; /* at least the larger one */
+        uint32_t magnitude = (pattern(mixed) | pattern(new_weight[i])) & ~SIGN_BIT; /* not below either */
         uint32_t height = pattern(new_momentum[i]) & ~SIGN_BIT;
         largest = magnitude > largest ? magnitude : largest;
         tallest = height > tallest ? height : tallest;
@@ -330,79 +324,20 @@ INLINE uint32_t rule_plain(const Task *task, const float *weight, const float *g
     return largest;
 }
 
-/* Sums of a chunk by place in the block, so that none has to be added across a vector before the end. */
-typedef struct {
-    int32_t unmoved[LANES], zero[LANES], agree[LANES], near_bound[LANES];
-    double momentum_squared[LANES], weight_squared[LANES], decay[LANES];
-} Lanes;
-
-INLINE void add_lanes(const Lanes *lanes, double *row) {
-    for (int i = 0; i < LANES; i++) {
-        row[UNMOVED] += lanes->unmoved[i], row[ZERO] += lanes->zero[i];
-        row[AGREE] += lanes->agree[i], row[NEAR_BOUND] += lanes->near_bound[i];
-        row[MOMENTUM_SQUARED] += lanes->momentum_squared[i], row[WEIGHT_SQUARED] += lanes->weight_squared[i];
-        row[DECAY] += lanes->decay[i];
-    }
-}
-
-/* As in rule.py, for the block at element `start`. */
-INLINE int is_observed(const Task *task, int64_t start) {
-    return (uint32_t)(start / BLOCK) * 0x9E3779B9u < task->observed_below;
-}
-
-/* What rule.py counts; `stored` is the new weight after rounding to its storage. */
-#define DEFINE_OBSERVE(real, name, magnitude)                                                                        \
-    INLINE void name(const Task *task, Lanes *lanes, const real *weight, const real *grad, const real *momentum,     \
-                     const real *stored, const real *new_momentum, const real *update) {                             \
-        const real lr = (real)task->lr, bound = (real)(BOUND_SHARE / task->weight_decay);                            \
-        int32_t unmoved[LANES] = {0}, zero[LANES] = {0}, agree[LANES] = {0}, near_bound[LANES] = {0};                \
-        real momentum_squared[LANES] = {0}, weight_squared[LANES] = {0}, decay[LANES] = {0};                         \
-        for (int start = 0; start < BLOCK; start += LANES)                                                           \
-            for (int lane = 0; lane < LANES; lane++) {                                                               \
-                int i = start + lane;                                                                                \
-                unmoved[lane] = stored[i] == weight[i] ? unmoved[lane] + 1 : unmoved[lane];                          \
-                zero[lane] = update[i] == 0 ? zero[lane] + 1 : zero[lane];                                           \
-                agree[lane] = momentum[i] * grad[i] > 0 ? agree[lane] + 1 : agree[lane];                             \
-                near_bound[lane] = magnitude(weight[i]) > bound ? near_bound[lane] + 1 : near_bound[lane];           \
-                momentum_squared[lane] += new_momentum[i] * new_momentum[i];                                         \
-                weight_squared[lane] += weight[i] * weight[i];                                                       \
-                decay[lane] += (weight[i] - stored[i] - lr * update[i]) * weight[i];                                 \
-            }                                                                                                        \
-        for (int lane = 0; lane < LANES; lane++) {                                                                   \
-            lanes->unmoved[lane] += unmoved[lane], lanes->zero[lane] += zero[lane];                                  \
-            lanes->agree[lane] += agree[lane], lanes->near_bound[lane] += near_bound[lane];                          \
-            lanes->momentum_squared[lane] += momentum_squared[lane];                                                 \
-            lanes->weight_squared[lane] += weight_squared[lane], lanes->decay[lane] += decay[lane];                  \
-        }                                                                                                            \
-    }                                                                                                                \
-    INLINE void flips_##real(const Task *task, int64_t start, int count, int paired, double *row,                    \
-                             const real *update) {                                                                   \
-        int64_t sample = (start + task->sign_stride - 1) / task->sign_stride;                                        \
-        for (int64_t i = sample * task->sign_stride - start; i < count; i += task->sign_stride, sample++) {          \
-            real value = update[paired ? i / 2 + i % 2 * HALF : i];                                                  \
-            int8_t sign = (int8_t)((value > 0) - (value < 0));                                                       \
-            row[FLIPPED] += sign * task->signs[sample] < 0;                                                          \
-            task->signs[sample] = sign;                                                                              \
-        }                                                                                                            \
-    }
-
-DEFINE_OBSERVE(float, observe_float, fabsf)
-DEFINE_OBSERVE(double, observe_double, fabs)
-
-/* Does the rule over again where something is not finite, or with caution. Returns the number of such gradients. */
+/* Computes a block with caution or with numbers that are not finite. Returns the number of gradients not finite. */
 INLINE int step_carefully(const Task *task, int count, float *weight, const float *grad, const float *momentum,
-                          float *new_weight, float *new_momentum, float *update, uint32_t *peak) {
+                          float *new_weight, float *new_momentum, uint32_t *peak) {
     const int joined = task->param_type == BFLOAT16 && task->weight_bits != 16;
     int nonfinite = 0;
     for (int i = 0; i < BLOCK; i++) {
         if (joined) weight[i] = number(mended(pattern(weight[i])));
         nonfinite += (pattern(grad[i]) & INFINITY_PATTERN) == INFINITY_PATTERN;
     }
-    rule_float(task, count, weight, grad, momentum, new_weight, new_momentum, update);
+    rule_float(task, count, weight, grad, momentum, new_weight, new_momentum);
     if (nonfinite && task->flags & SKIP_NONFINITE)
         for (int i = 0; i < BLOCK; i++)
             if ((pattern(grad[i]) & INFINITY_PATTERN) == INFINITY_PATTERN)
-                new_weight[i] = weight[i], new_momentum[i] = momentum[i], update[i] = 0;
+                new_weight[i] = weight[i], new_momentum[i] = momentum[i];
     if (task->param_type == BFLOAT16)
         for (int i = 0; i < BLOCK; i++) new_weight[i] = number(ordinary(pattern(new_weight[i])));
     *peak = 0;
@@ -413,12 +348,11 @@ INLINE int step_carefully(const Task *task, int count, float *weight, const floa
     return nonfinite;
 }
 
-/* Returns the number of elements whose gradient is not finite. `next` is fetched array by array in between, as no more
-   than a few cache lines can be on their way at once. */
-INLINE int block_float(const Task *task, const Block *block, const Block *next, int64_t start, int count, Lanes *lanes,
-                       double *row) {
+/* Updates a block; returns the number of gradients that are not finite. The arrays of `next` are prefetched one by one
+   in between, as a core fetches only a few cache lines at a time. */
+INLINE int block_float(const Task *task, const Block *block, const Block *next, int64_t start, int count) {
     const int paired = task->param_type != FLOAT32 || task->grad_type != FLOAT32 || task->exp_avg_type != FLOAT32;
-    float weights[BLOCK], grads[BLOCK], momenta[BLOCK], new_weight[BLOCK], new_momentum[BLOCK], update[BLOCK];
+    float weights[BLOCK], grads[BLOCK], momenta[BLOCK], new_weight[BLOCK], new_momentum[BLOCK];
     uint32_t random[BLOCK];
     prefetch(next->param, BYTES[task->param_type] * BLOCK);
     float *weight = decode_weight(task, block, paired, weights);
@@ -426,21 +360,16 @@ INLINE int block_float(const Task *task, const Block *block, const Block *next, 
     prefetch(next->grad, BYTES[task->grad_type] * BLOCK);
     const float *grad = task->grad_type == FLOAT32 ? decode_float32(block->grad, paired, grads)
                                                    : decode_bfloat16(block->grad, grads);
-    const int observed = row && is_observed(task, start);
-    if (observed && !paired) { /* telemetry looks back at what is overwritten */
-        weight = memcpy(weights, weight, sizeof weights);
-        momentum = memcpy(momenta, momentum, sizeof momenta);
-    }
     if (task->grad_scale != 1) {
         for (int i = 0; i < BLOCK; i++) grads[i] = grad[i] * (float)task->grad_scale;
         grad = grads;
     }
     int nonfinite = 0;
     uint32_t peak;
-    uint32_t largest = rule_plain(task, weight, grad, momentum, new_weight, new_momentum, update, &peak);
+    uint32_t largest = rule_plain(task, weight, grad, momentum, new_weight, new_momentum, &peak);
     int careful = largest > BFLOAT16_MAX_PATTERN || task->flags & CAUTIOUS;
     if (careful)
-        nonfinite = step_carefully(task, count, weight, grad, momentum, new_weight, new_momentum, update, &peak);
+        nonfinite = step_carefully(task, count, weight, grad, momentum, new_weight, new_momentum, &peak);
     if ((task->param_type == BFLOAT16 && task->weight_bits != 32) || task->exp_avg_type == INT8)
         draw(task, start, random);
     prefetch(next->exp_avg, BYTES[task->exp_avg_type] * BLOCK);
@@ -452,19 +381,14 @@ INLINE int block_float(const Task *task, const Block *block, const Block *next, 
         encode_bfloat16(block->exp_avg, new_momentum, careful);
     else
         quantize(block, count, new_momentum, peak, random);
-    if (row) flips_float(task, start, count, paired, row, update);
-    if (observed) {
-        observe_float(task, lanes, weight, grad, momentum, new_weight, new_momentum, update);
-        row[UNMOVED] -= BLOCK - count, row[ZERO] -= BLOCK - count;
-    }
     return nonfinite;
 }
 
-/* float64 parameters, whose gradient and momentum are float64 too. */
-INLINE int block_double(const Task *task, int64_t start, int count, Lanes *lanes, double *row) {
+/* Updates a block of a float64 parameter, whose gradient and momentum are float64 too. */
+INLINE int block_double(const Task *task, int64_t start, int count) {
     double *param = (double *)task->param + start, *exp_avg = (double *)task->exp_avg + start;
     double weight[BLOCK] = {0}, grad[BLOCK] = {0}, momentum[BLOCK] = {0};
-    double new_weight[BLOCK], new_momentum[BLOCK], update[BLOCK];
+    double new_weight[BLOCK], new_momentum[BLOCK];
     int nonfinite = 0;
     memcpy(weight, param, 8 * (size_t)count);
     memcpy(momentum, exp_avg, 8 * (size_t)count);
@@ -472,65 +396,49 @@ INLINE int block_double(const Task *task, int64_t start, int count, Lanes *lanes
         grad[i] = ((const double *)task->grad)[start + i] * task->grad_scale;
         nonfinite += !isfinite(grad[i]);
     }
-    rule_double(task, count, weight, grad, momentum, new_weight, new_momentum, update);
+    rule_double(task, count, weight, grad, momentum, new_weight, new_momentum);
     if (nonfinite && task->flags & SKIP_NONFINITE)
         for (int i = 0; i < count; i++)
-            if (!isfinite(grad[i])) new_weight[i] = weight[i], new_momentum[i] = momentum[i], update[i] = 0;
-    if (row) flips_double(task, start, count, 0, row, update);
-    if (row && is_observed(task, start)) {
-        observe_double(task, lanes, weight, grad, momentum, new_weight, new_momentum, update);
-        row[UNMOVED] -= BLOCK - count, row[ZERO] -= BLOCK - count;
-    }
+            if (!isfinite(grad[i])) new_weight[i] = weight[i], new_momentum[i] = momentum[i];
     memcpy(param, new_weight, 8 * (size_t)count);
     memcpy(exp_avg, new_momentum, 8 * (size_t)count);
     return nonfinite;
 }
 
-INLINE int64_t blocks_float(const Task *task, int64_t start, int64_t stop, double *row) {
+CLONES static int64_t run_float(const Task *task, int64_t start, int64_t stop) {
     int64_t nonfinite = 0;
-    Lanes lanes;
-    if (row) memset(&lanes, 0, sizeof lanes);
     char copies[4][4 * BLOCK];
     for (; start < stop; start += BLOCK) {
         int count = (int)(stop - start < BLOCK ? stop - start : BLOCK);
         Block block = block_at(task, start), place = block;
         int64_t ahead = start + AHEAD * BLOCK;
         Block next = block_at(task, ahead + BLOCK < task->count ? ahead : start);
-        if (count < BLOCK) { /* a copy filled up with zeros, which stay zeros */
+        if (count < BLOCK) { /* a copy padded with zeros, which stay zeros */
             memset(copies, 0, sizeof copies);
             block = (Block){copies[0], copies[1], copies[2], copies[3], place.scale};
             copy_block(task, count, &block, &place, 1);
         }
-        nonfinite += block_float(task, &block, &next, start, count, &lanes, row);
+        nonfinite += block_float(task, &block, &next, start, count);
         if (count < BLOCK) copy_block(task, count, &place, &block, 0);
     }
-    if (row) add_lanes(&lanes, row);
     return nonfinite;
 }
 
-/* Without telemetry nothing of it is even computed. */
-CLONES static int64_t run_float(const Task *task, int64_t start, int64_t stop, double *row) {
-    return row ? blocks_float(task, start, stop, row) : blocks_float(task, start, stop, NULL);
-}
-
-CLONES static int64_t run_double(const Task *task, int64_t start, int64_t stop, double *row) {
+CLONES static int64_t run_double(const Task *task, int64_t start, int64_t stop) {
     int64_t nonfinite = 0;
-    Lanes lanes;
-    if (row) memset(&lanes, 0, sizeof lanes);
     for (; start < stop; start += BLOCK)
-        nonfinite += block_double(task, start, (int)(stop - start < BLOCK ? stop - start : BLOCK), &lanes, row);
-    if (row) add_lanes(&lanes, row);
+        nonfinite += block_double(task, start, (int)(stop - start < BLOCK ? stop - start : BLOCK));
     return nonfinite;
 }
 
-/* One step: what its threads share. */
+/* What the threads of one step share. */
 typedef struct {
     const Task *tasks;
     int64_t task_count, chunk_count, next_chunk;
     int64_t *nonfinite;
 } Step;
 
-/* Takes chunks from the shared counter until none is left; adds to the count of non-finite gradients. */
+/* Updates chunks, taken from the shared counter, until none is left; counts gradients that are not finite. */
 static void *run_chunks(void *argument) {
     Step *step = argument;
     int64_t chunk, task = 0;
@@ -539,17 +447,15 @@ static void *run_chunks(void *argument) {
         const Task *current = step->tasks + task;
         int64_t start = (chunk - current->first_chunk) * CHUNK;
         int64_t stop = start + CHUNK < current->count ? start + CHUNK : current->count;
-        double *row = current->statistics ? current->statistics + STATISTICS * (chunk - current->first_chunk) : 0;
-        int64_t found = (current->param_type == FLOAT64 ? run_double : run_float)(current, start, stop, row);
-        if (row) row[NONFINITE] += (double)found;
+        int64_t found = (current->param_type == FLOAT64 ? run_double : run_float)(current, start, stop);
         if (found) __atomic_fetch_add(step->nonfinite, found, __ATOMIC_RELAXED);
     }
     return 0;
 }
 
-/* Runs a step on up to `threads` threads, the calling one included, and returns when all have ended: no thread outlives
- * the call, so interrupts, exits and forks meet none. Where the system grants no thread the others do its work. Threads
- * block all signals, which stay with the threads of the caller. */
+/* Runs a step on up to `threads` threads, the calling one included, and returns when all have ended, so that no thread
+ * exists at an interrupt, an exit or a fork. If the system refuses a thread, the others do its work. Threads block all
+ * signals, which remain for the threads of the caller. */
 void lion_step(const Task *tasks, int64_t task_count, int64_t chunk_count, int64_t threads, int64_t *nonfinite) {
     Step step = {tasks, task_count, chunk_count, 0, nonfinite};
 #ifndef _WIN32

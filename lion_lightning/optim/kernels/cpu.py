@@ -1,8 +1,8 @@
-"""The cpu engine: cpu.c through ctypes. A step is one call, whose threads begin and end in C.
+"""The cpu engine: cpu.c through ctypes. A step is one call, whose threads start and end in C.
 
-The compiled library comes with the package, or is built on first use into the user's cache,
-`$XDG_CACHE_HOME/lion_lightning` (by default `~/.cache/lion_lightning`). A file there is named after a hash of source,
-compiler and flags and appears by an atomic rename, so that several processes may build it at the same time.
+The compiled library is part of the package, or is built on first use in the user's cache,
+`$XDG_CACHE_HOME/lion_lightning` (by default `~/.cache/lion_lightning`). Its file name is a hash of source, compiler and
+flags. The file is created by an atomic rename, so that several processes may build it at the same time.
 """
 
 import ctypes
@@ -44,7 +44,7 @@ CAUTIOUS_FLAG, SKIP_NONFINITE_FLAG = 1, 2
 NARROW = (torch.float32, torch.bfloat16)
 DOUBLE = (torch.float64, torch.float64, torch.float64)
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.int8: 3}
-TASK = struct.Struct("19q7d")
+TASK = struct.Struct("15q7d")
 """The fields of Task in cpu.c, in order."""
 
 log = logging.getLogger(__name__)
@@ -56,9 +56,6 @@ class CpuEngine:
     name = "cpu"
 
     def objection(self, update: TensorUpdate) -> str | None:
-        misfit = update.misfit()
-        if misfit is not None:
-            return misfit
         dtypes = param, grad, exp_avg = update.param.dtype, update.grad.dtype, update.exp_avg.dtype
         if dtypes != DOUBLE and (param not in NARROW or grad not in NARROW or exp_avg not in (*NARROW, torch.int8)):
             if param == torch.float64:
@@ -70,26 +67,18 @@ class CpuEngine:
 
     def step(self, updates: Sequence[TensorUpdate], nonfinite: Tensor) -> None:
         table, first_chunk = bytearray(), 0
-        chunk_rows: list[tuple[Tensor, Tensor]] = []
         for update in updates:
-            chunks = -(-update.param.numel() // CHUNK_ELEMENTS)
-            row = update.statistics
-            if update.statistics is not None and chunks > 1:  # threads share no row
-                row = torch.zeros(chunks, rule.STATISTICS, dtype=torch.float64)
-                chunk_rows.append((update.statistics, row))
-            table += _task(update, first_chunk, row)
-            first_chunk += chunks
+            table += _task(update, first_chunk)
+            first_chunk += -(-update.param.numel() // CHUNK_ELEMENTS)
         compiled = load()
         assert compiled is not None, "objection() was not consulted"
         threads = min(torch.get_num_threads(), first_chunk)
-        # No Python runs until all threads have ended: an interrupt surfaces when nothing is written any more.
+        # Python handles an interrupt after this call, when all threads have ended and nothing is written any more.
         compiled.lion_step(bytes(table), len(updates), first_chunk, threads, nonfinite.data_ptr())
-        for total, row in chunk_rows:
-            total += row.sum(0)
 
 
-def _task(update: TensorUpdate, first_chunk: int, row: Tensor | None) -> bytes:
-    """The Task of cpu.c for one tensor."""
+def _task(update: TensorUpdate, first_chunk: int) -> bytes:
+    """The Task of cpu.c for one tensor, with the number of chunks of the tensors before it."""
     settings = update.settings
     keys = storage_formats.random_keys(settings.seed, settings.step, update.index) if update.is_random else (0, 0)
     arithmetic = torch.float64 if update.param.dtype == torch.float64 else torch.float32
@@ -97,12 +86,8 @@ def _task(update: TensorUpdate, first_chunk: int, row: Tensor | None) -> bytes:
         update.param.data_ptr(),
         update.exp_avg.data_ptr(),
         update.grad.data_ptr(),
-        _address(update.exp_avg_scale),
-        _address(update.weight_remainder),
-        _address(row),
-        _address(update.signs),
-        update.sign_stride,
-        update.observed_below,
+        rule.address(update.exp_avg_scale),
+        rule.address(update.weight_remainder),
         update.param.numel(),
         first_chunk,
         update.offset,
@@ -122,13 +107,9 @@ def _task(update: TensorUpdate, first_chunk: int, row: Tensor | None) -> bytes:
     )
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """The compiled library; None, with one warning in the log, where it can neither be found nor built."""
+    """The compiled library; None, with one warning in the log, if it can neither be found nor built."""
     problems = []
     for find in (installed, cached):
         try:
@@ -144,17 +125,26 @@ def load() -> ctypes.CDLL | None:
 
 
 def installed() -> Path:
-    """The extension module beside this file; a FileNotFoundError where there is none or the source is newer."""
+    """Path of the extension module beside this file.
+
+    Raises:
+        FileNotFoundError: there is none, or the source is newer.
+    """
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = SOURCE.with_name("_cpu" + suffix)
-        # An editable installation keeps its extension when the source is edited. A wheel writes both within seconds.
+        # Of an editable installation, the source may be newer than the extension. A wheel writes both within seconds.
         if path.exists() and path.stat().st_mtime > SOURCE.stat().st_mtime - STALE_SECONDS:
             return path
     raise FileNotFoundError("not built with the package")
 
 
 def cached() -> Path:
-    """The library in the user's cache, compiled if it is missing there."""
+    """Path of the library in the user's cache, compiled if it is missing.
+
+    Raises:
+        FileNotFoundError: there is no compiler.
+        subprocess.SubprocessError: the compiler failed.
+    """
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise FileNotFoundError("no C compiler (cc, gcc, clang or $CC)")

@@ -16,9 +16,9 @@ CHUNK_ELEMENTS = 81_920
 
 
 class Scratch(NamedTuple):
-    """Buffers that stay in cache from one chunk to the next, in the dtype of the arithmetic, and the number one.
+    """Buffers of the chunks, in the dtype of the arithmetic, and the number one.
 
-    Allocating them for each chunk costs more than the arithmetic.
+    They stay in cache from one chunk to the next. Allocating them for each chunk would cost more than the arithmetic.
     """
 
     weight: Tensor
@@ -29,7 +29,7 @@ class Scratch(NamedTuple):
 
 
 class EagerEngine:
-    """Runs every update on every device; the fallback of the other engines."""
+    """Supports every update on every device; the fallback if no other engine supports it."""
 
     name = "eager"
 
@@ -68,17 +68,16 @@ def chunks(update: TensorUpdate, limit: int) -> Iterator[TensorUpdate]:
 
 
 def _is_simple(update: TensorUpdate) -> bool:
-    """Whether the short path serves unless a number is not finite; finding that out would synchronise a GPU."""
+    """Whether the short path may be tried; on a GPU, its test for numbers that are not finite would synchronise."""
     settings = update.settings
-    plain = not settings.cautious and settings.found_inf is None and update.statistics is None
-    return plain and update.param.device.type == "cpu"
+    return not settings.cautious and settings.found_inf is None and update.param.device.type == "cpu"
 
 
 def _step_simply(update: TensorUpdate, scratch: Scratch) -> bool:
-    """The rule in scratch memory. Returns False, with nothing changed, where a number is not finite or is huge."""
+    """Runs the rule in scratch memory. Returns False, with nothing changed, if a number is not finite or is huge."""
     settings = update.settings
     weight, momentum, grad = _decode_into(update, scratch)
-    if not _is_moderate(momentum, grad):  # also fetches both, faster than one after the other
+    if not _is_moderate(momentum, grad):  # this also fetches both, faster than one after the other
         return False
     change = torch.mul(momentum, settings.beta1, out=scratch.change[: update.param.numel()])
     _add_product(change, grad, 1 - settings.beta1, scratch.one)
@@ -94,39 +93,23 @@ def _step_simply(update: TensorUpdate, scratch: Scratch) -> bool:
 
 
 def _step_carefully(update: TensorUpdate, nonfinite: Tensor) -> None:
-    """The rule with a mask of the elements that may change, caution and telemetry."""
-    settings = update.settings
-    weight, momentum = _decode(update)
-    weight, momentum = weight.clone(), momentum.clone()
-    grad = update.grad.to(weight.dtype) * rule.gradient_factor(settings, weight.dtype)
-    mask = _update_mask(update, grad, nonfinite)
-    new_weight, new_momentum, direction = rule.ruled(weight, grad, momentum, settings)
+    """The rule with a mask of the elements that may change, and caution; adds to the count of `nonfinite`."""
+    weight, momentum = rule.decode(update)
+    grad = rule.unscaled_gradient(update, weight.dtype)
+    nonfinite += grad.isfinite().logical_not().sum()
+    mask = rule.update_mask(grad, update.settings)
+    new_weight, new_momentum, _ = rule.ruled(weight, grad, momentum, update.settings)
     new_weight = torch.where(mask, new_weight, weight)
     new_momentum = torch.where(mask, new_momentum, momentum)
     stored = storage_formats.ordinary(new_weight) if update.param.dtype == torch.bfloat16 else new_weight
     _encode(update, stored, new_momentum)
-    if update.statistics is not None:
-        direction = torch.where(mask, direction, 0.0)
-        rule.observe(update, (weight, grad, momentum), (_decode(update)[0], new_momentum), direction)
-
-
-def _update_mask(update: TensorUpdate, grad: Tensor, nonfinite: Tensor) -> Tensor:
-    """Mask of the elements that may change; adds to the counts of gradients that are not finite."""
-    found_inf = update.settings.found_inf
-    finite = grad.isfinite()
-    count = finite.logical_not().sum()
-    nonfinite += count
-    if update.statistics is not None:
-        update.statistics[rule.NONFINITE] += count
-    if not update.settings.skip_nonfinite:
-        finite = torch.ones_like(finite)
-    return finite if found_inf is None else finite & (found_inf == 0)
 
 
 def _decode_into(update: TensorUpdate, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight, momentum and gradient in scratch memory, or the stored tensors themselves where they serve as they are.
+    """Weight, momentum and gradient in the precision of the arithmetic.
 
-    All three of a bf16 parameter are in scratch. A weight zeroed from outside may come out as a NaN.
+    Tensors that are stored in another precision, and all three of a bf16 parameter, are in scratch memory; others are
+    the stored tensors. A weight that was set to zero outside the optimizer may become a NaN.
     """
     weight = _widened(update.param, scratch.weight)
     if update.weight_remainder is not None:
@@ -144,33 +127,22 @@ def _decode_into(update: TensorUpdate, scratch: Scratch) -> tuple[Tensor, Tensor
 
 
 def _widened(stored: Tensor, buffer: Tensor, always: bool = False) -> Tensor:
-    """The numbers in the dtype of `buffer`; copied into it where they are stored in another dtype, or `always`."""
+    """The numbers in the dtype of `buffer`, copied into it if they have another dtype, or if `always` is set."""
     return stored if stored.dtype == buffer.dtype and not always else buffer[: stored.numel()].copy_(stored)
 
 
 def _add_product(total: Tensor, values: Tensor, factor: float, one: Tensor) -> None:
-    """Adds values * factor in one pass, the product rounded before it is added.
+    """Adds values * factor in one pass, and rounds the product before the addition.
 
-    torch multiplies by the factor first, and the product that it may fuse with the addition is the one with `one`,
-    which is exact. `add_` with alpha, or a tensor in place of `one`, would fuse the product that has to be rounded.
+    torch multiplies by the factor first. It may fuse only the product with `one`, which is exact, with the addition.
+    `add_` with alpha, or a tensor in place of `one`, would fuse the product that has to be rounded.
     """
     total.addcmul_(values, one, value=factor)
 
 
 def _is_moderate(left: Tensor, right: Tensor) -> bool:
-    """Whether all numbers are finite and no product of two overflows: squares overflow far below bf16's largest."""
+    """Whether all numbers are finite and so small that their dot product does not overflow."""
     return math.isfinite(torch.dot(left, right).item())
-
-
-def _decode(update: TensorUpdate) -> tuple[Tensor, Tensor]:
-    """Weight and momentum in the precision of the arithmetic; either may be the stored tensor itself."""
-    weight = update.param
-    if weight.dtype == torch.bfloat16:
-        weight = storage_formats.join_weight(weight, update.weight_remainder)
-    momentum = update.exp_avg
-    if update.exp_avg_scale is not None:
-        momentum = storage_formats.dequantize(momentum, update.exp_avg_scale)
-    return weight, momentum.to(weight.dtype)
 
 
 def _encode(update: TensorUpdate, weight: Tensor, momentum: Tensor) -> None:

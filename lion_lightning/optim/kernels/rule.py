@@ -1,4 +1,4 @@
-"""The Lion rule on plain tensors, the sums that telemetry takes of it, and the objects that an engine is given.
+"""The Lion rule on plain tensors, and the objects that an engine receives.
 
 For gradient g, momentum m, parameter p, learning rate eta, betas (b1, b2) and decoupled weight decay lam:
 
@@ -11,7 +11,7 @@ stored, and float64 for float64 parameters; products and sums are rounded one by
 engines agree bit for bit. A stored weight is rounded once, after step and decay together.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,20 +22,13 @@ from lion_lightning.optim.kernels.storage_formats import BLOCK_ELEMENTS
 CAUTIOUS_LIMIT = 2.0
 """With `cautious`, no element moves further than this multiple of lr (and its decay)."""
 
-UNMOVED, ZERO, AGREE, MOMENTUM_SQUARED, WEIGHT_SQUARED, NEAR_BOUND, DECAY, NONFINITE, FLIPPED = range(9)
-STATISTICS = 9
-"""Length of a row of sums; the order is that of the enumeration in cpu.c."""
-
-BOUND_SHARE = 0.9
-"""Lion solves min f with |p| <= 1/weight_decay; weights beyond this share of the bound are counted."""
-
 
 @dataclass(frozen=True)
 class Settings:
-    """What one parameter group asks of one step; made anew for every step.
+    """The options of one parameter group in one step.
 
-    `lr`, `grad_scale`, `found_inf` and `step` are Python numbers where the host knows them and 0-d device tensors
-    where it would have to wait for them. Engines on a CPU get numbers.
+    `lr`, `grad_scale`, `found_inf` and `step` are Python numbers if the host knows them, and 0-d tensors on the device
+    if reading them would synchronise. On a CPU they are numbers.
     """
 
     lr: float | Tensor
@@ -52,7 +45,7 @@ class Settings:
     grad_scale: float | Tensor = 1.0
     """Gradients are divided by it (multiplied by its fp32 reciprocal), as in torch's fused optimizers."""
     found_inf: Tensor | None = None
-    """Where not None and not 0, the step changes nothing. A skip that the host knows of never reaches an engine."""
+    """If it is a tensor other than 0, the step changes nothing. A step that the host knows to skip runs no engine."""
 
 
 @dataclass
@@ -66,7 +59,7 @@ class TensorUpdate:
     param: Tensor
     """bfloat16, float32 or float64."""
     grad: Tensor
-    """Any floating dtype; that of `param` unless the caller did something unusual."""
+    """Any floating dtype; usually that of `param`."""
     exp_avg: Tensor
     """float64, float32, bfloat16, or int8 with `exp_avg_scale`."""
     exp_avg_scale: Tensor | None
@@ -79,55 +72,19 @@ class TensorUpdate:
     settings: Settings
     kind: str = "matrix"
     """"scalar", "vector" or "matrix" (two dimensions and more), for telemetry."""
-    statistics: Tensor | None = None
-    """Where not None, a row of sums (float64; see `observe`) that the engine adds to."""
-    observed_below: int = 0
-    """With statistics: which blocks the sums cover (see `is_observed`)."""
-    signs: Tensor | None = None
-    """With statistics: int8 signs of u at the last sample, of every `sign_stride`-th element from `sign_start` on."""
-    sign_stride: int = 1
-    sign_start: int = 0
-    start: int = 0
-    """Elements of the tensor before this part of it."""
 
     def part(self, start: int, stop: int) -> "TensorUpdate":
-        """The elements from `start`, a multiple of BLOCK_ELEMENTS, to `stop`."""
-        scale, remainder, signs = self.exp_avg_scale, self.weight_remainder, self.signs
-        first = max(0, -((self.sign_start - start) // self.sign_stride))
-        last = max(0, -((self.sign_start - stop) // self.sign_stride))
-        return TensorUpdate(
+        """The elements from `start`, a multiple of BLOCK_ELEMENTS, to `stop`, in the same memory."""
+        scale, remainder = self.exp_avg_scale, self.weight_remainder
+        return replace(
+            self,
             param=self.param[start:stop],
             grad=self.grad[start:stop],
             exp_avg=self.exp_avg[start:stop],
             exp_avg_scale=None if scale is None else scale[start // BLOCK_ELEMENTS : -(-stop // BLOCK_ELEMENTS)],
             weight_remainder=None if remainder is None else remainder[start:stop],
-            index=self.index,
             offset=self.offset + start,
-            settings=self.settings,
-            kind=self.kind,
-            statistics=self.statistics,
-            observed_below=self.observed_below,
-            signs=None if signs is None else signs[first:last],
-            sign_stride=self.sign_stride,
-            sign_start=self.sign_start + first * self.sign_stride - start,
-            start=self.start + start,
         )
-
-    def misfit(self) -> str | None:
-        """Why engines that take addresses cannot trust the tensors, as the end of a sentence; None if they fit."""
-        count, remainder, scale = self.param.numel(), self.weight_remainder, self.exp_avg_scale
-        if not self.grad.numel() == self.exp_avg.numel() == count:
-            return f"gradient and momentum of {self.grad.numel()} and {self.exp_avg.numel()} elements for {count}"
-        low = {32: torch.int16, 24: torch.int8}.get(self.settings.weight_bits)
-        low = low if self.param.dtype == torch.bfloat16 else None
-        kept = (None, count) if remainder is None else (remainder.dtype, remainder.numel())
-        if kept != (low, count):
-            return f"weight_remainder is not of {low} with {count} elements"
-        if (self.exp_avg.dtype == torch.int8) != (scale is not None):
-            return "exp_avg_scale belongs to an exp_avg of int8"
-        if scale is not None and (scale.dtype != torch.float32 or scale.numel() * BLOCK_ELEMENTS < count):
-            return "exp_avg_scale does not have a float32 number for each block"
-        return None
 
     @property
     def is_random(self) -> bool:
@@ -144,10 +101,14 @@ class TensorUpdate:
 
 
 def caution(update: Tensor, grad: Tensor) -> Tensor:
-    """Masks the elements of u whose sign the gradient does not share and makes up for them within each block.
+    """Masks the elements of u whose sign differs from the gradient's, and scales up the others of the same block.
 
-    Liang et al., "Cautious Optimizers", arXiv:2411.16085, rescale by 1/mean(mask) over the tensor, which is unbounded;
-    this takes the mean over BLOCK_ELEMENTS elements and stops at CAUTIOUS_LIMIT.
+    Liang et al., "Cautious Optimizers", arXiv:2411.16085, scale by 1/mean(mask) over the tensor, which is unbounded.
+    Here the mean is over BLOCK_ELEMENTS elements and the factor is at most CAUTIOUS_LIMIT.
+
+    Args:
+        update: u, of shape (n,).
+        grad: of shape (n,), to descend along.
     """
     count = update.numel()
     mask = update * grad > 0
@@ -161,8 +122,12 @@ def caution(update: Tensor, grad: Tensor) -> Tensor:
 def ruled(weight: Tensor, grad: Tensor, momentum: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """The rule, in the precision of its arguments; gradients that are not finite propagate.
 
+    Args:
+        weight, grad, momentum: before the step, of shape (n,) and one dtype; `grad` as `unscaled_gradient` returns it.
+        settings: of the parameter's group.
+
     Returns:
-        New weight, new momentum, and u.
+        New weight, new momentum, and u after caution, of shape (n,).
     """
     mixed = momentum * settings.beta1 + grad * (1 - settings.beta1)
     update = torch.where(mixed.isnan(), mixed, mixed.sign())  # torch's sign of NaN is 0
@@ -174,7 +139,12 @@ def ruled(weight: Tensor, grad: Tensor, momentum: Tensor, settings: Settings) ->
 
 
 def gradient_factor(settings: Settings, dtype: torch.dtype) -> float | Tensor:
-    """What gradients are multiplied by: the reciprocal of `grad_scale` in `dtype`, negative to ascend."""
+    """The factor of the gradients: the reciprocal of `grad_scale`, negated to ascend.
+
+    Args:
+        settings: of a parameter group.
+        dtype: of the arithmetic, in which the reciprocal is rounded.
+    """
     sign = -1.0 if settings.maximize else 1.0
     if isinstance(settings.grad_scale, Tensor):
         return settings.grad_scale.to(dtype).reciprocal() * sign
@@ -183,56 +153,38 @@ def gradient_factor(settings: Settings, dtype: torch.dtype) -> float | Tensor:
     return sign * torch.tensor(settings.grad_scale, dtype=dtype).reciprocal().item()
 
 
-def is_observed(block: Tensor, below: int) -> Tensor:
-    """Whether telemetry sums include a block of 256 elements.
-
-    Multiples of the golden ratio spread the observed blocks evenly, whatever the width of the matrix, and always
-    include the first. Observing all of them would cost a third of the time of a step on a CPU.
+def unscaled_gradient(update: TensorUpdate, dtype: torch.dtype) -> Tensor:
+    """The gradient to descend along, shape (n,): divided by `grad_scale`, negated to ascend.
 
     Args:
-        block: int64 numbers of blocks within the tensor.
-        below: share of the blocks that are observed, of 2^32.
-
-    Returns:
-        bool, shaped as `block`.
+        update: its `grad` may have any floating dtype.
+        dtype: of the arithmetic, float32 or float64.
     """
-    return (block * storage_formats.GOLDEN & storage_formats.WORD_MASK) < below
+    return update.grad.to(dtype) * gradient_factor(update.settings, dtype)
 
 
-def observe(
-    update: TensorUpdate,
-    values: tuple[Tensor, Tensor, Tensor],
-    new_values: tuple[Tensor, Tensor],
-    direction: Tensor,
-) -> None:
-    """Adds an update's observed elements to `update.statistics`, and compares and refreshes its sampled signs.
+def update_mask(grad: Tensor, settings: Settings) -> Tensor:
+    """Which elements the step may change: bool of shape (n,).
 
     Args:
-        update: has statistics; the count of gradients that are not finite is added elsewhere.
-        values: weight, unscaled gradient with the sign to descend along, and momentum, before the step; shape (n,).
-        new_values: the weight as it reads back from storage, and the momentum, after the step; shape (n,).
-        direction: u, after caution; 0 where the element was skipped; shape (n,).
+        grad: as `unscaled_gradient` returns it, shape (n,).
+        settings: of the parameter's group.
     """
-    assert update.statistics is not None
-    if update.signs is not None and update.signs.numel():
-        signs = direction[update.sign_start :: update.sign_stride].sign()
-        update.statistics[FLIPPED] += (update.signs * signs < 0).sum()
-        update.signs.copy_(signs)
-    settings, count = update.settings, update.param.numel()
-    first, last = update.start // BLOCK_ELEMENTS, -(-(update.start + count) // BLOCK_ELEMENTS)
-    blocks = is_observed(torch.arange(first, last, device=update.param.device), update.observed_below)
-    seen = blocks.repeat_interleave(BLOCK_ELEMENTS)[:count]
-    weight, grad, momentum, stored, new_momentum, direction = (
-        tensor[seen] for tensor in (*values, *new_values, direction)
-    )
-    bound = BOUND_SHARE / settings.weight_decay if settings.weight_decay > 0 else torch.inf
-    sums = (
-        stored == weight,
-        direction == 0,
-        momentum * grad > 0,
-        new_momentum * new_momentum,
-        weight * weight,
-        weight.abs() > bound,
-        (weight - stored - direction * settings.lr) * weight,
-    )
-    update.statistics[: len(sums)] += torch.stack([value.sum(dtype=update.statistics.dtype) for value in sums])
+    mask = grad.isfinite() if settings.skip_nonfinite else torch.ones_like(grad, dtype=torch.bool)
+    return mask if settings.found_inf is None else mask & (settings.found_inf == 0)
+
+
+def decode(update: TensorUpdate) -> tuple[Tensor, Tensor]:
+    """Weight and momentum in the precision of the arithmetic, shape (n,); may share memory with what is stored."""
+    weight = update.param
+    if weight.dtype == torch.bfloat16:
+        weight = storage_formats.join_weight(weight, update.weight_remainder)
+    momentum = update.exp_avg
+    if update.exp_avg_scale is not None:
+        momentum = storage_formats.dequantize(momentum, update.exp_avg_scale)
+    return weight, momentum.to(weight.dtype)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Address of a tensor's first element; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()

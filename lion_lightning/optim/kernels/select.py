@@ -1,4 +1,4 @@
-"""The protocol of an engine, and the choice of one for an update."""
+"""The protocol of an engine, and the choice of an engine for an update."""
 
 import functools
 import importlib
@@ -14,8 +14,8 @@ from lion_lightning.optim.kernels.rule import TensorUpdate
 class Engine(Protocol):
     """One way to run the rule on flat tensors.
 
-    A new engine is a module with an object named `engine` and one entry in `ENGINES`. The module is imported when a
-    parameter on its device takes its first step.
+    A new engine is a module with an object named `engine`, listed in `ENGINES`. The module is imported when a parameter
+    on its device takes its first step.
     """
 
     name: str
@@ -27,10 +27,9 @@ class Engine(Protocol):
         """Runs updates in place, without waiting for a device other than a CPU.
 
         The engine computes what `rule.ruled` computes, each product and sum rounded separately, and stores as
-        `storage_formats` does. It leaves `grad` alone. Where `settings.skip_nonfinite` is set, an element whose scaled
-        gradient is not finite stays as it is. Random bits are those of `storage_formats.random_bits`: a hash of
-        `settings.seed`, `settings.step`, `update.index` and `update.offset` + element. Where `update.statistics` is not
-        None, the engine adds what `rule.observe` adds and the count of gradients that are not finite.
+        `storage_formats` does. It does not write `grad`. If `settings.skip_nonfinite` is set, an element whose scaled
+        gradient is not finite keeps its weight and momentum. Random bits are those of `storage_formats.random_bits`
+        for `settings.seed`, `settings.step`, `update.index` and `update.offset` + element.
 
         Args:
             updates: all updates of one optimizer step on one device that this engine runs, over all parameter groups;

@@ -1,4 +1,4 @@
-"""Bit patterns: the fp32 weight behind a bf16 parameter, int8 momentum, counter-based random bits.
+"""Storage formats: the fp32 weight behind a bf16 parameter, int8 momentum, and counter-based random bits.
 
 A bf16 number is the top half of an fp32 number. Of the 32-bit pattern w of an fp32 result, N bits are kept:
 
@@ -7,9 +7,9 @@ A bf16 number is the top half of an fp32 number. Of the 32-bit pattern w of an f
     N = 16   bf16 alone               stochastically rounded to 16 bits
 
 The bf16 half is rounded half up (away from zero), so the remainder is the low half of w read as a signed number.
-Kept remainders go back to Megatron's parameter remainders and FlashOptim; added here is unbiased rounding at 24 bits.
+Remainders follow Megatron's parameter remainders and FlashOptim; the unbiased rounding at 24 bits is new here.
 
-Random bits are a hash of (seed, step, parameter index, element), with no generator state: replicas round alike and a
+Random bits are a hash of (seed, step, parameter index, element), without generator state: replicas round alike, and a
 resumed run repeats itself. The mixing constants are those of Wellons' lowbias32 (github.com/skeeto/hash-prospector).
 """
 
@@ -24,15 +24,18 @@ GOLDEN = 0x9E3779B9
 MULTIPLIER_1 = 0x7FEB352D
 MULTIPLIER_2 = 0x846CA68B
 BFLOAT16_MAX = torch.finfo(torch.bfloat16).max
+REMAINDER_DTYPES = {32: torch.int16, 24: torch.int8, 16: None}
+"""Of the remainder, for each value of `weight_bits`."""
+
 BLOCK_ELEMENTS = 256
 """Elements that share an int8 scale and a cautious factor, counted in memory order."""
 
 LEVELS = 127
 LARGEST_LEVEL = 247.0
-"""What level 127 stands for, in scales."""
+"""The momentum of level 127, in units of the scale."""
 
 LEVEL_BITS_DROPPED = 19
-"""Of the fp32 pattern of 1 + |m| / s: three bits of exponent and four of mantissa are kept."""
+"""Of the fp32 pattern of 1 + |m| / s, so that three bits of exponent and four of mantissa are kept."""
 
 ONE_PATTERN = 0x3F800000
 
@@ -41,7 +44,7 @@ Word: TypeAlias = int | Tensor
 
 
 def mix(word: Word) -> Word:
-    """Scrambles a 32-bit word, one to one."""
+    """Hashes a 32-bit word; a bijection."""
     word = word ^ (word >> 16)
     word = (word * MULTIPLIER_1) & WORD_MASK
     word = word ^ (word >> 15)
@@ -50,7 +53,7 @@ def mix(word: Word) -> Word:
 
 
 def seed_word(seed: int) -> int:
-    """What becomes of the low 64 bits of a seed before the step is looked at."""
+    """The hash of the low 64 bits of a seed, to which `random_keys` adds the step."""
     word = mix((seed + GOLDEN) & WORD_MASK)
     return int(mix((word + (seed >> 32)) & WORD_MASK))
 
@@ -59,8 +62,8 @@ def random_keys(seed: int, step: Word, index: int) -> tuple[Word, Word]:
     """The two 32-bit words that key the random bits of one parameter at one step.
 
     Args:
-        seed: the optimizer's seed; its low 64 bits count.
-        step: number of steps taken that moved weights; an int64 tensor stays on its device.
+        seed: the optimizer's seed, of which the low 64 bits are used.
+        step: number of steps taken that moved weights; an int64 tensor gives keys on its device.
         index: position of the parameter over all parameter groups.
     """
     first = mix((mix((step + seed_word(seed)) & WORD_MASK) + ((index * GOLDEN) & WORD_MASK)) & WORD_MASK)
@@ -68,7 +71,7 @@ def random_keys(seed: int, step: Word, index: int) -> tuple[Word, Word]:
 
 
 def _signed(word: Word) -> Word:
-    """The word as a two's complement number, which is what int32 tensors hold."""
+    """The word as the two's complement number that an int32 tensor can hold."""
     return ((word + 0x80000000) & WORD_MASK) - 0x80000000
 
 
@@ -79,6 +82,12 @@ def _shift_right(words: Tensor, places: int) -> Tensor:
 
 def random_bits(keys: tuple[Word, Word], start: int, count: int, device: torch.device) -> Tensor:
     """Random 32-bit words for `count` elements from `start` on (modulo 2^32).
+
+    Args:
+        keys: of the parameter and the step, as `random_keys` gives them.
+        start: number of the first element within the whole parameter.
+        count: number of elements.
+        device: of the result.
 
     Returns:
         int32 of shape (count,): the word of element e is a function of `keys` and e alone.
@@ -93,10 +102,14 @@ def random_bits(keys: tuple[Word, Word], start: int, count: int, device: torch.d
 
 
 def join_weight(param: Tensor, remainder: Tensor | None) -> Tensor:
-    """The fp32 number that a bf16 parameter and its remainder (int16, int8 or None) stand for.
+    """The fp32 weights of a bf16 parameter and its remainder, in the shape of the parameter.
 
-    A remainder below zero beside a bf16 zero, which only a weight zeroed from outside can have, counts as zero: joined
-    as it is it would be a NaN.
+    A negative remainder beside a bf16 zero counts as zero. It occurs only if a weight was set to zero outside the
+    optimizer, and would join to a NaN.
+
+    Args:
+        param: bf16.
+        remainder: int16 or int8, of the same shape, or None.
     """
     words = param.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
     if remainder is not None:
@@ -107,31 +120,18 @@ def join_weight(param: Tensor, remainder: Tensor | None) -> Tensor:
     return words.view(torch.float32)
 
 
-def split_weight(value: Tensor, weight_bits: int, random: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Splits fp32 numbers into bf16 and the remainder that `weight_bits` keeps.
-
-    Finite numbers beyond the largest bf16 number are stored as that number, infinities stay, every NaN becomes the
-    canonical one.
-
-    Args:
-        value: fp32.
-        weight_bits: 32 (nothing is lost), 24 or 16 (stochastic rounding).
-        random: int32 words as `random_bits` gives them; their top 32 - `weight_bits` bits are used. Unused at 32.
-
-    Returns:
-        The bf16 tensor and the remainder: int16, int8 or None.
-    """
-    high = torch.empty_like(value, dtype=torch.bfloat16)
-    dtype = {32: torch.int16, 24: torch.int8}.get(weight_bits)
-    remainder = None if dtype is None else torch.empty_like(value, dtype=dtype)
-    store_words(ordinary(value).view(torch.int32), high, remainder, weight_bits, random)
-    return high, remainder
-
-
 def store_words(
     words: Tensor, param: Tensor, remainder: Tensor | None, weight_bits: int, random: Tensor | None
 ) -> None:
-    """Stores ordinary fp32 numbers, given as int32 words that are overwritten; arguments as in `split_weight`."""
+    """Stores fp32 numbers, as `ordinary` returns them, in a bf16 parameter and its remainder.
+
+    Args:
+        words: int32 bit patterns of the numbers; overwritten.
+        param: bf16, written in place.
+        remainder: int16 or int8, written in place, or None.
+        weight_bits: 32 (nothing is lost), 24 or 16 (stochastic rounding).
+        random: int32 words as `random_bits` gives them, of which the top 32 - `weight_bits` bits are used; None at 32.
+    """
     if weight_bits != 32:
         assert random is not None, "stochastic rounding needs random bits"
         words.add_(_shift_right(random, weight_bits)).bitwise_and_(-(1 << (32 - weight_bits)))
@@ -141,7 +141,7 @@ def store_words(
 
 
 def ordinary(value: Tensor) -> Tensor:
-    """A copy that saturates at the largest bf16 number and whose NaNs are all the same."""
+    """A copy of fp32 numbers: finite ones are at most the largest bf16 number, and every NaN is the canonical one."""
     saturated = torch.where(value.isinf(), value, value.clamp(-BFLOAT16_MAX, BFLOAT16_MAX))
     return saturated.masked_fill_(value.isnan(), math.nan)
 
@@ -151,9 +151,9 @@ def quantize(momentum: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor]:
 
     The level is the top of the fp32 pattern of 1 + |m| / s, three bits of exponent and four of mantissa, with the sign
     of m. So |m| = s * (2^e * (1 + f / 16) - 1) with |q| = 16 e + f: the companding of telephony (ITU-T G.711, mu-law),
-    dense near zero, where most of a block lies. It is rounded stochastically as a weight is, by adding random bits
-    below those kept; rounded to nearest, a momentum whose gradients have ceased would never decay. Levels at squares,
-    slightly finer, need a square root each, which was a fifth of a step's time on a CPU.
+    dense near zero, where most of a block lies. It is rounded stochastically, like a weight, by adding random bits
+    below those kept. Rounded to nearest, a momentum would never decay once its gradients are zero. Quadratic levels
+    are slightly finer, but their square roots took a fifth of a step's time on a CPU.
 
     Tried in the training of a character transformer (0.4 M parameters, 300 steps), the share of signs of u that agree
     with fp32 momentum at betas (0.9, 0.99) and (0.95, 0.98): stochastic mu-law 98.1 % and 98.1 %, with two bits of
@@ -163,10 +163,10 @@ def quantize(momentum: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor]:
 
     Args:
         momentum: fp32 of shape (n,).
-        random: int32 words, of which the low 16 bits are used; None rounds to nearest, for a conversion.
+        random: int32 words of shape (n,), of which the low 16 bits are used; None rounds to nearest, for a conversion.
 
     Returns:
-        int8 of shape (n,), and fp32 scales of shape (ceil(n / 256),). One momentum that is not finite makes its block
+        int8 of shape (n,), and fp32 scales of shape (ceil(n / 256),). A momentum that is not finite makes its block
         NaN.
     """
     count = momentum.numel()
@@ -175,7 +175,7 @@ def quantize(momentum: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor]:
     broken = ~(scale < torch.inf)
     tiny = scale < torch.finfo(torch.float32).tiny
     inverse = torch.where(tiny | broken, 0.0, scale.reciprocal())
-    values = values.mul_(inverse[:, None]).nan_to_num_(0.0)  # what is broken is stored as such by its scale
+    values = values.mul_(inverse[:, None]).nan_to_num_(0.0)  # the scale of a block that is not finite is NaN
     words = values.add_(1.0).view(torch.int32).view(-1)[:count].sub_(ONE_PATTERN)
     words += 1 << (LEVEL_BITS_DROPPED - 1) if random is None else (random & 0xFFFF).mul_(8).add_(4)
     levels = words.bitwise_right_shift_(LEVEL_BITS_DROPPED).clamp_(max=LEVELS).to(torch.int8)
@@ -184,7 +184,12 @@ def quantize(momentum: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(levels: Tensor, scale: Tensor) -> Tensor:
-    """fp32 momentum from what `quantize` gave; (n,)."""
+    """fp32 momentum of shape (n,), the inverse of `quantize`.
+
+    Args:
+        levels: int8 of shape (n,).
+        scale: fp32 of shape (ceil(n / 256),) or longer.
+    """
     wide = levels.to(torch.int32)
     words = wide.abs().bitwise_left_shift_(LEVEL_BITS_DROPPED).add_(ONE_PATTERN)
     values = blocked(words.view(torch.float32).sub_(1.0))
@@ -192,6 +197,6 @@ def dequantize(levels: Tensor, scale: Tensor) -> Tensor:
 
 
 def blocked(values: Tensor) -> Tensor:
-    """A 1-D tensor as rows of 256 elements, the last filled up with zeros."""
+    """A 1-D tensor as rows of 256 elements, the last padded with zeros."""
     missing = -values.numel() % BLOCK_ELEMENTS
     return torch.nn.functional.pad(values, (0, missing)).view(-1, BLOCK_ELEMENTS)

@@ -1,9 +1,8 @@
-"""The triton engine: all tensors of a dtype combination in one launch, on CUDA and ROCm devices.
+"""The triton engine: one kernel launch for all tensors of a dtype combination, on CUDA and ROCm devices.
 
-A table of addresses and settings tells each program of the kernel what to update. It is kept on the device and copied
-there again only when it changes. No step waits for the device, and a step can be captured in a CUDA graph after one
-that was not. What is then read anew by each replay is what the settings hold as tensors on the device: lr, the step
-number, grad_scale, found_inf.
+The kernel finds what to update in two tables on the device, one of tensors and one of settings, which are copied there
+only when their content changes. A step never synchronises. It can be captured in a CUDA graph after a first step
+outside the graph; a replay reads lr, the step number, grad_scale and found_inf anew if they are tensors on the device.
 """
 
 import importlib.util
@@ -13,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,79 +26,23 @@ ALIGNMENT_BYTES = 16
 WARPS = 4
 MINIMUM_CUDA_CAPABILITY = (7, 0)
 
-TENSOR_COLUMNS = (
-    "param",
-    "grad",
-    "exp_avg",
-    "exp_avg_scale",
-    "weight_remainder",
-    "statistics",
-    "signs",
-    "sign_stride",
-    "observed_below",
-    "count",
-    "offset",
-    "index",
-    "group",
-    "first_tile",
-)
-"""Columns of the table of tensors; all int64, the first seven addresses (0 for None)."""
-
-NUMBERS = ("lr", "beta1", "rest1", "beta2", "rest2", "weight_decay", "factor", "bound")
-GROUP_COLUMNS = (
-    *NUMBERS,
-    "lr_address",
-    "grad_scale_address",
-    "found_inf_address",
-    "step_address",
-    "step",
-    "seed",
-    "skip",
-)
-"""Columns of the table of settings: float64 numbers, then int64. Addresses are of 0-d tensors, 0 for None."""
+TENSOR_ROW = struct.Struct("10q")
+"""A row of the table of tensors; triton_kernels.py names the columns."""
+GROUP_ROW = struct.Struct("7d7q")
+"""A row of the table of settings, whose columns are named there too."""
 
 KEPT_TABLES = 64
-"""Tables beyond this number are dropped, the least recently used first: a schedule makes a new one at every step."""
-
-_TENSOR_ROW = struct.Struct(f"{len(TENSOR_COLUMNS)}q")
-_GROUP_ROW = struct.Struct(f"{len(NUMBERS)}d{len(GROUP_COLUMNS) - len(NUMBERS)}q")
+"""The least recently used tables beyond this number are dropped: a schedule makes a new one at every step."""
 
 logger = logging.getLogger(__name__)
 
 
-class Combination(NamedTuple):
-    """What is compiled into a kernel: tensors that agree in it share a launch."""
-
-    param: torch.dtype
-    grad: torch.dtype
-    exp_avg: torch.dtype
-    weight_bits: int
-    cautious: bool
-    statistics: bool
-    aligned: bool
-
-    @classmethod
-    def of(cls, update: TensorUpdate) -> "Combination":
-        """The combination that an update belongs to."""
-        arrays = update.param, update.grad, update.exp_avg, update.weight_remainder
-        return cls(
-            update.param.dtype,
-            update.grad.dtype,
-            update.exp_avg.dtype,
-            update.settings.weight_bits if update.param.dtype == torch.bfloat16 else 32,
-            update.settings.cautious,
-            update.statistics is not None,
-            not any(address(array) % ALIGNMENT_BYTES for array in arrays),
-        )
-
-    @property
-    def arithmetic(self) -> torch.dtype:
-        """float64 for float64 parameters, else float32."""
-        return torch.float64 if self.param == torch.float64 else torch.float32
+Constants: TypeAlias = tuple[torch.dtype, torch.dtype, torch.dtype, int, bool, bool]
+"""PARAM, GRAD, MOMENTUM, WEIGHT_BITS, CAUTIOUS and ALIGNED of the kernel; tensors with equal ones share a launch."""
 
 
 class TritonEngine:
-    """Runs triton_kernels.py. With TRITON_INTERPRET=1 in the environment it runs them on a CPU instead, for tests."""
+    """Launches the kernels of triton_kernels.py; with TRITON_INTERPRET=1 in the environment on a CPU, for tests."""
 
     name = "triton"
 
@@ -108,9 +51,6 @@ class TritonEngine:
         self._objections: dict[torch.device, str | None] = {}
 
     def objection(self, update: TensorUpdate) -> str | None:
-        misfit = update.misfit()
-        if misfit is not None:
-            return misfit
         param, grad, exp_avg = update.param.dtype, update.grad.dtype, update.exp_avg.dtype
         if param not in PARAM_DTYPES or grad not in NUMBER_DTYPES or exp_avg not in (*PARAM_DTYPES, torch.int8):
             return f"gradients of {grad} and momentum of {exp_avg} for parameters of {param} are not supported"
@@ -120,88 +60,69 @@ class TritonEngine:
         return self._objections[device]
 
     def step(self, updates: Sequence[TensorUpdate], nonfinite: Tensor) -> None:
-        batches: dict[Combination, list[TensorUpdate]] = {}
+        batches: dict[Constants, list[TensorUpdate]] = {}
         for update in updates:
-            batches.setdefault(Combination.of(update), []).append(update)
+            arrays = update.param, update.grad, update.exp_avg, update.weight_remainder
+            constants = (
+                update.param.dtype,
+                update.grad.dtype,
+                update.exp_avg.dtype,
+                update.settings.weight_bits if update.param.dtype == torch.bfloat16 else 32,
+                update.settings.cautious,
+                not any(rule.address(array) % ALIGNMENT_BYTES for array in arrays),
+            )
+            batches.setdefault(constants, []).append(update)
         with _current(nonfinite.device):
-            for combination, batch in batches.items():
-                self._launch(combination, batch, nonfinite)
+            for constants, batch in batches.items():
+                self._launch(constants, batch, nonfinite)
 
-    def _launch(self, combination: Combination, batch: list[TensorUpdate], nonfinite: Tensor) -> None:
-        kernels = _kernels()
+    def _launch(self, constants: Constants, batch: list[TensorUpdate], nonfinite: Tensor) -> None:
+        """Writes both tables and launches the kernel once for all updates of a batch."""
+        kernels, device = _kernels(), nonfinite.device
+        arithmetic = torch.float64 if constants[0] == torch.float64 else torch.float32
         converted: list[Tensor] = []  # freed after the launch: the stream keeps the order
-        rows, groups, tiles = _rows(combination, batch, kernels.TILE_ELEMENTS, converted)
-        device = nonfinite.device
-        tensors = self._tables.table(rows, device)
-        lanes = nonfinite
-        if combination.statistics:
-            shape = len(batch), kernels.LANES, kernels.LANE_COLUMNS
-            lanes = torch.zeros(shape, dtype=torch.float64, device=device)
-        kernels.lion_kernel[(sum(tiles),)](
-            tensors,
-            self._tables.table(groups, device),
-            self._tables.find(tiles, lambda: _tensor_of_tile(tiles), device),
+        numbers_of_settings: dict[int, int] = {}
+        tensors, groups = bytearray(), bytearray()
+        tiles: list[int] = []
+        first_tile = 0
+        for update in batch:
+            settings = update.settings
+            if id(settings) not in numbers_of_settings:
+                numbers_of_settings[id(settings)] = len(numbers_of_settings)
+                groups += _group_row(settings, arithmetic, update.is_random, converted)
+            tensors += _tensor_row(update, numbers_of_settings[id(settings)], first_tile)
+            tiles.append(-(-update.param.numel() // kernels.TILE_ELEMENTS))
+            first_tile += tiles[-1]
+        tensor_of_tile = self._tables.find(
+            tuple(tiles),
+            lambda: torch.arange(len(tiles), dtype=torch.int32).repeat_interleave(torch.tensor(tiles)),
+            device,
+        )
+        dtypes = (getattr(kernels.tl, str(dtype).removeprefix("torch.")) for dtype in constants[:3])
+        kernels.lion_kernel[(first_tile,)](
+            self._tables.table(bytes(tensors), device),
+            self._tables.table(bytes(groups), device),
+            tensor_of_tile,
             nonfinite,
-            lanes,
-            **_constants(combination, kernels),
+            *dtypes,
+            *constants[3:],
             num_warps=WARPS,
             enable_fp_fusion=False,  # a fused multiply-add would differ from the other engines in the last bit
         )
-        if combination.statistics:
-            kernels.statistics_kernel[(len(batch),)](tensors, lanes)
-
-
-def _rows(
-    combination: Combination, batch: list[TensorUpdate], tile_elements: int, converted: list[Tensor]
-) -> tuple[bytes, bytes, tuple[int, ...]]:
-    """The rows of both tables, and the number of tiles of each tensor."""
-    rows, groups = bytearray(), bytearray()
-    known: dict[int, int] = {}
-    tiles: list[int] = []
-    first_tile = 0
-    for update in batch:
-        settings = update.settings
-        if id(settings) not in known:
-            known[id(settings)] = len(known)
-            groups += group_row(settings, combination.arithmetic, update.is_random, converted)
-        rows += tensor_row(update, known[id(settings)], first_tile)
-        tiles.append(-(-update.param.numel() // tile_elements))
-        first_tile += tiles[-1]
-    return bytes(rows), bytes(groups), tuple(tiles)
-
-
-def _tensor_of_tile(tiles: tuple[int, ...]) -> Tensor:
-    """The row of the tensor that each tile belongs to: int32."""
-    return torch.arange(len(tiles), dtype=torch.int32).repeat_interleave(torch.tensor(tiles))
-
-
-def _constants(combination: Combination, kernels: ModuleType) -> dict[str, Any]:
-    def named(dtype: torch.dtype) -> Any:
-        return getattr(kernels.tl, str(dtype).removeprefix("torch."))
-
-    return dict(
-        PARAM=named(combination.param),
-        GRAD=named(combination.grad),
-        MOMENTUM=named(combination.exp_avg),
-        WEIGHT_BITS=combination.weight_bits,
-        CAUTIOUS=combination.cautious,
-        STATISTICS=combination.statistics,
-        ALIGNED=combination.aligned,
-    )
 
 
 def _kernels() -> ModuleType:
-    """triton_kernels.py, which needs triton."""
+    """The module of the kernels, whose import needs triton."""
     return importlib.import_module("lion_lightning.optim.kernels.triton_kernels")
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a device the current one, on which triton launches."""
+    """A context in which triton launches on `device`."""
     return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
 def _device_objection(device: torch.device) -> str | None:
-    """Why nothing can run on a device; finds out by running the smallest of kernels."""
+    """Why kernels cannot run on a device, found by running a small one; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cuda" and torch.version.hip is None:
@@ -214,35 +135,20 @@ def _device_objection(device: torch.device) -> str | None:
             return f"it runs on CUDA and ROCm, or with TRITON_INTERPRET=1 on a CPU, not on {device.type}"
         with _current(device):
             kernels.probe_kernel[(1,)](torch.zeros(1, device=device))
-    except Exception as error:  # a compiler or driver that is missing shows in many ways
+    except Exception as error:  # a missing compiler or driver raises exceptions of many types
         logger.warning("The eager engine serves %s: triton does not work there (%s)", device, error)
         return f"triton does not work here ({error})"
     return None
 
 
-def address(tensor: Tensor | None) -> int:
-    """Where a tensor's elements begin; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def tensor_row(update: TensorUpdate, group: int, first_tile: int) -> bytes:
-    """The row of one tensor.
-
-    Args:
-        update: the tensor.
-        group: row of its settings in the other table.
-        first_tile: tiles of the tensors before it.
-    """
-    return _TENSOR_ROW.pack(
+def _tensor_row(update: TensorUpdate, group: int, first_tile: int) -> bytes:
+    """The row of one tensor, with the number of its settings' row and the number of tiles before its first."""
+    return TENSOR_ROW.pack(
         update.param.data_ptr(),
         update.grad.data_ptr(),
         update.exp_avg.data_ptr(),
-        address(update.exp_avg_scale),
-        address(update.weight_remainder),
-        address(update.statistics),
-        address(update.signs),
-        update.sign_stride,
-        update.observed_below,
+        rule.address(update.exp_avg_scale),
+        rule.address(update.weight_remainder),
         update.param.numel(),
         update.offset,
         update.index,
@@ -251,37 +157,35 @@ def tensor_row(update: TensorUpdate, group: int, first_tile: int) -> bytes:
     )
 
 
-def group_row(settings: Settings, dtype: torch.dtype, is_random: bool, converted: list[Tensor]) -> bytes:
-    """The row of one parameter group's settings. What a device knows is left to the kernel to read.
+def _group_row(settings: Settings, arithmetic: torch.dtype, is_random: bool, converted: list[Tensor]) -> bytes:
+    """The row of one group's settings: numbers where the host knows them, else addresses of tensors on the device.
 
     Args:
         settings: of one step.
-        dtype: of the arithmetic, float32 or float64.
-        is_random: whether the step number matters; if not, it does not change the row.
-        converted: device scalars of another dtype are converted, and added here to be kept until the launch.
+        arithmetic: dtype of the arithmetic, float32 or float64.
+        is_random: whether seed and step number matter; if not, they are left out, so that the row stays the same.
+        converted: device scalars of another dtype are converted; the caller keeps those added here until the launch.
     """
 
-    def place(value: float | Tensor | None, wanted: torch.dtype) -> int:
+    def placed(value: float | Tensor | None, wanted: torch.dtype) -> int:
         if not isinstance(value, Tensor):
             return 0
         converted.append(value.to(wanted))
         return converted[-1].data_ptr()
 
-    decay = settings.weight_decay
     sign = -1.0 if settings.maximize else 1.0
-    return _GROUP_ROW.pack(
+    return GROUP_ROW.pack(
         0.0 if isinstance(settings.lr, Tensor) else settings.lr,
         settings.beta1,
         1 - settings.beta1,
         settings.beta2,
         1 - settings.beta2,
-        decay,
-        sign if isinstance(settings.grad_scale, Tensor) else rule.gradient_factor(settings, dtype),
-        rule.BOUND_SHARE / decay if decay > 0 else float("inf"),
-        place(settings.lr, dtype),
-        place(settings.grad_scale, dtype),
-        place(settings.found_inf, torch.float32),
-        place(settings.step, torch.int64) if is_random else 0,
+        settings.weight_decay,
+        sign if isinstance(settings.grad_scale, Tensor) else rule.gradient_factor(settings, arithmetic),
+        placed(settings.lr, arithmetic),
+        placed(settings.grad_scale, arithmetic),
+        placed(settings.found_inf, torch.float32),
+        placed(settings.step, torch.int64) if is_random else 0,
         0 if isinstance(settings.step, Tensor) or not is_random else settings.step,
         storage_formats.seed_word(settings.seed) if is_random else 0,
         settings.skip_nonfinite,
@@ -289,29 +193,29 @@ def group_row(settings: Settings, dtype: torch.dtype, is_random: bool, converted
 
 
 class DeviceTables:
-    """Tables on the device, found by their content, so that one is copied there only when it is new.
+    """Tables on the device, cached by content and stream.
 
-    A copy goes through pinned memory and is not waited for. Under CUDA graph capture a new table becomes a copy in the
-    graph; it, its pinned source and every other table a graph reads are kept for good, and pinned memory for it is set
-    aside before, as none may be allocated then.
+    Tables are copied from pinned memory without synchronising. In a CUDA graph capture the copy of a new table becomes
+    part of the graph. All tables that a graph reads, and the pinned source of such a copy, are kept for ever. Pinned
+    memory cannot be allocated during a capture and is therefore reserved when a table of that size is first made.
     """
 
     def __init__(self) -> None:
         self._tables: OrderedDict[tuple[torch.device, int, Hashable], Tensor] = OrderedDict()
         self._of_graphs: list[Tensor] = []
-        self._set_aside: dict[int, Tensor] = {}
+        self._reserved: dict[int, Tensor] = {}
 
     def table(self, content: bytes, device: torch.device) -> Tensor:
         """int64 of shape (len(content) / 8,) on the current stream of the device."""
         return self.find(content, lambda: torch.frombuffer(bytearray(content), dtype=torch.int64), device)
 
     def find(self, key: Hashable, make: Callable[[], Tensor], device: torch.device) -> Tensor:
-        """The table of a key, which must tell its content.
+        """The table of a key, made and copied if there is none.
 
         Args:
-            key: other than the key of any table of other content.
-            make: gives the content as a 1-D tensor on the host.
-            device: which must be the current one.
+            key: identifies the content.
+            make: returns the content as a 1-D tensor on the host.
+            device: a CPU, or the current CUDA device.
         """
         if device.type == "cpu":
             return make()
@@ -319,30 +223,31 @@ class DeviceTables:
             return self._captured(key, make, device)
         full_key = device, torch.cuda.current_stream(device).cuda_stream, key
         if full_key not in self._tables:
-            pinned = _pinned(make())
-            self._tables[full_key] = pinned.to(device, non_blocking=True)
-            if pinned.nbytes not in self._set_aside:
-                self._set_aside[pinned.nbytes] = torch.empty(pinned.nbytes, dtype=torch.uint8, pin_memory=True)
+            source = pinned(make())
+            self._tables[full_key] = source.to(device, non_blocking=True)
+            if source.nbytes not in self._reserved:
+                self._reserved[source.nbytes] = torch.empty(source.nbytes, dtype=torch.uint8, pin_memory=True)
             if len(self._tables) > KEPT_TABLES:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(full_key)
         return self._tables[full_key]
 
     def _captured(self, key: Hashable, make: Callable[[], Tensor], device: torch.device) -> Tensor:
-        # What another stream copied is there: a capture begins with a wait for the device.
+        # The tables of other streams are complete: a capture begins by synchronising the device.
         for (known_device, _, known_key), table in self._tables.items():
             if (known_device, known_key) == (device, key):
                 self._of_graphs.append(table)
                 return table
         content = make()
-        pinned = self._set_aside.pop(content.nbytes, None)
-        pinned = _pinned(content) if pinned is None else pinned.view(content.dtype).copy_(content)
-        table = pinned.to(device, non_blocking=True)
-        self._of_graphs += [pinned, table]
+        reserved = self._reserved.pop(content.nbytes, None)
+        source = pinned(content) if reserved is None else reserved.view(content.dtype).copy_(content)
+        table = source.to(device, non_blocking=True)
+        self._of_graphs += [source, table]
         return table
 
 
-def _pinned(content: Tensor) -> Tensor:
+def pinned(content: Tensor) -> Tensor:
+    """A copy of a tensor in pinned host memory."""
     return torch.empty_like(content, pin_memory=True).copy_(content)
 
 

@@ -1,8 +1,8 @@
 """The Triton kernels: one program updates one tile of one tensor.
 
-They compute what rule.py defines and store what storage_formats.py defines, operation for operation and with bf16 taken
-apart as integers. A launch must not let the compiler fuse multiplication and addition, and division is the correctly
-rounded one, so that a GPU and the other engines agree bit for bit. A tile is TILE_ROWS rows of 256 elements, the blocks
+They compute what rule.py defines and store what storage_formats.py defines, in the same order of operations, with bf16
+numbers handled as integers. A launch must disable the fusion of multiplication and addition, and division is correctly
+rounded, so that a GPU agrees with the other engines bit for bit. A tile is TILE_ROWS rows of 256 elements, the blocks
 that share an int8 scale.
 """
 
@@ -12,18 +12,13 @@ import triton
 import triton.language as tl
 
 from lion_lightning.optim.kernels import rule, storage_formats
-from lion_lightning.optim.kernels.triton import GROUP_COLUMNS, TENSOR_COLUMNS
+from lion_lightning.optim.kernels.triton import GROUP_ROW, TENSOR_ROW
 
 TILE_ROWS = 4
 TILE_ELEMENTS = TILE_ROWS * storage_formats.BLOCK_ELEMENTS
-"""Elements of one program: at 4 warps of 32 threads, a block of 256 is one warp's and 16 bytes of bf16 one thread's."""
-LANES = 64
-"""Partial sums of one tensor, so that programs do not wait for the same address."""
-LANE_COLUMNS = 16
-"""Columns of a row of sums, rounded up to a power of two."""
+"""Elements of one program. With 4 warps of 32 threads, a warp takes a block of 256 and a thread 16 bytes of bf16."""
 
 ROWS, BLOCK, TILE = (tl.constexpr(n) for n in (TILE_ROWS, storage_formats.BLOCK_ELEMENTS, TILE_ELEMENTS))
-LANE_COUNT, LANE_WIDTH, STATISTICS_COUNT = (tl.constexpr(n) for n in (LANES, LANE_COLUMNS, rule.STATISTICS))
 CAUTIOUS_LIMIT = tl.constexpr(rule.CAUTIOUS_LIMIT)
 LEVELS, LARGEST_LEVEL, LEVEL_BITS_DROPPED, ONE_PATTERN, GOLDEN, MULTIPLIER_1, MULTIPLIER_2 = (
     tl.constexpr(getattr(storage_formats, name))
@@ -36,19 +31,16 @@ INFINITY_PATTERN = tl.constexpr(0x7F800000)
 NAN_PATTERN = tl.constexpr(0x7FC00000)
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
-# The columns of both launch tables and of a row of sums, in the order of triton.py and rule.py.
-TENSOR_WIDTH, GROUP_WIDTH = tl.constexpr(len(TENSOR_COLUMNS)), tl.constexpr(len(GROUP_COLUMNS))
+# The columns of both launch tables, 8 bytes each, in the order in which triton.py packs them. The column of an array
+# holds its address. Settings are float64 up to FACTOR, and int64 after it. Absent arrays and scalars have address 0.
+TENSOR_WIDTH, GROUP_WIDTH = tl.constexpr(TENSOR_ROW.size // 8), tl.constexpr(GROUP_ROW.size // 8)
 (
-    PARAM_ARRAY, GRAD_ARRAY, EXP_AVG_ARRAY, SCALE_ARRAY, REMAINDER_ARRAY, SUMS, SIGNS, SIGN_STRIDE, OBSERVED_BELOW,
-    COUNT, OFFSET, INDEX, GROUP, FIRST_TILE,
-) = (tl.constexpr(column) for column in range(len(TENSOR_COLUMNS)))  # fmt: skip
+    PARAM_ARRAY, GRAD_ARRAY, EXP_AVG_ARRAY, SCALE_ARRAY, REMAINDER_ARRAY, COUNT, OFFSET, INDEX, GROUP, FIRST_TILE,
+) = (tl.constexpr(column) for column in range(TENSOR_ROW.size // 8))  # fmt: skip
 (
-    LR, BETA1, REST1, BETA2, REST2, DECAY, FACTOR, BOUND, LR_ADDRESS, GRAD_SCALE_ADDRESS, FOUND_INF_ADDRESS,
-    STEP_ADDRESS, STEP, SEED, SKIP,
-) = (tl.constexpr(column) for column in range(len(GROUP_COLUMNS)))  # fmt: skip
-UNMOVED, ZERO, AGREE, MOMENTUM_SQUARED, WEIGHT_SQUARED, NEAR_BOUND, DECAYED, NONFINITE, FLIPPED = (
-    tl.constexpr(column) for column in range(rule.STATISTICS)
-)
+    LR, BETA1, REST1, BETA2, REST2, DECAY, FACTOR, LR_ADDRESS, GRAD_SCALE_ADDRESS, FOUND_INF_ADDRESS, STEP_ADDRESS,
+    STEP, SEED, SKIP,
+) = (tl.constexpr(column) for column in range(GROUP_ROW.size // 8))  # fmt: skip
 
 
 @triton.jit
@@ -75,7 +67,7 @@ def device_scalar(group, COLUMN: tl.constexpr, otherwise, DTYPE: tl.constexpr):
 
 @triton.jit
 def divide(numerator, denominator, COMPUTE: tl.constexpr):
-    """Correctly rounded division; that of float32 is not by itself."""
+    """Correctly rounded division, which `/` is not in float32."""
     if COMPUTE == tl.float64:
         return numerator / denominator
     else:
@@ -165,11 +157,10 @@ def store_weight(
     tensor, start, local, stored, value, random, DTYPE: tl.constexpr, WEIGHT_BITS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """`storage_formats.split_weight` where `stored` says so; returns the weight as it reads back."""
+    """`storage_formats.store_words` where `stored` is true."""
     if DTYPE != tl.bfloat16:
         target = array_at(tensor, PARAM_ARRAY, start, DTYPE, ALIGNED)
         tl.store(target + local, value, mask=stored)
-        return value
     else:
         words = value.to(tl.int32, bitcast=True)
         magnitude = words & 0x7FFFFFFF
@@ -186,7 +177,6 @@ def store_weight(
         elif WEIGHT_BITS == 24:
             low = array_at(tensor, REMAINDER_ARRAY, start, tl.int8, ALIGNED)
             tl.store(low + local, (words >> 8).to(tl.int8), mask=stored)
-        return words.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -199,7 +189,7 @@ def quantize(momentum, random):
     tiny = scale < SMALLEST_NORMAL
     usable = ~(tiny | broken)
     inverse = tl.where(usable, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(usable, scale, 1.0)), 0.0)
-    # What is broken is stored as such by its scale.
+    # The scale of a block that is not finite is NaN.
     ratio = tl.where(usable, magnitude.to(tl.float32, bitcast=True) * inverse, 0.0)
     words = (ratio + 1.0).to(tl.int32, bitcast=True) - ONE_PATTERN + (random & 0xFFFF).to(tl.int32) * 8 + 4
     level = tl.minimum(words >> LEVEL_BITS_DROPPED, LEVELS)
@@ -241,56 +231,16 @@ def caution(update, grad, inside, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def count_in(lane, COLUMN: tl.constexpr, found):
-    """Adds the number of true elements to a sum."""
-    tl.atomic_add(lane + COLUMN, tl.sum(tl.sum(found.to(tl.int32), 1), 0).to(tl.float64), sem="relaxed")
-
-
-@triton.jit
-def add_in(lane, COLUMN: tl.constexpr, values):
-    """Adds all elements to a sum."""
-    tl.atomic_add(lane + COLUMN, tl.sum(tl.sum(values, 1), 0).to(tl.float64), sem="relaxed")
-
-
-@triton.jit
-def observe(
-    tensor, lane, group, start, inside, weight, grad, momentum, stored, new_momentum, update, lr, COMPUTE: tl.constexpr
-):
-    """`rule.observe`, but for the sampled signs."""
-    block = (start // BLOCK).to(tl.uint32) + tl.arange(0, ROWS)[:, None].to(tl.uint32)
-    seen = inside & (block * GOLDEN < tl.load(tensor + OBSERVED_BELOW).to(tl.uint32))
-    count_in(lane, UNMOVED, seen & (stored == weight))
-    count_in(lane, ZERO, seen & (update == 0))
-    count_in(lane, AGREE, seen & (momentum * grad > 0))
-    count_in(lane, NEAR_BOUND, seen & (tl.abs(weight) > setting(group, BOUND, COMPUTE)))
-    add_in(lane, MOMENTUM_SQUARED, tl.where(seen, new_momentum * new_momentum, 0.0))
-    add_in(lane, WEIGHT_SQUARED, tl.where(seen, weight * weight, 0.0))
-    add_in(lane, DECAYED, tl.where(seen, (weight - stored - update * lr) * weight, 0.0))
-
-
-@triton.jit
-def sample_signs(tensor, lane, start, local, inside, update):
-    """Compares the sampled signs of u with those of the last sample and keeps the new ones."""
-    stride, address = tl.load(tensor + SIGN_STRIDE), tl.load(tensor + SIGNS)
-    phase = (start % stride).to(tl.int32) + local
-    sampled = inside & (phase % stride.to(tl.int32) == 0) & everywhere(address != 0)
-    signs = address.to(tl.pointer_type(tl.int8)) + (start // stride + phase // stride.to(tl.int32))
-    sign = (update > 0).to(tl.int32) - (update < 0).to(tl.int32)
-    count_in(lane, FLIPPED, sampled & (sign * tl.load(signs, mask=sampled, other=0).to(tl.int32) < 0))
-    tl.store(signs, sign.to(tl.int8), mask=sampled)
-
-
-@triton.jit
 def everywhere(condition):
-    """A condition for each element of a tile; goes through int32, as the interpreter mixes up scalar booleans."""
+    """Broadcasts a scalar condition over a tile; by way of int32, as the interpreter confuses scalar booleans."""
     return tl.broadcast_to(condition.to(tl.int32), (ROWS, BLOCK)) != 0
 
 
 @triton.jit
 def update_tile(
-    tensor, group, start, remaining, nonfinite, lane,
+    tensor, group, start, remaining, nonfinite,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MOMENTUM: tl.constexpr, WEIGHT_BITS: tl.constexpr,
-    CAUTIOUS: tl.constexpr, STATISTICS: tl.constexpr, ALIGNED: tl.constexpr,
+    CAUTIOUS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The rule on the `remaining` elements of a tile that begins at element `start`."""
     COMPUTE: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
@@ -329,21 +279,15 @@ def update_tile(
     if RANDOM:
         random = random_words(tensor, group, start, local)
     written = inside & live
-    stored = store_weight(tensor, start, local, written, new_weight, random, PARAM, WEIGHT_BITS, ALIGNED)
+    store_weight(tensor, start, local, written, new_weight, random, PARAM, WEIGHT_BITS, ALIGNED)
     store_momentum(tensor, start, local, written, new_momentum, random, MOMENTUM, ALIGNED)
-    if STATISTICS:
-        update = tl.where(frozen, 0.0, update)
-        stored = tl.where(live, stored, weight)
-        observe(tensor, lane, group, start, inside, weight, grad, momentum, stored, new_momentum, update, lr, COMPUTE)
-        sample_signs(tensor, lane, start, local, inside, update)
-        tl.atomic_add(lane + NONFINITE, broken_count.to(tl.float64), sem="relaxed")
 
 
 @triton.jit
 def lion_kernel(
-    tensors, groups, tensor_of_tile, nonfinite, lanes,
+    tensors, groups, tensor_of_tile, nonfinite,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MOMENTUM: tl.constexpr, WEIGHT_BITS: tl.constexpr,
-    CAUTIOUS: tl.constexpr, STATISTICS: tl.constexpr, ALIGNED: tl.constexpr,
+    CAUTIOUS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One step of the tensors of a table, which agree in the constants; one program for each tile.
 
@@ -352,10 +296,9 @@ def lion_kernel(
         groups: int64 rows, the settings of a parameter group each.
         tensor_of_tile: int32, the row of the tensor that each tile belongs to.
         nonfinite: int64, the count of non-finite gradients that is added to.
-        lanes: float64 zeros of shape (tensors, LANES, LANE_COLUMNS) to be added to, if STATISTICS.
         PARAM, GRAD, MOMENTUM: stored dtypes.
         WEIGHT_BITS: of a bf16 parameter: 32, 24 or 16.
-        CAUTIOUS, STATISTICS: whether to do these.
+        CAUTIOUS: whether updates that the gradient contradicts are masked.
         ALIGNED: whether all arrays but the scales begin at multiples of 16 bytes.
     """
     tile = tl.program_id(0)
@@ -363,36 +306,23 @@ def lion_kernel(
     tensor = tensors + row * TENSOR_WIDTH
     group = groups + tl.load(tensor + GROUP) * GROUP_WIDTH
     start = (tile - tl.load(tensor + FIRST_TILE)) * TILE
-    lane = lanes + (row * LANE_COUNT + tile % LANE_COUNT) * LANE_WIDTH
     remaining = tl.load(tensor + COUNT) - start
-    # Loads and stores are as wide as they can be only where the compiler knows the mask.
+    # The compiler makes loads and stores of 16 bytes only where it knows the mask, hence the constant of a whole tile.
     if remaining >= TILE:
         update_tile(
-            tensor, group, start, TILE, nonfinite, lane,
-            PARAM, GRAD, MOMENTUM, WEIGHT_BITS, CAUTIOUS, STATISTICS, ALIGNED,
+            tensor, group, start, TILE, nonfinite,
+            PARAM, GRAD, MOMENTUM, WEIGHT_BITS, CAUTIOUS, ALIGNED,
         )  # fmt: skip
     else:
         update_tile(
-            tensor, group, start, remaining.to(tl.int32), nonfinite, lane,
-            PARAM, GRAD, MOMENTUM, WEIGHT_BITS, CAUTIOUS, STATISTICS, ALIGNED,
+            tensor, group, start, remaining.to(tl.int32), nonfinite,
+            PARAM, GRAD, MOMENTUM, WEIGHT_BITS, CAUTIOUS, ALIGNED,
         )  # fmt: skip
-
-
-@triton.jit
-def statistics_kernel(tensors, lanes):
-    """Adds the lanes of each tensor to its row of sums; one program for each tensor."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, LANE_WIDTH)
-    places = tl.arange(0, LANE_COUNT)[:, None] * LANE_WIDTH + column[None, :]
-    sums = tl.sum(tl.load(lanes + row * LANE_COUNT * LANE_WIDTH + places), 0)
-    target = tl.load(tensors + row * TENSOR_WIDTH + SUMS).to(tl.pointer_type(tl.float64)) + column
-    known = column < STATISTICS_COUNT
-    tl.store(target, tl.load(target, mask=known, other=0.0) + sums, mask=known)
 
 
 @triton.jit
 def probe_kernel(target):
-    """Writes one number: shows whether kernels can be compiled and run."""
+    """Writes one number, to find out whether kernels can be compiled and run."""
     tl.store(target, 1.0)
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lion_lightning.optim import Lion
+from lion_lightning.optim.kernels import triton as launch
 from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
 from lion_lightning.optim.kernels.triton import TritonEngine
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CASES = Path(__file__).with_name("triton_cases.py")
 MODES = [
     (torch.float32, 32, None),
@@ -67,10 +69,10 @@ COMBINATIONS = [
     (tl.float32, tl.bfloat16, tl.int8, 32, True),
 ]
 target = GPUTarget(sys.argv[1], int(sys.argv[2]) if sys.argv[2].isdigit() else sys.argv[2], int(sys.argv[3]))
-signature = dict(tensors="*i64", groups="*i64", tensor_of_tile="*i32", nonfinite="*i64", lanes="*fp64")
-names = ["PARAM", "GRAD", "MOMENTUM", "WEIGHT_BITS", "CAUTIOUS", "STATISTICS", "ALIGNED"]
+signature = dict(tensors="*i64", groups="*i64", tensor_of_tile="*i32", nonfinite="*i64")
+names = ["PARAM", "GRAD", "MOMENTUM", "WEIGHT_BITS", "CAUTIOUS", "ALIGNED"]
 for *types, checks in COMBINATIONS:
-    constants = dict(zip(names, [*types, checks, checks, True], strict=True))
+    constants = dict(zip(names, [*types, checks, True], strict=True))
     source = ASTSource(
         lion_kernel,
         signature | dict.fromkeys(names, "constexpr"),
@@ -101,16 +103,12 @@ def test_it_compiles_to_rounded_arithmetic_and_wide_loads(
     assert output.count("fused 0") == 2
 
 
-def test_triton_is_imported_only_for_a_device() -> None:
-    code = "import lion_lightning.optim.kernels.triton, sys; sys.exit('triton' in sys.modules)"
-    run(["-c", code])
-
-
-def test_it_objects_to_a_cpu_and_says_what_it_runs_on() -> None:
+def test_triton_is_imported_only_for_a_device_and_says_what_it_runs_on() -> None:
     code = """
-import torch
-from tests.optim.test_triton import update_like
+import sys
+from tests.optim.kernels.test_triton import update_like
 from lion_lightning.optim.kernels.triton import engine
+assert "triton" not in sys.modules
 print(engine.objection(update_like(3, "cpu")))
 """
     pytest.importorskip("triton")
@@ -125,7 +123,24 @@ def test_it_objects_where_triton_is_not_installed(monkeypatch: pytest.MonkeyPatc
 def test_it_objects_to_dtypes_it_cannot_load() -> None:
     update = update_like(3, "cpu")
     update.grad = update.grad.to(torch.float8_e5m2)
-    assert "gradients of torch.float8_e5m2 for parameters of torch.float32" in str(TritonEngine().objection(update))
+    assert str(TritonEngine().objection(update)).startswith("gradients of torch.float8_e5m2 and momentum")
+
+
+def test_a_scheduled_run_keeps_a_handful_of_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device meta stands for a GPU: tables are made for it and kept as there."""
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, make=make, pin_memory=False, **rest: make(*args, **rest))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 7}))
+    tables, device = launch.DeviceTables(), torch.device("meta")
+    made: list[weakref.ref[Any]] = []
+    lasting = [bytes([number]) * 800 for number in range(6)]
+    first = [tables.table(content, device) for content in lasting]
+    for step in range(2_000):
+        made.append(weakref.ref(tables.table(step.to_bytes(8, "little") * 15, device)))
+        assert all(tables.table(content, device) is kept for content, kept in zip(lasting, first, strict=True))
+    assert sum(table() is not None for table in made) <= launch.KEPT_TABLES
 
 
 @pytest.mark.gpu
@@ -236,11 +251,9 @@ def test_a_captured_step_draws_new_random_bits_as_its_step_number_grows() -> Non
 @pytest.mark.gpu
 @needs_device
 def test_tables_are_copied_only_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lion_lightning.optim.kernels import triton as tables
-
     made: list[int] = []
-    pinned = tables._pinned
-    monkeypatch.setattr(tables, "_pinned", lambda content: made.append(content.nbytes) or pinned(content))
+    pinned = launch.pinned
+    monkeypatch.setattr(launch, "pinned", lambda content: made.append(content.nbytes) or pinned(content))
     engine, count = TritonEngine(), torch.zeros((), dtype=torch.int64, device="cuda")
     updates = [update_like(n, "cuda") for n in (3, 5000)]
     for _ in range(3):
