@@ -49,7 +49,7 @@ def update_like(n: int, device: str) -> TensorUpdate:
     return TensorUpdate(*zeros, None, None, 0, 0, settings)
 
 
-@pytest.mark.parametrize("expression", ["bit_for_bit", "not bit_for_bit"])
+@pytest.mark.parametrize("expression", ["bit_for_bit", pytest.param("not bit_for_bit", marks=pytest.mark.slow)])
 def test_every_case_passes_in_the_interpreter(expression: str) -> None:
     pytest.importorskip("triton")
     run_cases(expression, TRITON_INTERPRET="1")
