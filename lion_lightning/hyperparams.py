@@ -6,7 +6,7 @@ step takes off a weight is `lr * weight_decay * weight`, and the conversion keep
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -51,6 +51,75 @@ def from_adamw(lr: float, weight_decay: float = 0.01, *, factor: float = 10.0) -
     if not (math.isfinite(factor) and factor >= 1):
         raise ValueError(f"factor must be a number of at least 1 (3 to 10 are sound), got {factor}")
     return {"lr": lr / factor, "weight_decay": weight_decay * factor}
+
+
+def decay_for_timescale(lr: float, steps: float) -> float:
+    """The weight decay with which weights forget over `steps`: `1 / (lr * steps)`.
+
+    Decoupled decay makes the weights an exponential moving average of the updates, whose time scale is 1 / (lr * decay)
+    steps (Wang and Aitchison, 2024, arXiv:2405.13698). Its best value is about the same share of a run over model sizes
+    and batch sizes (Bergsma et al., 2025, arXiv:2505.13738), where the best decay itself is not.
+
+    Args:
+        lr: the peak learning rate, above 0.
+        steps: optimizer steps of the time scale, above 0.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    _check_positive(lr=lr, steps=steps)
+    return 1.0 / (lr * steps)
+
+
+def beta_for_half_life(samples: float, batch_size: int) -> float:
+    """The beta with which a momentum halves over `samples`: the same at every batch size.
+
+    Args:
+        samples: samples of the half-life, above 0.
+        batch_size: samples of an optimizer step, above 0.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    _check_positive(samples=samples, batch_size=batch_size)
+    return 0.5 ** (batch_size / samples)
+
+
+def for_batch_size(options: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
+    """Settings for another batch size: the same training, by the square-root rule, over the same samples.
+
+    The rate grows with the square root of the batch and `1 - beta` with the batch, as the SDE limit of Adam demands
+    (Malladi et al., 2022, arXiv:2205.10287, definition 5); Lion's update, too, has a size that does not depend on the
+    gradient's. The decay keeps its time scale in samples (Bergsma et al., 2025, arXiv:2505.13738), so that it grows
+    with the square root as well. The rule holds as long as gradients are mostly noise.
+
+    Args:
+        options: `lr`, `betas` and `weight_decay` of a run; other options are kept.
+        old: its samples in an optimizer step.
+        new: those of the run to come.
+
+    Returns:
+        A copy with other `lr`, `betas` and `weight_decay`, of those that are there.
+
+    Raises:
+        ValueError: a batch size is not above 0, or a beta would fall below 0.
+    """
+    _check_positive(old=old, new=new)
+    ratio = new / old
+    scaled = dict(options)
+    for name in {"lr", "weight_decay"} & scaled.keys():
+        scaled[name] = scaled[name] * math.sqrt(ratio)
+    if "betas" in scaled:
+        scaled["betas"] = tuple(1.0 - ratio * (1.0 - beta) for beta in scaled["betas"])
+        if min(scaled["betas"]) < 0:
+            raise ValueError(f"betas={tuple(options['betas'])} cannot be scaled to a batch {ratio:g} times as large")
+    return scaled
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a positive number, got {value}")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from lion_lightning.hyperparams import Schedule, cosine, parameter_groups
+from lion_lightning.hyperparams import Schedule, cosine, decay_for_timescale, parameter_groups
 from lion_lightning.optim import Lion
 from lion_lightning.optim.gradient_release import Release, release_gradients
 
@@ -37,23 +37,32 @@ class LionMixin:
         schedule: from the number of optimizer steps of the run to a function that gives the factor of the learning rate
             at each step; see `hyperparams`. The number is `trainer.estimated_stepping_batches`; where it is not known,
             the rate stays as it is.
+        weight_decay_timescale: instead of a weight decay, the optimizer steps over which weights forget, or below 1 a
+            share of the run; see `hyperparams.decay_for_timescale`.
+        decay_follows_rate: whether the decay is multiplied by the schedule's factor too, so that what a step takes off
+            a weight is lr^2 / max_lr * decay (AdamC: Defazio, 2025, arXiv:2506.02285).
     """
 
     optimizer_factory: OptimizerFactory = Lion
     schedule: Schedule = staticmethod(cosine)
+    weight_decay_timescale: float | None = None
+    decay_follows_rate: bool = False
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over named groups, and its schedule, which advances once an optimizer step."""
         module = cast(LightningModule, self)
         factory = self.optimizer_factory
-        optimizer = factory(parameter_groups(module, _weight_decay(factory)))
         steps = total_steps(module.trainer)
+        optimizer = factory(parameter_groups(module, _weight_decay(factory)))
+        if self.weight_decay_timescale is not None:
+            _set_timescale(optimizer, self.weight_decay_timescale, steps)
         if math.isinf(steps):
             log.warning("LionMixin: the length of this run is not known, so the learning rate stays as it is")
         factor = self._schedule()(int(steps)) if math.isfinite(steps) else lambda step: 1.0
+        scheduler = RateAndDecay(optimizer, factor) if self.decay_follows_rate else LambdaLR(optimizer, factor)
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step", "frequency": 1},
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1},
         }
 
     def _schedule(self) -> Schedule:
@@ -72,6 +81,29 @@ def total_steps(trainer: Trainer) -> float:
     except (MisconfigurationException, TypeError, ValueError, ZeroDivisionError):
         return math.inf
     return steps if steps > 0 else math.inf
+
+
+class RateAndDecay(LambdaLR):
+    """Multiplies the weight decay of each group by the factor of its learning rate."""
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
+        for group in optimizer.param_groups:
+            group.setdefault("initial_decay", group["weight_decay"])
+        super().__init__(optimizer, factor)
+
+    @override
+    def step(self, epoch: int | None = None) -> None:
+        super().step(epoch)
+        for group, factor in zip(self.optimizer.param_groups, self.lr_lambdas, strict=True):
+            group["weight_decay"] = group["initial_decay"] * factor(self.last_epoch)
+
+
+def _set_timescale(optimizer: Optimizer, timescale: float, total_steps: float) -> None:
+    """Sets the decay of the groups that decay; a share of a run of unknown length is an error."""
+    steps = timescale * total_steps if timescale < 1 else timescale
+    for group in optimizer.param_groups:
+        if group.get("name") == "decay":
+            group["weight_decay"] = decay_for_timescale(float(group["lr"]), steps)
 
 
 def _weight_decay(factory: OptimizerFactory) -> float:

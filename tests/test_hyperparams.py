@@ -7,7 +7,15 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClassification
 
 from lion_lightning import Lion, from_adamw
-from lion_lightning.hyperparams import PRESETS, lion_amos, parameter_groups, preset
+from lion_lightning.hyperparams import (
+    PRESETS,
+    beta_for_half_life,
+    decay_for_timescale,
+    for_batch_size,
+    lion_amos,
+    parameter_groups,
+    preset,
+)
 
 
 def names(group):
@@ -131,3 +139,34 @@ def test_shipped_files_of_published_settings_say_what_the_presets_say():
     for name, file in files.items():
         shipped = OmegaConf.to_container(OmegaConf.load(folder / f"{file}.yaml"))["optim"]
         assert {**shipped, "betas": tuple(shipped["betas"])} == preset(name)
+
+
+def test_weights_forget_over_the_time_scale_of_their_decay():
+    param = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    decay = decay_for_timescale(lr=1e-3, steps=200)
+    optimizer = Lion([param], lr=1e-3, weight_decay=decay)
+    param.grad = torch.zeros_like(param)
+    for _ in range(200):
+        optimizer.step()
+    assert param.item() == pytest.approx(0.3679, rel=5e-3)  # 1 / e
+    with pytest.raises(ValueError, match="steps must be a positive number, got 0"):
+        decay_for_timescale(1e-3, 0)
+
+
+def test_a_half_life_in_samples_is_one_at_every_batch_size():
+    for batch_size in (8, 64, 1024):
+        assert beta_for_half_life(6400, batch_size) ** (6400 / batch_size) == pytest.approx(0.5)
+
+
+def test_another_batch_size_keeps_time_scales_in_samples():
+    options = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 1.0, "cautious": True}
+    scaled = for_batch_size(options, old=64, new=256)
+    assert scaled["lr"] == pytest.approx(2e-4)
+    assert scaled["betas"] == pytest.approx((0.6, 0.96))
+    assert 256 / (scaled["lr"] * scaled["weight_decay"]) == pytest.approx(64 / (1e-4 * 1.0))
+    assert scaled["cautious"] is True
+    back = for_batch_size(scaled, old=256, new=64)
+    assert back["lr"] == pytest.approx(options["lr"])
+    assert back["betas"] == pytest.approx(options["betas"])
+    with pytest.raises(ValueError, match="cannot be scaled to a batch 16 times"):
+        for_batch_size(options, old=64, new=1024)

@@ -91,3 +91,32 @@ def test_the_schedule_spans_the_optimizer_steps_of_the_run(tmp_path, accumulate)
     assert rates == pytest.approx([0.5e-3, 0.5e-3])
     halfway = fit(WithAdamSettings(), tmp_path, accumulate_grad_batches=accumulate, limit_train_batches=4)
     assert halfway.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.5e-3)
+
+
+class WithATimescale(LionMixin, Regression):
+    optimizer_factory = partial(Lion, lr=1e-3, weight_decay=0.5)
+    weight_decay_timescale = 0.5
+
+
+class WithDecayThatFollows(LionMixin, Regression):
+    optimizer_factory = partial(Lion, lr=1e-3, weight_decay=0.5)
+    schedule = linear
+    decay_follows_rate = True
+
+
+def test_decay_may_be_a_share_of_the_run(tmp_path):
+    trainer = fit(WithATimescale(), tmp_path)
+    decays = {group["name"]: group["weight_decay"] for group in trainer.optimizers[0].param_groups}
+    assert decays == {"decay": pytest.approx(1 / (1e-3 * 20)), "no_decay": 0.0}  # half of 40 steps
+
+
+def test_decay_may_follow_the_rate(tmp_path):
+    seen = []
+
+    class Seen(WithDecayThatFollows):
+        def on_before_optimizer_step(self, optimizer):
+            group = optimizer.param_groups[0]
+            seen.append((group["lr"], group["weight_decay"]))
+
+    fit(Seen(), tmp_path, max_epochs=1)
+    assert seen == [(pytest.approx(1e-3 * (1 - step / 8)), pytest.approx(0.5 * (1 - step / 8))) for step in range(8)]

@@ -18,6 +18,7 @@ OPTIONS = (
     "weight_bits",
     "momentum_dtype",
     "cautious",
+    "cautious_decay",
     "maximize",
     "nonfinite",
     "fused",
@@ -28,6 +29,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "nonfinite": ("skip", "propagate"),
     "fused": (None, True, False),
     "cautious": (True, False),
+    "cautious_decay": (True, False),
     "maximize": (True, False),
 }
 MOMENTUM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}

@@ -67,6 +67,7 @@ class Lion(Optimizer):
             stochastically rounded) or 16 (no state, stochastically rounded). Ignored for fp32 and fp64.
         momentum_dtype: None (the parameter's dtype), float32, bfloat16 or int8 (blocks of 256 with an fp32 scale).
         cautious: masks updates that the gradient contradicts; no weight moves more than twice lr and its decay.
+        cautious_decay: a weight decays only where the step does not take it away from zero (arXiv:2510.12402).
         maximize: ascends.
         nonfinite: "skip" leaves elements whose gradient is not finite as they are; "propagate" follows IEEE: their
             weight and momentum become NaN. Either way they are counted in `nonfinite_count`.
@@ -93,6 +94,7 @@ class Lion(Optimizer):
         weight_bits: int = 32,
         momentum_dtype: torch.dtype | str | None = None,
         cautious: bool = False,
+        cautious_decay: bool = False,
         maximize: bool = False,
         nonfinite: str = "skip",
         fused: bool | None = None,
@@ -105,6 +107,7 @@ class Lion(Optimizer):
             weight_bits=weight_bits,
             momentum_dtype=group_options.momentum_dtype(momentum_dtype),
             cautious=cautious,
+            cautious_decay=cautious_decay,
             maximize=maximize,
             nonfinite=nonfinite,
             fused=fused,
@@ -307,6 +310,7 @@ class Lion(Optimizer):
             weight_decay=float(group["weight_decay"]),
             weight_bits=int(group["weight_bits"]),
             cautious=bool(group["cautious"]),
+            cautious_decay=bool(group["cautious_decay"]),
             maximize=bool(group["maximize"]),
             skip_nonfinite=group["nonfinite"] == "skip",
             seed=int(group["seed"]),

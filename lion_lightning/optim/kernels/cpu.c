@@ -49,7 +49,7 @@ typedef struct {
     int64_t count, first_chunk, offset;
     int64_t param_type, grad_type, exp_avg_type, weight_bits, flags;
     int64_t key1, key2;
-    double lr, beta1, rest1, beta2, rest2, weight_decay, grad_scale;
+    double lr, beta1, rest1, beta2, rest2, weight_decay, decay_threshold, grad_scale;
 } Task;
 
 /* The upper half of the bit pattern of 1.0f, and the position of an int8 level in such a half. */
@@ -278,7 +278,7 @@ INLINE void copy_block(const Task *task, int count, Block *target, const Block *
 #define DEFINE_RULE(real, name)                                                                                      \
     INLINE void name(const Task *task, int count, const real *weight, const real *grad, const real *momentum,        \
                      real *new_weight, real *new_momentum) {                                                         \
-        const real lr = (real)task->lr, decay = (real)task->weight_decay;                                            \
+        const real lr = (real)task->lr, decay = (real)task->weight_decay, least = (real)task->decay_threshold;       \
         const real beta1 = (real)task->beta1, rest1 = (real)task->rest1;                                             \
         const real beta2 = (real)task->beta2, rest2 = (real)task->rest2;                                             \
         real update[BLOCK];                                                                                          \
@@ -294,7 +294,8 @@ INLINE void copy_block(const Task *task, int count, Block *target, const Block *
             for (int i = 0; i < BLOCK; i++) update[i] *= update[i] * grad[i] > 0 ? factor : 0;                       \
         }                                                                                                            \
         for (int i = 0; i < BLOCK; i++) {                                                                            \
-            new_weight[i] = weight[i] - lr * (decay * weight[i] + update[i]);                                        \
+            real shrink = update[i] * weight[i] < least ? 0 : decay * weight[i];                                     \
+            new_weight[i] = weight[i] - lr * (shrink + update[i]);                                                   \
             new_momentum[i] = beta2 * momentum[i] + rest2 * grad[i];                                                 \
         }                                                                                                            \
     }
@@ -306,14 +307,15 @@ DEFINE_RULE(double, rule_double)
    magnitude of the new momentum is left in `peak`. */
 INLINE uint32_t rule_plain(const Task *task, const float *weight, const float *grad, const float *momentum,
                            float *new_weight, float *new_momentum, uint32_t *peak) {
-    const float lr = (float)task->lr, decay = (float)task->weight_decay;
+    const float lr = (float)task->lr, decay = (float)task->weight_decay, least = (float)task->decay_threshold;
     const float beta1 = (float)task->beta1, rest1 = (float)task->rest1;
     const float beta2 = (float)task->beta2, rest2 = (float)task->rest2;
     uint32_t largest = 0, tallest = 0;
     for (int i = 0; i < BLOCK; i++) {
         float mixed = beta1 * momentum[i] + rest1 * grad[i];
         float update = mixed == 0 ? 0 : number((pattern(mixed) & SIGN_BIT) | ONE_PATTERN);
-        new_weight[i] = weight[i] - lr * (decay * weight[i] + update);
+        float shrink = update * weight[i] < least ? 0 : decay * weight[i];
+        new_weight[i] = weight[i] - lr * (shrink + update);
         new_momentum[i] = beta2 * momentum[i] + rest2 * grad[i];
         uint32_t magnitude = (pattern(mixed) | pattern(new_weight[i])) & ~SIGN_BIT; /* not below either */
         uint32_t height = pattern(new_momentum[i]) & ~SIGN_BIT;

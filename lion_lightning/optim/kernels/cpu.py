@@ -44,7 +44,7 @@ CAUTIOUS_FLAG, SKIP_NONFINITE_FLAG = 1, 2
 NARROW = (torch.float32, torch.bfloat16)
 DOUBLE = (torch.float64, torch.float64, torch.float64)
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.int8: 3}
-TASK = struct.Struct("15q7d")
+TASK = struct.Struct("15q8d")
 """The fields of Task in cpu.c, in order."""
 
 log = logging.getLogger(__name__)
@@ -103,6 +103,7 @@ def _task(update: TensorUpdate, first_chunk: int) -> bytes:
         settings.beta2,
         1 - settings.beta2,
         settings.weight_decay,
+        settings.decay_threshold,
         rule.gradient_factor(settings, arithmetic),
     )
 

@@ -70,7 +70,8 @@ def chunks(update: TensorUpdate, limit: int) -> Iterator[TensorUpdate]:
 def _is_simple(update: TensorUpdate) -> bool:
     """Whether the short path may be tried; on a GPU, its test for numbers that are not finite would synchronise."""
     settings = update.settings
-    return not settings.cautious and settings.found_inf is None and update.param.device.type == "cpu"
+    masked = settings.cautious or settings.cautious_decay
+    return not masked and settings.found_inf is None and update.param.device.type == "cpu"
 
 
 def _step_simply(update: TensorUpdate, scratch: Scratch) -> bool:

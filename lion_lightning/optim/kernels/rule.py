@@ -11,6 +11,7 @@ stored, and float64 for float64 parameters; products and sums are rounded one by
 engines agree bit for bit. A stored weight is rounded once, after step and decay together.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,6 +47,12 @@ class Settings:
     """Gradients are divided by it (multiplied by its fp32 reciprocal), as in torch's fused optimizers."""
     found_inf: Tensor | None = None
     """If it is a tensor other than 0, the step changes nothing. A step that the host knows to skip runs no engine."""
+    cautious_decay: bool = False
+
+    @property
+    def decay_threshold(self) -> float:
+        """A weight p decays unless u * p is below it; see `ruled`."""
+        return 0.0 if self.cautious_decay else -math.inf
 
 
 @dataclass
@@ -122,6 +129,9 @@ def caution(update: Tensor, grad: Tensor) -> Tensor:
 def ruled(weight: Tensor, grad: Tensor, momentum: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """The rule, in the precision of its arguments; gradients that are not finite propagate.
 
+    With `cautious_decay` a weight decays only where the step takes it towards zero too, or does not move it: where u
+    and p have the same sign, or one is 0 (Chen et al., "Cautious Weight Decay", arXiv:2510.12402).
+
     Args:
         weight, grad, momentum: before the step, of shape (n,) and one dtype; `grad` as `unscaled_gradient` returns it.
         settings: of the parameter's group.
@@ -133,7 +143,10 @@ def ruled(weight: Tensor, grad: Tensor, momentum: Tensor, settings: Settings) ->
     update = torch.where(mixed.isnan(), mixed, mixed.sign())  # torch's sign of NaN is 0
     if settings.cautious:
         update = caution(update, grad)
-    new_weight = weight - (weight * settings.weight_decay + update) * settings.lr
+    decay = weight * settings.weight_decay
+    if settings.cautious_decay:
+        decay = torch.where(update * weight < settings.decay_threshold, 0.0, decay)
+    new_weight = weight - (decay + update) * settings.lr
     new_momentum = momentum * settings.beta2 + grad * (1 - settings.beta2)
     return new_weight, new_momentum, update
 

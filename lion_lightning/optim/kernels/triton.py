@@ -28,7 +28,7 @@ MINIMUM_CUDA_CAPABILITY = (7, 0)
 
 TENSOR_ROW = struct.Struct("10q")
 """A row of the table of tensors; triton_kernels.py names the columns."""
-GROUP_ROW = struct.Struct("7d7q")
+GROUP_ROW = struct.Struct("8d7q")
 """A row of the table of settings, whose columns are named there too."""
 
 KEPT_TABLES = 64
@@ -181,6 +181,7 @@ def _group_row(settings: Settings, arithmetic: torch.dtype, is_random: bool, con
         settings.beta2,
         1 - settings.beta2,
         settings.weight_decay,
+        settings.decay_threshold,
         sign if isinstance(settings.grad_scale, Tensor) else rule.gradient_factor(settings, arithmetic),
         placed(settings.lr, arithmetic),
         placed(settings.grad_scale, arithmetic),

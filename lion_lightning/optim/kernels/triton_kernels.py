@@ -38,8 +38,8 @@ TENSOR_WIDTH, GROUP_WIDTH = tl.constexpr(TENSOR_ROW.size // 8), tl.constexpr(GRO
     PARAM_ARRAY, GRAD_ARRAY, EXP_AVG_ARRAY, SCALE_ARRAY, REMAINDER_ARRAY, COUNT, OFFSET, INDEX, GROUP, FIRST_TILE,
 ) = (tl.constexpr(column) for column in range(TENSOR_ROW.size // 8))  # fmt: skip
 (
-    LR, BETA1, REST1, BETA2, REST2, DECAY, FACTOR, LR_ADDRESS, GRAD_SCALE_ADDRESS, FOUND_INF_ADDRESS, STEP_ADDRESS,
-    STEP, SEED, SKIP,
+    LR, BETA1, REST1, BETA2, REST2, DECAY, DECAY_THRESHOLD, FACTOR, LR_ADDRESS, GRAD_SCALE_ADDRESS, FOUND_INF_ADDRESS,
+    STEP_ADDRESS, STEP, SEED, SKIP,
 ) = (tl.constexpr(column) for column in range(GROUP_ROW.size // 8))  # fmt: skip
 
 
@@ -266,7 +266,8 @@ def update_tile(
     update = tl.where(mixed > 0, 1.0, tl.where(mixed < 0, -1.0, tl.where(mixed == 0, 0.0, mixed))).to(COMPUTE)
     if CAUTIOUS:
         update = caution(update, grad, inside, COMPUTE)
-    change = (weight * setting(group, DECAY, COMPUTE) + update) * lr
+    contrary = update * weight < setting(group, DECAY_THRESHOLD, COMPUTE)
+    change = (tl.where(contrary, 0.0, weight * setting(group, DECAY, COMPUTE)) + update) * lr
     new_weight = weight - change
     new_momentum = momentum * setting(group, BETA2, COMPUTE) + grad * setting(group, REST2, COMPUTE)
 

@@ -50,16 +50,38 @@ def test_the_cpu_engine_was_built() -> None:
 def test_a_step_is_within_rounding_of_float64(
     layout: str, weight: tuple[torch.dtype, int], momentum_dtype: torch.dtype | None, fused: bool
 ) -> None:
+    check_against_float64(layout, weight, momentum_dtype, fused, weight_decay=0.1, cautious_decay=False)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("weight", "momentum_dtype"), MODES)
+def test_cautious_decay_is_within_rounding_of_float64(
+    weight: tuple[torch.dtype, int], momentum_dtype: torch.dtype | None, fused: bool
+) -> None:
+    """The decay is as strong as the step, so that a weight that wrongly decays is far off."""
+    check_against_float64("odd", weight, momentum_dtype, fused, weight_decay=30.0, cautious_decay=True)
+
+
+def check_against_float64(
+    layout: str,
+    weight: tuple[torch.dtype, int],
+    momentum_dtype: torch.dtype | None,
+    fused: bool,
+    weight_decay: float,
+    cautious_decay: bool,
+) -> None:
+    """Two steps, each from the stored state."""
     dtype, weight_bits = weight
     param = nn.Parameter(filled(LAYOUTS[layout](), 0, 0.03, dtype))
-    optimizer = optimizer_for(param, weight_bits, momentum_dtype, fused=fused, lr=1e-3, weight_decay=0.1)
+    options: dict[str, Any] = dict(lr=1e-3, weight_decay=weight_decay, cautious_decay=cautious_decay)
+    optimizer = optimizer_for(param, weight_bits, momentum_dtype, fused=fused, **options)
     if fused and dtype == torch.float64 and momentum_dtype is not None:
         param.grad = torch.zeros_like(param)
         with pytest.raises(ValueError, match="float64 parameters need gradients and momentum of float64"):
             optimizer.step()
         return
     for step in range(2):
-        oracle = Lion64(param, 1e-3, 0.9, 0.99, 0.1)
+        oracle = Lion64(param, 1e-3, 0.9, 0.99, weight_decay, cautious_decay)
         if step:
             state = optimizer.state[param]
             oracle.weight = kept_weight(param, state.get("weight_remainder"))
@@ -96,16 +118,16 @@ def in_param_order(state: dict[str, Tensor], param: Tensor) -> tuple[Tensor, Ten
     return values.permute([order.index(dim) for dim in range(param.ndim)]), None
 
 
-@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize("caution", [{}, {"cautious": True}, {"cautious_decay": True}], ids=str)
 @pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
 @pytest.mark.parametrize(("weight", "momentum_dtype"), MODES)
 def test_engines_agree_bit_for_bit(
-    weight: tuple[torch.dtype, int], momentum_dtype: torch.dtype | None, nonfinite: str, cautious: bool
+    weight: tuple[torch.dtype, int], momentum_dtype: torch.dtype | None, nonfinite: str, caution: dict[str, bool]
 ) -> None:
     dtype, weight_bits = weight
     sizes = (1, 255, 257, 5000, 70_001)
     twins = [[nn.Parameter(filled(torch.empty(n), n, 0.03, dtype)) for n in sizes] for _ in range(2)]
-    options = dict(lr=1e-3, weight_decay=0.1, maximize=True, nonfinite=nonfinite, cautious=cautious)
+    options = dict(lr=1e-3, weight_decay=0.1, maximize=True, nonfinite=nonfinite, **caution)
     pair = [
         Lion(params, weight_bits=weight_bits, momentum_dtype=momentum_dtype, fused=fused, **options)
         for params, fused in zip(twins, (False, None), strict=True)

@@ -164,7 +164,7 @@ def stored(optimizer: Lion, param: Tensor) -> tuple[Tensor, Tensor]:
 
 
 CAUTIOUS = {"cautious": True, "maximize": True}
-PROPAGATE = {"nonfinite": "propagate"}
+PROPAGATE = {"nonfinite": "propagate", "cautious_decay": True}
 
 
 @pytest.mark.parametrize(
