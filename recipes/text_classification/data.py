@@ -139,6 +139,7 @@ class LabeledTexts(StreamDataModule):
         self.left_out: dict[str, int] = about["left_out"]
         self._tokenizer = named or AutoTokenizer.from_pretrained(folder)
         self._tokenizer.model_max_length = self.sequence_length  # pre-training may have had another
+        as_text(self._tokenizer)
         length = self.sequence_length if self.padding == "fixed" else None
         self.train_set, self.val_set = (
             TextDataset(_read(folder, name), self.tokenizer.pad_token_id, length) for name in ("train", "val")
@@ -146,7 +147,7 @@ class LabeledTexts(StreamDataModule):
 
     def _write(self, folder: Path, named: PreTrainedTokenizerBase | None) -> None:
         splits = self.source.load()
-        tokenizer = named or self._train_tokenizer(splits.train)
+        tokenizer = as_text(named or self._train_tokenizer(splits.train))
         dtype = np.int64 if splits.classes else np.float32
         for name, labeled in (("train", splits.train), ("val", splits.val)):
             _save(folder, name, tokenize(tokenizer, labeled, self.sequence_length, np.dtype(dtype)))
@@ -197,6 +198,12 @@ class LabeledTexts(StreamDataModule):
         return f"{len(self.classes)} classes: {names}; {most}"
 
 
+def as_text(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, for which a [MASK] that is written in a text is text; its export does the same."""
+    tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
+    return tokenizer
+
+
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, labeled: Labeled, sequence_length: int, dtype: np.dtype
 ) -> TokenizedTexts:
@@ -212,7 +219,6 @@ def tokenize(
             seconds,
             truncation="longest_first",
             max_length=sequence_length,
-            split_special_tokens=True,
         )
         tokens += [np.array(ids, np.uint32) for ids in found["input_ids"]]
         types += [np.array(ids, np.uint8) for ids in found.get(TOKEN_TYPES, [])]

@@ -92,7 +92,8 @@ def check_against_float64(
         state = optimizer.state[param]
         error = (kept_weight(param, state.get("weight_remainder")) - oracle.weight).abs()
         half_or_whole = 0.5 if weight_bits == 32 else 1.0  # nearest, or to either neighbour
-        arithmetic = 0.0 if dtype == torch.float64 else 1e-3 * 2.0**-22  # of lr * (u + decay * p) in fp32
+        change = 1e-3 * (1.0 + weight_decay * oracle.weight.abs())  # at most lr * (u + decay * p), in fp32
+        arithmetic = 0.0 if dtype == torch.float64 else change * 2.0**-22
         allowed = weight_spacing(oracle.weight, dtype, weight_bits) * half_or_whole + arithmetic
         assert (error <= allowed + 1e-18)[certain].all()
         stored = kept_momentum(*in_param_order(state, param))

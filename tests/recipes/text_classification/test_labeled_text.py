@@ -169,7 +169,11 @@ def test_a_class_that_only_validation_has_is_named(tmp_path: Path) -> None:
     [
         ("latin.csv", "text,label\ncaf\xe9,x\n".encode("latin-1"), r"latin.csv is not UTF-8 \(byte 0xe9"),
         ("latin.jsonl", '{"text": "caf\xe9", "label": 1}'.encode("latin-1"), r"latin.jsonl is not UTF-8"),
-        ("long.csv", b"text,label\n" + b"a" * (2**24 + 1) + b",x\n", r"long.csv cannot be read: field larger"),
+        (
+            "long.csv",
+            b"text,label\n" + b"a" * (2**24 + 1) + b",x\n",
+            r"long.csv: the row that begins in line 2 is not CSV \(field larger",
+        ),
         ("torn.jsonl", b'{"text": "a", "label": 1}\n{"text": ', r"torn.jsonl, line 2 is no JSON"),
         ("list.jsonl", b'["a", 1]\n', r"line 1 must be an object"),
         ("torn.parquet", b"PAR1 and no more", r"torn.parquet cannot be read"),
