@@ -18,14 +18,8 @@ def clean(optimizer: MakeOptimizer | None, guarded: bool) -> Outcome:
     return train(SEED, LionGuard() if guarded else None, optimizer=optimizer)
 
 
-ALWAYS = ("gradient x1e5",)
-"""Cases of the quick tests; each of the others takes a quarter of a minute too."""
-QUICK_AND_SLOW = [
-    pytest.param(case, id=case.name, marks=[] if case.name in ALWAYS else pytest.mark.slow) for case in CASES
-]
-
-
-@pytest.mark.parametrize("case", QUICK_AND_SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_a_fault_hurts_without_the_guard_and_not_with_it(case: Case):
     bare = train(SEED, None, case.inject(), optimizer=case.optimizer)
     assert bare.loss > case.hurts * clean(case.optimizer, guarded=False).loss

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
@@ -46,6 +47,7 @@ torch.save(model(torch.load({pixels!r})).logits.detach(), {logits!r})
 """
 
 
+@pytest.mark.slow
 def test_the_export_has_no_code_and_opens_where_the_module_is_imported(
     compose: Any, root: Path, tmp_path: Path
 ) -> None:

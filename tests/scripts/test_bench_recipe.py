@@ -17,7 +17,7 @@ ROUND = ["--rounds", "1", "--steps", "2"]
 PEERS = {"bert_mlm": "Hugging Face Trainer", "image_classification": "torch loop with image processor"}
 
 
-@pytest.mark.parametrize("recipe", SMALL)
+@pytest.mark.parametrize("recipe", [pytest.param("bert_mlm", marks=pytest.mark.slow), "image_classification"])
 def test_all_are_timed_and_compared(recipe, tmp_path, monkeypatch):
     counted = []
     monkeypatch.setattr(bench_recipe, "alone", lambda turn, *a: counted.append(turn(*a)) or counted[-1])
