@@ -16,7 +16,7 @@ from torch import nn
 from lion_lightning.optim import Lion
 
 
-def in_a_fork(action: Callable[[], None], limit_seconds: float = 30.0) -> None:
+def in_a_fork(action: Callable[[], None], limit_seconds: float = 120.0) -> None:
     """Calls `action` in a forked child and fails if it raises, dies or does not end.
 
     Args:
