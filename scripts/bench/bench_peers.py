@@ -154,12 +154,12 @@ DISTRIBUTIONS = {
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that are installed."""
+    """Versions of the packages that are installed; of torch with its build, such as 2.13.0+cpu."""
     found = {}
     for module, distribution in DISTRIBUTIONS.items():
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[module] = metadata.version(distribution)
-    return found
+    return {**found, "torch": torch.__version__}
 
 
 @contextlib.contextmanager
