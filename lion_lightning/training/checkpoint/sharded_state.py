@@ -50,6 +50,7 @@ _ALLOWED = {
     ("collections", "OrderedDict"),
     ("pathlib", "PosixPath"),
     ("pathlib", "Path"),
+    ("pathlib._local", "PosixPath"),  # of Python 3.13
 }
 
 
