@@ -25,7 +25,7 @@ from lion_lightning.lightning import total_steps
 from lion_lightning.optim import Lion
 
 Manual = Literal["watch", "act"]
-FORMAT = 2
+FORMAT = 3
 """Of the state in checkpoints."""
 OnBadLoss = Literal["note", "skip", "ignore"]
 ON_BAD_LOSS: tuple[OnBadLoss, ...] = ("note", "skip", "ignore")
@@ -63,6 +63,8 @@ def harmless(hook: Hook) -> Hook:
 
     @functools.wraps(hook)
     def call(self: "LionGuard", trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if failure := next((monitor.failure for monitor in self.monitors if monitor.failure), None):
+            self.turn_off(failure)
         if self.is_off:
             return
         try:
@@ -235,7 +237,7 @@ class LionGuard(Callback):
                 scaled=scaled,
                 skips_bad_losses=self.on_bad_loss == "skip",
                 disabled=self.disabled,
-                failed=self.turn_off if trainer.world_size == 1 else None,
+                contains_errors=trainer.world_size == 1,
             )
             for optimizer, warmup in zip(optimizers, warmups, strict=True)
         ]
@@ -249,15 +251,14 @@ class LionGuard(Callback):
         self.recovery.module = pl_module
         if loaded is not None:
             self._restore(loaded)
-            self._keep_given_warmup(optimizers, total_steps(trainer))
+            self._keep_given_warmup(warmup_length(self.warmup_steps, optimizers, total_steps(trainer)))
         elif self.monitors:
             self._preflight(trainer, optimizers)
         if self.monitors:
             self.recovery.keep(self.steps, trusted=True)
 
-    def _keep_given_warmup(self, optimizers: list[Optimizer], total_steps: float) -> None:
+    def _keep_given_warmup(self, length: int) -> None:
         """After a resume: a number of `warmup_steps` that was given counts, even if the checkpoint has another."""
-        length = warmup_length(self.warmup_steps, optimizers, total_steps)
         if self.warmup_steps is None or self.warmup_steps < 1 or length == self.warmup.warmup_steps:
             return
         report(f"LionGuard: warmup_steps={length}, not {self.warmup.warmup_steps} as in the checkpoint.")
@@ -279,6 +280,8 @@ class LionGuard(Callback):
     @override
     @harmless
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        for monitor in self.monitors:
+            monitor.begin_batch()
         self._samples = self.samples(batch) if self.samples is not None else preflight.samples_in(batch)
         if not self.batch.pending:
             self._micro_samples = self._samples
@@ -361,7 +364,8 @@ class LionGuard(Callback):
             if summary is not None:
                 report(f"LionGuard: {summary}.")
         streak = max((monitor.rules.nonfinite_in_a_row for monitor in self.monitors), default=0)
-        if streak >= self.thresholds.nonfinite_steps and self.on_divergence != "warn":
+        may_stop = self.on_divergence in ("recover", "stop") and "nonfinite" not in self.disabled
+        if streak >= self.thresholds.nonfinite_steps and may_stop:
             raise TrainingStopped(f"the last {streak} steps had no finite gradient: nothing was learned. {WHAT_TO_DO}")
 
     @override

@@ -250,7 +250,7 @@ class StepMonitor(GatedRules):
         acts: whether the gate's verdicts are carried out.
         scaled: whether a GradScaler steps the optimizer: it then owns `grad_scale` and `found_inf` of fused ones.
         skips_bad_losses, disabled: see `Gate`.
-        failed: called with a message when a hook on the optimizer's step fails; the step goes on.
+        contains_errors: whether an error in a hook on the optimizer's step is kept in `failure`, and the step goes on.
     """
 
     def __init__(
@@ -265,13 +265,18 @@ class StepMonitor(GatedRules):
         scaled: bool = False,
         skips_bad_losses: bool = False,
         disabled: Collection[str] = frozenset(),
-        failed: Callable[[str], None] | None = None,
+        contains_errors: bool = False,
     ) -> None:
         super().__init__(thresholds, world_size, skips_bad_losses, disabled)
         self.optimizer, self.rank, self.acts, self.scaled = optimizer, rank, acts, scaled
-        self._reduce, self._failed = reduce, failed
+        self._reduce, self._contains_errors = reduce, contains_errors
+        self.failure: str | None = None
+        """What a hook on the optimizer's step has met; the hooks do nothing from then on."""
         self.is_measured = False
         """Whether the step under way has been measured: further closures of the same step are not."""
+        self._is_in_step = False
+        """Between the first hook before a step and the first one after it. torch before 2.13 runs both twice for an
+        optimizer whose `step` calls that of its base class."""
         self.steps_unseen = 0
         """Optimizer steps that were not announced by `before_step`."""
         self._handles = [optimizer.register_step_pre_hook(self._safely(self._begin_step))]
@@ -284,15 +289,18 @@ class StepMonitor(GatedRules):
         self._takes_scalars = (isinstance(optimizer, Lion) or fused) and not (fused and scaled)
         self.measures_noise = not scaled and not any(layout.is_sharded(param) for param in self._params())
         self._skips = False
-        self._hidden: list[tuple[Tensor, Tensor]] = []
+        self._hidden: dict[Tensor, Tensor] = {}
+
+    def begin_batch(self) -> None:
+        """A step of an earlier batch that ended in an exception is over."""
+        self.is_measured = self._is_in_step = False
 
     def remove(self) -> None:
         """Leaves the optimizer as it was found."""
         self.warmup.remove()
         for handle in self._handles:
             handle.remove()
-        self._end_step()
-        self.steps_unseen = 0
+        self._clean_up()
 
     @torch.no_grad()
     def before_step(self, losses: Losses, clip_val: float | None, facts: Sequence[float]) -> bool:
@@ -368,22 +376,25 @@ class StepMonitor(GatedRules):
                 grad.div_(float(verdict.factor * still_to_clip))
 
     def _safely(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """The hook, whose errors are passed to `failed` instead of ending the optimizer's step."""
+        """The hook, whose errors are kept in `failure`. Hooks cannot be removed while torch runs through them."""
 
         def call(*args: Any) -> Any:
+            if self.failure is not None:
+                return None
             try:
                 return hook(*args)
             except Exception as error:
-                if self._failed is None:
+                if not self._contains_errors:
                     raise
-                self._failed(f"{type(error).__name__}: {error}")
+                self.failure = f"{hook.__name__}: {type(error).__name__}: {error}"
                 return None
 
         return call
 
     def _begin_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Hides the gradients of a step that is to be skipped, after its closure has made them."""
-        self.is_measured = False
+        if not self._is_in_step:
+            self.is_measured, self._is_in_step = False, True
         if self._takes_scalars:
             return None
         if self._skips:
@@ -401,18 +412,23 @@ class StepMonitor(GatedRules):
         return (args[0], hiding, *args[2:]), {name: value for name, value in kwargs.items() if name != "closure"}
 
     def _hide_gradients(self) -> None:
-        self._hidden = [(param, param.grad) for param in self._params() if param.grad is not None]
-        for param, _ in self._hidden:
-            param.grad = None
+        for param in self._params():
+            if param.grad is not None:
+                self._hidden[param], param.grad = param.grad, None
 
     def _end_step(self, *_: Any) -> None:
+        if self._is_in_step:
+            self.steps_unseen += not self.is_measured and not self.scaled
+            self.is_measured = self._is_in_step = False
+            self._clean_up()
+
+    def _clean_up(self) -> None:
+        """Takes the verdict off the optimizer and returns hidden gradients."""
         if self._takes_scalars:
             self.optimizer.grad_scale = self.optimizer.found_inf = None  # type: ignore[attr-defined]
-        for param, grad in self._hidden:
+        for param, grad in self._hidden.items():
             param.grad = grad
-        self._skips, self._hidden = False, []
-        self.steps_unseen += not self.is_measured and not self.scaled
-        self.is_measured = False
+        self._skips, self._hidden = False, {}
 
     @torch.no_grad()
     def zero_momentum(self) -> None:

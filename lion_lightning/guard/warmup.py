@@ -102,6 +102,7 @@ class WarmupHook:
         self.optimizer, self.warmup = optimizer, warmup
         self.applied: list[float | Tensor | None] = []
         self._true_rates: list[float | Tensor | None] = []
+        self._is_in_step = False  # torch before 2.13 runs the hooks twice for a step that calls its base class's
         self._handles: list[Any] = [
             optimizer.register_step_pre_hook(wrap(self._scale)),
             optimizer.register_step_post_hook(wrap(self._finish)),
@@ -114,6 +115,7 @@ class WarmupHook:
             handle.remove()
 
     def _scale(self, optimizer: Optimizer, *_: Any) -> None:
+        self._is_in_step = True
         self._restore()
         factor, groups = self.warmup.factor, optimizer.param_groups
         if factor != 1:
@@ -125,7 +127,8 @@ class WarmupHook:
 
     def _finish(self, *_: Any) -> None:
         self._restore()
-        self.warmup.step += 1
+        self.warmup.step += self._is_in_step
+        self._is_in_step = False
 
     def _restore(self) -> None:
         if self._true_rates:

@@ -214,8 +214,10 @@ def encode(documents: Iterable[str], tokenizer: Tokenizer, separator: int) -> It
     dtype = token_dtype(tokenizer.get_vocab_size())
     for batch in _batches(documents):
         tokenizer.encode_special_tokens = True  # a [MASK] in the text is text
-        encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        tokenizer.encode_special_tokens = False
+        try:
+            encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        finally:
+            tokenizer.encode_special_tokens = False
         for encoding in encodings:
             yield np.array([*encoding.ids, separator], dtype)
 

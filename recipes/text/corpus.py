@@ -14,7 +14,9 @@ import logging
 import re
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,8 +25,6 @@ from recipes.files import account, conversion_of, fingerprint_of, is_hidden, lis
 
 if TYPE_CHECKING:
     import datasets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
 PASSAGE_CHARACTERS, MIN_PASSAGE_CHARACTERS = 20_000, 400
@@ -199,31 +199,26 @@ def passages(text: str | Iterable[str], size: int = PASSAGE_CHARACTERS) -> Itera
         text: whole, or in pieces that are cut anywhere.
         size: characters.
     """
-    kept: list[str] = []
-    length = 0
-    for paragraph in _paragraphs([text] if isinstance(text, str) else text):
-        for part in [paragraph] if len(paragraph) <= PASSAGE_CHARACTERS else _lines(paragraph, size):
-            kept.append(part)
-            length += len(part)
-            if length >= size:
-                yield "\n\n".join(kept)
-                kept, length = [], 0
-    if kept:
-        yield "\n\n".join(kept)
+    paragraphs = _paragraphs([text] if isinstance(text, str) else text)
+    parts = (
+        [paragraph] if len(paragraph) <= PASSAGE_CHARACTERS else _joined(paragraph.split("\n"), "\n", size)
+        for paragraph in paragraphs
+    )
+    return _joined(chain.from_iterable(parts), "\n\n", size)
 
 
-def _lines(paragraph: str, size: int) -> Iterator[str]:
-    """Parts of about `size` characters of a paragraph without an empty line, cut at line ends."""
+def _joined(parts: Iterable[str], separator: str, size: int) -> Iterator[str]:
+    """As many of the parts at a time as have `size` characters, joined."""
     kept: list[str] = []
     length = 0
-    for line in paragraph.split("\n"):
-        kept.append(line)
-        length += len(line)
+    for part in parts:
+        kept.append(part)
+        length += len(part)
         if length >= size:
-            yield "\n".join(kept)
+            yield separator.join(kept)
             kept, length = [], 0
     if kept:
-        yield "\n".join(kept)
+        yield separator.join(kept)
 
 
 def _paragraphs(pieces: Iterable[str]) -> Iterator[str]:

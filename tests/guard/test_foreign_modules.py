@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lion_lightning import Lion, LionGuard, LionMixin
 from lion_lightning.guard.recovery import Recovery
 from lion_lightning.guard.rules import Reading, Thresholds
-from lion_lightning.guard.step_monitor import StepMonitor
+from lion_lightning.guard.step_monitor import Losses, StepMonitor
 from lion_lightning.guard.warmup import LinearWarmup
 from lion_lightning.hyperparams import linear
 
@@ -361,3 +361,52 @@ def test_a_function_as_schedule_and_a_run_of_unknown_length(tmp_path, caplog):
     assert trainer.global_step > 0
     assert "the length of this run is not known" in caplog.text
     assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-4
+
+
+def test_a_hook_on_the_step_that_fails_turns_the_guard_off_and_the_step_goes_on(tmp_path, caplog):
+    class Breaks(Regression):
+        def on_before_zero_grad(self, optimizer):
+            if self.trainer.global_step == 3:
+                self.trainer.callbacks[0].monitors[0].warmup.warmup.step = None  # what no hook expects
+
+    guard = LionGuard(warmup_steps=20)
+    trainer = trainer_with(guard, tmp_path)
+    trainer.fit(Breaks())
+    assert trainer.global_step == 8
+    assert guard.is_off
+    assert caplog.text.count("off for the rest of this run") == 1
+    assert "TypeError" in caplog.text
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3)
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks
+
+
+def test_hooks_that_run_twice_for_one_step_count_once():
+    """As in torch before 2.13 for an optimizer whose step calls that of its base class."""
+    param = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    monitor = StepMonitor(optimizer, Thresholds(), LinearWarmup(10))
+    before, after = (
+        list(optimizer._optimizer_step_pre_hooks.values()),
+        list(optimizer._optimizer_step_post_hooks.values()),
+    )
+    param.grad = torch.full((4,), torch.nan)
+    monitor.before_step(Losses(), None, (1, 4, 4))
+    for hook in [*before, *before]:
+        hook(optimizer, (optimizer,), {})
+    assert param.grad is None, "the step is to be skipped"
+    for hook in [*after, *after]:
+        hook(optimizer, (optimizer,), {})
+    assert param.grad.isnan().all(), "the gradient is returned"
+    assert monitor.warmup.warmup.step == 1
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_ignored_divergence_never_stops_a_run(tmp_path):
+    class NeverFinite(Regression):
+        def on_after_backward(self):
+            self.net.weight.grad.fill_(torch.nan)
+
+    for options in ({"on_divergence": "ignore"}, {"on_divergence": "stop", "disabled": ["nonfinite"]}):
+        trainer = trainer_with(LionGuard(**options), tmp_path)
+        trainer.fit(NeverFinite())
+        assert trainer.global_step == 8
