@@ -8,7 +8,7 @@ from torch import nn
 
 from lion_lightning import Lion
 from lion_lightning.guard.rules import UPDATE_SUMS, StuckMomentum, Thresholds
-from lion_lightning.guard.step_monitor import SLICE_ELEMENTS, SLICES, SampledCoordinates
+from lion_lightning.guard.sampled_coordinates import SLICE_ELEMENTS, SLICES, SampledCoordinates
 from lion_lightning.optim.kernels import storage_formats
 
 SHAPES = [(64, 96), (64,), (4096,), (300,)]
