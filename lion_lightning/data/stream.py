@@ -167,6 +167,8 @@ def outlive_stop_signals(worker: int) -> None:
     The main process ends its workers with SIGTERM when it exits itself, so SIGTERM ends a worker after a delay.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "SIGUSR1"):  # Windows, which sends no signals to groups and has no alarm
+        return
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_later)
 

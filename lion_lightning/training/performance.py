@@ -1,6 +1,5 @@
 """How fast a run is and what it costs: throughput, utilisation, memory, bytes per parameter."""
 
-import resource
 import statistics
 import sys
 import time
@@ -15,6 +14,11 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 WINDOW_BATCHES = 1000  # bounds the cost of a median, however long the run
 WARMUP_BATCHES = 5  # allocation, compilation and caches make them slower
@@ -87,17 +91,13 @@ class Throughput(Callback):
             return {}
         duration = statistics.median(self.durations)
         samples, tokens = (statistics.median(seen) / duration for seen in (self._samples, self._tokens))
-        device = trainer.strategy.root_device
-        if device.type == "cuda":
-            peak_bytes = torch.cuda.max_memory_allocated(device)
-        else:  # kilobytes, except on macOS
-            peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         figures = {
             "perf/step_ms": 1000 * duration * trainer.accumulate_grad_batches,
             "perf/samples_per_second": samples,
             "perf/data_wait": statistics.median(self._waits) / duration,
-            "perf/peak_memory_gib": peak_bytes / BYTES_PER_GIB,
         }
+        if (peak_bytes := peak_memory(trainer.strategy.root_device)) is not None:
+            figures["perf/peak_memory_gib"] = peak_bytes / BYTES_PER_GIB
         if tokens:
             figures["perf/tokens_per_second"] = tokens
         if self._peak_flops:
@@ -113,6 +113,15 @@ class Throughput(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.samples_seen, self.tokens_seen = state_dict["samples_seen"], state_dict["tokens_seen"]
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes in use so far: of a CUDA device, else of this process; None on Windows, which does not keep it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

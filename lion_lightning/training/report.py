@@ -107,7 +107,8 @@ def duration(seconds: float, steps: int, speed: Mapping[str, float]) -> str:
         parts += [f"{speed[f'perf/{unit}_per_second']:,.0f} {unit}/s", f"{speed['perf/step_ms']:.0f} ms a step"]
         parts += [f"MFU {speed['perf/mfu']:.0%}"] if "perf/mfu" in speed else []
         parts += [f"{speed['perf/data_wait']:.1%} of it waiting for data"]
-        parts += [f"{speed['perf/peak_memory_gib']:.1f} GiB at most"]
+        if (peak := speed.get("perf/peak_memory_gib")) is not None:
+            parts += [f"{peak:.1f} GiB at most"]
     return ", ".join(parts)
 
 

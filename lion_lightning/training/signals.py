@@ -18,8 +18,10 @@ from types import FrameType, TracebackType
 from typing import Any
 
 log = logging.getLogger(__name__)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # one of them, by SUBMITIT_PREEMPT_SIGNAL
+REQUEUE_SIGNALS = tuple(  # one of them, by SUBMITIT_PREEMPT_SIGNAL; Windows has neither
+    getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *REQUEUE_SIGNALS[:1])
 EXIT_CODE_OFFSET = 128
 
 
@@ -71,8 +73,8 @@ class StopFlag:
         self.signal = signum
 
     def __enter__(self) -> "StopFlag":
-        if _is_submitits(signal.getsignal(signal.SIGUSR2)):
-            self._signals = (*STOP_SIGNALS, signal.SIGUSR2)
+        if any(_is_submitits(signal.getsignal(signum)) for signum in REQUEUE_SIGNALS[1:]):
+            self._signals = (*STOP_SIGNALS, *REQUEUE_SIGNALS[1:])
         self._before = {signum: signal.getsignal(signum) for signum in self._signals}
         self.install()
         return self

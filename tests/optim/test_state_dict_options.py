@@ -119,6 +119,9 @@ def test_every_option_brings_the_run_back_bit_for_bit(mode: str, tmp_path: Path)
         assert_alike(original, twin)
 
 
+@pytest.mark.xfail(
+    torch.__version__ < (2, 13), raises=KeyError, reason="torch 2.9 cannot unflatten a state that lacks a tensor"
+)
 def test_a_flattened_state_of_another_mode_loads_with_what_it_has() -> None:
     """torch leaves an empty dict where a tensor is missing."""
     options = StateDictOptions(flatten_optimizer_state_dict=True)
