@@ -91,6 +91,10 @@ SPACES: Mapping[str, Space] = MappingProxyType({
         {"optim.lr": Range(1e-3, 3e-1), "optim.weight_decay": Range(1e-3, 1)},
         {"optim.beta2_decay": ("-0.8", "-0.5", "-1.0"), WARM_UP: _SHARES},
     ),
+    "muon": Space(
+        {"optim.lr": Range(1e-4, 3e-2), "optim.weight_decay": Range(1e-3, 1)},
+        {"optim.momentum": ("0.9", "0.95", "0.98"), WARM_UP: _SHARES},
+    ),
     "sgd": Space(
         {"optim.lr": Range(3e-3, 1), "optim.weight_decay": Range(1e-6, 1e-3)},
         {"optim.momentum": ("0.9", "0.95", "0.99"), WARM_UP: _SHARES},

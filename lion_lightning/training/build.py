@@ -42,6 +42,7 @@ ALLOWED_MODULES = (
     "recipes.",
     "torch.optim.",
     "torch.nn.",
+    "optimi.",
     "transformers.models.",
     "lightning.pytorch.callbacks.",
     "lightning.pytorch.loggers.",
@@ -96,7 +97,8 @@ def resolve(path: str) -> Callable[..., Any]:
         try:
             target = hydra.utils.get_object(path)
         except Exception as error:
-            raise ConfigError(f"_target_={path!r} cannot be imported: {error}".splitlines()[0]) from error
+            reason = error.__cause__ or error  # Hydra repeats the path before the reason
+            raise ConfigError(f"_target_={path!r} cannot be imported: {reason}".splitlines()[0]) from error
     home = f"{getattr(target, '__module__', None)}."
     if not (inspect.isclass(target) or inspect.isfunction(target)) or not home.startswith(ALLOWED_MODULES):
         allowed = ", ".join(module.rstrip(".") for module in ALLOWED_MODULES)

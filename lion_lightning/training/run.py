@@ -79,6 +79,7 @@ def run(cfg: DictConfig) -> float:
 
 def _quiet_libraries() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # what it says of a target, ConfigError says too
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning 2.6 on a newer torch
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -16,7 +16,7 @@ from lion_lightning.hyperparams import from_adamw
 from lion_lightning.training.build import build_data, build_module, effective_batch_size, instantiate, max_steps
 
 RECIPES = ("bert_mlm", "image_classification")
-OPTIMIZERS = ("lion", "adamw", "signum", "sgd", "adafactor", "lion_amos")
+OPTIMIZERS = ("lion", "adamw", "signum", "sgd", "adafactor", "lion_amos", "muon")
 PAPER = ("paper_base", "paper_base_language", "paper_billion_language", "paper_vit_b16_imagenet")
 LONG = RunSettings(total_steps=300_000, warmup_steps=3_000, batch_size=4096)
 

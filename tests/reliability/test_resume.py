@@ -109,6 +109,7 @@ CASES_OF_THE_WHOLE = [
     Case("SIGNUM", (5,), ("optim=signum",)),
     Case("Adafactor", (5,), ("optim=adafactor",)),
     Case("SGD", (5,), ("optim=sgd",)),
+    Case("Muon", (5,), ("optim=muon",)),
     Case("saved after every step", (5, 8), ("checkpoint.every_n_steps=1",)),
     Case("BERT, mid-epoch", (5,), base=BERT),
     Case("BERT, before a validation", (8,), base=BERT),

@@ -120,7 +120,8 @@ def test_a_resnet_reads_digits_with_lion(digits: Go, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "optim", ["lion", "adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("signum", "adafactor", "sgd"))]
+    "optim",
+    ["lion", "adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("signum", "adafactor", "sgd", "muon"))],
 )
 def test_every_optimizer_lowers_the_loss_of_bert(bert: Go, watch: Callable[[], Losses], optim: str) -> None:
     seen = watch()

@@ -1,0 +1,149 @@
+"""Muon for the matrices inside a network and Lion for the rest, as one optimizer: a baseline of comparisons."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Muon, Optimizer
+from typing_extensions import override
+
+from lion_lightning.optim.lion import Lion, ParamsT
+
+NOT_MUON = ("embed", "wte", "wpe", "head", "classifier", "decoder")
+"""Parts of the names of embeddings and output layers, which Muon is not made for."""
+
+
+class MuonWithLion(Optimizer):
+    """torch's Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon) for matrices, Lion for other parameters.
+
+    Each parameter group is split into two, `<name>/muon` and `<name>/lion`. There is one `step`, one state dict and one
+    list of parameter groups, so schedules, checkpoints and automatic optimization work as with any optimizer.
+
+    Args:
+        params: tensors, named tensors or parameter groups. Parameters of two dimensions go to Muon, unless their name
+            says that they are an embedding or an output layer; without names all of them do.
+        lr: Muon's, in AdamW's units (`adjust_lr_fn="match_rms_adamw"`: Liu et al., 2025, arXiv:2502.16982).
+        weight_decay: Muon's, decoupled. A group with a decay of 0 has none for its other parameters either.
+        momentum: Muon's.
+        lion: options of `Lion` for the other parameters. Its rate is a tenth of `lr` by default, and its decay ten
+            times the other. A group with twice the rate `lr` has twice Lion's as well.
+        not_muon: parts of names of matrices that Lion takes.
+
+    Raises:
+        ValueError: an option is not allowed, or `params` is empty.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        *,
+        momentum: float = 0.95,
+        lion: Mapping[str, Any] | None = None,
+        not_muon: Sequence[str] = NOT_MUON,
+    ) -> None:
+        self._muon = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "adjust_lr_fn": "match_rms_adamw"}
+        self._lion = {"lr": lr / 10, "weight_decay": 10 * weight_decay, **(lion or {})}
+        self._not_muon = tuple(not_muon)
+        self._parts: dict[type[Optimizer], Optimizer] = {}
+        super().__init__(params, {})
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        params = param_group["params"]
+        members = [params] if isinstance(params, Tensor) else list(params)
+        matrices = [member for member in members if self._is_matrix(member)]
+        others = [member for member in members if not self._is_matrix(member)]
+        name = {"name": f"{param_group['name']}/muon"} if "name" in param_group else {}
+        if matrices or not members:  # torch reports a list without members
+            self._add(Muon, self._muon, {**param_group, **name, "params": matrices})
+        if others:
+            group = {key: value for key, value in param_group.items() if key not in self._muon}
+            group["lr"] = self._lion["lr"] * (param_group.get("lr", self._muon["lr"]) / (self._muon["lr"] or 1.0))
+            if param_group.get("weight_decay") == 0:
+                group["weight_decay"] = 0.0
+            name = {"name": f"{param_group['name']}/lion"} if "name" in param_group else {}
+            self._add(Lion, self._lion, {**group, **name, "params": others})
+
+    def _is_matrix(self, member: Any) -> bool:
+        name, param = member if isinstance(member, tuple) else ("", member)
+        return param.ndim == 2 and not any(part in name.lower() for part in self._not_muon)
+
+    def _add(self, kind: type[Optimizer], options: Mapping[str, Any], group: dict[str, Any]) -> None:
+        """Adds a group to the optimizer of its kind; both this one and that hold the same dict."""
+        if kind in self._parts:
+            self._parts[kind].add_param_group(group)
+        else:
+            self._parts[kind] = kind([group], **options)
+        super().add_param_group(self._parts[kind].param_groups[-1])
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Takes one step of both; see `Lion.step`."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts.values():
+            part.state = self._state_of(part)
+            part.step()
+            self.state.update(part.state)
+        return loss
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """As of any torch optimizer; the groups are those of the two optimizers, in the order of `param_groups`."""
+        saved = super().state_dict()
+        for part in self._parts.values():
+            part.state = self._state_of(part)
+            for position, group in zip(self._positions(part), part.state_dict()["param_groups"], strict=True):
+                saved["param_groups"][position] = {**group, "params": saved["param_groups"][position]["params"]}
+        return saved
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores a `state_dict`.
+
+        Raises:
+            ValueError: it is of another optimizer, or its groups have other sizes.
+        """
+        groups = state_dict["param_groups"]
+        found, allowed = (
+            [("muon" if "ns_steps" in group else "other", len(group["params"])) for group in each]
+            for each in (groups, self.param_groups)
+        )
+        if found != allowed:
+            raise ValueError(f"state_dict has groups (kind, number of parameters) {found}; allowed here are {allowed}")
+        loaded = list(self.param_groups)
+        state: dict[Tensor, Any] = {}
+        for part in (self._parts[kind] for kind in (Lion, Muon) if kind in self._parts):  # Lion checks first
+            positions = self._positions(part)
+            ids = {key for position in positions for key in groups[position]["params"]}
+            part.load_state_dict(
+                {
+                    "state": {key: value for key, value in state_dict["state"].items() if key in ids},
+                    "param_groups": [groups[position] for position in positions],
+                }
+            )
+            state.update(part.state)
+            for position, group in zip(positions, part.param_groups, strict=True):
+                loaded[position] = group
+        self.__setstate__({"state": type(self.state)(dict, state), "param_groups": loaded})
+
+    def _positions(self, part: Optimizer) -> list[int]:
+        """The numbers that a part's groups have in `param_groups`."""
+        ids = [id(group) for group in self.param_groups]
+        return [ids.index(id(group)) for group in part.param_groups]
+
+    def _state_of(self, part: Optimizer) -> Any:
+        """State of the parameters of a part; the entries are those of this optimizer, not copies."""
+        params = (param for group in part.param_groups for param in group["params"])
+        return type(self.state)(dict, {param: self.state[param] for param in params if param in self.state})
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_muon", "_lion", "_not_muon", "_parts")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
