@@ -4,6 +4,7 @@ Lion moves every weight by the same learning rate, so its rate is smaller than A
 step takes off a weight is `lr * weight_decay * weight`, and the conversion keeps that product.
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,17 +27,20 @@ _NORM_SUFFIXES = ("norm", "norm1d", "norm2d", "norm3d")
 _POSITION_TABLES = ("position_embeddings", "pos_embed", "position_embedding", "wpe", "cls_token")
 
 
-def from_adamw(lr: float, weight_decay: float = 0.01, *, factor: float = 10.0) -> dict[str, float]:
+def from_adamw(
+    lr: float, weight_decay: float = 0.01, *, factor: float | None = None, parameters: int | None = None
+) -> dict[str, float]:
     """Lion's learning rate and weight decay for a run that is tuned for AdamW.
 
     Divides the rate and multiplies the decay by `factor`, so that their product, the strength of the decay, stays. Keep
     the schedule; if it names absolute rates, divide those too. The paper advises 3 to 10 (Chen et al., 2023,
-    arXiv:2302.06675, section 5).
+    arXiv:2302.06675, section 5); tuned language models of known size had other factors, see `published_factor`.
 
     Args:
         lr: AdamW's peak learning rate, above 0.
         weight_decay: AdamW's decoupled decay, at least 0. torch's default is 0.01.
-        factor: how much smaller Lion's rate is: 3 to 10 are sound values.
+        factor: how much smaller Lion's rate is, at least 1; 10 if neither this nor `parameters` is given.
+        parameters: number of the model's parameters, for the factor of `published_factor` instead.
 
     Returns:
         `{"lr": ..., "weight_decay": ...}`, ready for `Lion(params, **from_adamw(1e-3, 0.1))`.
@@ -48,9 +52,44 @@ def from_adamw(lr: float, weight_decay: float = 0.01, *, factor: float = 10.0) -
         raise ValueError(f"lr must be a positive number, got {lr}")
     if not (math.isfinite(weight_decay) and weight_decay >= 0):
         raise ValueError(f"weight_decay must be a number of at least 0, got {weight_decay}")
+    if factor is not None and parameters is not None:
+        raise ValueError(f"give factor or parameters, not both: got factor={factor} and parameters={parameters}")
+    if factor is None:
+        factor = 10.0 if parameters is None else published_factor(parameters, lr)
     if not (math.isfinite(factor) and factor >= 1):
         raise ValueError(f"factor must be a number of at least 1 (3 to 10 are sound), got {factor}")
     return {"lr": lr / factor, "weight_decay": weight_decay * factor}
+
+
+USUAL_RATE_FACTORS = ((124e6, 1.0), (210e6, 2.0), (720e6, 5.0), (1.5e9, 10.0))
+LARGE_RATE_FACTORS = ((130e6, 4.0), (520e6, 8.0), (1.5e9, 10.0))
+LARGE_ADAMW_RATE = 4e-3
+
+
+def published_factor(parameters: int, lr: float = 1e-3) -> float:
+    """AdamW's best learning rate over Lion's in published sweeps of language models, by model size.
+
+    Beside an AdamW rate of 1e-3 Lion's was 1e-3 at 124 M parameters, 5e-4 at 210 M and 2e-4 at 720 M (Semenov et al.,
+    2025, arXiv:2509.01440). Beside AdamW's 4e-3 to 8e-3 it was 4 to 8 times smaller from 130 M to 520 M (Wen et al.,
+    2025, arXiv:2509.02046). 10 from 1.5 B on is the upper end of what Chen et al. (2023, arXiv:2302.06675) advise.
+    Between these sizes the factor is interpolated in the logarithm; beyond them it stays.
+
+    Args:
+        parameters: of the model, above 0.
+        lr: AdamW's; from 4e-3 on the second of the two sweeps counts.
+
+    Raises:
+        ValueError: a value is not above 0.
+    """
+    _check_positive(parameters=parameters, lr=lr)
+    points = LARGE_RATE_FACTORS if lr >= LARGE_ADAMW_RATE else USUAL_RATE_FACTORS
+    if parameters <= points[0][0]:
+        return points[0][1]
+    for (smaller, low), (larger, high) in itertools.pairwise(points):
+        if parameters <= larger:
+            share = math.log(parameters / smaller) / math.log(larger / smaller)
+            return low * (high / low) ** share
+    return points[-1][1]
 
 
 def decay_for_timescale(lr: float, steps: float) -> float:

@@ -109,9 +109,7 @@ def _compare(
     names = ", ".join(file.name for file in files)
     console.print(f"{report.relative(str(folder))}: {names}", highlight=False, soft_wrap=True)
     if options.report:
-        from lion_lightning.tracking.publish import publish_report
-
-        console.print(publish_report(comparison, options.wandb), highlight=False, soft_wrap=True)
+        console.print(report.publish_report(comparison, options.wandb), highlight=False, soft_wrap=True)
 
 
 def _refuse(message: str) -> int:

@@ -15,6 +15,7 @@ from lion_lightning.hyperparams import (
     lion_amos,
     parameter_groups,
     preset,
+    published_factor,
 )
 
 
@@ -32,12 +33,34 @@ def test_from_adamw_keeps_the_product_of_rate_and_decay():
 
 
 @pytest.mark.parametrize(
+    ("parameters", "lr", "lion_lr"),
+    [
+        (124e6, 1e-3, 1e-3),
+        (210e6, 1e-3, 5e-4),
+        (720e6, 1e-3, 2e-4),
+        (8e9, 1e-3, 1e-4),
+        (1e6, 1e-3, 1e-3),
+        (130e6, 8e-3, 2e-3),
+        (520e6, 4e-3, 5e-4),
+    ],
+)
+def test_from_adamw_knows_the_factors_that_were_published(parameters, lr, lion_lr):
+    lion = from_adamw(lr, 0.1, parameters=int(parameters))
+    assert lion["lr"] == pytest.approx(lion_lr)
+    assert lion["lr"] * lion["weight_decay"] == pytest.approx(lr * 0.1)
+    factors = [published_factor(size, lr) for size in range(50_000_000, 2_000_000_000, 50_000_000)]
+    assert factors == sorted(factors)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"lr": 0.0}, "lr must be a positive number, got 0.0"),
         ({"lr": float("nan")}, "lr must be a positive number, got nan"),
         ({"lr": 1e-3, "weight_decay": -1}, "weight_decay must be a number of at least 0, got -1"),
         ({"lr": 1e-3, "factor": 0.5}, "factor must be a number of at least 1"),
+        ({"lr": 1e-3, "parameters": 0}, "parameters must be a positive number, got 0"),
+        ({"lr": 1e-3, "factor": 3.0, "parameters": 10}, "give factor or parameters, not both"),
     ],
 )
 def test_from_adamw_refuses_what_is_not_a_setting(arguments, message):

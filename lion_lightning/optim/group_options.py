@@ -33,6 +33,11 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "maximize": (True, False),
 }
 MOMENTUM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+EXTREME_RATE = 0.1
+EXTREME_RATE_WARNING = (
+    "lr={lr:g} moves every weight of Lion by {lr:g} in each step, whatever the gradient's size; usual rates are 1e-5 "
+    "to 1e-2, about a tenth of AdamW's (see lion_lightning.from_adamw)"
+)
 PARAM_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -1,5 +1,6 @@
 """The optimizers Lion and SIGNUM: parameter groups, the step, the step counter and the state dict."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -83,6 +84,7 @@ class Lion(Optimizer):
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    _has_warned = False
 
     def __init__(
         self,
@@ -293,6 +295,10 @@ class Lion(Optimizer):
     def _read_settings(self, group: Group, device: torch.device) -> Settings | None:
         """A group's settings for one step on a device; None where the host knows that the step is skipped."""
         group_options.check(group)
+        lr = _number(group["lr"], device)
+        if not self._has_warned and isinstance(lr, (int, float)) and lr > group_options.EXTREME_RATE:
+            self._has_warned = True
+            warnings.warn(group_options.EXTREME_RATE_WARNING.format(lr=lr), stacklevel=2)
         found_inf = _number(self.found_inf, device)
         if found_inf is not None and not isinstance(found_inf, Tensor):
             if found_inf != 0:
@@ -304,7 +310,7 @@ class Lion(Optimizer):
             # Where the kernels may be replayed from a graph, the counter has to advance on the device.
             group["step"] = torch.full((), group["step"], dtype=torch.int64, device=device)
         return Settings(
-            lr=_number(group["lr"], device),
+            lr=lr,
             beta1=float(group["betas"][0]),
             beta2=float(group["betas"][1]),
             weight_decay=float(group["weight_decay"]),

@@ -1,6 +1,7 @@
 """Arguments that are not allowed are refused in one sentence."""
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -80,3 +81,20 @@ def test_an_option_made_wrong_mid_run_is_refused_at_the_next_step() -> None:
     optimizer.param_groups[0]["weight_bits"] = 20
     with pytest.raises(ValueError, match="weight_bits=20"):
         optimizer.step()
+
+
+def test_an_extreme_rate_warns_once_when_it_is_applied() -> None:
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        optimizer = Lion([param], lr=10)  # the base of a schedule may be as large as it likes
+        optimizer.param_groups[0]["lr"] = 1e-3
+        optimizer.step()
+        assert not seen
+        for lr in (10, 9):
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+    assert len(seen) == 1
+    assert "lr=10 moves every weight" in str(seen[0].message)
+    assert "from_adamw" in str(seen[0].message)

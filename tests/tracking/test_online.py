@@ -12,7 +12,7 @@ import pytest
 from wandb_server import Server, serving
 
 from lion_lightning.tracking.compare import Incomparable
-from lion_lightning.tracking.publish import publish_report
+from lion_lightning.tracking.report import publish_report
 from scripts import compare
 
 ROOT = Path(__file__).parents[2]
