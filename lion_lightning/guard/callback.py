@@ -25,7 +25,7 @@ from lion_lightning.lightning import total_steps
 from lion_lightning.optim import Lion
 
 Manual = Literal["watch", "act"]
-FORMAT = 3
+FORMAT = 4
 """Of the state in checkpoints."""
 OnBadLoss = Literal["note", "skip", "ignore"]
 ON_BAD_LOSS: tuple[OnBadLoss, ...] = ("note", "skip", "ignore")

@@ -39,6 +39,8 @@ class Remedy(str, Enum):
 
 AGREEING_LOSSES = 3
 """Losses after a rewind that end its trial before `thresholds.trial_steps` if all are on one side of the middle."""
+DECISIVE_DEVIATIONS = 4.0
+"""Distance from the middle, in deviations of the loss, at which the first loss after a rewind ends its trial."""
 UNDONE_LIMIT = 2
 """Rewinds undone within `thresholds.horizon` steps after which a raised loss is only noted."""
 AT_ONCE = {"outlier": Remedy.CLIP, "bad_loss": Remedy.SKIP, "nonfinite": Remedy.SKIP}
@@ -74,6 +76,8 @@ class EscalationPolicy(Stateful):
             # A momentum that looks stuck again right after it was zeroed was not stuck.
             again, self.last_reset = self._is_recent(self.last_reset, step), step
             return Remedy.REBASELINE if again else Remedy.ZERO_MOMENTUM
+        if kind == "raised_loss":
+            return Remedy.NEW_LEVEL
         if kind not in ("divergence", "sick_weights", "nonfinite_limit"):
             return Remedy.NOTE
         if kind != "divergence" and self.on_divergence == "warn":
@@ -317,6 +321,7 @@ class Trial:
         monitor: number of the monitor whose loss is compared.
         returned: loss of the snapshot's weights when it was taken; `raised` if it is not known.
         raised: loss before the rewind.
+        deviation: of a step's loss; NaN if it is not known.
         losses: since the rewind.
     """
 
@@ -326,7 +331,20 @@ class Trial:
     monitor: int
     returned: float
     raised: float
+    deviation: float = math.nan
     losses: list[float] = field(default_factory=list)
+
+    @property
+    def middle(self) -> float:
+        """Losses above it are at the raised level, others have returned."""
+        return (self.returned + self.raised) / 2
+
+    def is_over(self, trial_steps: int) -> bool:
+        """Whether the losses decide: a distant one, a few on one side of the middle, or `trial_steps` of them."""
+        is_high = [loss > self.middle for loss in self.losses]
+        agree = len(is_high) >= AGREEING_LOSSES and len(set(is_high)) == 1
+        is_distant = len(is_high) == 1 and abs(self.losses[0] - self.middle) > DECISIVE_DEVIATIONS * self.deviation
+        return agree or is_distant or len(is_high) >= trial_steps
 
     def state_dict(self) -> dict[str, Any]:
         return {**vars(self), "newer": dict(vars(self.newer))}
@@ -383,6 +401,7 @@ class Recovery:
             reading: of its next step.
             is_finite: whether the weights and optimizer state of all ranks are.
         """
+        trial = self.trial  # one that begins now has not seen a loss of the older weights yet
         symptoms = monitor.rules.observe(reading)
         count, limits = monitor.rules.nonfinite_in_a_row, self.thresholds
         if count == limits.nonfinite_limit:
@@ -396,21 +415,18 @@ class Recovery:
         for symptom in symptoms:
             if symptom.kind not in self.ignored:
                 yield self.treat(symptom, reading.step, monitor)
-        if self.trial is not None and monitor is self.monitors[self.trial.monitor]:
-            yield from self._try(self.trial, reading)
+        if trial is not None and trial is self.trial and monitor is self.monitors[trial.monitor]:
+            yield from self._try(trial, reading)
 
     def _try(self, trial: Trial, reading: Reading) -> Iterator[Treated]:
         """Takes in a loss after a rewind; ends the trial when there are enough of them."""
         if math.isfinite(reading.level):
             trial.losses.append(reading.level)
-        middle = (trial.returned + trial.raised) / 2
-        is_high = [loss > middle for loss in trial.losses]
-        agree = len(is_high) >= AGREEING_LOSSES and len(set(is_high)) == 1
-        if not agree and len(is_high) < self.thresholds.trial_steps:
+        if not trial.is_over(self.thresholds.trial_steps):
             return
         self.trial = None
         loss = statistics.median(trial.losses)
-        if loss <= middle:
+        if loss <= trial.middle:
             return
         restore(trial.newer, self.module, self.optimizers)
         for monitor, rules, rate in zip(self.monitors, trial.newer.rules, trial.rates, strict=True):
@@ -460,7 +476,7 @@ class Recovery:
         Returns:
             The end of the sentence that says so: what was not restored.
         """
-        raised = monitor.rules.divergence.fast.value
+        raised, deviation = monitor.rules.divergence.fast.value, monitor.rules.divergence.deviation
         rules = [each.rules_state() for each in self.monitors]
         newer = Snapshot(step, *_copies(self.module, self.optimizers), rules)
         rates = [each.rate_state() for each in self.monitors]
@@ -472,7 +488,12 @@ class Recovery:
         number = [each is monitor for each in self.monitors].index(True)
         if not returned < raised:  # not known of the weights that training started from
             returned = raised
-        self.trial = Trial(newer, rates, level, number, returned, raised) if level is not None else None
+        elif returned > 0:  # the noise of a loss grows with its level
+            deviation *= raised / returned
+        if level is not None:
+            self.trial = Trial(newer, rates, level, number, returned, raised, deviation)
+        else:
+            self.trial = None
         names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         return f"; not in the snapshot in its present shape, and left as it is: {names}" if left else ""
 

@@ -44,6 +44,8 @@ class Thresholds:
     """The fast average diverges above the best slow one by the larger of so many deviations and this share of it ..."""
     divergence_steps: int = 20
     """... for this many steps in a row."""
+    divergence_norm_z: float = 3.0
+    """Mean robust z of the log norm over those steps from which the gradients have changed as well."""
     snapshot_every: int = 100
     snapshots: int = 3
     """Spacing in steps and number of the snapshots kept in host memory."""
@@ -124,8 +126,8 @@ class Symptom:
     """Something that a rule has seen.
 
     Attributes:
-        kind: outlier, bad_loss, bad_losses, nonfinite, nonfinite_loss, poison, divergence, dead,
-             unmoved, near_bound or cosine.
+        kind: outlier, bad_loss, bad_losses, nonfinite, nonfinite_loss, poison, divergence, raised_loss, dead,
+            unmoved, near_bound or cosine.
         message: what was seen and why it matters.
     """
 
@@ -138,7 +140,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "outlier": ("outlier",),
     "bad_loss": ("bad_loss", "bad_losses"),
     "stuck_momentum": ("poison", "low_flip_rate"),
-    "divergence": ("divergence",),
+    "divergence": ("divergence", "raised_loss"),
     "dead": ("dead",),
     "cosine": ("cosine",),
     "unmoved": ("unmoved",),
@@ -233,46 +235,62 @@ class Divergence(Stateful):
     loss, and by their median, which a few bad steps do not move.
     """
 
-    STATE = ("fast", "slow", "differences", "last", "best", "high_steps")
+    STATE = ("fast", "slow", "differences", "last", "best", "start", "high_steps", "high_norm_z")
 
     def __init__(self, thresholds: Thresholds) -> None:
         self.thresholds = thresholds
         self.fast, self.slow = Average(thresholds.fast_half_life), Average(thresholds.slow_half_life)
         self.differences: deque[float] = deque(maxlen=thresholds.window)
-        self.last, self.best = math.nan, math.inf
-        self.high_steps = 0
+        self.last, self.best, self.start = math.nan, math.inf, math.inf
+        self.high_steps, self.high_norm_z = 0, 0.0
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of a step's loss at its best level; NaN before there are two losses."""
+        return NORMAL_FROM_MEDIAN_DIFFERENCE * statistics.median(self.differences) if self.differences else math.nan
 
     @property
     def limit(self) -> float:
         """What the fast average may not stay above, never below `best`; infinite until there is a best average."""
         if not (math.isfinite(self.best) and self.differences):
             return math.inf
-        deviation = NORMAL_FROM_MEDIAN_DIFFERENCE * statistics.median(self.differences)
         limits = self.thresholds
-        return self.best + max(limits.divergence_sigmas * deviation, limits.divergence_share * abs(self.best))
+        return self.best + max(limits.divergence_sigmas * self.deviation, limits.divergence_share * abs(self.best))
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nothing but the loss has changed: it is below its start, and gradients are as they were before.
+
+        Gradients that were not measured or not finite count as changed.
+        """
+        norm_z = self.high_norm_z / max(1, self.high_steps)
+        return self.fast.value < self.start and norm_z < self.thresholds.divergence_norm_z
 
     def take_level(self) -> None:
         """Takes the raised loss as the new best level: it has risen for a reason, or stays up."""
-        self.best, self.slow, self.high_steps = math.inf, Average(self.thresholds.slow_half_life), 0
+        self.best, self.slow = math.inf, Average(self.thresholds.slow_half_life)
+        self.high_steps, self.high_norm_z = 0, 0.0
 
-    def observe(self, loss: float, skipped: bool = False) -> bool:
+    def observe(self, loss: float, skipped: bool = False, norm_z: float = math.nan) -> bool:
         """Takes in a step's loss; True at the step that completes a run of high ones.
 
         Args:
             loss: of the step; ignored if it is not finite.
             skipped: the step was skipped: its loss counts as high and does not enter the averages.
+            norm_z: robust z of the log norm of its gradient; NaN if it is not known.
         """
         if not math.isfinite(loss):
             return False
-        if skipped:
-            self.high_steps += 1
-            return self.high_steps == self.thresholds.divergence_steps
-        fast, last, self.last = self.fast.add(loss), self.last, loss
+        if not skipped:
+            fast, last, self.last = self.fast.add(loss), self.last, loss
+            if self.fast.count == round(self.thresholds.fast_half_life):
+                self.start = fast
         # A few huge losses keep the fast average up for long: a step that is as good as the best ends the run.
-        if loss > self.best and fast > self.best and fast > self.limit:
+        if skipped or (loss > self.best and fast > self.best and fast > self.limit):
             self.high_steps += 1
+            self.high_norm_z += math.inf if skipped or not math.isfinite(norm_z) else norm_z
         else:
-            self.high_steps = 0
+            self.high_steps, self.high_norm_z = 0, 0.0
             if math.isfinite(last):
                 self.differences.append(abs(loss - last))
             slow = self.slow.add(loss)
@@ -334,6 +352,7 @@ POISON = (
     "the gradients are, as after an outlier that has filled the momentum"
 )
 DIVERGENCE = "the loss has risen to {level:.4g} and stayed above {rule.limit:.4g} (best average {rule.best:.4g})"
+RAISED_LOSS = DIVERGENCE + ", though the gradients are as before and it is below its start ({rule.start:.4g})"
 BAD_LOSSES = (
     "the loss {reading.backward_loss:.4g} of step {reading.step} is far above the others (robust z "
     "{reading.loss_z:.0f}); such steps are counted as guard/bad_losses and taken as they are"
@@ -385,8 +404,9 @@ class RuleSet(Stateful):
         if self.stuck_momentum.observe(reading.flip_rate):
             seen = reading.step - self.last_outlier <= OUTLIER_MEMORY_STEPS
             symptoms.append(Symptom("poison" if seen else "low_flip_rate", POISON.format(rate=reading.flip_rate)))
-        if self.divergence.observe(reading.level, reading.skipped):
-            symptoms.append(Symptom("divergence", DIVERGENCE.format(level=reading.level, rule=self.divergence)))
+        if self.divergence.observe(reading.level, reading.skipped, reading.norm_z):
+            kind, text = ("raised_loss", RAISED_LOSS) if self.divergence.is_alone else ("divergence", DIVERGENCE)
+            symptoms.append(Symptom(kind, text.format(level=reading.level, rule=self.divergence)))
         averages = (self.averages.observe(name, getattr(reading, name)) for name in ("dead", "cosine"))
         return symptoms + [symptom for symptom in averages if symptom is not None]
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lion_lightning.guard.recovery import EscalationPolicy, Remedy
+from lion_lightning.guard.recovery import EscalationPolicy, Remedy, Snapshot, Trial
 from lion_lightning.guard.rules import RuleSet, Thresholds
 from tests.guard.made_readings import troubled
 
@@ -108,3 +108,23 @@ def test_decisions_are_a_function_of_readings_and_state_alone(seed, mode):
         assert [copies[1].remedy(symptom.kind, reading.step) for symptom in seen_again] == given
         decisions += given
     assert len(set(decisions)) >= 4, "the series has enough trouble to be worth it"
+
+
+@pytest.mark.parametrize(
+    ("losses", "is_over"),
+    [
+        ([2.9], True),  # far above the middle of 1 and 3
+        ([1.1], True),
+        ([2.3], False),
+        ([2.3, 2.2], False),
+        ([2.3, 2.2, 2.4], True),
+        ([2.3, 1.8, 2.4], False),
+        ([2.3, 1.8] * 5, True),
+    ],
+)
+def test_a_trial_ends_when_its_losses_decide(losses, is_over):
+    newer = Snapshot(0, {}, [], [])
+    trial = Trial(newer, [], 0, 0, returned=1.0, raised=3.0, deviation=0.2, losses=losses)
+    assert trial.is_over(10) == is_over
+    unknown = Trial(newer, [], 0, 0, returned=1.0, raised=3.0, losses=losses)
+    assert unknown.is_over(10) == (is_over and len(losses) > 1)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from lion_lightning.guard.recovery import EscalationPolicy, Remedy
 from lion_lightning.guard.rules import (
     Average,
     Divergence,
@@ -240,6 +241,29 @@ def test_rules_restored_in_the_middle_decide_the_same(seed):
 def test_a_threshold_that_makes_no_sense_is_refused(value):
     with pytest.raises(ValueError, match=r"thresholds.outlier_z must be above 0, got"):
         Thresholds(outlier_z=value)
+
+
+@pytest.mark.parametrize(
+    ("level", "changes", "kind"),
+    [
+        (2.0, {"norm_z": 1.0}, "raised_loss"),
+        (2.0, {"norm_z": 4.0}, "divergence"),  # the gradients have changed, too
+        (2.0, {"norm_z": math.nan}, "divergence"),  # or are not known
+        (2.0, {"skipped": True}, "divergence"),
+        (9.0, {"norm_z": 1.0}, "divergence"),  # above the loss of the start
+    ],
+)
+def test_a_loss_that_rises_alone_is_a_new_level(level, changes, kind):
+    rules = RuleSet(Thresholds())
+    readings = list(healthy(1, 300))
+    seen = [symptom.kind for reading in readings for symptom in rules.observe(reading)]
+    assert "divergence" not in seen
+    for number in range(60):
+        reading = replace(readings[-1], step=301 + number, loss=level, backward_loss=level, **changes)
+        seen += [symptom.kind for symptom in rules.observe(reading)]
+    assert [found for found in seen if found in ("divergence", "raised_loss")] == [kind]
+    policy = EscalationPolicy(Thresholds(), "recover")
+    assert (policy.remedy(kind, 320) is Remedy.NEW_LEVEL) == (kind == "raised_loss")
 
 
 def test_one_huge_loss_is_no_divergence():
