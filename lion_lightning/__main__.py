@@ -4,6 +4,7 @@ Command line -> Hydra configuration -> `training.run`; mistakes are reported in 
 before there is something to run, so `--help`, `--cfg` and tab completion answer at once.
 """
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -17,10 +18,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from lion_lightning.errors import ConfigError
-from lion_lightning.suggestions import check_arguments, suggestion
+from lion_lightning.suggestions import check_arguments, explain, suggestion
 from lion_lightning.training.logging_setup import refuse_secrets_of_a_sweep
 
 EXIT_USAGE = 2
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 _HERE = Path(__file__).resolve().parent
 # In a checkout conf/ lies beside the package, in a wheel inside it.
@@ -50,14 +52,28 @@ def main() -> None:
     Exit codes: 0 the run is done; 1 a crash, with its traceback; 2 a configuration that cannot work; 42 the guard
     stopped the run; 74 a checkpoint could not be written; 130, 138, 143 SIGINT, SIGUSR1 or SIGTERM ended it, saved.
     """
+    # torch's threads wait asleep, not in a loop: as fast on a quiet machine, and twice as fast beside other programs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Without this Hydra prints an excerpt of its own and hides the exception from us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        if sys.argv[1:2] == ["--explain"]:
+            print(explain(sys.argv[2:], CONFIG_FOLDER))
+            return
         refuse_secrets_of_a_sweep(sys.argv[1:])
         check_arguments(sys.argv[1:], CONFIG_FOLDER)
+        sys.argv += _folder_for_hydra(sys.argv[1:])
         train()
     except Exception as error:
         report_error(error)
+
+
+def _folder_for_hydra(arguments: list[str]) -> list[str]:
+    """The argument with which Hydra keeps its log in a given `run_dir` too, and makes no folder of its own."""
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    if "run_dir" not in given or "hydra.run.dir" in given:
+        return []
+    return [f"hydra.run.dir={given['run_dir']}"]
 
 
 def report_error(error: Exception) -> NoReturn:
@@ -69,6 +85,12 @@ def report_error(error: Exception) -> NoReturn:
     code = getattr(error, "exit_code", None)
     if isinstance(error, HydraException | OmegaConfBaseException | ConfigError):
         code = EXIT_USAGE
+    if isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename:
+        code = EXIT_USAGE
+        error = ConfigError(
+            f"{error.filename}: {error.strerror}; run_dir=FOLDER keeps a run elsewhere, data.cache_dir=FOLDER or the "
+            "variable XDG_CACHE_HOME its prepared data"
+        )
     if code is None or WANTS_TRACEBACK:
         raise error
     if isinstance(error, MissingConfigException) and "hydra/launcher/submitit" in str(error):

@@ -1,4 +1,4 @@
-"""What somebody may have meant: checks of the command line that Hydra does not make, and suggestions for its errors."""
+"""Help with the command line: checks that Hydra does not make, suggestions for errors, and `--explain KEY`."""
 
 import difflib
 import re
@@ -67,9 +67,60 @@ def suggestion(error: Exception, config: Path) -> str:
     return ""
 
 
+def explain(keys: Sequence[str], config: Path) -> str:
+    """Where settings are written, with default and comment: the lines of the files that have them.
+
+    Args:
+        keys: as the command line writes them: `optim.lr`, `seed`, or a group.
+        config: the folder with train.yaml and its groups.
+
+    Raises:
+        ConfigError: no key is given, or a file has none of that name.
+    """
+    if not keys:
+        raise ConfigError("--explain needs a setting, such as optim.lr; --cfg job lists all of a run")
+    return "\n\n".join("\n".join(_explanation(key, config)) for key in keys)
+
+
+def _explanation(key: str, config: Path) -> list[str]:
+    group, _, name = key.partition(".")
+    if not name and (config / group).is_dir():
+        files = sorted((config / group).glob("*.yaml"))
+        return [f"{group}=...", *(f"  {file.stem:<28} {_first_comment(file)}" for file in files)]
+    lines = []
+    for file in sorted(config.rglob("*.yaml")):
+        place = file.relative_to(config)
+        is_global = "@package _global_" in file.read_text(encoding="utf-8")
+        wanted = key if len(place.parts) == 1 or is_global else name if place.parts[0] == group else ""
+        if wanted and (found := _line_of(file, wanted.split("."))):
+            lines.append(f"  conf/{place}: {found}")
+    if not lines:
+        raise ConfigError(f"--explain {key}: no file in conf/ has it{_meant(key, known_keys(config))}")
+    return [key, *lines]
+
+
+def _first_comment(file: Path) -> str:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    comments = (line.lstrip("# ") for line in lines if line.startswith("#") and "@package" not in line)
+    return next(comments, "")
+
+
+def _line_of(file: Path, path: Sequence[str]) -> str:
+    """The line of a nested key, its own comment included; empty if the file has none."""
+    above: list[tuple[int, str]] = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not (match := re.match(r"( *)([\w@/-]+):", line)):
+            continue
+        indent = len(match[1])
+        above = [(depth, name) for depth, name in above if depth < indent] + [(indent, match[2])]
+        if [name for _, name in above] == list(path):
+            return re.sub(r" {2,}", "  ", line.strip())
+    return ""
+
+
 def known_keys(config: Path) -> list[str]:
     """Every setting of every file below `config`, with the name that the command line gives it, and the groups."""
-    keys = {entry.stem for entry in config.iterdir() if entry.is_dir()}
+    keys = {entry.stem for entry in config.iterdir() if any(entry.glob("*.yaml"))}
     for file in config.rglob("*.yaml"):
         place = file.relative_to(config)
         if "hydra" in place.parts:

@@ -1,11 +1,13 @@
 """Mistakes on the command line that Hydra takes in silence, and what its errors suggest."""
 
+import re
+
 import hydra
 import pytest
 
 from lion_lightning.__main__ import CONFIG_FOLDER
 from lion_lightning.errors import ConfigError
-from lion_lightning.suggestions import check_arguments, known_keys, suggestion
+from lion_lightning.suggestions import check_arguments, explain, known_keys, suggestion
 
 
 @pytest.mark.parametrize(
@@ -70,3 +72,21 @@ def test_other_errors_get_no_suggestion():
 
 def test_keys_have_the_names_of_the_command_line():
     assert {"optim.lr", "trainer.max_steps", "seed", "checkpoint.keep", "recipe"} <= set(known_keys(CONFIG_FOLDER))
+
+
+def test_explain_prints_default_and_comment_wherever_a_key_is_set():
+    text = explain(["optim.lr", "checkpoint.keep"], CONFIG_FOLDER)
+    assert "conf/optim/adamw.yaml: lr: 1e-3  # peak learning rate" in text
+    assert "conf/tuned/bert_mlm_lion.yaml: lr: " in text
+    assert "conf/train.yaml: keep: 2  # this many of the latest stay" in text
+    assert "weight_decay" not in text
+    assert re.search(r"  wsd +The peak, then", explain(["schedule"], CONFIG_FOLDER))
+    with pytest.raises(ConfigError, match=r"optim\.lrr: no file in conf/ has it; did you mean optim\.lr\?"):
+        explain(["optim.lrr"], CONFIG_FOLDER)
+    with pytest.raises(ConfigError, match="needs a setting"):
+        explain([], CONFIG_FOLDER)
+
+
+def test_every_known_key_is_explained():
+    for key in known_keys(CONFIG_FOLDER):
+        assert explain([key], CONFIG_FOLDER).splitlines()[1:], key

@@ -45,7 +45,7 @@ class Thresholds:
     divergence_steps: int = 20
     """... for this many steps in a row."""
     divergence_norm_z: float = 3.0
-    """Mean robust z of the log norm over those steps from which the gradients have changed as well."""
+    """Mean robust z of the log norm over those steps, up or down, from which the gradients have changed as well."""
     snapshot_every: int = 100
     snapshots: int = 3
     """Spacing in steps and number of the snapshots kept in host memory."""
@@ -259,12 +259,14 @@ class Divergence(Stateful):
 
     @property
     def is_alone(self) -> bool:
-        """Whether nothing but the loss has changed: it is below its start, and gradients are as they were before.
+        """Whether nothing but the loss has changed: it is not above its start, and gradients are as they were before.
 
-        Gradients that were not measured or not finite count as changed.
+        Gradients that were not measured or not finite count as changed. A loss without a natural level, such as a
+        difference of energies, varies about its start; above it is what exceeds it by `divergence_sigmas`.
         """
-        norm_z = self.high_norm_z / max(1, self.high_steps)
-        return self.fast.value < self.start and norm_z < self.thresholds.divergence_norm_z
+        norm_z = abs(self.high_norm_z) / max(1, self.high_steps)
+        start = self.start + self.thresholds.divergence_sigmas * self.deviation
+        return self.fast.value < start and norm_z < self.thresholds.divergence_norm_z
 
     def take_level(self) -> None:
         """Takes the raised loss as the new best level: it has risen for a reason, or stays up."""
@@ -352,7 +354,7 @@ POISON = (
     "the gradients are, as after an outlier that has filled the momentum"
 )
 DIVERGENCE = "the loss has risen to {level:.4g} and stayed above {rule.limit:.4g} (best average {rule.best:.4g})"
-RAISED_LOSS = DIVERGENCE + ", though the gradients are as before and it is below its start ({rule.start:.4g})"
+RAISED_LOSS = DIVERGENCE + ", though the gradients are as before and it is not above its start ({rule.start:.4g})"
 BAD_LOSSES = (
     "the loss {reading.backward_loss:.4g} of step {reading.step} is far above the others (robust z "
     "{reading.loss_z:.0f}); such steps are counted as guard/bad_losses and taken as they are"

@@ -9,6 +9,7 @@ import functools
 import inspect
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -260,6 +261,21 @@ def _build_strategy(cfg: DictConfig) -> Strategy | str:
     return ShardedStrategy(timeout=timeout)
 
 
+def _settings_source() -> str:
+    """The file that sets the optimizer's options, how many trials chose them, and the command line if it sets some."""
+    hydra_config = HydraConfig.get()
+    choices = hydra_config.runtime.choices
+    names = [f"tuned/{choices.get('tuned')}.yaml", f"optim/{choices.get('optim')}.yaml"]
+    folders = [Path(source.path) for source in hydra_config.runtime.config_sources if source.schema == "file"]
+    found = next((folder / name for name in names for folder in folders if (folder / name).is_file()), None)
+    if found is None:
+        return "the command line"
+    comment = " ".join(line.lstrip("# ") for line in found.read_text(encoding="utf-8").splitlines() if line[:1] == "#")
+    trials = re.search(r"best of \d+ trials", comment)
+    ends = [", and the command line"] if any(item.startswith("optim.") for item in hydra_config.overrides.task) else []
+    return "".join([near(found), f" ({trials[0]})" if trials else "", *ends])
+
+
 def describe(
     cfg: DictConfig, data: StreamDataModule, module: Any, trainer: pl.Trainer, resumed: Path | None
 ) -> dict[str, str]:
@@ -272,6 +288,12 @@ def describe(
     """
     where = f"{cfg.data.name} from {cfg.data.path}" if cfg.data.get("path") else cfg.data.name
     settings = ", ".join(f"{key} {value}" for key, value in cfg.optim.items() if key in ("lr", "betas", "weight_decay"))
+    lines = {"optimizer": f"{cfg.optim.name}: {settings}; {cfg.schedule.name} schedule over {trainer.max_steps} steps"}
+    if HydraConfig.initialized():
+        lines["settings from"] = _settings_source()
+    if "lr" in cfg.optim and cfg.optim.get("weight_decay") and cfg.optim.name != "sgd":  # whose decay is coupled
+        share = float(cfg.optim.lr) * float(cfg.optim.weight_decay)
+        lines["decay"] = f"lr x weight_decay: a step at the peak rate takes {share:.2%} off a weight"
     micro = (
         f"{cfg.data.batch_size} x {cfg.trainer.accumulate_grad_batches} micro-batches x {trainer.world_size} devices"
     )
@@ -280,7 +302,7 @@ def describe(
         **data.describe(),  # type: ignore[attr-defined]  # of the recipes' data modules
         **module.describe(),
         "effective batch": f"{effective_batch_size(cfg)} samples ({micro})",
-        "optimizer": f"{cfg.optim.name}: {settings}; {cfg.schedule.name} schedule over {trainer.max_steps} steps",
+        **lines,
         "precision": f"{cfg.trainer.precision} on {trainer.strategy.root_device.type}",
         "goes on from": near(resumed) if resumed else "nothing: it starts afresh",
         "kept in": near(cfg.run_dir),

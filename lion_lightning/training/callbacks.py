@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import rich
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
@@ -15,6 +16,7 @@ from lion_lightning.errors import ConfigError
 from lion_lightning.training.checkpoint.sharded import ShardedStrategy
 
 METRICS_FORMAT = ".3f"
+WIDE_ENOUGH_FOR_RATE = 100  # columns of the terminal
 WARMUP_UPDATES = 10  # of the decay: without it a short run's average is mostly its first weights
 SEED_STRIDE, BATCH_STRIDE, RANK_STRIDE = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # odd, 64 bits
 MASK64 = 2**64 - 1
@@ -24,16 +26,42 @@ def progress(console: Console, metrics: Sequence[str]) -> list[Callback]:
     """The callbacks that show progress: a bar in a terminal, and a line per validation everywhere.
 
     Args:
-        console: where to.
-        metrics: names to print, those that exist at the time.
+        console: where to; the bar is drawn on rich's own, `rich.get_console()`.
+        metrics: names to print, those that exist at the time; the first is shown beside the bar.
     """
     lines = ValidationLines(metrics, console)
-    theme = RichProgressBarTheme(metrics_format=METRICS_FORMAT)
-    return [StepBar(theme=theme, leave=False), lines] if console.is_terminal else [lines]
+    return [StepBar(metrics[0]), lines] if console.is_terminal else [lines]
 
 
 class StepBar(RichProgressBar):
-    """Lightning's bar without the count of epochs: a run here is one stream of steps."""
+    """Lightning's bar over the steps of the whole run, also after a resume; a run here is one stream of steps.
+
+    Args:
+        metric: name of the loss that is shown; the learning rate is shown too where there is room.
+    """
+
+    def __init__(self, metric: str) -> None:
+        super().__init__(theme=RichProgressBarTheme(metrics_format=METRICS_FORMAT), leave=False)
+        self.metric = metric
+
+    @property
+    @override
+    def total_train_batches(self) -> int:
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.fit_loop.total_batch_idx)
+
+    @override
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        loss = trainer.callback_metrics.get(self.metric)
+        shown: dict[str, Any] = {} if loss is None else {"loss": float(loss)}
+        if rich.get_console().width >= WIDE_ENOUGH_FOR_RATE:
+            shown["lr"] = f"{float(trainer.optimizers[0].param_groups[0]['lr']):.2g}"
+        return shown
 
     @override  # private in Lightning, which has no setting for the text
     def _get_train_description(self, current_epoch: int) -> str:

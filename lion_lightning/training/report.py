@@ -1,6 +1,7 @@
 """What a run prints before and after training, and the weights it exports."""
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from lion_lightning.training.checkpoint.files import weights_of, with_names_of
 from lion_lightning.training.checkpoint.policy import RunCheckpoint
 from lion_lightning.training.logging_setup import redacted_argument, wandb_logger_of
 
+BORDERS = 6  # of a panel and between its columns
 NOT_SHARED = ("optim", "run_dir", "hydra.run.dir", "resume")
 """Arguments that the control run does not share; each run has a folder of its own."""
 
@@ -33,9 +35,20 @@ def show(console: Console, title: str, lines: Mapping[str, str]) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
+    width = console.width - max(map(len, lines)) - BORDERS
     for name, value in lines.items():
-        table.add_row(name, value)
+        table.add_row(name, " ".join(_in_pieces(word, width) for word in value.split(" ")))
     console.print(Panel(table, title=title, title_align="left", expand=False), highlight=False)
+
+
+def _in_pieces(word: str, width: int) -> str:
+    """A path that is too long for a line, broken after slashes."""
+    pieces = [""]
+    for part in re.findall(r"[^/]*/|[^/]+", word) if len(word) > width else [word]:
+        if pieces[-1] and len(pieces[-1]) + len(part) > width:
+            pieces.append("")
+        pieces[-1] += part
+    return "\n".join(pieces)
 
 
 def conclude(

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import rich
 import transformers
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from lion_lightning.training.build import (
     build_callbacks,
@@ -47,7 +47,7 @@ def run(cfg: DictConfig) -> float:
     resumed = resolve(cfg.resume, folder / "checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
     _quiet_libraries()
-    console = Console(soft_wrap=False)
+    console = rich.get_console()  # Lightning's progress bar is on it too, so lines are printed above the bar
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data = build_data(cfg)
     cfg.trainer.max_steps = max_steps(cfg, data)

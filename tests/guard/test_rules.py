@@ -247,6 +247,7 @@ def test_a_threshold_that_makes_no_sense_is_refused(value):
     ("level", "changes", "kind"),
     [
         (2.0, {"norm_z": 1.0}, "raised_loss"),
+        (2.0, {"norm_z": -4.0}, "divergence"),
         (2.0, {"norm_z": 4.0}, "divergence"),  # the gradients have changed, too
         (2.0, {"norm_z": math.nan}, "divergence"),  # or are not known
         (2.0, {"skipped": True}, "divergence"),
