@@ -130,7 +130,7 @@ def known_keys(config: Path) -> list[str]:
         if isinstance(loaded, Mapping):
             is_global = "@package _global_" in file.read_text(encoding="utf-8")
             keys |= {key if is_global or not group else f"{group}.{key}" for key in _flat(loaded)}
-    return sorted(keys)
+    return sorted(key for key in keys if key.split(".")[0] != "hydra")
 
 
 def _flat(settings: Mapping[Any, Any], above: str = "") -> Iterator[str]:
