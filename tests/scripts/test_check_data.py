@@ -1,0 +1,62 @@
+"""The account of data that scripts/check_data.py prints without training."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scripts.check_data import main
+
+
+def picture(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (40, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    for index in range(4):
+        picture(tmp_path / "data" / "train" / "cat" / f"{index}.png", index)
+    for index in range(2):
+        picture(tmp_path / "data" / "train" / "dog" / f"{index}.png", 10 + index)
+    picture(tmp_path / "data" / "test" / "cat" / "again.png", 0)  # a training picture
+    picture(tmp_path / "data" / "test" / "cat" / "new.png", 99)
+    (tmp_path / "data" / "train" / "dog" / "torn.png").write_bytes(b"no picture")
+    sheet = tmp_path / "samples.png"
+    settings = [
+        "recipe=image_classification",
+        "data=image_files",
+        f"data.path={tmp_path / 'data'}",
+        "data.batch_size=2",
+    ]
+    main([*settings, f"data.cache_dir={tmp_path / 'cache'}", "--pictures", str(sheet), "--samples", "2"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 of 7 images cannot be read" in said
+    assert "│ cat │ 4 │ 2 │ 75.00% │" in said
+    assert "│ dog │ 2 │ 0 │ 25.00% │" in said
+    assert "No validation samples of dog" in said
+    assert "pictures with the same pixels: 0 twice in training, 0 twice in validation, 1 of validation" in said
+    assert Image.open(sheet).width > 100
+
+
+def test_labelled_texts(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    table = tmp_path / "reviews.csv"
+    rows = [f"a film that is number {number},{'good' if number % 3 else 'bad'}" for number in range(120)]
+    table.write_text("\n".join(["text,label", *rows, rows[0]]), encoding="utf-8")
+    settings = ["recipe=text_classification", "data=labeled_files", f"data.path={table}"]
+    main([*settings, f"data.cache_dir={tmp_path / 'cache'}", "--samples", "1"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 classes, the rarest first" in said
+    assert "unknown (" in said
+    assert "twice in training" in said
+    assert "training 0: " in said
+
+
+def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["recipe=image_classification", "data=image_files", "data.path=/nowhere"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: data.path=/nowhere: there is no such file or folder\n"
