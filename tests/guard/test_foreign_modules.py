@@ -4,7 +4,10 @@ import copy
 import csv
 import logging
 import math
+import os
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -410,3 +413,33 @@ def test_ignored_divergence_never_stops_a_run(tmp_path):
         trainer = trainer_with(LionGuard(**options), tmp_path)
         trainer.fit(NeverFinite())
         assert trainer.global_step == 8
+
+
+SPAWNED = """
+from lightning.pytorch import Trainer
+from lion_lightning import LionGuard
+from tests.guard.test_foreign_modules import Regression
+
+if __name__ == "__main__":
+    guard, module = LionGuard(on_divergence="recover", warmup_steps=2), Regression()
+    before = module.net.weight.clone()
+    trainer = Trainer(
+        strategy="ddp_spawn", devices=2, accelerator="cpu", max_epochs=1, logger=False, callbacks=[guard],
+        enable_progress_bar=False, enable_checkpointing=False,
+    )
+    trainer.fit(module)
+    assert not guard.is_off and not guard.events
+    assert not bool((before == module.net.weight).any())
+"""
+
+
+@pytest.mark.slow
+def test_ddp_spawn_which_pickles_the_guard(root, tmp_path):
+    script = tmp_path / "spawned.py"
+    script.write_text(SPAWNED)
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "for the rest of this run" not in done.stderr
