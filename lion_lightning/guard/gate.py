@@ -27,6 +27,8 @@ of its median."""
 KEPT_OUTLIERS = 16
 SAME_KIND_RATIO = 3.0
 """An earlier outlier at least a third as far out is of the same kind."""
+REMEMBERED_AFTER = 8
+"""Steps after which outliers are remembered, though nothing is done about them before the gate is armed."""
 ISOLATED_OUTLIERS, ISOLATED_LOSSES = 2, 1
 """Outliers of the same kind within `thresholds.horizon` steps that are acted on; further ones are taken."""
 
@@ -134,11 +136,12 @@ class Gate:
         finite, values = norm.isfinite(), torch.stack([norm.log(), loss.to(norm.dtype)]).float()
         center, deviation = self._history.spread()
         z = (values - center) / deviation.maximum(center.abs() * self._least_share + self._least)
-        z = torch.where(self._history.count >= self.thresholds.armed_after, z, torch.nan)
+        is_armed = self._history.count >= self.thresholds.armed_after
         above = values[0] - center[0] - math.log(self.thresholds.outlier_ratio)
-        far = (z > self._limits) & values.isfinite()
+        far = (z > self._limits) & values.isfinite() & (self._history.count >= REMEMBERED_AFTER)
         far = far & torch.stack([above > 0, finite])
-        outlier, bad_loss = (far & self._isolated(values, center)).unbind()
+        outlier, bad_loss = (far & is_armed & self._isolated(values, center)).unbind()
+        z = torch.where(is_armed, z, torch.nan)
         skip = bad_loss & self.skips_bad_losses | ~finite & self.skips_nonfinite
         self._remember(values, far)
         # The logarithm of a gradient of zeros is not finite, and has no information about the usual size.

@@ -39,8 +39,8 @@ class Remedy(str, Enum):
 
 AGREEING_LOSSES = 3
 """Losses after a rewind that end its trial before `thresholds.trial_steps` if all are on one side of the middle."""
-DECISIVE_DEVIATIONS = 4.0
-"""Distance from the middle, in deviations of the loss, at which the first loss after a rewind ends its trial."""
+DECISIVE_DEVIATIONS = 3.0
+"""Distance of their mean from the middle, in its own deviations, at which the losses after a rewind end its trial."""
 UNDONE_LIMIT = 2
 """Rewinds undone within `thresholds.horizon` steps after which a raised loss is only noted."""
 AT_ONCE = {"outlier": Remedy.CLIP, "bad_loss": Remedy.SKIP, "nonfinite": Remedy.SKIP}
@@ -195,7 +195,9 @@ class SnapshotRing:
 
 
 @torch.no_grad()
-def restore(snapshot: Snapshot, module: nn.Module, optimizers: Sequence[Optimizer]) -> list[str]:
+def restore(
+    snapshot: Snapshot, module: nn.Module, optimizers: Sequence[Optimizer], params: bool = True, buffers: bool = True
+) -> list[str]:
     """Copies a snapshot into the tensors of the run, in place. Learning rates stay as they are.
 
     A model may have changed since: parameters may have been added, unfrozen, resized or pruned.
@@ -203,12 +205,16 @@ def restore(snapshot: Snapshot, module: nn.Module, optimizers: Sequence[Optimize
     Args:
         snapshot: of this run.
         module, optimizers: those that the snapshot was taken of.
+        params: whether parameters are restored.
+        buffers: whether buffers are; those that are no longer finite are in any case.
 
     Returns:
         Names of the tensors that the snapshot does not have in their present shape; they are left as they are.
     """
     left = []
-    for name, tensor in _tensors(module):
+    tensors = [*_params_of(module)] if params else []
+    tensors += [pair for pair in _buffers_of(module) if buffers or not bool(pair[1].isfinite().all())]
+    for name, tensor in tensors:
         kept = snapshot.tensors.get(name)
         if kept is None or kept.shape != tensor.shape:
             left.append(name)
@@ -289,10 +295,20 @@ def _kept_state(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Trainable parameters and buffers. Frozen parameters do not change in training and need no copies."""
-    trainable = ((name, param) for name, param in module.named_parameters() if param.requires_grad)
-    for name, tensor in (*trainable, *module.named_buffers()):
-        yield name, layout.local(tensor.detach())
+    yield from _params_of(module)
+    yield from _buffers_of(module)
+
+
+def _params_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Trainable parameters. Frozen ones do not change in training and need no copies."""
+    for name, param in module.named_parameters():
+        if param.requires_grad:
+            yield name, layout.local(param.detach())
+
+
+def _buffers_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, buffer in module.named_buffers():
+        yield name, layout.local(buffer.detach())
 
 
 def _params(optimizer: Optimizer) -> Iterator[Tensor]:
@@ -340,11 +356,13 @@ class Trial:
         return (self.returned + self.raised) / 2
 
     def is_over(self, trial_steps: int) -> bool:
-        """Whether the losses decide: a distant one, a few on one side of the middle, or `trial_steps` of them."""
+        """Whether the losses decide: by their mean, as all are on one side of the middle, or as there are enough."""
         is_high = [loss > self.middle for loss in self.losses]
+        if not is_high:
+            return False
         agree = len(is_high) >= AGREEING_LOSSES and len(set(is_high)) == 1
-        is_distant = len(is_high) == 1 and abs(self.losses[0] - self.middle) > DECISIVE_DEVIATIONS * self.deviation
-        return agree or is_distant or len(is_high) >= trial_steps
+        distance = abs(statistics.fmean(self.losses) - self.middle) * math.sqrt(len(is_high))
+        return agree or distance > DECISIVE_DEVIATIONS * self.deviation or len(is_high) >= trial_steps
 
     def state_dict(self) -> dict[str, Any]:
         return {**vars(self), "newer": dict(vars(self.newer))}
@@ -427,6 +445,8 @@ class Recovery:
         self.trial = None
         loss = statistics.median(trial.losses)
         if loss <= trial.middle:
+            if self.ring.newest is not None:  # the snapshot on trial; no other is taken meanwhile
+                restore(self.ring.newest, self.module, (), params=False)
             return
         restore(trial.newer, self.module, self.optimizers)
         for monitor, rules, rate in zip(self.monitors, trial.newer.rules, trial.rates, strict=True):
@@ -480,7 +500,8 @@ class Recovery:
         rules = [each.rules_state() for each in self.monitors]
         newer = Snapshot(step, *_copies(self.module, self.optimizers), rules)
         rates = [each.rate_state() for each in self.monitors]
-        left = restore(kept, self.module, self.optimizers)
+        # A buffer may be part of the task: a queue that fills raises the loss, whatever the weights are.
+        left = restore(kept, self.module, self.optimizers, buffers=level is None)
         scale = HALF_RATE if remedy is Remedy.REWIND_AT_HALF_RATE else 1.0
         for each, kept_rules in zip(self.monitors, kept.rules, strict=True):
             each.rewind(kept_rules, scale)

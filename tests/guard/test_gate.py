@@ -28,14 +28,14 @@ class Oracle:
         self.step = 0
 
     def spread(self, value: float, history: list[float], least_share: float, least: float) -> tuple[float, float]:
-        """Robust z and median."""
-        if not history:
+        """Robust z and median; remembered from the 8th value on, acted on from the 32nd."""
+        if len(history) < 8:
             return math.nan, math.nan
         recent = history[-self.thresholds.window :]
         center = statistics.median_low(recent)
         deviation = 1.4826 * statistics.median_low([abs(other - center) for other in recent])
         z = (value - center) / max(deviation, least, least_share * abs(center))
-        return (z if len(history) >= self.thresholds.armed_after else math.nan), center
+        return z, center
 
     def isolated(self, kind: str, value: float, similar: float, allowed: int) -> bool:
         recent = [old for step, old in self.outliers[kind][-16:] if self.step - step <= self.thresholds.horizon]
@@ -48,10 +48,12 @@ class Oracle:
         norm_z, center = self.spread(log_norm, self.log_norms, 0.0, 1e-3)
         loss_z, loss_center = self.spread(loss, self.losses, 1e-2, 0.0)
         above, factor, bad_loss = log_norm - center - math.log(limits.outlier_ratio), 1.0, False
+        armed = [len(history) >= limits.armed_after for history in (self.log_norms, self.losses)]
         if norm_z > limits.outlier_z and above > 0 and self.isolated("norm", log_norm, log_norm - math.log(3), 2):
-            factor = math.exp(above)
+            factor = math.exp(above) if armed[0] else 1.0
         if finite and loss_z > limits.loss_z:
-            bad_loss = self.isolated("loss", loss, loss_center + (loss - loss_center) / 3, 1)
+            bad_loss = self.isolated("loss", loss, loss_center + (loss - loss_center) / 3, 1) and armed[1]
+        norm_z, loss_z = (z if is_armed else math.nan for z, is_armed in zip((norm_z, loss_z), armed, strict=True))
         if finite:
             self.log_norms += [log_norm] if norm > 0 else []
             self.losses += [loss] if math.isfinite(loss) else []
@@ -154,6 +156,16 @@ def test_a_large_z_alone_is_no_outlier_and_neither_is_a_large_ratio_alone():
     verdict = judge(loose, 20.0, 2.0)
     assert float(verdict.norm_z) < 8
     assert float(verdict.factor) == 1
+
+
+def test_what_recurs_from_the_start_on_is_never_clipped():
+    """A penalty of every 16th step comes twice before the gate is armed."""
+    gate, dice = Gate(Thresholds(), skips_bad_losses=True), random.Random(5)
+    for step in range(1, 200):
+        size = 50.0 if step % 16 == 0 else 1.0
+        verdict = gate.judge(torch.tensor(size * math.exp(dice.gauss(0, 0.1))), torch.tensor(size + dice.gauss(0, 0.1)))
+        assert float(verdict.factor) == 1
+        assert not verdict.skip
 
 
 def test_two_isolated_outliers_are_clipped_and_what_recurs_is_taken_until_a_thousand_steps_have_passed():
