@@ -293,7 +293,7 @@ def describe(
         lines["settings from"] = _settings_source()
     if "lr" in cfg.optim and cfg.optim.get("weight_decay") and cfg.optim.name != "sgd":  # whose decay is coupled
         share = float(cfg.optim.lr) * float(cfg.optim.weight_decay)
-        lines["decay"] = f"lr x weight_decay: a step at the peak rate takes {share:.2%} off a weight"
+        lines["decay"] = f"lr x weight_decay: a step at the peak rate takes {100 * share:.2g} % off a weight"
     micro = (
         f"{cfg.data.batch_size} x {cfg.trainer.accumulate_grad_batches} micro-batches x {trainer.world_size} devices"
     )
