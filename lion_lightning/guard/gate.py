@@ -29,8 +29,6 @@ SAME_KIND_RATIO = 3.0
 """An earlier outlier at least a third as far out is of the same kind."""
 REMEMBERED_AFTER = 8
 """Steps after which outliers are remembered, though nothing is done about them before the gate is armed."""
-ISOLATED_OUTLIERS, ISOLATED_LOSSES = 2, 1
-"""Outliers of the same kind within `thresholds.horizon` steps that are acted on; further ones are taken."""
 
 
 class History:
@@ -112,7 +110,6 @@ class Gate:
     ) -> None:
         self.thresholds, self.skips_bad_losses = thresholds, skips_bad_losses
         self.clips_outliers, self.skips_nonfinite = "outlier" not in disabled, "nonfinite" not in disabled
-        self._allowed = torch.tensor([ISOLATED_OUTLIERS, ISOLATED_LOSSES])
         self._outliers = torch.full((2, KEPT_OUTLIERS), -torch.inf)
         self._outlier_steps = torch.full((2, KEPT_OUTLIERS), -(10**9))
         self._step = 0
@@ -150,14 +147,14 @@ class Gate:
         return Verdict(factor, skip.float(), norm_z=z[0], loss_z=z[1])
 
     def _isolated(self, values: Tensor, center: Tensor) -> Tensor:
-        """Whether the step has had few enough outliers of the same kind before it, bool of shape (2,)."""
+        """Whether no outlier of the same kind came within `thresholds.horizon` steps before, bool of shape (2,)."""
         same_norm, same_loss = (
             values[0] - math.log(SAME_KIND_RATIO),
             center[1] + (values[1] - center[1]) / SAME_KIND_RATIO,
         )
         similar = self._outliers >= torch.stack([same_norm, same_loss]).unsqueeze(1)
         recent = self._step - self._outlier_steps <= self.thresholds.horizon
-        return (similar & recent).sum(1) < self._allowed
+        return ~(similar & recent).any(1)
 
     def _remember(self, values: Tensor, far: Tensor) -> None:
         """Stores outliers, (2,), whether they are acted on or not; the oldest are dropped."""
@@ -171,7 +168,7 @@ class Gate:
         self._history.to(device)
         if self._limits.device != device:
             self._limits, self._least = self._limits.to(device), self._least.to(device)
-            self._least_share, self._allowed = self._least_share.to(device), self._allowed.to(device)
+            self._least_share = self._least_share.to(device)
             self._outliers, self._outlier_steps = self._outliers.to(device), self._outlier_steps.to(device)
 
     def state_dict(self) -> dict[str, Any]:

@@ -37,10 +37,10 @@ class Oracle:
         z = (value - center) / max(deviation, least, least_share * abs(center))
         return z, center
 
-    def isolated(self, kind: str, value: float, similar: float, allowed: int) -> bool:
+    def isolated(self, kind: str, value: float, similar: float) -> bool:
         recent = [old for step, old in self.outliers[kind][-16:] if self.step - step <= self.thresholds.horizon]
         self.outliers[kind].append((self.step, value))
-        return sum(old >= similar for old in recent) < allowed
+        return not any(old >= similar for old in recent)
 
     def judge(self, norm: float, loss: float) -> tuple[float, bool, float, float]:
         limits, finite = self.thresholds, math.isfinite(norm)
@@ -49,10 +49,10 @@ class Oracle:
         loss_z, loss_center = self.spread(loss, self.losses, 1e-2, 0.0)
         above, factor, bad_loss = log_norm - center - math.log(limits.outlier_ratio), 1.0, False
         armed = [len(history) >= limits.armed_after for history in (self.log_norms, self.losses)]
-        if norm_z > limits.outlier_z and above > 0 and self.isolated("norm", log_norm, log_norm - math.log(3), 2):
+        if norm_z > limits.outlier_z and above > 0 and self.isolated("norm", log_norm, log_norm - math.log(3)):
             factor = math.exp(above) if armed[0] else 1.0
         if finite and loss_z > limits.loss_z:
-            bad_loss = self.isolated("loss", loss, loss_center + (loss - loss_center) / 3, 1) and armed[1]
+            bad_loss = self.isolated("loss", loss, loss_center + (loss - loss_center) / 3) and armed[1]
         norm_z, loss_z = (z if is_armed else math.nan for z, is_armed in zip((norm_z, loss_z), armed, strict=True))
         if finite:
             self.log_norms += [log_norm] if norm > 0 else []
@@ -98,16 +98,18 @@ def fed(steps: int = 60, spread: float = 0.1, thresholds: Thresholds | None = No
 
 @pytest.mark.parametrize("thresholds", [Thresholds(), Thresholds(window=40, outlier_z=5, outlier_ratio=2, loss_z=6)])
 def test_every_verdict_is_the_oracles(thresholds):
-    gate, oracle, clipped, skipped = Gate(thresholds, skips_bad_losses=True), Oracle(thresholds), 0, 0
-    for norm, loss in readings(seed=1, steps=500):
-        factor, skip, norm_z, loss_z = oracle.judge(norm, loss)
-        verdict = judge(gate, norm, loss)
-        assert bool(verdict.skip) == skip
-        assert float(verdict.factor) == pytest.approx(factor, rel=2e-6)
-        if math.isfinite(norm) and norm > 0:
-            assert float(verdict.norm_z) == pytest.approx(norm_z, rel=1e-3, abs=1e-3, nan_ok=True)
-        assert float(verdict.loss_z) == pytest.approx(loss_z, rel=1e-3, abs=1e-3, nan_ok=True)
-        clipped, skipped = clipped + (factor > 1), skipped + skip
+    clipped = skipped = 0
+    for seed in (1, 2, 3):
+        gate, oracle = Gate(thresholds, skips_bad_losses=True), Oracle(thresholds)
+        for norm, loss in readings(seed=seed, steps=500):
+            factor, skip, norm_z, loss_z = oracle.judge(norm, loss)
+            verdict = judge(gate, norm, loss)
+            assert bool(verdict.skip) == skip
+            assert float(verdict.factor) == pytest.approx(factor, rel=2e-6)
+            if math.isfinite(norm) and norm > 0:
+                assert float(verdict.norm_z) == pytest.approx(norm_z, rel=1e-3, abs=1e-3, nan_ok=True)
+            assert float(verdict.loss_z) == pytest.approx(loss_z, rel=1e-3, abs=1e-3, nan_ok=True)
+            clipped, skipped = clipped + (factor > 1), skipped + skip
     assert clipped > 3, "the sequence has outliers"
     assert skipped > 10, "the sequence has steps to skip"
 
@@ -168,15 +170,13 @@ def test_what_recurs_from_the_start_on_is_never_clipped():
         assert not verdict.skip
 
 
-def test_two_isolated_outliers_are_clipped_and_what_recurs_is_taken_until_a_thousand_steps_have_passed():
+def test_an_isolated_outlier_is_clipped_and_what_recurs_is_taken_until_a_thousand_steps_have_passed():
     gate, clipped = fed(128), []
     for step in range(4000):
         outlier = step % 20 == 0 and not 600 < step < 2000
         if float(judge(gate, 100.0 if outlier else 1.0 + 0.01 * (step % 7), 2.0).factor) > 1:
             clipped.append(step)
-    assert clipped[:2] == [0, 20]
-    assert clipped[2] == 2000, "after a thousand steps without one they are isolated again"
-    assert len(clipped) == 4
+    assert clipped == [0, 2000], "after a thousand steps without one they are isolated again"
 
 
 def test_a_much_larger_outlier_is_of_another_kind():
