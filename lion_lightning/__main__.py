@@ -23,6 +23,8 @@ from lion_lightning.training.logging_setup import refuse_secrets_of_a_sweep
 
 EXIT_USAGE = 2
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+failed_jobs: list[str] = []
+"""Jobs of a sweep in this process that have failed, each with its error."""
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 _HERE = Path(__file__).resolve().parent
 # In a checkout conf/ lies beside the package, in a wheel inside it.
@@ -42,7 +44,9 @@ def train(cfg: DictConfig) -> float:
         raise
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise  # Hydra notes it and goes on with the other jobs
+            job = HydraConfig.get().job
+            failed_jobs.append(f"job {job.num} ({job.override_dirname.replace(',', ' ')}): {_first_line(error)}")
+            raise  # Hydra notes it, goes on with the other jobs, and raises the first error at the end
         report_error(error)
 
 
@@ -65,7 +69,13 @@ def main() -> None:
         sys.argv += _folder_for_hydra(sys.argv[1:])
         train()
     except Exception as error:
+        if failed_jobs:
+            print("\n".join([f"{len(failed_jobs)} jobs failed", *failed_jobs]), file=sys.stderr)
         report_error(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _folder_for_hydra(arguments: list[str]) -> list[str]:

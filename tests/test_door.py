@@ -132,3 +132,15 @@ def test_the_rank_is_named_where_there_are_several(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert __main__._rank() == said
+
+
+@pytest.mark.slow
+def test_every_failing_job_of_a_sweep_is_named_at_its_end(root: Path, tmp_path: Path) -> None:
+    settings = ["recipe=image_classification", "optim=lion,adamw", "data.batch_size=5000", "logger=none"]
+    answer = call(root, tmp_path, ["-m", *settings])
+    assert answer.returncode == 2
+    *_, counted, first, second, last = answer.stderr.strip().splitlines()
+    assert counted == "2 jobs failed"
+    assert first.startswith("job 0 (data.batch_size=5000 logger=none optim=lion")
+    assert second.startswith("job 1 (data.batch_size=5000 logger=none optim=adamw")
+    assert last.startswith("error: the effective batch of 5000 samples is larger than the training set")
