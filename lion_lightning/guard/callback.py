@@ -347,7 +347,8 @@ class LionGuard(Callback):
         self._read_telemetry(trainer)
         if self.batch.is_small:
             self._report_once(trainer, "batch_size", self.batch.advice())
-        self._react(trainer, flush=False)
+        # Each step of a trial that fails is lost, so its loss is waited for.
+        self._react(trainer, flush=self.recovery.trial is not None)
         self.recovery.keep(self.steps)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and self.steps % every == 0:  # 0 means never
