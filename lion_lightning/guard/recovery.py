@@ -510,7 +510,7 @@ class Recovery:
         if not returned < raised:  # not known of the weights that training started from
             returned = raised
         elif returned > 0:  # the noise of a loss grows with its level
-            deviation *= raised / returned
+            deviation *= math.sqrt(raised / returned)
         if level is not None:
             self.trial = Trial(newer, rates, level, number, returned, raised, deviation)
         else:
