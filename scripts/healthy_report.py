@@ -168,8 +168,10 @@ def main() -> None:
     Console(width=220).print(table)
     print(f"{sum(row.is_harmed for row in rows)} of {len(rows)} harmed")
     if arguments.output is not None:
-        seeds = " ".join(str(seed) for seed in arguments.seeds)
-        arguments.output.write_text(markdown(rows, f"scripts/healthy_report.py --guard {mode} --seeds {seeds}"))
+        command = ["scripts/healthy_report.py", "--guard", arguments.guard, "--seeds", *map(str, arguments.seeds)]
+        if arguments.warmup_steps is not None:
+            command += ["--warmup-steps", f"{arguments.warmup_steps:g}"]
+        arguments.output.write_text(markdown(rows, " ".join(command)))
 
 
 if __name__ == "__main__":
