@@ -294,6 +294,8 @@ def describe(
     if "lr" in cfg.optim and cfg.optim.get("weight_decay") and cfg.optim.name != "sgd":  # whose decay is coupled
         share = float(cfg.optim.lr) * float(cfg.optim.weight_decay)
         lines["decay"] = f"lr x weight_decay: a step at the peak rate takes {100 * share:.2g} % off a weight"
+    if os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE":
+        lines["threads"] = "of torch wait asleep (OMP_WAIT_POLICY=PASSIVE), which is faster beside other programs"
     micro = (
         f"{cfg.data.batch_size} x {cfg.trainer.accumulate_grad_batches} micro-batches x {trainer.world_size} devices"
     )
