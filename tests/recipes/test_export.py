@@ -36,8 +36,8 @@ def write_noise(root: Path) -> list[Path]:
 
 
 def timm() -> PretrainedConfig:
-    if find_spec("timm") is None or find_spec("torchvision") is None:
-        pytest.skip("timm is not installed")
+    if missing := [name for name in ("timm", "torchvision") if find_spec(name) is None]:
+        pytest.skip(f"the optional model=timm needs {' and '.join(missing)}")
     return TimmWrapperConfig(architecture="resnet10t")
 
 
