@@ -1,20 +1,18 @@
-"""What is done about a symptom: the escalation policy, snapshots in host memory, and the recovery itself."""
+"""What is done about a symptom: the escalation policy, rewinds on trial, and the recovery itself."""
 
 import math
 import statistics
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lion_lightning.guard.rules import RULES, Reading, Stateful, Symptom, Thresholds
+from lion_lightning.guard.snapshots import Snapshot, SnapshotRing, copy_of_run, repair, restore
 from lion_lightning.guard.step_monitor import GatedRules
-from lion_lightning.optim import layout
 
 OnDivergence = Literal["recover", "stop", "warn", "ignore"]
 ON_DIVERGENCE: tuple[OnDivergence, ...] = ("recover", "stop", "warn", "ignore")
@@ -111,219 +109,6 @@ class EscalationPolicy(Stateful):
         remedy = ESCALATION[min(self.level, len(ESCALATION) - 1)]
         self.level, self.last_escalation = self.level + 1, step
         return remedy
-
-
-@dataclass
-class Snapshot:
-    """The run after `step` optimizer steps.
-
-    Attributes:
-        tensors: parameters and buffers by name (the local part of DTensors), on the host.
-        optimizers: for each optimizer, the state of its parameters by position, the number of parameters, and the step
-            counters of its groups.
-        rules: state of the rules of each optimizer at that time.
-        trusted: the run may be rewound to it without further healthy steps.
-    """
-
-    step: int
-    tensors: dict[str, Tensor]
-    optimizers: list[dict[str, Any]]
-    rules: list[dict[str, Any]]
-    trusted: bool = False
-
-
-class SnapshotRing:
-    """The newest few snapshots. Each process keeps its own part of the run.
-
-    Args:
-        thresholds: `snapshots`, `snapshot_every`, `proven_after`.
-    """
-
-    def __init__(self, thresholds: Thresholds) -> None:
-        self.thresholds = thresholds
-        self.ring: deque[Snapshot] = deque(maxlen=thresholds.snapshots)
-
-    def is_due(self, step: int) -> bool:
-        """Whether a snapshot should be taken now, if the run is healthy."""
-        return not self.ring or step - self.ring[-1].step >= self.thresholds.snapshot_every
-
-    def take(
-        self,
-        step: int,
-        module: nn.Module,
-        optimizers: Sequence[Optimizer],
-        rules: list[dict[str, Any]],
-        trusted: bool = False,
-    ) -> None:
-        """Copies the run to the host; on a GPU the copies are queued without synchronising.
-
-        Args:
-            step: optimizer steps so far.
-            module: parameters and buffers are copied.
-            optimizers: their state is copied.
-            rules: state of the rules of each optimizer.
-            trusted: whether the run may be rewound to it without further healthy steps.
-        """
-        self.ring.append(Snapshot(step, *_copies(module, optimizers), rules, trusted))
-
-    @property
-    def newest(self) -> Snapshot | None:
-        return self.ring[-1] if self.ring else None
-
-    def proven(self, step: int, older: bool = False) -> Snapshot | None:
-        """The newest snapshot (with `older` the oldest) with enough healthy steps after it; None if there is none.
-
-        Newer ones are dropped: they may be of a run that was already sick.
-        """
-        fit = [kept for kept in self.ring if kept.trusted or step - kept.step >= self.thresholds.proven_after]
-        if not fit:
-            return None
-        chosen = fit[0] if older else fit[-1]
-        while self.ring[-1] is not chosen:
-            self.ring.pop()
-        return chosen
-
-    def state_dict(self) -> list[dict[str, Any]]:
-        """The snapshots, tensors included; waits for copies that are still on their way to the host."""
-        if torch.cuda.is_initialized():
-            torch.cuda.current_stream().synchronize()
-        return [dict(vars(kept)) for kept in self.ring]
-
-    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        self.ring.clear()
-        self.ring.extend(Snapshot(**kept) for kept in state)
-
-
-@torch.no_grad()
-def restore(
-    snapshot: Snapshot, module: nn.Module, optimizers: Sequence[Optimizer], params: bool = True, buffers: bool = True
-) -> list[str]:
-    """Copies a snapshot into the tensors of the run, in place. Learning rates stay as they are.
-
-    A model may have changed since: parameters may have been added, unfrozen, resized or pruned.
-
-    Args:
-        snapshot: of this run.
-        module, optimizers: those that the snapshot was taken of.
-        params: whether parameters are restored.
-        buffers: whether buffers are; those that are no longer finite are in any case.
-
-    Returns:
-        Names of the tensors that the snapshot does not have in their present shape; they are left as they are.
-    """
-    left = []
-    tensors = [*_params_of(module)] if params else []
-    tensors += [pair for pair in _buffers_of(module) if buffers or not bool(pair[1].isfinite().all())]
-    for name, tensor in tensors:
-        kept = snapshot.tensors.get(name)
-        if kept is None or kept.shape != tensor.shape:
-            left.append(name)
-        else:
-            tensor.copy_(kept, non_blocking=True)
-    for optimizer, saved in zip(optimizers, snapshot.optimizers, strict=False):
-        for index, param in enumerate(_params(optimizer)):
-            if index < saved["params"]:
-                _restore_state(optimizer.state, param, saved["state"].get(index, {}))
-        for group, counter in zip(optimizer.param_groups, saved["steps"], strict=False):
-            if counter is not None:
-                device = group["step"].device if isinstance(group.get("step"), Tensor) else None
-                group["step"] = counter.to(device) if isinstance(counter, Tensor) else counter
-    return left
-
-
-@torch.no_grad()
-def repair(snapshot: Snapshot, module: nn.Module, optimizers: Sequence[Optimizer]) -> int:
-    """Restores those elements that are no longer finite, and leaves all others as they are.
-
-    Args:
-        snapshot: of this run.
-        module, optimizers: those that the snapshot was taken of.
-
-    Returns:
-        The number of restored elements of this process.
-    """
-    pairs = [(tensor, snapshot.tensors[name]) for name, tensor in _tensors(module) if name in snapshot.tensors]
-    for optimizer, kept in zip(optimizers, snapshot.optimizers, strict=False):
-        for index, param in enumerate(_params(optimizer)):
-            for key, value in optimizer.state.get(param, {}).items():
-                if isinstance(value, Tensor):
-                    # What did not exist when the snapshot was taken starts again at 0.
-                    here, before = layout.local(value), kept["state"].get(index, {}).get(key)
-                    pairs.append((here, torch.zeros_like(here) if before is None else before))
-    count = 0
-    for tensor, before in pairs:
-        if tensor.shape == before.shape and tensor.is_floating_point() and (sick := ~tensor.isfinite()).any():
-            count += int(sick.sum())
-            tensor.copy_(torch.where(sick, before.to(tensor.device), tensor))
-    return count
-
-
-def _copies(module: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """`tensors` and `optimizers` of a snapshot."""
-    tensors = {name: _to_host(tensor) for name, tensor in _tensors(module)}
-    return tensors, [_kept_state(optimizer) for optimizer in optimizers]
-
-
-def _restore_state(states: Any, param: Tensor, kept: dict[str, Any]) -> None:
-    if not kept:  # it had none yet
-        states.pop(param, None)
-        return
-    state = states[param]
-    shared = [key for key in state.keys() & kept.keys() if isinstance(kept[key], Tensor)]
-    if any(layout.local(state[key]).shape != kept[key].shape for key in shared):
-        return  # of a parameter that has been resized since
-    for key in [key for key in state if key not in kept]:
-        del state[key]
-    for key, value in kept.items():
-        if isinstance(value, Tensor) and isinstance(state.get(key), Tensor):
-            layout.local(state[key]).copy_(value, non_blocking=True)
-        else:
-            state[key] = value.clone() if isinstance(value, Tensor) else value
-
-
-def _kept_state(optimizer: Optimizer) -> dict[str, Any]:
-    states = {
-        index: {key: _to_host(value) for key, value in optimizer.state[param].items()}
-        for index, param in enumerate(_params(optimizer))
-        if param in optimizer.state
-    }
-    return {
-        "state": states,
-        "params": sum(1 for _ in _params(optimizer)),
-        "steps": [_to_host(group.get("step")) for group in optimizer.param_groups],
-    }
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from _params_of(module)
-    yield from _buffers_of(module)
-
-
-def _params_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Trainable parameters. Frozen ones do not change in training and need no copies."""
-    for name, param in module.named_parameters():
-        if param.requires_grad:
-            yield name, layout.local(param.detach())
-
-
-def _buffers_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, buffer in module.named_buffers():
-        yield name, layout.local(buffer.detach())
-
-
-def _params(optimizer: Optimizer) -> Iterator[Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
-
-
-def _to_host(value: Any) -> Any:
-    """A copy on the host, pinned if it comes from a GPU; anything but tensors as it is."""
-    if not isinstance(value, Tensor):
-        return value
-    tensor = layout.local(value.detach())
-    if tensor.device.type != "cuda":
-        return tensor.to("cpu", copy=True)
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 @dataclass
@@ -498,7 +283,7 @@ class Recovery:
         """
         raised, deviation = monitor.rules.divergence.fast.value, monitor.rules.divergence.deviation
         rules = [each.rules_state() for each in self.monitors]
-        newer = Snapshot(step, *_copies(self.module, self.optimizers), rules)
+        newer = copy_of_run(step, self.module, self.optimizers, rules)
         rates = [each.rate_state() for each in self.monitors]
         # A buffer may be part of the task: a queue that fills raises the loss, whatever the weights are.
         left = restore(kept, self.module, self.optimizers, buffers=level is None)

@@ -4,8 +4,9 @@ import random
 
 import pytest
 
-from lion_lightning.guard.recovery import EscalationPolicy, Remedy, Snapshot, Trial
+from lion_lightning.guard.recovery import EscalationPolicy, Remedy, Trial
 from lion_lightning.guard.rules import RuleSet, Thresholds
+from lion_lightning.guard.snapshots import Snapshot
 from tests.guard.made_readings import troubled
 
 LIMITS = Thresholds()

@@ -8,8 +8,8 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from lion_lightning import Lion
-from lion_lightning.guard.recovery import SnapshotRing, repair, restore
 from lion_lightning.guard.rules import Thresholds
+from lion_lightning.guard.snapshots import SnapshotRing, repair, restore
 
 LIMITS = Thresholds()
 WIDE = 80  # matrices above the 4,096 elements from which on int8 momentum is used
