@@ -6,10 +6,12 @@ repeated, an interrupted one resumes. At the end the runs are compared (scripts/
 
 import argparse
 import math
+import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ EXIT_OF_THE_GUARD = 42  # a run that the guard ended is a result and is not repe
 BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 REFERENCE_BATCH_SIZE = 64
 VALIDATIONS = 8
+WARM_UPS = (0.0, 0.03, 0.1, 0.3)  # shares of the run
+RATES = {"lion": (5e-4, 1e-3, 2e-3, 4e-3), "adamw": (1.5e-3, 3e-3, 6e-3, 1.2e-2)}
 Variants = dict[str, list[str]]
 
 
@@ -107,6 +111,21 @@ def _of_batch_size(cfg: DictConfig, size: int) -> list[str]:
     ]
 
 
+def warm_up(overrides: list[str]) -> Variants:
+    """Warm-up x learning rate, without conf/tuned: betas and decay of Wen et al. (2025, arXiv:2509.02046)."""
+    fixed = {
+        "lion": ["optim.betas=[0.9,0.95]", "optim.weight_decay=0.7"],
+        "adamw": ["optim.betas=[0.9,0.98]", "optim.weight_decay=0.1"],
+    }
+    return {
+        f"{optim}-lr{lr:g}-w{share:g}": [
+            f"optim={optim}", "~tuned", *fixed[optim], f"optim.lr={lr:g}", "guard.on_divergence=warn",
+            f"guard.warmup_steps={round(share * _composed(overrides).trainer.max_steps)}",
+        ]
+        for optim, rates in RATES.items() for lr in rates for share in WARM_UPS
+    }  # fmt: skip
+
+
 EXPERIMENTS = {
     "optimizers": Experiment("Lion against AdamW, SIGNUM and Adafactor, each tuned with the same budget", optimizers),
     "published": Experiment("3e-4 with decay 0.01 and 4e-5 with 0.015, both published for BERT base", published),
@@ -117,6 +136,7 @@ EXPERIMENTS = {
         aside=("trainer.max_steps", "trainer.val_check_interval", "optim.lr", "guard"),
     ),
     "betas": Experiment("(0.9, 0.99) against (0.95, 0.98)", betas),
+    "warm_up": Experiment("how long a warm-up?", warm_up, by=("optim.lr", "guard.warmup_steps")),
     "precision": Experiment(
         "pure bf16 with 32, 24 and 16 bits kept, against fp32", precision, by=("trainer.precision",)
     ),
@@ -129,26 +149,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     experiment = EXPERIMENTS[options.name]
     recipe = _composed(options.overrides).recipe.name
     folder = options.folder / f"{options.name}-{recipe}"
-    failed = []
-    for variant, own in experiment.variants(options.overrides).items():
-        for seed in options.seeds:
-            run_dir = folder / f"{variant}-s{seed}"
-            command = ["train.py", *options.overrides, *own, f"seed={seed}", f"run_dir={run_dir}", "resume=auto"]
-            if options.dry_run:
-                print("python", shlex.join(command))
-            elif is_done(run_dir):
-                print(f"{run_dir.name}: finished already", flush=True)
-            elif code := subprocess.run([sys.executable, *command], check=False).returncode:
-                print(f"{run_dir.name}: ended with code {code}", flush=True)
-                failed += [run_dir.name] if code != EXIT_OF_THE_GUARD else []
+    runs = [
+        (run_dir := folder / f"{variant}-s{seed}",
+         ["train.py", *options.overrides, *own, f"seed={seed}", f"run_dir={run_dir}", "resume=auto"])
+        for seed in options.seeds
+        for variant, own in experiment.variants(options.overrides).items()
+    ]  # fmt: skip
     if options.dry_run:
+        for _, command in runs:
+            print("python", shlex.join(command))
         return 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        codes = pool.map(lambda run: train(*run, threads=1 if options.jobs > 1 else None), runs)
+        failed = [run_dir.name for (run_dir, _), code in zip(runs, codes, strict=True) if code]
     keys = {"--by": experiment.by, "--aside": experiment.aside}
     settings = [word for option, names in keys.items() if names for word in (option, ",".join(names))]
     code = compare.main([str(folder), *settings, "--output", str(options.output or folder / "comparison")])
     if failed:
         print(f"failed: {', '.join(failed)}; repeat the command to run them again", file=sys.stderr)
     return EXIT_FAILED if failed else code
+
+
+def train(run_dir: Path, command: list[str], threads: int | None) -> int:
+    """Train a run in a process of its own unless it has finished already.
+
+    Args:
+        run_dir: The folder of the run.
+        command: Its command line, without the interpreter.
+        threads: Threads for torch; None for as many as there are cores.
+
+    Returns:
+        The exit code; 0 as well for a run that the guard ended.
+    """
+    if is_done(run_dir):
+        print(f"{run_dir.name}: finished already", flush=True)
+        return 0
+    environment = os.environ if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    code = subprocess.run([sys.executable, *command], check=False, env=environment).returncode
+    if code:
+        print(f"{run_dir.name}: ended with code {code}", flush=True)
+    return 0 if code == EXIT_OF_THE_GUARD else code
 
 
 def is_done(run_dir: Path) -> bool:
@@ -173,6 +213,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", **seeds, help="default: 1,2,3")
     parser.add_argument("--folder", type=Path, default=Path("outputs/experiments"), help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder of the comparison (default: beside the runs)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; more than 1: one thread each (default: 1)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands of the runs and exit")
     return parser.parse_intermixed_args(arguments)
 

@@ -1,6 +1,8 @@
-"""A finished run's model and data again, from the folder it left."""
+"""A finished run's model and data again, from the folder it left, and what they need in a loop without a Trainer."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,12 +18,25 @@ def run_folders(places: list[Path]) -> list[Path]:
     return sorted(folder for folder in found if (folder / "config.yaml").is_file())
 
 
-def load_run(folder: Path) -> tuple[Any, Any, Any]:
-    """Configuration, module with its best weights, and data of the run in `folder`."""
-    cfg: Any = OmegaConf.load(folder / "config.yaml")
+def load_run(folder: Path, overrides: Sequence[str] = ()) -> tuple[Any, Any, Any]:
+    """Configuration, module with its best weights, and data of a run.
+
+    Args:
+        folder: Where the run was kept.
+        overrides: `key=value` changes of its configuration, such as `seed=2`.
+    """
+    cfg: Any = OmegaConf.merge(OmegaConf.load(folder / "config.yaml"), OmegaConf.from_dotlist(list(overrides)))
     data = build_data(cfg)
     torch.manual_seed(cfg.seed)
     module = build_module(cfg, data)
     weights = weights_of(folder / "checkpoints" / "best.ckpt")
     module.load_state_dict(with_names_of(weights, module.state_dict()))
     return cfg, module.eval(), data
+
+
+def trainer_stand_in(steps: int, device: torch.device) -> Any:
+    """What a recipe's data and module ask of their Trainer, for a plain loop of `steps` optimizer steps."""
+    return SimpleNamespace(
+        max_steps=steps, accumulate_grad_batches=1, global_step=0, global_rank=0, world_size=1,
+        estimated_stepping_batches=steps, strategy=SimpleNamespace(root_device=device),
+    )  # fmt: skip

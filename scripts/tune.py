@@ -1,9 +1,13 @@
 """The same search for every optimizer: `python scripts/tune.py recipe=image_classification --optim lion,adamw`.
 
-Each optimizer gets the same number of trials of the same length, over its own range of learning rate, decay, betas and
-warm-up (`SPACES`), chosen by Optuna's TPE. Trials are stored in an SQLite file, so an interrupted search continues. The
-winner goes to conf/tuned/<recipe>_<optim>.yaml with the evidence. `--heat-map` trains a grid of learning rate and decay
-with the winner's other settings instead, and draws it.
+Each optimizer gets the same number of trials, over its own ranges of learning rate, decay, warm-up and betas
+(`SPACES`), chosen by Optuna's TPE; the ends of a range move outwards while the best trial lies near them, and the last
+trials look beyond a winner that is the largest or smallest value tried. A trial is a run of full length on each seed.
+Two rules end one early: from 40 % of the run on it is worse at a validation than the median of the trials before it,
+or its first seed is, at the end. Validation is on a twentieth of the training data (`SearchSplit`), and not on the data
+that a comparison uses. Trials are stored in an SQLite file, so an interrupted search continues. The winner goes to
+conf/tuned/<recipe>_<optim>.yaml with the evidence. `--heat-map` trains a grid of learning rate and decay with the
+winner's other settings instead, and draws it.
 """
 
 import argparse
@@ -20,22 +24,32 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import lightning.pytorch as pl
+import numpy as np
 import optuna
+import yaml
 from filelock import FileLock
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the modules beside this one
 
 from lion_lightning.__main__ import CONFIG_FOLDER
+from lion_lightning.errors import ConfigError
 from lion_lightning.tracking.compare import Mode
 from lion_lightning.tracking.report import relative
+from recipes.bert_mlm.data import BlockDataset, TextBlocks
 from scripts.tune_report import draw_heat_map, flatness, tuned_file
-from scripts.tune_spaces import SPACES, Space, overrides_of, warmup_steps
+from scripts.tune_spaces import SPACES, Space, settings_of, short, untried
 
 EXIT_USAGE = 2
 SQLITE = "sqlite:///"
-RANDOM_TRIALS = 6  # before TPE starts to choose
-Run = Callable[[DictConfig], float]
+RANDOM_TRIALS = 8  # before TPE starts to choose, and before a trial can be ended early
+EDGE_SHARE = 0.25  # of the trials, the last ones, which look beyond a winner at the edge of what was tried
+FIRST_RUNG = 0.4  # share of the run; as long as the longest warm-up of the spaces
+HELD_OUT_EVERY, NEIGHBOURS = 20, 50
+SEEDS = (101, 102)  # comparisons take 1, 2, 3, ...
+Run = Callable[[DictConfig, Sequence[pl.Callback]], float]
 
 
 @dataclass(frozen=True)
@@ -66,12 +80,73 @@ class Search:
         return len(self.space.grid()) if self.heat_map else self.trials
 
 
+class Picked(Dataset):
+    """Some samples of a recipe's data set.
+
+    Args:
+        whole: Takes lists of (position in the run, index).
+        indices: int64 (samples,) of those in this one.
+    """
+
+    def __init__(self, whole: Any, indices: np.ndarray) -> None:
+        self.whole, self.indices = whole, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitems__(self, pairs: list[tuple[int, int]]) -> Any:
+        return self.whole.__getitems__([(position, int(self.indices[index])) for position, index in pairs])
+
+
+class SearchSplit(pl.Callback):
+    """Trains on 19 of 20 training samples and validates on the others; the validation set is left to comparisons.
+
+    Blocks of text are held out in rows of `NEIGHBOURS`, since a block shares its document with those beside it.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        count = len(data.train_set)
+        is_text = isinstance(data, TextBlocks)
+        groups = np.arange(count) // (min(NEIGHBOURS, max(1, count // HELD_OUT_EVERY)) if is_text else 1)
+        is_held = groups % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        if is_text:
+            if len(data.ready.rows) > 1:
+                raise ConfigError("tune.py searches on one source of text; the data has several")
+            train = data.ready.train
+            kept = train[~is_held]
+            data.blocks = replace(data.ready, train=kept, val=train[is_held], rows=(len(kept),))
+            data.train_set, data.val_set = BlockDataset(data.blocks.train), BlockDataset(data.blocks.val)
+        else:
+            whole = data.train_set
+            data.train_set, data.val_set = (Picked(whole, np.flatnonzero(part)) for part in (~is_held, is_held))
+
+
+class Rungs(pl.Callback):
+    """Reports each validation of a trial, and ends it if the pruner says so.
+
+    Args:
+        trial: Of the study.
+        monitor: The metric that is reported.
+    """
+
+    def __init__(self, trial: optuna.Trial, monitor: str) -> None:
+        self.trial, self.monitor = trial, monitor
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is not None:
+            self.trial.report(float(value), trainer.global_step)
+            if self.trial.should_prune():
+                raise optuna.TrialPruned
+
+
 def main(arguments: Sequence[str] | None = None, run: Run | None = None) -> int:
     """Run the command line.
 
     Args:
         arguments: None: those of the process.
-        run: Trains one configuration and returns its best metric; None: a real training.
+        run: Trains one configuration, with callbacks, and returns its best metric; None: a real training.
     """
     options = _options(arguments)
     try:
@@ -79,7 +154,7 @@ def main(arguments: Sequence[str] | None = None, run: Run | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
-    studies = [(search, explore(search, run or _train)) for search in searches]
+    studies = [(search, explore(search, run or train)) for search in searches]
     if options.heat_map:
         _report_heat_maps(studies, Path(options.picture or f"docs/results/{options.recipe}-lr-decay.png"))
     else:
@@ -93,7 +168,7 @@ def explore(search: Search, run: Run) -> optuna.Study:
 
     Args:
         search: The search. A killed trial is repeated; a diverged one counts as the worst.
-        run: Trains one configuration and returns its best metric.
+        run: Trains one configuration, with callbacks, and returns its best metric.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     mode = compose(search, {}, search.seeds[0]).recipe.mode
@@ -102,7 +177,8 @@ def explore(search: Search, run: Run) -> optuna.Study:
     while (done := len(finished(study))) < search.wanted:
         step(study, done)
         last = study.trials[-1]
-        print(f"{search.optim} {done + 1}/{search.wanted}: {last.value:.4f} with {_words(last.params)}", flush=True)
+        result = "ended early" if last.value is None else f"{last.value:.4f}"
+        print(f"{search.optim} {done + 1}/{search.wanted}: {result} with {_words(last.params)}", flush=True)
     return study
 
 
@@ -127,16 +203,41 @@ def study_of(search: Search, mode: Mode) -> optuna.Study:
 
 def _search_on(search: Search, run: Run, mode: Mode) -> Callable[[optuna.Study, int], None]:
     """A function that runs one trial, with settings chosen by the sampler."""
-
-    def objective(trial: optuna.Trial) -> float:
-        return _mean(run, search, search.space.suggest(trial), mode)
+    cfg = compose(search, {}, search.seeds[0])
+    first_rung = round(FIRST_RUNG * cfg.trainer.max_steps)
 
     def step(study: optuna.Study, done: int) -> None:
         # The seed depends on the number of finished trials, so that a continued study does not repeat its first draws.
         study.sampler = optuna.samplers.TPESampler(seed=1000 + done, n_startup_trials=RANDOM_TRIALS)
-        study.optimize(objective, n_trials=1)
+        study.pruner = optuna.pruners.MedianPruner(RANDOM_TRIALS, n_warmup_steps=first_rung - 1)
+        space, beyond = current_space(search, study)
+        if beyond and done >= max(RANDOM_TRIALS, (1 - EDGE_SHARE) * search.wanted):
+            key, value = next(iter(beyond.items()))
+            study.enqueue_trial({**study.best_params, key: value})
+        study.optimize(lambda trial: _value_of_trial(run, search, space, trial, mode, cfg), n_trials=1)
 
     return step
+
+
+def current_space(search: Search, study: optuna.Study) -> tuple[Space, dict[str, float]]:
+    """The space around the best trial so far, and by key a value beyond it where it is the extreme of those tried."""
+    trials = [trial for trial in finished(study) if trial.value is not None and math.isfinite(trial.value)]
+    if not trials:
+        return search.space, {}
+    space = search.space.around(study.best_params)
+    return space, untried(study.best_params, [trial.params for trial in finished(study)], space)
+
+
+def _value_of_trial(run: Run, search: Search, space: Space, trial: optuna.Trial, mode: Mode, cfg: DictConfig) -> float:
+    """The mean of the metric over the seeds; the trial ends after the first if that is worse than the median."""
+    params = space.suggest(trial)
+    first = _value(run, search, params, search.seeds[0], mode, [Rungs(trial, cfg.recipe.monitor)])
+    if not math.isfinite(first):
+        return first
+    trial.report(first, cfg.trainer.max_steps + 1)
+    if len(search.seeds) > 1 and trial.should_prune():
+        raise optuna.TrialPruned
+    return sum([first, *(_value(run, search, params, seed, mode) for seed in search.seeds[1:])]) / len(search.seeds)
 
 
 def _walk(search: Search, run: Run, mode: Mode) -> Callable[[optuna.Study, int], None]:
@@ -161,29 +262,32 @@ def _mean(run: Run, search: Search, params: dict[str, Any], mode: Mode) -> float
     return sum(values) / len(values)
 
 
-def _value(run: Run, search: Search, params: dict[str, Any], seed: int, mode: Mode) -> float:
+def _value(
+    run: Run, search: Search, params: dict[str, Any], seed: int, mode: Mode, callbacks: Sequence[pl.Callback] = ()
+) -> float:
     """The best metric of one run; an infinite value of the bad sign for a run that diverged."""
     from lion_lightning.guard.callback import TrainingStopped
 
     with tempfile.TemporaryDirectory(prefix="lion_lightning-trial-") as folder:
         try:
-            value = float(run(compose(search, params, seed, folder)))
+            value = float(run(compose(search, params, seed, folder), callbacks))
         except TrainingStopped:
             value = math.nan
     return value if math.isfinite(value) else (-math.inf if mode == "max" else math.inf)
 
 
-def _train(cfg: DictConfig) -> float:
+def train(cfg: DictConfig, callbacks: Sequence[pl.Callback]) -> float:
     """One real run without output."""
     from lion_lightning.training.run import run
 
     with contextlib.redirect_stdout(io.StringIO()):
-        return run(cfg)
+        return run(cfg, [SearchSplit(), *callbacks])
 
 
 def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """The trials that have a value, in order."""
-    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    """The trials that have a value or were ended early, in order."""
+    states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    return study.get_trials(deepcopy=False, states=states)
 
 
 def _rest_of_winner(search: Search) -> dict[str, Any]:
@@ -202,8 +306,9 @@ def compose(search: Search, params: dict[str, Any], seed: int, folder: str = "ou
     fixed = [f"recipe={search.recipe}", f"optim={search.optim}", "~tuned", "logger=none", "export=false"]
     fixed += [*search.overrides, f"seed={seed}", f"run_dir={folder}"]
     with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        cfg = hydra.compose("train", [*fixed, *overrides_of(params)])
-    cfg.guard.warmup_steps = warmup_steps(params, cfg.trainer.max_steps)
+        cfg = hydra.compose("train", fixed)
+    for key, value in settings_of(params, cfg.trainer.max_steps).items():
+        OmegaConf.update(cfg, key, yaml.safe_load(value) if isinstance(value, str) else value, force_add=True)
     return cfg
 
 
@@ -212,22 +317,26 @@ def _write_winner(search: Search, study: optuna.Study, folder: Path) -> None:
     cfg = compose(search, best.params, search.seeds[0])
     file = folder / f"{search.recipe}_{search.optim}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(tuned_file(best.params, _evidence(search, study, cfg)), encoding="utf-8")
+    file.write_text(tuned_file(best.params, cfg.trainer.max_steps, _evidence(search, study, cfg)), encoding="utf-8")
     print(f"{search.optim}: {cfg.recipe.monitor} {best.value:.4f} with {_words(best.params)} -> {relative(str(file))}")
 
 
 def _evidence(search: Search, study: optuna.Study, cfg: DictConfig) -> str:
     """What was tried, on what, with what result, by which command."""
-    values = sorted(trial.value for trial in finished(study) if trial.value is not None)
+    trials = finished(study)
+    values = sorted(trial.value for trial in trials if trial.value is not None)
     numbers = [value for value in values if math.isfinite(value)]
     seeds = f"seed{'s' if len(search.seeds) > 1 else ''} {', '.join(map(str, search.seeds))}"
     command = ["python", "scripts/tune.py", f"recipe={search.recipe}", *search.overrides, "--optim", search.optim]
     command += ["--trials", str(search.trials), "--seeds", ",".join(map(str, search.seeds))]
+    space, beyond = current_space(search, study)
+    edges = f"the largest or smallest tried: {', '.join(map(short, beyond))}" if beyond else "no value is at an edge"
     return (
         f"{search.recipe}, {cfg.data.name}, {cfg.model.name}, batch {cfg.data.batch_size}, {cfg.trainer.max_steps} "
-        f"steps, {seeds}, {datetime.date.today()}: {cfg.recipe.monitor} {study.best_value:.4f}, best of {len(values)} "
-        f"trials (median {numbers[len(numbers) // 2]:.4f}, {len(values) - len(numbers)} diverged), as many as every "
-        f"other optimizer has. Ranges: {search.space.describe()}. {shlex.join(command)}"
+        f"steps, {seeds}, {datetime.date.today()}: {cfg.recipe.monitor} {study.best_value:.4f} on held-out training "
+        f"data, best of {len(trials)} trials (median {numbers[len(numbers) // 2]:.4f}, {len(values) - len(numbers)} "
+        f"diverged, {len(trials) - len(values)} ended early), as many as every other optimizer has. Ranges at the end: "
+        f"{space.describe()}; {edges}. {shlex.join(command)}"
     )
 
 
@@ -276,9 +385,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="recipe=NAME and Hydra overrides, such as trainer.max_steps=400")
     names = lambda text: text.split(",")  # noqa: E731
     parser.add_argument("--optim", type=names, default=list(SPACES), help="optimizers (default: all with a range)")
-    parser.add_argument("--trials", type=int, default=20, help="trials for each (default: %(default)s)")
+    parser.add_argument("--trials", type=int, default=24, help="trials for each (default: %(default)s)")
     parser.add_argument(
-        "--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1], help="seeds of a trial"
+        "--seeds",
+        type=lambda text: [int(seed) for seed in text.split(",")],
+        default=list(SEEDS),
+        help="seeds of a trial",
     )
     parser.add_argument("--heat-map", action="store_true", help="walk learning rate x decay, and draw it")
     parser.add_argument("--storage", default="outputs/tuning/trials.db", help="SQLite file (default: %(default)s)")

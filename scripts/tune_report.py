@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lion_lightning.tracking.compare import Mode
-from scripts.tune_spaces import DEFAULT, WARM_UP, rounded
+from scripts.tune_spaces import WARM_UP, rounded, settings_of
 
 LINE_WIDTH = 118
 NEAR_THE_BEST = 0.05  # relative distance, of the error where more is better
@@ -25,20 +25,23 @@ COMMENTS = {
 }
 
 
-def tuned_file(params: Mapping[str, Any], evidence: str) -> str:
+def tuned_file(params: Mapping[str, Any], max_steps: int, evidence: str) -> str:
     """The YAML of conf/tuned.
 
     Args:
-        params: The values of a trial, by dotted key.
+        params: The values of a trial, by key.
+        max_steps: Optimizer steps of the trial.
         evidence: What was tried and by which command; becomes a comment.
     """
     lines = ["# @package _global_", *(f"# {line}" for line in textwrap.wrap(evidence, LINE_WIDTH)), "optim:"]
-    for key, value in rounded({key: value for key, value in params.items() if key != WARM_UP}).items():
-        name = key.removeprefix("optim.")
-        written = f"{value:g}" if isinstance(value, float) else str(value).replace(",", ", ")
-        lines.append(f"  {name}: {written}".ljust(26) + f"# {COMMENTS[name]}")
-    if params.get(WARM_UP, DEFAULT) != DEFAULT:
-        lines += ["guard:", f"  warmup_steps: {params[WARM_UP]}".ljust(26) + "# share of the run"]
+    settings = rounded(settings_of(params, max_steps))
+    for key, value in settings.items():
+        if key.startswith("optim."):
+            name = key.removeprefix("optim.")
+            written = f"{value:g}" if isinstance(value, float) else str(value).replace(",", ", ")
+            lines.append(f"  {name}: {written}".ljust(26) + f"# {COMMENTS[name]}")
+    if WARM_UP in params:
+        lines += ["guard:", f"  warmup_steps: {rounded(params)[WARM_UP]}".ljust(26) + "# share of the run"]
     return "\n".join(lines) + "\n"
 
 

@@ -1,33 +1,57 @@
 """The ranges that `scripts/tune.py` searches, per optimizer and equally wide for all.
 
-Learning rates span two and a half decades around the usual values for small models, decays three. Lion's rates are
-half a decade below AdamW's and its decays a decade above (Chen et al., 2023, arXiv:2302.06675, section 5), so that the
-ranges contain both optima. Keys are Hydra's, except `warm_up`, a share of the run.
+Learning rates span two decades around the usual values for small models, Lion's half a decade below AdamW's. The decay
+is searched as a time scale, the share of the run over which a weight forgets, 1 / (lr * weight_decay) steps (Wang and
+Aitchison, 2024, arXiv:2405.13698; Bergsma et al., 2025, arXiv:2505.13738): equal shares decay equally much at any
+learning rate. Keys are Hydra's, except `decay_time` and `warm_up`, which are shares of the run.
+
+An end of a range is not a limit: a search moves it outwards while its best trial lies near it (`Space.around`).
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import optuna
 
-WARM_UP = "warm_up"
+WARM_UP, DECAY_TIME = "warm_up", "decay_time"
 GRID_LR, GRID_DECAY = 6, 4
 SIGNIFICANT_DIGITS = 3
+EDGE = 0.1  # of a range, in the logarithm, at either end
+WIDENING = 0.25  # of a range, in the logarithm, added at the end where the best trial lies
 
 
 @dataclass(frozen=True)
 class Range:
-    """An interval that is searched evenly in the logarithm."""
+    """An interval that is searched evenly in the logarithm.
+
+    Attributes:
+        most: What `high` cannot exceed.
+    """
 
     low: float
     high: float
+    most: float = math.inf
 
     def points(self, count: int) -> list[float]:
         """`count` values from low to high, both included."""
         return [min(self.high, max(self.low, float(f"{x:.4g}"))) for x in np.geomspace(self.low, self.high, count)]
+
+    def around(self, best: float) -> "Range":
+        """This interval, with an end moved outwards until `best` is not near it, or `high` is at its most."""
+        wide = self
+        while wide.position(best) < EDGE:
+            wide = replace(wide, low=wide.low * (wide.low / wide.high) ** WIDENING)
+        while wide.position(best) > 1 - EDGE and wide.high < wide.most:
+            wide = replace(wide, high=min(wide.most, wide.high * (wide.high / wide.low) ** WIDENING))
+        return wide
+
+    def position(self, value: float) -> float:
+        """Where a value lies in the logarithm: 0 at the lower end, 1 at the upper."""
+        return math.log(value / self.low) / math.log(self.high / self.low)
 
 
 @dataclass(frozen=True)
@@ -53,6 +77,10 @@ class Space:
         numbers = {key: trial.suggest_float(key, span.low, span.high, log=True) for key, span in self.ranges.items()}
         return {**numbers, **{key: trial.suggest_categorical(key, values) for key, values in self.choices.items()}}
 
+    def around(self, best: Mapping[str, Any]) -> "Space":
+        """This space, with its ranges widened where the best values lie near an end; see `Range.around`."""
+        return replace(self, ranges={key: span.around(best[key]) for key, span in self.ranges.items()})
+
     def grid(self) -> list[dict[str, float]]:
         """The cells of the heat map, in the order they are tried."""
         rate, decay = self.plane
@@ -64,44 +92,34 @@ class Space:
 
     def describe(self) -> str:
         """The ranges in one line."""
-        spans = [f"{_short(key)} {span.low:g} to {span.high:g}" for key, span in self.ranges.items()]
-        return ", ".join([*spans, *(f"{_short(key)} {' or '.join(values)}" for key, values in self.choices.items())])
+        spans = [f"{short(key)} {span.low:g} to {span.high:g}" for key, span in self.ranges.items()]
+        return ", ".join([*spans, *(f"{short(key)} {' or '.join(values)}" for key, values in self.choices.items())])
 
 
-def _short(key: str) -> str:
+def short(key: str) -> str:
+    """A key in words."""
     return key.removeprefix("optim.").replace("_", " ")
 
 
-DEFAULT = "default"  # warm-up as the guard chooses it
-_SHARES = ("default", "0.03", "0.2")
+_DECAY, _WARM = Range(0.03, 30), Range(0.03, 0.3, most=0.4)
+_LIONS_PAIRS = ("[0.9,0.9]", "[0.9,0.95]", "[0.9,0.99]", "[0.95,0.98]")
+
+
+def _space(low: float, key: str, choices: tuple[str, ...]) -> Space:
+    """Learning rates from `low` on over two decades, the usual ranges of decay and warm-up, and one choice."""
+    return Space({"optim.lr": Range(low, 100 * low), DECAY_TIME: _DECAY, WARM_UP: _WARM}, {f"optim.{key}": choices})
+
+
 SPACES: Mapping[str, Space] = MappingProxyType({
-    "lion": Space(
-        {"optim.lr": Range(3e-5, 1e-2), "optim.weight_decay": Range(1e-2, 10)},
-        {"optim.betas": ("[0.9,0.99]", "[0.95,0.98]", "[0.9,0.999]"), WARM_UP: _SHARES},
-    ),
-    "adamw": Space(
-        {"optim.lr": Range(1e-4, 3e-2), "optim.weight_decay": Range(1e-3, 1)},
-        {"optim.betas": ("[0.9,0.999]", "[0.9,0.98]", "[0.9,0.95]"), WARM_UP: _SHARES},
-    ),
-    "signum": Space(
-        {"optim.lr": Range(3e-5, 1e-2), "optim.weight_decay": Range(1e-2, 10)},
-        {"optim.momentum": ("0.9", "0.95", "0.99"), WARM_UP: _SHARES},
-    ),
-    "adafactor": Space(
-        {"optim.lr": Range(1e-3, 3e-1), "optim.weight_decay": Range(1e-3, 1)},
-        {"optim.beta2_decay": ("-0.8", "-0.5", "-1.0"), WARM_UP: _SHARES},
-    ),
-    "muon": Space(
-        {"optim.lr": Range(1e-4, 3e-2), "optim.weight_decay": Range(1e-3, 1)},
-        {"optim.momentum": ("0.9", "0.95", "0.98"), WARM_UP: _SHARES},
-    ),
-    "sgd": Space(
-        {"optim.lr": Range(3e-3, 1), "optim.weight_decay": Range(1e-6, 1e-3)},
-        {"optim.momentum": ("0.9", "0.95", "0.99"), WARM_UP: _SHARES},
-    ),
+    "lion": _space(1e-4, "betas", _LIONS_PAIRS),
+    "adamw": _space(3e-4, "betas", ("[0.9,0.95]", "[0.9,0.98]", "[0.9,0.99]", "[0.9,0.999]")),
+    "signum": _space(1e-4, "momentum", ("0.8", "0.9", "0.95", "0.99")),
+    "adafactor": _space(1e-3, "beta2_decay", ("-0.5", "-0.65", "-0.8", "-1.0")),
+    "muon": _space(3e-4, "momentum", ("0.8", "0.9", "0.95", "0.98")),
+    "sgd": _space(1e-2, "momentum", ("0.8", "0.9", "0.95", "0.99")),
     "lion_amos": Space(
-        {"optim.alpha_0": Range(1e-4, 3e-2), "optim.q": Range(3e-2, 30)},
-        {"optim.betas": ("[0.9,0.99]", "[0.95,0.98]", "[0.9,0.999]"), WARM_UP: _SHARES},
+        {"optim.alpha_0": Range(3e-4, 3e-2), "optim.q": Range(3e-2, 30), WARM_UP: _WARM},
+        {"optim.betas": _LIONS_PAIRS},
     ),
 })  # fmt: skip
 
@@ -114,12 +132,35 @@ def rounded(params: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def overrides_of(params: Mapping[str, Any]) -> list[str]:
-    """Hydra overrides for the values of a trial, without the warm-up."""
-    return [f"++{key}={value}" for key, value in params.items() if key != WARM_UP]
+def settings_of(params: Mapping[str, Any], max_steps: int) -> dict[str, Any]:
+    """Hydra's keys and values for those of a trial, the decay in place of its time scale.
+
+    Args:
+        params: The values of a trial.
+        max_steps: Optimizer steps of the run.
+    """
+    settings = dict(params)
+    if DECAY_TIME in settings:
+        settings["optim.weight_decay"] = 1.0 / (settings["optim.lr"] * settings.pop(DECAY_TIME) * max_steps)
+    if WARM_UP in settings:
+        settings["guard.warmup_steps"] = round(settings.pop(WARM_UP) * max_steps)
+    return settings
 
 
-def warmup_steps(params: Mapping[str, Any], max_steps: int) -> int | None:
-    """Optimizer steps of warm-up; None: the guard's default."""
-    share = params.get(WARM_UP, DEFAULT)
-    return None if share == DEFAULT else round(float(share) * max_steps)
+def untried(best: Mapping[str, Any], tried: list[Mapping[str, Any]], space: Space) -> dict[str, float]:
+    """By key, a value beyond the best one on a side on which no trial lies: the winner may be at an edge.
+
+    Args:
+        best: The values of the best trial.
+        tried: The values of all trials.
+        space: The space of the search, around the best.
+    """
+    beyond = {}
+    for key, span in space.ranges.items():
+        step = (span.high / span.low) ** EDGE
+        values = [params[key] for params in tried]
+        if best[key] >= max(values) and best[key] < span.most:
+            beyond[key] = min(span.high, best[key] * step)
+        elif best[key] <= min(values):
+            beyond[key] = max(span.low, best[key] / step)
+    return beyond

@@ -32,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
         WANDB_CONFIG_DIR=f"{folder}/wandb",
         WANDB_DATA_DIR=f"{folder}/wandb",
         COLUMNS="200",
+        LION_LIGHTNING_PRECISION="32-true",  # the same numbers on every machine
         OMP_NUM_THREADS="1",  # for the processes that tests start; see single_thread
     )
 

@@ -34,6 +34,7 @@ from lion_lightning.training.checkpoint.policy import RunCheckpoint
 from lion_lightning.training.checkpoint.sharded import ShardedStrategy
 from lion_lightning.training.distributed import started_by_launcher
 from lion_lightning.training.logging_setup import known_run_id
+from lion_lightning.training.performance import PRECISION_VARIABLE, choose_precision
 from lion_lightning.training.report import near
 from lion_lightning.training.signals import StopFlag
 
@@ -48,7 +49,7 @@ ALLOWED_MODULES = (
     "lightning.pytorch.callbacks.",
     "lightning.pytorch.loggers.",
 )
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true")
 POSITIVE = ("max_steps", "val_check_interval", "accumulate_grad_batches", "num_nodes", "log_every_n_steps")
 # Keys of `trainer` that are no arguments of Lightning's Trainer, or that `build_trainer` computes.
 OWN_TRAINER_KEYS = (
@@ -146,6 +147,21 @@ def effective_batch_size(cfg: DictConfig) -> int:
     return cfg.data.batch_size * cfg.trainer.accumulate_grad_batches * devices * cfg.trainer.num_nodes
 
 
+def settle_precision(cfg: DictConfig) -> str:
+    """Replace `trainer.precision=auto` by what it stands for on this machine, and return the reason in words.
+
+    The configuration that is logged, compared and kept in checkpoints then names the precision that was used.
+    """
+    if cfg.trainer.precision != "auto":
+        return "as configured"
+    is_alone = not started_by_launcher() and cfg.trainer.devices == 1 and cfg.trainer.num_nodes == 1
+    name, reason = choose_precision(cfg.trainer.accelerator, is_alone)
+    if name not in PRECISIONS[1:]:
+        raise ConfigError(f"{PRECISION_VARIABLE} must be one of {', '.join(PRECISIONS[1:])}, got {name!r}")
+    cfg.trainer.precision = name
+    return f"auto: {reason}"
+
+
 def max_steps(cfg: DictConfig, data: StreamDataModule) -> int:
     """Optimizer steps of the run; `trainer.max_epochs`, if given, in steps."""
     if cfg.trainer.max_epochs is None:
@@ -209,6 +225,7 @@ def build_checkpoint(cfg: DictConfig, stop: StopFlag) -> RunCheckpoint:
         "seed": cfg.seed,
         "optim": OmegaConf.to_container(cfg.optim, resolve=True),
         "effective batch size": effective_batch_size(cfg),
+        "precision": cfg.trainer.precision,
     }
     folder, recipe = Path(cfg.run_dir) / "checkpoints", cfg.recipe
     with configuring("checkpoint"):
@@ -277,7 +294,7 @@ def _settings_source() -> str:
 
 
 def describe(
-    cfg: DictConfig, data: StreamDataModule, module: Any, trainer: pl.Trainer, resumed: Path | None
+    cfg: DictConfig, data: StreamDataModule, module: Any, trainer: pl.Trainer, resumed: Path | None, precision: str
 ) -> dict[str, str]:
     """Lines for the panel at the start of a run and for the model card.
 
@@ -285,6 +302,7 @@ def describe(
         cfg: the whole configuration.
         data, module, trainer: what was built from it.
         resumed: the checkpoint it goes on from.
+        precision: where the precision comes from.
     """
     where = f"{cfg.data.name} from {cfg.data.path}" if cfg.data.get("path") else cfg.data.name
     settings = ", ".join(f"{key} {value}" for key, value in cfg.optim.items() if key in ("lr", "betas", "weight_decay"))
@@ -305,7 +323,7 @@ def describe(
         **module.describe(),
         "effective batch": f"{effective_batch_size(cfg)} samples ({micro})",
         **lines,
-        "precision": f"{cfg.trainer.precision} on {trainer.strategy.root_device.type}",
+        "precision": f"{cfg.trainer.precision} on {trainer.strategy.root_device.type} ({precision})",
         "goes on from": near(resumed) if resumed else "nothing: it starts afresh",
         "kept in": near(cfg.run_dir),
     }

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from lion_lightning.training.build import (
     check,
     describe,
     max_steps,
+    settle_precision,
 )
 from lion_lightning.training.callbacks import StepSeed, ValidateAtEnd, progress
 from lion_lightning.training.checkpoint.policy import AUTO, resolve
@@ -33,8 +35,12 @@ from lion_lightning.training.report import conclude, duration, show
 from lion_lightning.training.signals import StopFlag
 
 
-def run(cfg: DictConfig) -> float:
+def run(cfg: DictConfig, more_callbacks: Sequence[pl.Callback] = ()) -> float:
     """Train what `cfg` describes and return the best value of the recipe's monitored metric.
+
+    Args:
+        cfg: the whole configuration.
+        more_callbacks: beside those of the configuration.
 
     Raises:
         ConfigError: a setting that cannot work; nothing was trained.
@@ -48,6 +54,7 @@ def run(cfg: DictConfig) -> float:
     folder.mkdir(parents=True, exist_ok=True)
     _quiet_libraries()
     console = rich.get_console()  # Lightning's progress bar is on it too, so lines are printed above the bar
+    precision = settle_precision(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data = build_data(cfg)
     cfg.trainer.max_steps = max_steps(cfg, data)
@@ -58,9 +65,9 @@ def run(cfg: DictConfig) -> float:
         checkpoint = build_checkpoint(cfg, stop)
         callbacks = [StepSeed(cfg.seed), *build_callbacks(cfg, "guard"), throughput, ValidateAtEnd()]
         callbacks += [*build_callbacks(cfg, "callbacks"), checkpoint, ReplicaCheck(cfg.trainer.check_replicas_every)]
-        callbacks += progress(console, ["train/loss", cfg.recipe.monitor])
+        callbacks += [*more_callbacks, *progress(console, ["train/loss", cfg.recipe.monitor])]
         trainer = build_trainer(cfg, logger, callbacks, bar=console.is_terminal)
-        about = describe(cfg, data, module, trainer, resumed)
+        about = describe(cfg, data, module, trainer, resumed, precision)
         with closing(logger):
             if trainer.is_global_zero:
                 show(console, cfg.run_name, about)

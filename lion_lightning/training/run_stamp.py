@@ -14,6 +14,7 @@ NO_RUN_ID = ("", "none")  # what torchrun passes on where it was given neither -
 INTERACTIVE_JOBS = ("bash", "interactive")  # a shell in which many runs are started one after another
 # Settings that are named in a group unless they have their usual value, and how.
 UNUSUAL = {
+    "trainer.precision": ("32-true", ""),
     "model.pretrained": (None, "from-"),
     "recipe.module.masking.unit": ("token", ""),
     "data.length_schedule": (None, "lengths-"),

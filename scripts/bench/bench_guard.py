@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from lion_lightning import LionGuard
 from lion_lightning.__main__ import CONFIG_FOLDER
-from lion_lightning.training.build import build_data, build_module
+from lion_lightning.training.build import build_data, build_module, settle_precision
 
 SKIPPED_BLOCKS = 2
 HOOKS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_train_batch_end")
@@ -74,6 +74,7 @@ def measure(overrides: list[str], block_steps: int = 20, blocks: int = 16) -> di
     steps = block_steps * blocks
     with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         cfg = compose("train", [*overrides, f"run_dir={folder}", f"trainer.max_steps={steps}"])
+        settle_precision(cfg)
         pl.seed_everything(cfg.seed, verbose=False)
         return _fit(cfg, steps, block_steps)
 

@@ -22,8 +22,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 from unittest import mock
 
 import torch
@@ -34,15 +32,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for the modules 
 
 from lion_lightning.__main__ import CONFIG_FOLDER
 from lion_lightning.training import run as training_run
-from lion_lightning.training.build import build_data, build_module
+from lion_lightning.training.build import build_data, build_module, settle_precision
 from lion_lightning.training.performance import WARMUP_BATCHES, Throughput
 from scripts.bench.bench_usual import Clock, Turn, usual_way
+from scripts.trained import trainer_stand_in
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
+    cfg = _configuration(options.overrides, 1)
+    settle_precision(cfg)
+    options.overrides.append(f"trainer.precision={cfg.trainer.precision}")
     turns: dict[str, Turn] = {"recipe": recipe, "raw loop": raw_loop}
-    turns |= usual_way(_configuration(options.overrides, 1))
+    turns |= usual_way(cfg)
     times: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(options.rounds):
         for name, turn in turns.items():
@@ -76,23 +78,20 @@ def recipe(cfg: DictConfig, steps: int) -> list[float]:
 
 
 def raw_loop(cfg: DictConfig, steps: int) -> list[float]:
-    """The recipe's data, `training_step`, optimizer and schedule, and nothing else."""
+    """The recipe's data, `training_step`, optimizer and schedule, and nothing else; in fp32 or mixed precision."""
     torch.manual_seed(cfg.seed)
     data = build_data(cfg)
     module = build_module(cfg, data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stand_in: Any = SimpleNamespace(
-        max_steps=steps, accumulate_grad_batches=1, global_step=0, global_rank=0, world_size=1,
-        estimated_stepping_batches=steps, strategy=SimpleNamespace(root_device=device),
-    )  # fmt: skip
-    data.trainer = module.trainer = stand_in
+    data.trainer = module.trainer = trainer_stand_in(steps, device)
     module.log = lambda *_, **__: None
     made = module.to(device).configure_optimizers()
     optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
     clock = Clock()
     for number, batch in enumerate(data.train_dataloader()):
         batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
-        loss = module.training_step(batch, number)
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
+            loss = module.training_step(batch, number)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -4,9 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from lion_lightning.errors import ConfigError
 from lion_lightning.training import performance
-from lion_lightning.training.performance import WARMUP_BATCHES, Throughput, peak_flops
+from lion_lightning.training.build import settle_precision
+from lion_lightning.training.performance import WARMUP_BATCHES, Throughput, choose_precision, peak_flops
 
 FLOPS_PER_SAMPLE, TOKENS_PER_SAMPLE, PEAK = 6e6, 32, 1e12
 
@@ -102,10 +105,59 @@ def test_the_peak_of_a_cpu_is_the_best_of_some_matrix_products(monkeypatch, prec
     ticks = iter([0.0, 0.4, 1.0, 1.1, 2.0, 2.3, 3.0, 3.2])
     multiplied = []
     monkeypatch.setattr(performance.time, "perf_counter", lambda: next(ticks))
-    monkeypatch.setattr(torch, "mm", lambda left, right: multiplied.append(left.dtype))
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda inputs, weight: multiplied.append(inputs.dtype))
     assert peak_flops(torch.device("cpu"), precision) == pytest.approx(2 * 1024**3 / 0.1)
     assert multiplied == [dtype] * 4
 
 
 def test_of_other_devices_nothing_is_said():
     assert peak_flops(torch.device("meta"), "32-true") is None
+
+
+@pytest.mark.parametrize(
+    ("again", "kept"), [(0.9 * PEAK, PEAK), (1.2 * PEAK, 1.2 * PEAK), (0.5 * PEAK, None), (3 * PEAK, None)]
+)
+def test_a_peak_that_differs_at_the_end_of_the_run_is_not_used(clock, monkeypatch, again, kept):
+    callback = Throughput()
+    logged = train(callback, [text(8)] * (WARMUP_BATCHES + 1), clock)
+    monkeypatch.setattr(performance, "peak_flops", lambda device, precision: again)
+    callback.on_train_end(trainer(), Module())
+    mfu = callback.measured(trainer()).get("perf/mfu")
+    assert mfu == (None if kept is None else pytest.approx(logged["perf/mfu"] * PEAK / kept))
+
+
+def test_more_than_the_peak_is_no_utilisation(clock):
+    assert "perf/mfu" not in train(Throughput(), [text(8)] * (WARMUP_BATCHES + 1), clock, work=1e-6, wait=0.0)
+
+
+@pytest.mark.parametrize(("half", "name"), [(2.2e12, "bf16-mixed"), (1.2e12, "32-true"), (1e11, "32-true")])
+def test_auto_is_bf16_where_it_is_faster(monkeypatch, half, name):
+    monkeypatch.delenv("LION_LIGHTNING_PRECISION")
+    speeds = {torch.float32: 1e12, torch.bfloat16: half}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(performance, "_matmul_flops", lambda device, dtype, side: speeds[dtype])
+    assert choose_precision("auto", is_alone=True)[0] == name
+    assert choose_precision("cpu", is_alone=False)[0] == "32-true", "ranks that measure might not agree"
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_several_processes_on_gpus_go_by_what_the_gpu_can_do(monkeypatch, has_bf16):
+    monkeypatch.delenv("LION_LIGHTNING_PRECISION")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert choose_precision("auto", is_alone=False)[0] == ("bf16-mixed" if has_bf16 else "32-true")
+
+
+def test_the_configuration_names_the_precision_that_was_chosen(monkeypatch):
+    trainer = {"precision": "auto", "accelerator": "cpu", "devices": 1, "num_nodes": 1}
+    cfg = OmegaConf.create({"trainer": trainer})
+    monkeypatch.setenv("LION_LIGHTNING_PRECISION", "bf8")
+    with pytest.raises(ConfigError, match=r"LION_LIGHTNING_PRECISION must be one of 32-true.* got 'bf8'"):
+        settle_precision(cfg)
+    monkeypatch.delenv("LION_LIGHTNING_PRECISION")
+    assert settle_precision(cfg).startswith("auto: bf16 products take")
+    assert cfg.trainer.precision in ("32-true", "bf16-mixed")
+    cfg.trainer.precision = "bf16-true"
+    assert settle_precision(cfg) == "as configured"
+    assert cfg.trainer.precision == "bf16-true"
