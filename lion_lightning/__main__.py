@@ -23,7 +23,9 @@ from lion_lightning.training.logging_setup import refuse_secrets_of_a_sweep
 
 EXIT_USAGE = 2
 BUSY = 1.5  # load per core
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+UNWRITABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR
+)  # fmt: skip
 failed_jobs: list[str] = []
 """Jobs of a sweep in this process that have failed, each with its error."""
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"

@@ -48,6 +48,9 @@ def from_adamw(
     Raises:
         ValueError: a value out of range.
     """
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if isinstance(value, str):  # YAML reads 1e-3 as a text, and 1.0e-3 as a number
+            raise ValueError(f"{name} must be a number, got the text {value!r}")
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr must be a positive number, got {lr}")
     if not (math.isfinite(weight_decay) and weight_decay >= 0):

@@ -48,10 +48,20 @@ class LionMixin:
     weight_decay_timescale: float | None = None
     decay_follows_rate: bool = False
 
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if getattr(cls, "configure_optimizers", None) is LightningModule.configure_optimizers:
+            raise TypeError(f"{cls.__name__} has LightningModule before LionMixin: write LionMixin, LightningModule")
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over named groups, and its schedule, which advances once an optimizer step."""
         module = cast(LightningModule, self)
         factory = self.optimizer_factory
+        if not callable(factory):
+            raise TypeError(
+                f"optimizer_factory is a {type(factory).__name__}, which is not allowed: use an optimizer's class, or "
+                "partial(Lion, **from_adamw(lr=..., weight_decay=...))"
+            )
         steps = total_steps(module.trainer)
         optimizer = factory(parameter_groups(module, _weight_decay(factory)))
         if self.weight_decay_timescale is not None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -14,6 +15,16 @@ from lion_lightning.errors import ConfigError
 
 UNKNOWN_KEY = re.compile(r"Could not (?:override|delete from config\.) '?([\w.@/-]+)|'([\w.@/-]+)' is not in struct")
 UNKNOWN_CHOICE = re.compile(r"(?:Could not find|Cannot find primary config|Could not load) '([\w./-]+)/([\w.-]+)'")
+
+OTHER_NAMES = {
+    "learning_rate": "lr", "wd": "weight_decay", "decay": "weight_decay", "beta1": "betas", "beta2": "betas",
+    "bs": "batch_size", "epochs": "max_epochs", "num_train_epochs": "max_epochs", "steps": "max_steps",
+    "gradient_accumulation_steps": "accumulate_grad_batches", "max_grad_norm": "gradient_clip_val",
+    "bf16": "precision", "fp16": "precision", "amp": "precision", "device": "accelerator", "gpus": "devices",
+    "warmup": "warmup_steps", "output_dir": "run_dir", "optimizer": "optim", "dataset": "data", "scheduler": "schedule",
+}  # fmt: skip
+"""What other trainers call some of our settings."""
+FLAGS_WITHOUT_VALUE = ("-m", "--multirun", "--run", "-r", "--resolve", "--help", "-h", "--hydra-help")
 
 
 def check_arguments(arguments: Sequence[str], config: Path) -> None:
@@ -24,7 +35,8 @@ def check_arguments(arguments: Sequence[str], config: Path) -> None:
         config: the folder with train.yaml and its groups.
 
     Raises:
-        ConfigError: a setting with dashes, a `tuned` file that does not exist, or `resume=auto` without a folder.
+        ConfigError: a setting with dashes or that cannot be read, a `tuned` file that does not exist, or `resume=auto`
+            without a folder.
     """
     groups = {entry.stem for entry in config.iterdir()}
     keys = {str(key) for key in OmegaConf.load(config / "train.yaml")}
@@ -34,6 +46,8 @@ def check_arguments(arguments: Sequence[str], config: Path) -> None:
         if argument.startswith("--") and name.split(".")[0] in groups | keys:
             value = value if equals else next(iter(arguments[position + 1 :]), "VALUE")
             raise ConfigError(f"{argument}: settings have no dashes; write {name}={value}")
+        if not argument.startswith("-") and (position == 0 or _may_follow(arguments[position - 1])):
+            _check_syntax(argument, config)
         if name.lstrip("+") == "tuned" and not extends:
             _check_tuned(value, config / "tuned")
     settings = {argument.partition("=")[0].lstrip("+") for argument in arguments}
@@ -41,6 +55,26 @@ def check_arguments(arguments: Sequence[str], config: Path) -> None:
         raise ConfigError(
             "resume=auto continues the newest checkpoint of run_dir, and without run_dir=FOLDER every run has a new one"
         )
+
+
+def _may_follow(argument: str) -> bool:
+    """Whether the next argument is a setting, and not the value of a flag."""
+    return not argument.startswith("-") or "=" in argument or argument in FLAGS_WITHOUT_VALUE
+
+
+def _check_syntax(argument: str, config: Path) -> None:
+    """Refuses a setting that is not `key=value` as Hydra reads it, with the setting's name, which Hydra leaves out."""
+    name, equals, value = argument.partition("=")
+    if not equals and not argument.startswith("~"):
+        groups = sorted(file.parent.name for file in config.glob(f"*/{argument}.yaml"))
+        meant = f"; did you mean {groups[0]}={argument}?" if groups else ", such as 'data.path=my folder'"
+        raise ConfigError(f"{argument}: a setting is key=value without spaces, or with quotes around it{meant}")
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException as error:
+        if any(value.count(pair[0]) != value.count(pair[1]) for pair in ("[]", "{}", "()")):
+            raise ConfigError(f"{argument}: a bracket is not closed, or not opened") from error
+        raise ConfigError(f"{argument}: the value needs quotes of its own: '{name}=\"{value}\"'") from error
 
 
 def _check_tuned(value: str, folder: Path) -> None:
@@ -63,7 +97,17 @@ def suggestion(error: Exception, config: Path) -> str:
     if found := UNKNOWN_CHOICE.search(text):
         return _meant(found[2], [file.stem for file in (config / found[1]).glob("*.yaml")])
     if found := UNKNOWN_KEY.search(text):
-        return _meant(found[1] or found[2], known_keys(config))
+        name = found[1] or found[2]
+        group, _, key = name.partition(".")
+        known = known_keys(config)
+        if name not in known or not (config / group).is_dir():
+            return _meant(name, known)
+        # The key is right, the choice is not; or the choice has it further down, where it is no reference to the key.
+        owners = [file.stem for file in sorted((config / group).glob("*.yaml")) if _has(file, key)]
+        below = [other for other in known if re.fullmatch(rf"{group}\.\w+\.{key}", other)]
+        below = [other for other in below if "${" not in "".join(_explanation(other, config))]
+        told = f"; did you mean {' or '.join(below)}?" if below else ""
+        return f": the chosen {group} has no such setting; with it: {group}={'|'.join(owners)}{told}"
     return ""
 
 
@@ -105,6 +149,10 @@ def _first_comment(file: Path) -> str:
     return next(comments, "")
 
 
+def _has(file: Path, key: str) -> bool:
+    return "@package _global_" not in file.read_text(encoding="utf-8") and bool(_line_of(file, key.split(".")))
+
+
 def _line_of(file: Path, path: Sequence[str]) -> str:
     """The line of a nested key, its own comment included; empty if the file has none."""
     above: list[tuple[int, str]] = []
@@ -144,7 +192,7 @@ def _flat(settings: Mapping[Any, Any], above: str = "") -> Iterator[str]:
 def _meant(name: str, known: Iterable[str]) -> str:
     """`; did you mean ...?` for up to three names of `known`: similar ones of the same group, or the same in others."""
     group, _, last = name.rpartition(".")
-    others = list(known)
+    others, last = list(known), OTHER_NAMES.get(last, last)
     siblings = {key.rpartition(".")[2]: key for key in others if key.rpartition(".")[0] == group}
     near = [siblings[key] for key in difflib.get_close_matches(last, siblings, n=3, cutoff=0.6)]
     near += [key for key in others if key.rpartition(".")[2] == last]

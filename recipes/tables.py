@@ -78,8 +78,8 @@ def read_table(file: Path, columns: Columns, by_name: bool = True) -> Iterator[R
         if missing:
             raise ConfigError(
                 f"{file}: there is no column {', '.join(missing)}; there are {', '.join(map(str, header)) or 'none'} "
-                "(the first line of a table names its columns; data.text_column, data.second_text_column and "
-                "data.label_column choose among them)"
+                "(the first line of a table names its columns; data.source.text_column, "
+                "data.source.second_text_column and data.source.label_column choose among them)"
             )
         text, label = header.index(columns.text), header.index(columns.label)
         second = header.index(columns.second) if columns.second else None

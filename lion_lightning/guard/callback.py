@@ -138,8 +138,8 @@ class LionGuard(Callback):
             ("warmup_steps", warmup_steps or 0),
             ("telemetry_every", telemetry_every),
         ):
-            if value < 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be at least 0, got {value!r}")
         choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             ("on_small_batch", on_small_batch, ON_SMALL_BATCH),
             ("manual_optimization", manual_optimization, ("watch", "act")),
@@ -179,7 +179,7 @@ class LionGuard(Callback):
         self._lion_metrics: dict[str, float] = {}
         self._latest = Reading()
         self._samples = self._micro_samples = 0
-        self._stepped = self._loss_compares = False
+        self._stepped = self._loss_compares = self._was_small = False
 
     @property
     def events(self) -> list[Event]:
@@ -345,7 +345,8 @@ class LionGuard(Callback):
             return
         self._stepped = False
         self._read_telemetry(trainer)
-        if self.batch.is_small:
+        was_small, self._was_small = self._was_small, self.batch.is_small
+        if was_small and self._was_small:  # one alone is the rest of an epoch
             self._report_once(trainer, "batch_size", self.batch.advice())
         # Each step of a trial that fails is lost, so its loss is waited for.
         self._react(trainer, flush=self.recovery.trial is not None)

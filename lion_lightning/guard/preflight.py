@@ -33,6 +33,8 @@ SHORT_RUN_STEPS = 1000
 """Runs of up to so many steps are trials: they tolerate a higher rate, and their decay is judged as if they were this
 long."""
 BETA1_RANGE, BETA2_RANGE = (0.8, 0.99), (0.9, 0.9999)
+NO_WARMUP_STEPS = 10
+"""A shorter run has no step to warm up in, of the 10 % that the guard takes at most."""
 HALF_SPACING_BF16 = 2.0**-9
 """Half the distance of neighbouring bf16 numbers, relative to their size (at its largest)."""
 
@@ -107,6 +109,8 @@ def turnover(optimizer: Optimizer) -> float:
 
 
 def _lr(optimizer: Optimizer, run: RunSettings) -> Finding | None:
+    if not any(_peak(group) for group in optimizer.param_groups):
+        return Finding("lr", "lr=0: no weight will move; set a rate above 0")
     value = turnover(optimizer)
     limit = TRIAL_STEP_LIMIT if run.total_steps <= SHORT_RUN_STEPS else STEP_LIMIT
     if value <= limit:
@@ -136,7 +140,7 @@ def _adamw_numbers(group: dict[str, Any]) -> Finding | None:
 
 def _decay(optimizer: Optimizer, run: RunSettings) -> Finding | None:
     pairs = [(_peak(group), group["weight_decay"]) for group in optimizer.param_groups if group["weight_decay"] > 0]
-    if not pairs:
+    if not pairs or not max(pairs)[0]:
         return None
     lr, decay = max(pairs)
     if lr * decay > 0.1:
@@ -156,7 +160,7 @@ def _decay(optimizer: Optimizer, run: RunSettings) -> Finding | None:
 
 def _warmup(optimizer: Optimizer, run: RunSettings) -> Finding | None:
     starts_high = any(float(group["lr"]) > 0.5 * _peak(group) for group in optimizer.param_groups)
-    if run.warmup_steps > 0 or not starts_high:
+    if run.warmup_steps > 0 or not starts_high or run.total_steps < NO_WARMUP_STEPS:
         return None
     return Finding(
         "warmup",

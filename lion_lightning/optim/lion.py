@@ -104,7 +104,7 @@ class Lion(Optimizer):
     ) -> None:
         defaults = dict(
             lr=lr,
-            betas=tuple(betas),
+            betas=tuple(betas) if hasattr(betas, "__iter__") else betas,  # one number: refused by its name below
             weight_decay=weight_decay,
             weight_bits=weight_bits,
             momentum_dtype=group_options.momentum_dtype(momentum_dtype),

@@ -121,6 +121,11 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"trainer.precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ConfigError(f"seed must be a whole number in [0, 2**32), got {seed!r}")
+    clip, export = cfg.trainer.gradient_clip_val, cfg.export
+    if clip is not None and not (isinstance(clip, int | float) and 0 <= clip < math.inf):
+        raise ConfigError(f"trainer.gradient_clip_val must be a number of at least 0 or null, got {clip!r}")
+    if not isinstance(export, bool):
+        raise ConfigError(f"export must be true or false, got {export!r}")
     gpus, cpus = torch.cuda.device_count(), os.cpu_count() or 1
     counts = {"gpu": gpus, "cuda": gpus, "mps": int(torch.backends.mps.is_available()), "cpu": cpus}
     counts["auto"] = gpus or counts["mps"] or cpus
@@ -130,8 +135,10 @@ def check(cfg: DictConfig) -> None:
     available = counts[accelerator]
     if not available:
         raise ConfigError(f"trainer.accelerator={accelerator}: this machine has none; try auto or cpu")
-    if isinstance(devices, int) and not 1 <= devices <= available:
+    if devices != "auto" and not (isinstance(devices, int) and 1 <= devices <= available):
         raise ConfigError(f"trainer.devices={devices}: accelerator={accelerator} has 1 to {available} here")
+    if precision == "16-mixed" and (accelerator == "cpu" or (accelerator == "auto" and not (gpus or counts["mps"]))):
+        raise ConfigError("trainer.precision=16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true")
     multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     started_outside = "LOCAL_RANK" in os.environ or os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
     if multirun and devices != 1 and not started_outside:

@@ -75,7 +75,8 @@ def run(cfg: DictConfig, more_callbacks: Sequence[pl.Callback] = ()) -> float:
             started = time.perf_counter()
             with checkpoint.resuming():
                 trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
-            took = duration(time.perf_counter() - started, trainer.global_step, throughput.measured(trainer))
+            steps = trainer.global_step - checkpoint.first_step
+            took = duration(time.perf_counter() - started, steps, throughput.measured(trainer))
             if trainer.is_global_zero:
                 # Under FSDP2 this rank has only its shard of the module that was trained.
                 whole = build_module(cfg, data) if isinstance(trainer.strategy, ShardedStrategy) else module

@@ -133,6 +133,10 @@ class ImageFiles:
     def _find_files(self) -> None:
         if not self.path.exists():
             raise ConfigError(f"data.path={self.path}: there is no such file or folder")
+        if self.path.is_file() and self.path.suffix.lower() != ".parquet":
+            raise ConfigError(
+                f"data.path={self.path} is no .parquet file; give that, or a folder with one folder of images per class"
+            )
         self.folder = self.path if self.path.is_dir() else self.path.parent
         self.found = list_files(self.path) if self.path.is_dir() else [self.path]
         hidden = {file for file in self.found if is_hidden(file, self.folder)}

@@ -18,6 +18,7 @@ from recipes.files import one_line
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_CHARACTERS = 500  # rarer ones become [UNK]; each takes two places of the vocabulary
+HUGGING_FACE_FILES = ("config.json", "*token*", "*vocab*", "*.model")
 UNUSED = re.compile(r"\[unused\d+\]")  # places that BERT's and ModernBERT's vocabularies keep free
 CONTINUES, BEGINS = (
     "##",
@@ -122,12 +123,18 @@ def existing(setting: str, place: str) -> str:
         ConfigError: it can only be meant as a folder, and there is none.
     """
     folder = Path(place).expanduser()
+    by_default = "; data.tokenizer is model.pretrained by default" if setting == "data.tokenizer" else ""
     if folder.is_dir():
+        if not any(any(folder.glob(name)) for name in HUGGING_FACE_FILES):
+            inside = f", but {place}/export is one" if (folder / "export").is_dir() else ""
+            raise ConfigError(
+                f"{setting}={place} cannot be opened: no export, nor a Hugging Face folder{inside}{by_default}"
+            )
         return str(folder)
     if folder.exists():
         raise ConfigError(f"{setting}={place} is a file; give the folder it is in")
     if place.count("/") > 1 or place.startswith((".", "~", "/")):
-        raise ConfigError(f"{setting}={place}: there is no such folder")
+        raise ConfigError(f"{setting}={place}: there is no such folder{by_default}")
     return place
 
 

@@ -179,7 +179,7 @@ def _classes(train: Sequence[str], val: Sequence[str], declared: Sequence[str] |
     if len(found) > MAX_CLASSES:
         raise ConfigError(
             f"data: {len(found):,} different labels in {len(train):,} rows, over {MAX_CLASSES:,}; a value to predict "
-            "needs data.regression=true"
+            "needs data.source.regression=true"
         )
     check_names(found + validated)
     if declared is not None and (other := [name for name in found if name not in declared]):
@@ -192,10 +192,19 @@ def _classes(train: Sequence[str], val: Sequence[str], declared: Sequence[str] |
     strange = validated.keys() - found.keys()
     if strange:
         shown = ", ".join(f"{name!r} ({validated[name]} rows)" for name in sorted(strange)[:SHOWN])
-        raise ConfigError(f"data: {len(strange)} labels of validation are in no training row: {shown}")
+        hint = "; values to predict need data.source.regression=true" if _are_values(strange) else ""
+        raise ConfigError(f"data: {len(strange)} labels of validation are in no training row: {shown}{hint}")
     if declared is not None:
         return tuple(declared)
     return tuple(sorted(found, key=lambda name: (not is_number(name), int(name) if is_number(name) else 0, name)))
+
+
+def _are_values(names: Iterable[str]) -> bool:
+    """Whether names of classes are numbers, and not all whole."""
+    try:
+        return not all(float(name).is_integer() for name in names)
+    except (ValueError, OverflowError):
+        return False
 
 
 class TextSource(Protocol):

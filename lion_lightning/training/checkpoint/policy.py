@@ -116,7 +116,11 @@ def resolve(resume: str | None, folder: Path) -> Path | None:
     except ValueError as error:
         raise ConfigError(f"resume={error}") from error
     if not path.exists():
-        raise ConfigError(f"resume={resume}: there is no such checkpoint file")
+        raise ConfigError(f"resume={resume}: there is no such checkpoint file; auto is the newest one of run_dir")
+    if path.is_dir() and step_files(path / "checkpoints"):
+        raise ConfigError(f"resume={resume} is the folder of a run: run_dir={resume} resume=auto goes on with it")
+    if path.is_dir() and not (path / ".metadata").is_file():
+        raise ConfigError(f"resume={resume} is a folder that holds no checkpoint; name the .ckpt itself")
     return path
 
 
@@ -194,8 +198,10 @@ class RunCheckpoint(Checkpoint):
         self.best_score: float | None = None
         self.best_step: int | None = None
         self._io = DurableCheckpointIO()  # from `setup` on, that of the Trainer
+        self.first_step = 0
+        """Optimizer steps before this process began: those of the checkpoint that it resumed from."""
         self._step = self._saved_step = 0
-        self._has_begun = self._validation_due = self._warned_unhealthy = False
+        self._has_begun = self._validation_due = self._warned_unhealthy = self._warned_monitor = False
         self._restored: dict[str, int] = {}  # optimizers and schedules in the checkpoint
 
     @override
@@ -244,7 +250,7 @@ class RunCheckpoint(Checkpoint):
                 raise ValueError(f"{name}: {self._restored[name]} in the checkpoint, {len(ours)} in this run")
         self._has_begun = True
         self.stop.install()
-        self._step = trainer.global_step
+        self._step = self.first_step = trainer.global_step
         self._saved_step = self._step if step_path(self.folder, self._step).exists() else -1
         self._saved_at = time.monotonic()
         if trainer.is_global_zero and self.best_step is not None:
@@ -314,7 +320,9 @@ class RunCheckpoint(Checkpoint):
         self._validation_due = validation_due
         saved = self._saved_step == trainer.global_step or self._save(trainer)
         what = (
-            f"saved in {self.folder}; resume=auto goes on" if saved else "not saved, because the guard reports a fault"
+            f"saved in {self.folder}; resume=auto goes on with run_dir={self.folder.parent}"
+            if saved
+            else "not saved, because the guard reports a fault"
         )
         raise TrainingInterrupted(f"stopped by signal {signum} after step {trainer.global_step}: {what}", signum)
 
@@ -326,6 +334,10 @@ class RunCheckpoint(Checkpoint):
 
     def _is_best(self, trainer: Trainer) -> bool:
         if self.monitor is None or self.monitor not in trainer.callback_metrics:
+            if self.monitor is not None and not self._warned_monitor and trainer.is_global_zero:
+                self._warned_monitor = True
+                names = ", ".join(sorted(name for name in trainer.callback_metrics if "/" in name))
+                log.warning("%s is not measured, so no checkpoint is the best; measured are %s", self.monitor, names)
             return False
         score = float(trainer.callback_metrics[self.monitor])
         if not math.isfinite(score) or not self._is_healthy(trainer):
