@@ -188,9 +188,9 @@ class Lion(Optimizer):
     @_disable_dynamo  # engines work on addresses, so a compiled training step calls them uncompiled
     def _apply_gradients(self) -> None:
         """Collects what has a gradient, chooses an engine for each update, runs them, and counts the step."""
-        settings, self._step_settings = self._step_settings, {}
+        settings, is_begun = self._step_settings, bool(self._places)
+        self._step_settings, self._places = {}, {}
         entries = [entry for entry in self._entries() if entry[0].grad is not None]
-        is_begun = bool(settings)
         self._prepare(entries, settings)
         if not is_begun:
             self._telemetry.begin_step()
@@ -214,7 +214,7 @@ class Lion(Optimizer):
         Raises:
             ValueError: as `step`.
         """
-        if not self._step_settings:
+        if not self._places:
             self._places = {entry[0]: entry for entry in self._entries()}
             self._telemetry.begin_step()
         entries = [self._places[param]]
