@@ -5,10 +5,9 @@ Idea: Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limi
 torch's tutorial on `register_post_accumulate_grad_hook`.
 """
 
-import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType, TracebackType
 from typing import Any, TypeAlias
@@ -97,7 +96,9 @@ class Release:
         self._begun = self._inside_step = self._in_backward = False
         self._hooked: set[Tensor] = set()
         self._lock = threading.RLock()
-        self._active = True
+        self.active = True
+        """Whether it has not been removed."""
+        self._pre_hooks = optimizer._optimizer_step_pre_hooks
         self._replace_step()
         self._handles: list[Any]
         if isinstance(model, DistributedDataParallel):
@@ -106,16 +107,11 @@ class Release:
             self._handles = [model.register_forward_pre_hook(self._before_forward)]
             self._hook_trainable()
 
-    @property
-    def active(self) -> bool:
-        """Whether it has not been removed."""
-        return self._active
-
     def remove(self) -> None:
         """Returns to ordinary steps; the next `optimizer.step()` ends an iteration that has begun."""
-        if not self._active:
+        if not self.active:
             return
-        self._active = False
+        self.active = False
         for handle in self._handles:
             handle.remove()
         attributes = vars(self._optimizer)
@@ -167,10 +163,6 @@ class Release:
         for param in self._stepped:
             param.grad = None
 
-    @property
-    def _pre_hooks(self) -> dict[int, Any]:
-        return self._optimizer._optimizer_step_pre_hooks
-
     def _before_forward(self, model: nn.Module, _: Any) -> None:
         if DistributedDataParallel._get_active_ddp_module() is not None:
             raise RuntimeError(
@@ -217,13 +209,19 @@ class Release:
 
     def _end(self, closure: Closure | None, grad_scaler: Any) -> Any:
         """Ends the iteration by the optimizer's own step, in which no parameter of the model has a gradient."""
+        hidden: list[tuple[dict[int, Any], dict[int, Any]]] = []
         try:
             if self._begun:
                 self._refuse_changes(grad_scaler)
+                # The pre-hooks ran when the iteration began. Handles refer to their dicts, which are emptied therefore.
+                hidden = [(hooks, dict(hooks)) for hooks in (_global_optimizer_pre_hooks, self._pre_hooks)]
+                for hooks, _ in hidden:
+                    hooks.clear()
             self._inside_step = True
-            with self._without_pre_hooks() if self._begun else contextlib.nullcontext():
-                return self._ordinary_step() if closure is None else self._ordinary_step(closure)
+            return self._ordinary_step() if closure is None else self._ordinary_step(closure)
         finally:
+            for hooks, kept in hidden:
+                hooks.update(kept)
             self._begun = self._inside_step = False
             self._stepped.clear()
 
@@ -239,18 +237,6 @@ class Release:
                 "the learning rate changed between backward and optimizer.step(), but release_gradients has stepped "
                 "inside backward: set the learning rate before backward"
             )
-
-    @contextlib.contextmanager
-    def _without_pre_hooks(self) -> Iterator[None]:
-        """Removes the pre-hooks, which ran when the iteration began, from their dicts, to which handles refer."""
-        hidden = [(hooks, dict(hooks)) for hooks in (_global_optimizer_pre_hooks, self._pre_hooks)]
-        for hooks, _ in hidden:
-            hooks.clear()
-        try:
-            yield
-        finally:
-            for hooks, kept in hidden:
-                hooks.update(kept)
 
 
 def _known_rate(group: dict[str, Any]) -> float | None:
@@ -309,9 +295,8 @@ def _step_in_buckets(model: DistributedDataParallel, release: Release) -> _Bucke
                 "leave it at its default"
             )
     if model not in _hooked:
-        buckets = _Buckets(model.process_group)
-        model.register_comm_hook(buckets, _reduce_and_step)
-        _hooked[model] = buckets
+        _hooked[model] = _Buckets(model.process_group)
+        model.register_comm_hook(_hooked[model], _reduce_and_step)
     _hooked[model].release = release
     return _hooked[model]
 

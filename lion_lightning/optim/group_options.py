@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,26 +11,11 @@ from torch.nn.parameter import is_lazy
 
 from lion_lightning.optim import layout
 
-OPTIONS = (
-    "lr",
-    "betas",
-    "weight_decay",
-    "weight_bits",
-    "momentum_dtype",
-    "cautious",
-    "cautious_decay",
-    "maximize",
-    "nonfinite",
-    "fused",
-    "seed",
-)
 CHOICES: dict[str, tuple[object, ...]] = {
     "weight_bits": (32, 24, 16),
     "nonfinite": ("skip", "propagate"),
     "fused": (None, True, False),
-    "cautious": (True, False),
-    "cautious_decay": (True, False),
-    "maximize": (True, False),
+    **dict.fromkeys(("cautious", "cautious_decay", "maximize"), (True, False)),
 }
 MOMENTUM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 EXTREME_RATE = 0.1
@@ -58,7 +43,7 @@ def check(group: Mapping[str, Any]) -> None:
     """Checks the options of a group. The values of tensors on an accelerator are not read, which would synchronise.
 
     Args:
-        group: has every option of `OPTIONS`; `step` and other keys are optional.
+        group: has every option of `Lion`; `step` and other keys are optional.
 
     Raises:
         ValueError: an option is out of range; names it, its value and what is allowed.
@@ -90,15 +75,19 @@ def check(group: Mapping[str, Any]) -> None:
         raise ValueError(f"step={step!r} is not allowed: use a whole number from 0 to 2**63 - 1")
 
 
-def check_names(group: Mapping[str, Any]) -> None:
+def check_names(group: Mapping[str, Any], options: Collection[str]) -> None:
     """Refuses keys of a parameter group that resemble the name of an option; others may have any name.
+
+    Args:
+        group: as a user gives it.
+        options: names of the options.
 
     Raises:
         ValueError: names the key and the option it resembles.
     """
     for key in group:
-        likeness = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.8)
-        if likeness and key not in OPTIONS:
+        likeness = difflib.get_close_matches(key, options, n=1, cutoff=0.8)
+        if likeness and key not in options:
             raise ValueError(f"parameter group option {key!r} is unknown: did you mean {likeness[0]!r}?")
 
 
@@ -151,6 +140,14 @@ def check_grad(grad: Tensor, param: Tensor) -> None:
     if grad.shape != param.shape or grad.device != param.device:
         found, allowed = (f"{tuple(tensor.shape)} on {tensor.device}" for tensor in (grad, param))
         raise ValueError(f"gradient of shape {found} is not allowed: use {allowed}")
+
+
+def saved(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group as a checkpoint keeps it: plain numbers and names, and no `fused`, which is the machine's."""
+    dtype = momentum_dtype(group["momentum_dtype"])
+    options = {key: value if key == "params" else plain(value) for key, value in group.items()}
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    return {**options, "fused": None, "step": int(group["step"]), "momentum_dtype": name}
 
 
 def plain(value: Any) -> Any:

@@ -8,7 +8,6 @@ flashoptim 0.1.4.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lion_lightning.optim import layout
-from lion_lightning.optim.state import remainder_of
 
 StateDict = Mapping[str, Any]
 Entry = Mapping[str, Any]
@@ -38,13 +36,12 @@ class Moments(NamedTuple):
     """Maps the bf16 weight to the fp32 number that the peer keeps; None where it keeps bf16 alone."""
 
 
-@dataclass(frozen=True)
-class Peer:
+class Peer(NamedTuple):
     """One implementation: the reader of a parameter's state, and what its group options mean to Lion."""
 
     moments: Callable[[Entry, Entry], Moments]
     """(parameter's state, its group) -> momentum and weight."""
-    names: Mapping[str, str]
+    names: Mapping[str, str] = {}
     """Its option names -> ours, beside lr, betas and weight_decay."""
     refused: tuple[str, ...] = ()
     """Options that Lion cannot represent; a value other than None, False or 0 is an error."""
@@ -130,13 +127,13 @@ def _required(state: Entry, key: str) -> Tensor:
 
 
 PEERS: dict[str, Peer] = {
-    "lion-pytorch": Peer(_plain, {}),
+    "lion-pytorch": Peer(_plain),
     "timm": Peer(_plain, {"caution": "cautious", "maximize": "maximize"}, refused=("corrected_weight_decay",)),
     "pytorch_optimizer": Peer(_plain, {"cautious": "cautious"}, refused=("fixed_decay", "use_gc", "adanorm")),
-    "bitsandbytes": Peer(_bitsandbytes, {}),
-    "deepspeed": Peer(_deepspeed, {}),
-    "optimi": Peer(_optimi, {}),
-    "flashlion": Peer(_flashlion, {}),
+    "bitsandbytes": Peer(_bitsandbytes),
+    "deepspeed": Peer(_deepspeed),
+    "optimi": Peer(_optimi),
+    "flashlion": Peer(_flashlion),
 }
 
 
@@ -199,10 +196,9 @@ def read(path: str | os.PathLike[str]) -> Any:
     Raises:
         ValueError: the path is a URL, there is no file, or it contains anything else.
     """
-    if "://" in str(path):
-        raise ValueError(f"path={str(path)!r} is not allowed: use a local file; nothing is downloaded")
-    if not Path(path).is_file():
-        raise ValueError(f"path={str(path)!r} is not allowed: there is no such file")
+    if "://" in str(path) or not Path(path).is_file():
+        reason = "use a local file; nothing is downloaded" if "://" in str(path) else "there is no such file"
+        raise ValueError(f"path={str(path)!r} is not allowed: {reason}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's reader raises almost anything at a broken file
@@ -390,6 +386,11 @@ def _entry(
     if weight is None or weight.dtype != torch.bfloat16:
         given = "no weights were given" if weight is None else f"the weight is {weight.dtype}"
         raise ValueError(f"{name}: the state compensates a bfloat16 weight, but {given}; allowed is that weight")
-    full = moments.full_weight(weight.detach())
-    state["weight_remainder"] = remainder_of(full, weight.detach())
+    # A number halfway between two bf16 numbers, of which round-half-even may have stored the lower, loses one fp32 bit.
+    # All others are exact. The remainder of a number that is not finite is 0.
+    stored = weight.detach()
+    full = moments.full_weight(stored)
+    low = full.float().view(torch.int32).to(torch.int64) - (stored.view(torch.int16).to(torch.int64) << 16)
+    low = torch.where(full.isfinite() & (full.sign() * stored.sign() >= 0), low, 0)
+    state["weight_remainder"] = low.clamp(-(2**15), 2**15 - 1).to(torch.int16)
     return state

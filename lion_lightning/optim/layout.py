@@ -46,24 +46,14 @@ def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one range of memory, in any order of dimensions, without lazy negation."""
     if tensor.is_neg():
         return False
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return True
+    # torch keeps the strides of dense tensors, and of no others.
+    return tensor.is_contiguous() or same_layout(tensor, torch.empty_like(tensor, device="meta"))
 
 
 def same_layout(tensor: Tensor, other: Tensor) -> bool:
-    """Whether two dense tensors have the same shape and order of elements in memory."""
-    if tensor.shape != other.shape:
-        return False
-    if tensor.stride() == other.stride():
-        return True
+    """Whether two tensors have the same shape and order of elements in memory."""
+    if tensor.shape != other.shape or tensor.stride() == other.stride():
+        return tensor.shape == other.shape
     pairs = zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
     return all(size == 1 or left == right for size, left, right in pairs)
 

@@ -3,8 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,31 +20,10 @@ ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tens
 Group = dict[str, Any]
 
 
-class _Entry(NamedTuple):
-    """A parameter, the number of its group, and its own number over all groups."""
-
-    param: Tensor
-    group: int
-    position: int
-
-
-@dataclass
-class _Pass:
-    """What the updates of one step share."""
-
-    settings: dict[tuple[int, torch.device], Settings | None] = field(default_factory=dict)
-    """Settings of each group on each device; None where the host knows that the step is skipped."""
-    entries: dict[Tensor, _Entry] = field(default_factory=dict)
-    """Of every parameter, if `step_param` began the step."""
-
-
-class _Work(NamedTuple):
-    """Updates that are ready to run."""
-
-    updates: list[tuple[Engine, TensorUpdate]]
-    params: list[Tensor]
-    copies: list[tuple[Tensor, Tensor]]
-    """(parameter with gaps in memory, dense copy that is updated in its place)."""
+Entry = tuple[Tensor, int, int]
+"""A parameter, the number of its group, and its own number over all groups."""
+StepSettings = dict[tuple[int, torch.device], Settings | None]
+"""Settings of each group on each device in one step; None where the host knows that the step is skipped."""
 
 
 class Lion(Optimizer):
@@ -116,14 +94,15 @@ class Lion(Optimizer):
             seed=seed,
         )
         group_options.check(defaults)
-        self._pass: _Pass | None = None
+        self._step_settings: StepSettings = {}
+        self._places: dict[Tensor, Entry] = {}
         self._nonfinite: dict[torch.device, Tensor] = {}
         self._telemetry = Telemetry()
         super().__init__(params, defaults)
 
     @override
     def add_param_group(self, param_group: Group) -> None:
-        group_options.check_names(param_group)
+        group_options.check_names(param_group, self.defaults)
         group = {**self.defaults, "step": 0, **param_group}
         group_options.check(group)
         group["momentum_dtype"] = group_options.momentum_dtype(group["momentum_dtype"])
@@ -142,7 +121,7 @@ class Lion(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_nonfinite", {})
         self.__dict__.setdefault("_telemetry", Telemetry())
-        self._pass = None
+        self._step_settings, self._places = {}, {}
         self.defaults.pop("differentiable", None)  # torch sets it, and Lion has no such option
         for group in self.param_groups:
             group.setdefault("step", 0)
@@ -208,17 +187,18 @@ class Lion(Optimizer):
 
     @_disable_dynamo  # engines work on addresses, so a compiled training step calls them uncompiled
     def _apply_gradients(self) -> None:
-        """Collects the updates and chooses an engine for each, runs them, and counts the step."""
-        begun, self._pass = self._pass, None
-        shared = begun or _Pass()
-        work = self._collect([entry for entry in self._entries() if entry.param.grad is not None], shared)
-        if begun is None:
+        """Collects what has a gradient, chooses an engine for each update, runs them, and counts the step."""
+        settings, is_begun = self._step_settings, bool(self._places)
+        self._step_settings, self._places = {}, {}
+        entries = [entry for entry in self._entries() if entry[0].grad is not None]
+        self._prepare(entries, settings)
+        if not is_begun:
             self._telemetry.begin_step()
-        self._run(work)
+        self._run(entries, settings)
         self._telemetry.end_step()
         for number, group in enumerate(self.param_groups):
-            used = [settings for (owner, _), settings in shared.settings.items() if owner == number]
-            self._count_step(group, next((settings for settings in used if settings is not None), None))
+            used = (each for (owner, _), each in settings.items() if owner == number and each is not None)
+            self._count_step(group, next(used, None))
 
     @torch.no_grad()
     def step_param(self, param: Tensor) -> None:
@@ -234,56 +214,57 @@ class Lion(Optimizer):
         Raises:
             ValueError: as `step`.
         """
-        if self._pass is None:
-            self._pass = _Pass(entries={entry.param: entry for entry in self._entries()})
+        if not self._places:
+            self._places = {entry[0]: entry for entry in self._entries()}
             self._telemetry.begin_step()
-        self._run(self._collect([self._pass.entries[param]], self._pass))
+        entries = [self._places[param]]
+        self._prepare(entries, self._step_settings)
+        self._run(entries, self._step_settings)
 
-    def _entries(self) -> list[_Entry]:
-        """Every parameter with its numbers."""
+    def _entries(self) -> list[Entry]:
         pairs = ((param, number) for number, group in enumerate(self.param_groups) for param in group["params"])
-        return [_Entry(*pair, index) for index, pair in enumerate(pairs)]
+        return [(*pair, index) for index, pair in enumerate(pairs)]
 
-    def _collect(self, entries: list[_Entry], shared: _Pass) -> _Work:
-        """Checks everything, then prepares the state of parameters, flattens them and chooses their engines."""
+    def _prepare(self, entries: list[Entry], settings: StepSettings) -> None:
+        """Checks everything, completes `settings`, and only then prepares the state of the parameters."""
         unready = []
-        for entry in entries:
-            param, group = entry.param, self.param_groups[entry.group]
+        for param, number, index in entries:
+            group = self.param_groups[number]
             assert param.grad is not None
             try:
                 group_options.check_grad(param.grad, param)
-                if (entry.group, param.device) not in shared.settings:
-                    shared.settings[entry.group, param.device] = self._read_settings(group, param.device)
+                if (number, param.device) not in settings:
+                    settings[number, param.device] = self._read_settings(group, param.device)
                 storage = group["weight_bits"], group_options.momentum_dtype(group["momentum_dtype"])
                 found = self.state.get(param, {})
                 if not state.is_ready(found, param, *storage):
                     state.check(found, param)
                     unready.append((param, storage))
             except ValueError as error:
-                raise ValueError(f"{self._label(entry.position)}: {error}") from None
+                raise ValueError(f"{self._label(index)}: {error}") from None
         for param, storage in unready:
             self.state[param] = state.prepare(self.state[param], param, *storage)
-        work = _Work([], [], [])
-        for param, number, index in entries:
-            settings = shared.settings[number, param.device]
-            if settings is not None:
-                update = layout.tensor_update(param, self.state[param], index, settings, work.copies)
-                work.updates.append((choose(update, self.param_groups[number]["fused"]), update))
-                work.params.append(param)
-        return work
 
-    def _run(self, work: _Work) -> None:
-        """Runs the updates that have elements, by engine and device."""
+    def _run(self, entries: list[Entry], settings: StepSettings) -> None:
+        """Chooses an engine for each update, then runs those that have elements, by engine and device."""
+        copies: list[tuple[Tensor, Tensor]] = []
         batches: dict[tuple[str, torch.device], tuple[Engine, list[TensorUpdate]]] = {}
-        for engine, update in work.updates:
+        written = []
+        for param, number, index in entries:
+            used = settings[number, param.device]
+            if used is None:
+                continue
+            written.append(param)
+            update = layout.tensor_update(param, self.state[param], index, used, copies)
+            engine = choose(update, self.param_groups[number]["fused"])
             if update.param.numel():
-                batches.setdefault((engine.name, update.param.device), (engine, []))[1].append(update)
+                batches.setdefault((engine.name, param.device), (engine, []))[1].append(update)
         for (_, device), (engine, batch) in batches.items():
             if device not in self._nonfinite:
                 self._nonfinite[device] = torch.zeros((), dtype=torch.int64, device=device)
             self._telemetry.run(engine, batch, self._nonfinite[device])
-        torch.autograd.graph.increment_version(work.params)  # engines that write memory do not inform autograd
-        for target, source in work.copies:
+        torch.autograd.graph.increment_version(written)  # engines that write memory do not inform autograd
+        for target, source in copies:
             target.copy_(source)
 
     def _label(self, index: int) -> str:
@@ -300,8 +281,8 @@ class Lion(Optimizer):
             self._has_warned = True
             warnings.warn(group_options.EXTREME_RATE_WARNING.format(lr=lr), stacklevel=2)
         found_inf = _number(self.found_inf, device)
-        if found_inf is not None and not isinstance(found_inf, Tensor):
-            if found_inf != 0:
+        if not isinstance(found_inf, Tensor):
+            if found_inf:
                 return None
             found_inf = None
         grad_scale = _number(self.grad_scale, device)
@@ -354,11 +335,7 @@ class Lion(Optimizer):
             except ValueError as error:
                 raise ValueError(f"{self._label(index)}: {error}") from None
         saved = super().state_dict()
-        for group in saved["param_groups"]:
-            group.update({key: group_options.plain(value) for key, value in group.items() if key != "params"})
-            momentum_dtype = group_options.momentum_dtype(group["momentum_dtype"])
-            name = None if momentum_dtype is None else str(momentum_dtype).removeprefix("torch.")
-            group.update(fused=None, step=int(group["step"]), momentum_dtype=name)
+        saved["param_groups"] = [group_options.saved(group) for group in saved["param_groups"]]
         return saved
 
     @override

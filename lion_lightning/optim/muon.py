@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Muon, Optimizer
 from typing_extensions import override
 
+from lion_lightning.optim import group_options, state
 from lion_lightning.optim.lion import Lion, ParamsT
 
 NOT_MUON = ("embed", "wte", "wpe", "head", "classifier", "decoder")
@@ -88,19 +89,19 @@ class MuonWithLion(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for part in self._parts.values():
-            part.state = self._state_of(part)
+            part.state = self.state
             part.step()
-            self.state.update(part.state)
         return loss
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """As of any torch optimizer; the groups are those of the two optimizers, in the order of `param_groups`."""
+        for param, entry in self.state.items():
+            state.check_gatherable(entry, param)
         saved = super().state_dict()
-        for part in self._parts.values():
-            part.state = self._state_of(part)
-            for position, group in zip(self._positions(part), part.state_dict()["param_groups"], strict=True):
-                saved["param_groups"][position] = {**group, "params": saved["param_groups"][position]["params"]}
+        saved["param_groups"] = [
+            group_options.saved(group) if "weight_bits" in group else group for group in saved["param_groups"]
+        ]
         return saved
 
     @override
@@ -110,6 +111,10 @@ class MuonWithLion(Optimizer):
         Raises:
             ValueError: it is of another optimizer, or its groups have other sizes.
         """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
         groups = state_dict["param_groups"]
         found, allowed = (
             [("muon" if "ns_steps" in group else "other", len(group["params"])) for group in each]
@@ -118,7 +123,7 @@ class MuonWithLion(Optimizer):
         if found != allowed:
             raise ValueError(f"state_dict has groups (kind, number of parameters) {found}; allowed here are {allowed}")
         loaded = list(self.param_groups)
-        state: dict[Tensor, Any] = {}
+        fresh: dict[Tensor, Any] = {}
         for part in (self._parts[kind] for kind in (Lion, Muon) if kind in self._parts):  # Lion checks first
             positions = self._positions(part)
             ids = {key for position in positions for key in groups[position]["params"]}
@@ -128,20 +133,17 @@ class MuonWithLion(Optimizer):
                     "param_groups": [groups[position] for position in positions],
                 }
             )
-            state.update(part.state)
+            fresh.update(part.state)
             for position, group in zip(positions, part.param_groups, strict=True):
                 loaded[position] = group
-        self.__setstate__({"state": type(self.state)(dict, state), "param_groups": loaded})
+        self.__setstate__({"state": type(self.state)(dict, fresh), "param_groups": loaded})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def _positions(self, part: Optimizer) -> list[int]:
         """The numbers that a part's groups have in `param_groups`."""
         ids = [id(group) for group in self.param_groups]
         return [ids.index(id(group)) for group in part.param_groups]
-
-    def _state_of(self, part: Optimizer) -> Any:
-        """State of the parameters of a part; the entries are those of this optimizer, not copies."""
-        params = (param for group in part.param_groups for param in group["params"])
-        return type(self.state)(dict, {param: self.state[param] for param in params if param in self.state})
 
     @override
     def __getstate__(self) -> dict[str, Any]:

@@ -72,36 +72,9 @@ def check(entry: Mapping[str, Any], param: Tensor) -> None:
     Raises:
         ValueError: names the tensor, the value found and the values allowed.
     """
-    for key, dtypes in DTYPES.items():
-        if key not in entry:
-            continue
-        value = entry[key]
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{key} is a {type(value).__name__}, which is not allowed: use a tensor")
-        if nn.parameter.is_lazy(param):
-            raise ValueError(f"{key} is not allowed for a lazy parameter: run the module once, which gives it a shape")
-        if value.layout != torch.strided or value.device.type == "meta":
-            kind = "device meta, without data," if value.device.type == "meta" else f"layout {value.layout}"
-            raise ValueError(f"{key} has {kind}, which is not allowed: use a dense tensor with data")
-        if value.dtype not in dtypes:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise ValueError(f"{key} has dtype {value.dtype}, which is not allowed: use {names}")
-        shape = _scale_shape(param) if key == "exp_avg_scale" else param.shape
-        if value.shape != shape:
-            sharded = " (those of sharded parameters fit the same shards only)" if key == "exp_avg_scale" else ""
-            raise ValueError(f"{key} has shape {tuple(value.shape)}, which is not allowed: use {tuple(shape)}{sharded}")
-        if layout.is_sharded(value) != layout.is_sharded(param):
-            kinds = type(value).__name__, type(param).__name__
-            raise ValueError(
-                f"{key} is a {kinds[0]} beside a parameter of type {kinds[1]}, which is not allowed: load by "
-                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
-            )
-        if key == "exp_avg_scale":
-            is_misplaced = not _has_enough_scales(value, param)
-        else:
-            is_misplaced = layout.is_sharded(value) and layout.local(value).shape != layout.local(param).shape
-        if is_misplaced:
-            raise ValueError(f"{key} is sharded as {value.placements}, which is not allowed: use {param.placements}")  # type: ignore[attr-defined]
+    for key in DTYPES:
+        if key in entry:
+            _check_tensor(key, entry[key], param)
     dtype = entry["exp_avg"].dtype if "exp_avg" in entry else None
     if dtype == torch.int8 and "exp_avg_scale" not in entry:
         raise ValueError(
@@ -117,6 +90,34 @@ def check(entry: Mapping[str, Any], param: Tensor) -> None:
             f"weight_remainder is given with a parameter of {param.dtype}, which is not allowed: use it beside one of "
             "bfloat16 (full_precision_state_dict exports the weights in fp32), or remove it from the state"
         )
+
+
+def _check_tensor(key: str, value: Any, param: Tensor) -> None:
+    """Refuses one tensor of a state."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{key} is a {type(value).__name__}, which is not allowed: use a tensor")
+    if nn.parameter.is_lazy(param):
+        raise ValueError(f"{key} is not allowed for a lazy parameter: run the module once, which gives it a shape")
+    if value.layout != torch.strided or value.device.type == "meta":
+        kind = "device meta, without data," if value.device.type == "meta" else f"layout {value.layout}"
+        raise ValueError(f"{key} has {kind}, which is not allowed: use a dense tensor with data")
+    if value.dtype not in DTYPES[key]:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[key])
+        raise ValueError(f"{key} has dtype {value.dtype}, which is not allowed: use {names}")
+    is_scale = key == "exp_avg_scale"
+    shape = _scale_shape(param) if is_scale else param.shape
+    if value.shape != shape:
+        sharded = " (those of sharded parameters fit the same shards only)" if is_scale else ""
+        raise ValueError(f"{key} has shape {tuple(value.shape)}, which is not allowed: use {tuple(shape)}{sharded}")
+    if layout.is_sharded(value) != layout.is_sharded(param):
+        kinds = type(value).__name__, type(param).__name__
+        raise ValueError(
+            f"{key} is a {kinds[0]} beside a parameter of type {kinds[1]}, which is not allowed: load by "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+        )
+    same_shards = layout.local(value).shape == layout.local(param).shape
+    if not (_has_enough_scales(value, param) if is_scale else same_shards):
+        raise ValueError(f"{key} is sharded as {value.placements}, which is not allowed: use {param.placements}")  # type: ignore[attr-defined]
 
 
 def prepare(
@@ -311,9 +312,7 @@ def _fits(tensor: Tensor, param: Tensor) -> bool:
         return False
     if here.is_contiguous() and weight.is_contiguous():
         return True
-    if not layout.is_dense(weight):
-        return layout.same_layout(here, torch.empty_like(weight, device="meta"))
-    return layout.is_dense(here) and layout.same_layout(here, weight)
+    return layout.same_layout(here, torch.empty_like(weight, device="meta"))  # dense
 
 
 def full_precision_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -385,19 +384,3 @@ def seed_full_precision(model: nn.Module, optimizer: Optimizer, weights: Mapping
                 remainder = torch.zeros_like(target, dtype=dtype, requires_grad=False)
                 optimizer.state[target]["weight_remainder"], low = remainder, layout.local(remainder)
             storage_formats.store_words(words, layout.local(target.detach()), low, bits[target], random)
-
-
-def remainder_of(full: Tensor, weight: Tensor) -> Tensor:
-    """The int16 remainder of fp32 numbers whose bf16 part is given, in their shape.
-
-    A number halfway between two bf16 numbers, of which round-half-even may have stored the lower, loses one fp32 bit.
-    All others are exact. The remainder of a number that is not finite is 0.
-
-    Args:
-        full: fp32 numbers, or fp64 numbers that fp32 can represent.
-        weight: bf16, of the same shape.
-    """
-    words = full.float().view(torch.int32).to(torch.int64)
-    low = words - (weight.view(torch.int16).to(torch.int64) << 16)
-    low = torch.where(full.isfinite() & (full.sign() * weight.sign() >= 0), low, 0)
-    return low.clamp(-(2**15), 2**15 - 1).to(torch.int16)

@@ -89,7 +89,7 @@ class Telemetry:
         settings = update.settings
         weight, momentum = rule.decode(before)
         new_weight, new_momentum = rule.decode(after)
-        grad = rule.unscaled_gradient(before, weight.dtype)
+        grad = before.grad.to(weight.dtype) * rule.gradient_factor(settings, weight.dtype)
         direction = rule.ruled(weight, grad, momentum, settings)[2]
         direction = torch.where(rule.update_mask(grad, settings), direction, 0.0)
         signs = direction.sign().to(torch.int8)
@@ -118,15 +118,12 @@ class Telemetry:
         return _Row(sums, nonfinite, elements, update.kind, settings.weight_decay > 0, last_signs is not None)
 
     def summary(self) -> dict[str, Tensor]:
-        """Metrics of the last sample as tensors of shape () under `lion/`; empty before the first.
+        """See `Lion.telemetry`. Shares are of the elements of this process; the caller reduces over ranks.
 
-        Shares are of the elements of this process, of DTensors those of the local shards, estimated from the observed
-        ones (see `observed_blocks`). The caller reduces over ranks. The ratios of lr and RMS(p) are the alpha_0 of Amos
-        (arXiv:2210.11693).
+        The ratios of lr and RMS(p) are the alpha_0 of Amos (arXiv:2210.11693).
         """
-        if not self._rows:
+        if not (rows := self._rows):
             return {}
-        rows = self._rows
         device = rows[0].sums.device
         means = _means(rows, device)
         metrics = {

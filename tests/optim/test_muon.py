@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,28 @@ def test_a_foreign_state_is_refused_and_changes_nothing() -> None:
         with pytest.raises(ValueError, match="allowed here are"):
             optimizer.load_state_dict(saved)
     assert str(optimizer.state_dict()) == str(before)
+
+
+def test_hooks_on_load_state_dict_run() -> None:
+    """A pre-hook may replace the state dict, as with any optimizer of torch."""
+    model = net()
+    optimizer = optimizer_of(model)
+    advance(model, optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    calls: list[str] = []
+
+    def unpacked(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        calls.append("before")
+        return state_dict["packed"]
+
+    other = optimizer_of(copy.deepcopy(model))
+    other.register_load_state_dict_pre_hook(unpacked)
+    other.register_load_state_dict_post_hook(lambda _: calls.append("after"))
+    other.load_state_dict({"packed": saved})
+    assert calls == ["before", "after"]
+    loaded = other.state_dict()
+    assert loaded["param_groups"] == saved["param_groups"]
+    assert str(sorted(loaded["state"].items())) == str(sorted(saved["state"].items()))
 
 
 def test_bad_options_are_refused() -> None:

@@ -96,7 +96,7 @@ def _step_simply(update: TensorUpdate, scratch: Scratch) -> bool:
 def _step_carefully(update: TensorUpdate, nonfinite: Tensor) -> None:
     """The rule with a mask of the elements that may change, and caution; adds to the count of `nonfinite`."""
     weight, momentum = rule.decode(update)
-    grad = rule.unscaled_gradient(update, weight.dtype)
+    grad = update.grad.to(weight.dtype) * rule.gradient_factor(update.settings, weight.dtype)
     nonfinite += grad.isfinite().logical_not().sum()
     mask = rule.update_mask(grad, update.settings)
     new_weight, new_momentum, _ = rule.ruled(weight, grad, momentum, update.settings)

@@ -133,7 +133,7 @@ def ruled(weight: Tensor, grad: Tensor, momentum: Tensor, settings: Settings) ->
     and p have the same sign, or one is 0 (Chen et al., "Cautious Weight Decay", arXiv:2510.12402).
 
     Args:
-        weight, grad, momentum: before the step, of shape (n,) and one dtype; `grad` as `unscaled_gradient` returns it.
+        weight, grad, momentum: before the step, of shape (n,) and one dtype; `grad` times `gradient_factor`.
         settings: of the parameter's group.
 
     Returns:
@@ -166,21 +166,11 @@ def gradient_factor(settings: Settings, dtype: torch.dtype) -> float | Tensor:
     return sign * torch.tensor(settings.grad_scale, dtype=dtype).reciprocal().item()
 
 
-def unscaled_gradient(update: TensorUpdate, dtype: torch.dtype) -> Tensor:
-    """The gradient to descend along, shape (n,): divided by `grad_scale`, negated to ascend.
-
-    Args:
-        update: its `grad` may have any floating dtype.
-        dtype: of the arithmetic, float32 or float64.
-    """
-    return update.grad.to(dtype) * gradient_factor(update.settings, dtype)
-
-
 def update_mask(grad: Tensor, settings: Settings) -> Tensor:
     """Which elements the step may change: bool of shape (n,).
 
     Args:
-        grad: as `unscaled_gradient` returns it, shape (n,).
+        grad: times `gradient_factor`, shape (n,).
         settings: of the parameter's group.
     """
     mask = grad.isfinite() if settings.skip_nonfinite else torch.ones_like(grad, dtype=torch.bool)
