@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("python", shlex.join(command))
         return 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        codes = pool.map(lambda run: train(*run, threads=1 if options.jobs > 1 else None), runs)
+        codes = pool.map(lambda run: train(run[0], run[1], 1 if options.jobs > 1 else None), runs)
         failed = [run_dir.name for (run_dir, _), code in zip(runs, codes, strict=True) if code]
     keys = {"--by": experiment.by, "--aside": experiment.aside}
     settings = [word for option, names in keys.items() if names for word in (option, ",".join(names))]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -16,8 +16,8 @@ from typing_extensions import override
 
 from lion_lightning.guard import preflight
 from lion_lightning.guard.events import Event, EventLog, TelemetryReader, Trace, metrics, report
-from lion_lightning.guard.preflight import MIN_BATCH_SIZE, ON_SMALL_BATCH, EffectiveBatch, NoiseScale, OnSmallBatch
-from lion_lightning.guard.recovery import ON_DIVERGENCE, OnDivergence, Recovery, Remedy, Treated, Trial
+from lion_lightning.guard.preflight import MIN_BATCH_SIZE, EffectiveBatch, NoiseScale, OnSmallBatch
+from lion_lightning.guard.recovery import OnDivergence, Recovery, Remedy, Treated
 from lion_lightning.guard.rules import RULES, Reading, Thresholds
 from lion_lightning.guard.step_monitor import Losses, StepMonitor
 from lion_lightning.guard.warmup import LinearWarmup, warmup_length
@@ -28,7 +28,6 @@ Manual = Literal["watch", "act"]
 FORMAT = 4
 """Of the state in checkpoints."""
 OnBadLoss = Literal["note", "skip", "ignore"]
-ON_BAD_LOSS: tuple[OnBadLoss, ...] = ("note", "skip", "ignore")
 WHAT_TO_DO = "Lower the learning rate, warm up for longer (warmup_steps), or look for bad samples near this step"
 NO_GRADIENTS = (
     "there are no gradients when the optimizer steps (are they released in backward?): the guard sees the loss alone, "
@@ -140,15 +139,15 @@ class LionGuard(Callback):
         ):
             if not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be at least 0, got {value!r}")
-        choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-            ("on_small_batch", on_small_batch, ON_SMALL_BATCH),
-            ("manual_optimization", manual_optimization, ("watch", "act")),
-            ("on_bad_loss", on_bad_loss, ON_BAD_LOSS),
-            ("on_divergence", on_divergence, ON_DIVERGENCE),
+        choices: tuple[tuple[str, str, Any], ...] = (
+            ("on_small_batch", on_small_batch, OnSmallBatch),
+            ("manual_optimization", manual_optimization, Manual),
+            ("on_bad_loss", on_bad_loss, OnBadLoss),
+            ("on_divergence", on_divergence, OnDivergence),
         )
-        for name, choice, allowed in choices:
-            if choice not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {choice!r}")
+        for name, choice, literal in choices:
+            if choice not in get_args(literal):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(literal))}, got {choice!r}")
         if isinstance(disabled, str) or not set(disabled) <= RULES.keys():
             raise ValueError(f"disabled must be a list of rules of {', '.join(RULES)}, got {disabled!r}")
         self.disabled = frozenset(disabled) | ({"bad_loss"} if on_bad_loss == "ignore" else set())
@@ -160,26 +159,24 @@ class LionGuard(Callback):
         self.samples, self.manual_optimization = samples, manual_optimization
         self.monitors: list[StepMonitor] = []
         self._stage: str | None = None
-        self._loaded: dict[str, Any] | None = None
-        """A state that was loaded before there were optimizers."""
+        self._loaded: dict[str, Any] | None = None  # before there were optimizers
         self._reset()
 
     def _reset(self) -> None:
-        self.is_off = False
-        """Whether the guard has turned itself off."""
+        self.is_off = False  # whether the guard has turned itself off
         self.warmup = LinearWarmup(0)  # of the first optimizer
         self.batch, self.noise, self.losses = EffectiveBatch(self.min_batch_size), NoiseScale(), Losses()
-        self.recovery = Recovery(
-            self.thresholds, self.on_divergence, acts=self.acts, gates=self.gates, disabled=self.disabled
-        )
+        self.recovery = self._new_recovery()
         self.event_log, self.steps = EventLog(), 0
-        self._final: dict[str, Any] | None = None
-        """The state at the end of training."""
+        self._final: dict[str, Any] | None = None  # at the end of training
         self._telemetry: TelemetryReader | None = None
-        self._lion_metrics: dict[str, float] = {}
+        self._lion_metrics: dict[str, float] = {}  # not logged yet
         self._latest = Reading()
         self._samples = self._micro_samples = 0
         self._stepped = self._loss_compares = self._was_small = False
+
+    def _new_recovery(self) -> Recovery:
+        return Recovery(self.thresholds, self.on_divergence, acts=self.acts, gates=self.gates, disabled=self.disabled)
 
     @property
     def events(self) -> list[Event]:
@@ -207,29 +204,21 @@ class LionGuard(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches to the optimizers; by now the data are there, and a resumed run has its state."""
         loaded, self._loaded = self._loaded, None
-        if loaded is not None and not loaded.get("monitors", loaded.get("watches")):
-            loaded = None  # saved before training, as tuners do
         optimizers = [optimizer for optimizer in trainer.optimizers if any(g["params"] for g in optimizer.param_groups)]
         plain = len(optimizers) == 1 and pl_module.automatic_optimization
         acts = self.acts and (plain or self.manual_optimization == "act")
         self.recovery.acts = acts
-        if loaded is None:
-            length = warmup_length(self.warmup_steps, optimizers, total_steps(trainer))
-            self.warmup = LinearWarmup(length)
-            if trainer.global_step:
-                self.steps = self.warmup.step = trainer.global_step
-                report(
-                    f"LionGuard starts at step {self.steps} without a state of its own, and with the warm-up behind it."
-                )
+        length = warmup_length(self.warmup_steps, optimizers, total_steps(trainer))
+        self.warmup = LinearWarmup(length)
+        self.steps = self.warmup.step = trainer.global_step
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         # A GradScaler scales the loss; with several optimizers it is not known whose loss it is.
         self._loss_compares = not scaled and plain
-        warmups = [self.warmup, *(LinearWarmup(self.warmup.warmup_steps) for _ in optimizers[1:])][: len(optimizers)]
         self.monitors = [
             StepMonitor(
                 optimizer,
                 self.thresholds,
-                warmup,
+                LinearWarmup(length) if number else self.warmup,
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
                 reduce=partial(trainer.strategy.reduce, reduce_op="sum") if trainer.world_size > 1 else None,
@@ -239,7 +228,7 @@ class LionGuard(Callback):
                 disabled=self.disabled,
                 contains_errors=trainer.world_size == 1,
             )
-            for optimizer, warmup in zip(optimizers, warmups, strict=True)
+            for number, optimizer in enumerate(optimizers)
         ]
         lion = next((optimizer for optimizer in optimizers if isinstance(optimizer, Lion)), None)
         self._telemetry = TelemetryReader(lion, self.telemetry_every) if lion and self.telemetry_every else None
@@ -249,40 +238,27 @@ class LionGuard(Callback):
             report(f"LionGuard: {', '.join(sorted(foreign))}: {left_out}", logging.INFO)
         self.recovery.monitors, self.recovery.optimizers = self.monitors, optimizers
         self.recovery.module = pl_module
-        if loaded is not None:
-            self._restore(loaded)
-            self._keep_given_warmup(warmup_length(self.warmup_steps, optimizers, total_steps(trainer)))
+        if loaded is not None and self._restore(loaded):
+            # A number of steps that was given counts, even if the checkpoint has another.
+            if self.warmup_steps is not None and self.warmup_steps >= 1 and length != self.warmup.warmup_steps:
+                report(f"LionGuard: warmup_steps={length}, not {self.warmup.warmup_steps} as in the checkpoint.")
+                for monitor in self.monitors:
+                    monitor.rate.warmup_steps = length
         elif self.monitors:
-            self._preflight(trainer, optimizers)
+            if loaded is None and self.steps:
+                report(f"LionGuard starts at step {self.steps} without a state of its own, with its warm-up behind it.")
+            run = preflight.run_settings(trainer, self.warmup.warmup_steps, self.gates, self.min_batch_size)
+            for finding in [found for optimizer in optimizers for found in preflight.inspect(optimizer, run)]:
+                self._report_once(trainer, finding.kind, finding.message)
         if self.monitors:
             self.recovery.keep(self.steps, trusted=True)
-
-    def _keep_given_warmup(self, length: int) -> None:
-        """After a resume: a number of `warmup_steps` that was given counts, even if the checkpoint has another."""
-        if self.warmup_steps is None or self.warmup_steps < 1 or length == self.warmup.warmup_steps:
-            return
-        report(f"LionGuard: warmup_steps={length}, not {self.warmup.warmup_steps} as in the checkpoint.")
-        for monitor in self.monitors:
-            monitor.warmup.warmup.warmup_steps = length
-
-    def _preflight(self, trainer: Trainer, optimizers: list[Optimizer]) -> None:
-        settings = preflight.RunSettings(
-            total_steps=total_steps(trainer),
-            warmup_steps=self.warmup.warmup_steps,
-            batch_size=preflight.batch_size(trainer),
-            gradient_clip_val=trainer.gradient_clip_val,
-            gate=self.gates,
-            min_batch_size=self.min_batch_size,
-        )
-        for finding in [found for optimizer in optimizers for found in preflight.inspect(optimizer, settings)]:
-            self._report_once(trainer, finding.name, finding.message)
 
     @override
     @harmless
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         for monitor in self.monitors:
             monitor.begin_batch()
-        self._samples = self.samples(batch) if self.samples is not None else preflight.samples_in(batch)
+        self._samples = int(self.samples(batch)) if self.samples is not None else preflight.samples_in(batch)
         if not self.batch.pending:
             self._micro_samples = self._samples
         self.batch.pending += self._samples * trainer.world_size
@@ -362,8 +338,7 @@ class LionGuard(Callback):
         if self.trace is not None:
             self.trace.flush()
         for monitor in self.monitors:
-            summary = monitor.rules.bad_loss_summary() if "bad_loss" not in self.disabled else None
-            if summary is not None:
+            if "bad_loss" not in self.disabled and (summary := monitor.rules.bad_loss_summary()) is not None:
                 report(f"LionGuard: {summary}.")
         streak = max((monitor.rules.nonfinite_in_a_row for monitor in self.monitors), default=0)
         may_stop = self.on_divergence in ("recover", "stop") and "nonfinite" not in self.disabled
@@ -397,9 +372,8 @@ class LionGuard(Callback):
                     self.trace.add(number, reading)
                 if number == 0:
                     self._latest = reading
-                    if reading.micro_batch_size < reading.batch_size:
-                        small, large = reading.micro_norm**2, reading.grad_norm**2
-                        self.noise.observe(small, reading.micro_batch_size, large, reading.batch_size)
+                    small, large = reading.micro_norm * reading.micro_norm, reading.grad_norm * reading.grad_norm
+                    self.noise.observe(small, reading.micro_batch_size, large, reading.batch_size)
                 is_finite = lambda monitor=monitor: all_ranks(monitor.is_finite())  # noqa: E731
                 for treated in self.recovery.process(monitor, reading, is_finite):
                     self._report(trainer, treated, reading.step)
@@ -440,11 +414,7 @@ class LionGuard(Callback):
                 self._report(trainer, self.recovery.treat(symptom, self.steps, first), self.steps)
 
     def turn_off(self, reason: str) -> None:
-        """Takes the guard off the run, which goes on without it.
-
-        Args:
-            reason: what it met.
-        """
+        """Takes the guard off the run, which goes on without it; `reason` says what it met."""
         self.is_off = True
         log.debug("LionGuard is off", exc_info=True)
         report(f"LionGuard is off for the rest of this run, which goes on: {reason}")
@@ -463,62 +433,71 @@ class LionGuard(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have the settings and the state, but no hooks on anybody's optimizer."""
-        lightnings = ("log", "log_dict")  # bound methods of the module
-        state = {name: value for name, value in self.__dict__.items() if name not in lightnings}
-        state |= {"monitors": [], "_telemetry": None, "losses": Losses()}
+        # Lightning sets "log" and "log_dict", bound methods of the module.
+        state = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        state |= {"monitors": [], "_telemetry": None, "losses": Losses(), "recovery": self._new_recovery()}
         state["_loaded"] = self.state_dict() if self.monitors else self._loaded
-        state["recovery"] = Recovery(
-            self.thresholds, self.on_divergence, acts=self.acts, gates=self.gates, disabled=self.disabled
-        )
         return state
+
+    def _parts(self) -> dict[str, Any]:
+        return dict(warmup=self.warmup, batch=self.batch, losses=self.losses, noise=self.noise, events=self.event_log)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        finished_or_loaded, trial = self._loaded or self._final, self.recovery.trial
+        finished_or_loaded = self._loaded or self._final
         if finished_or_loaded is not None and not self.monitors:
             return finished_or_loaded
         return {
             "format": FORMAT,
             "steps": self.steps,
-            "warmup": self.warmup.state_dict(),
+            **{name: part.state_dict() for name, part in self._parts().items()},
             "monitors": [monitor.state_dict() for monitor in self.monitors],
-            "batch": self.batch.state_dict(),
-            "losses": self.losses.state_dict(),
-            "noise": self.noise.state_dict(),
-            "policy": self.recovery.policy.state_dict(),
-            "events": self.event_log.state_dict(),
-            "snapshots": self.recovery.ring.state_dict() if self.checkpoint_snapshots else [],
-            "trial": trial.state_dict() if self.checkpoint_snapshots and trial is not None else None,
+            **self.recovery.state_dict(snapshots=self.checkpoint_snapshots),
             "telemetry": None if self._telemetry is None else self._telemetry.state_dict(),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes effect when training starts. A state that is loaded for a test or a validation is ignored."""
+        """Takes effect when training starts. A state that is loaded for a test or a validation is ignored.
+
+        One that is not of this guard, or damaged, is reported, and the guard starts afresh.
+        """
         if self._stage not in (None, "fit"):
             return
         if self.monitors:
             self._restore(state_dict)
-        else:
-            self._loaded = state_dict
+        elif not isinstance(state_dict, dict):
+            report(f"LionGuard starts afresh: its state in the checkpoint is a {type(state_dict).__name__}.")
+        elif not isinstance(monitors := state_dict.get("monitors", state_dict.get("watches")), list) or monitors:
+            self._loaded = state_dict  # others were saved before training, as tuners do
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.steps = state["steps"]
-        self.warmup.load_state_dict(state["warmup"])
-        if state.get("format") != FORMAT or len(state["monitors"]) != len(self.monitors):
+    def _restore(self, state: dict[str, Any]) -> bool:
+        """Takes over a state; False if it does not fit: the guard then is as it was before, and says so."""
+        before = self.state_dict()
+        try:
+            self._take_over(state)
+        except Exception as error:  # whatever somebody's checkpoint holds
+            self._take_over(before)
             report(
-                "LionGuard takes over the step and the warm-up of the checkpoint; its rules start with new histories."
+                f"LionGuard starts afresh at step {self.steps}, with the warm-up up to there behind it: its state "
+                f"in the checkpoint does not fit ({type(error).__name__}: {error})."
             )
+            return False
+        return True
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        self.steps = int(state["steps"])
+        self.warmup.load_state_dict(state["warmup"])
+        is_ours = state.get("format") == FORMAT
+        if is_ours and not isinstance(state["monitors"], list):
+            raise TypeError(f"monitors are a {type(state['monitors']).__name__}")
+        if not is_ours or len(state["monitors"]) != len(self.monitors):
+            report("LionGuard takes over step and warm-up of the checkpoint; its rules start with new histories.")
             return
+        self.recovery.load_state_dict(state)
         for monitor, saved in zip(self.monitors, state["monitors"], strict=True):
             monitor.load_state_dict(saved)
-        self.batch.load_state_dict(state["batch"])
-        self.losses.load_state_dict(state["losses"])
-        self.noise.load_state_dict(state["noise"])
-        self.recovery.policy.load_state_dict(state["policy"])
-        self.event_log.load_state_dict(state["events"])
-        self.recovery.ring.load_state_dict(state["snapshots"])
-        trial = state.get("trial")
-        self.recovery.trial = None if trial is None else Trial.from_state(trial)
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
         if self._telemetry is not None and state["telemetry"] is not None:
             self._telemetry.load_state_dict(state["telemetry"])

@@ -4,10 +4,10 @@ import csv
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from lightning.pytorch.loggers import Logger
@@ -25,23 +25,13 @@ TRACE_COLUMNS = ["optimizer", *(field.name for field in fields(Reading))]
 FLUSH_EVERY_ROWS = 100
 
 
-@runtime_checkable
-class TableLogger(Protocol):
-    """Lightning's WandbLogger, recognised by its methods: wandb need not be installed."""
-
-    @property
-    def experiment(self) -> Any: ...
-
-    def log_table(self, key: str, columns: list[str], data: list[list[Any]]) -> None: ...
-
-
 @dataclass(frozen=True)
 class Event:
     """One line of the event log.
 
     Attributes:
         step: the optimizer step it is about, from 1 on; 0 before training. It is reported a step later.
-        kind: the rule (see `rules.Symptom` and `preflight.Finding`).
+        kind: the rule (see `rules.Symptom` and `preflight.inspect`).
         remedy: what was done.
         message: what was seen and why it matters.
     """
@@ -76,12 +66,13 @@ class EventLog:
     def _publish(self, alert: Event | None, loggers: Sequence[Logger]) -> None:
         """The table `guard/event_table`, and an alert, in every logger that has such things (W&B's has)."""
         for logger in loggers:
-            if isinstance(logger, TableLogger):
+            log_table = getattr(logger, "log_table", None)  # WandbLogger's: wandb need not be installed
+            if log_table is not None:
                 rows = [[event.step, event.kind, event.remedy, event.message] for event in self.events]
-                logger.log_table("guard/event_table", columns=COLUMNS, data=rows)
-                if alert is not None:
-                    text = f"{alert.message}; {alert.remedy}"
-                    logger.experiment.alert(title=f"LionGuard: {alert.kind}", text=text)
+                log_table("guard/event_table", columns=COLUMNS, data=rows)
+                send = getattr(getattr(logger, "experiment", None), "alert", None)
+                if alert is not None and send is not None:
+                    send(title=f"LionGuard: {alert.kind}", text=f"{alert.message}; {alert.remedy}")
 
     def state_dict(self) -> list[dict[str, Any]]:
         return [asdict(event) for event in self.events]
@@ -105,7 +96,7 @@ def metrics(monitors: Sequence[StepMonitor], reading: Reading) -> dict[str, floa
         monitors: of all optimizers.
         reading: of the first.
     """
-    rules, warmup = monitors[0].rules, monitors[0].warmup.warmup
+    rules, warmup = monitors[0].rules, monitors[0].rate
     values = {
         "warmup_factor": min(1.0, warmup.step / max(1, warmup.warmup_steps)),
         "lr_factor": warmup.factor,
@@ -169,8 +160,11 @@ class TelemetryReader:
         return {"unread": self._readback.state_dict(), "names": list(self._names)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        names = list(state["names"])
+        if any(len(values) != len(names) for values in state["unread"]):
+            raise ValueError("telemetry has other names than values")
         self._readback.load_state_dict(state["unread"])
-        self._names = list(state["names"])
+        self._names = names
 
 
 class Trace:
@@ -213,13 +207,7 @@ def read_trace(path: str | Path) -> dict[int, list[Reading]]:
         ValueError: the file is not a trace, or one of another version.
     """
     found: dict[int, dict[int, Reading]] = {}
-    for optimizer, reading in _rows(Path(path)):
-        found.setdefault(optimizer, {})[reading.step] = reading
-    return {optimizer: [rows[step] for step in sorted(rows)] for optimizer, rows in found.items()}
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Reading]]:
-    with path.open(newline="", encoding="utf-8") as file:
+    with Path(path).open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != TRACE_COLUMNS:
             wanted = f"its columns are {reader.fieldnames}, not {TRACE_COLUMNS}"
@@ -231,4 +219,6 @@ def _rows(path: Path) -> Iterator[tuple[int, Reading]]:
                 if field.type in (int, float)
             }
             ranks = tuple(int(rank) for rank in row["bad_ranks"].split())
-            yield int(row["optimizer"]), Reading(**values, skipped=row["skipped"] == "1", bad_ranks=ranks)
+            reading = Reading(**values, skipped=row["skipped"] == "1", bad_ranks=ranks)
+            found.setdefault(int(row["optimizer"]), {})[reading.step] = reading
+    return {optimizer: [rows[step] for step in sorted(rows)] for optimizer, rows in found.items()}

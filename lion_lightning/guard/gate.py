@@ -41,18 +41,12 @@ class History:
 
     def __init__(self, kinds: int, size: int) -> None:
         self.kinds, self.size = kinds, size
-        self.clear()
-
-    def clear(self) -> None:
-        self._values = torch.full((self.kinds, self.size), torch.inf)
-        self.count = torch.zeros(self.kinds, dtype=torch.int64)
+        self._values = torch.full((kinds, size), torch.inf)
+        self.count = torch.zeros(kinds, dtype=torch.int64)
         """Values stored so far, shape (kinds,)."""
-        self._places = torch.arange(self.size)
 
     def to(self, device: torch.device) -> None:
-        if self._values.device != device:
-            self._values, self.count = self._values.to(device), self.count.to(device)
-            self._places = self._places.to(device)
+        self._values, self.count = self._values.to(device), self.count.to(device)
 
     def spread(self) -> tuple[Tensor, Tensor]:
         """Median, and standard deviation from the median absolute deviation, (kinds,); infinite while empty."""
@@ -64,7 +58,8 @@ class History:
 
     def add(self, values: Tensor, accepted: Tensor) -> None:
         """Stores those of the values, (kinds,), that are `accepted`, bool of shape (kinds,)."""
-        here = (self._places == (self.count % self.size).unsqueeze(1)) & accepted.unsqueeze(1)
+        places = torch.arange(self.size, device=values.device)
+        here = (places == (self.count % self.size).unsqueeze(1)) & accepted.unsqueeze(1)
         self._values = torch.where(here, values.unsqueeze(1), self._values)
         self.count = self.count + accepted
 
@@ -76,8 +71,7 @@ class History:
         values = torch.tensor([row["values"] for row in state], dtype=torch.float32)
         if values.shape != (self.kinds, self.size):
             raise ValueError(f"thresholds.window={self.size} does not fit the checkpoint's {values.shape[-1]}")
-        self._values, self.count = values, torch.tensor([row["count"] for row in state])
-        self._places = torch.arange(self.size)
+        self._values, self.count = values, torch.tensor([row["count"] for row in state], dtype=torch.int64)
 
 
 @dataclass(slots=True)
@@ -117,10 +111,6 @@ class Gate:
         self._limits = torch.tensor([thresholds.outlier_z, thresholds.loss_z])
         self._least = torch.tensor([LEAST_LOG_NORM_DEVIATION, 0.0])
         self._least_share = torch.tensor([0.0, LEAST_LOSS_DEVIATION_SHARE])
-
-    def clear(self) -> None:
-        """Starts a new history: the next `armed_after` steps are taken as they are."""
-        self._history.clear()
 
     def judge(self, norm: Tensor, loss: Tensor) -> Verdict:
         """Judges one step and stores its values.
@@ -179,6 +169,7 @@ class Gate:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._history.load_state_dict([state["norms"], state["losses"]])
         device, outliers = self._limits.device, state["outliers"]
-        self._outliers = torch.tensor(outliers["values"], dtype=torch.float32, device=device)
-        self._outlier_steps = torch.tensor(outliers["steps"], device=device)
-        self._step = outliers["step"]
+        shape = (2, KEPT_OUTLIERS)
+        self._outliers = torch.tensor(outliers["values"], dtype=torch.float32, device=device).reshape(shape)
+        self._outlier_steps = torch.tensor(outliers["steps"], dtype=torch.int64, device=device).reshape(shape)
+        self._step = int(outliers["step"])

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
-from lion_lightning.guard.rules import Average, Stateful
+from lion_lightning.guard.rules import Average, Stateful, Symptom
+from lion_lightning.lightning import total_steps
 from lion_lightning.optim import Lion, layout
 
 MIN_BATCH_SIZE = 64
 """Lion's advantage over AdamW was measured at 64 and more (Chen et al., 2023, arXiv:2302.06675, section 5)."""
 OnSmallBatch = Literal["warn", "accumulate", "error"]
-ON_SMALL_BATCH: tuple[OnSmallBatch, ...] = ("warn", "accumulate", "error")
 NOISE_HALF_LIFE_STEPS = 50.0
 
 STEP_LIMIT, TRIAL_STEP_LIMIT = 1.0, 2.0
@@ -40,19 +40,6 @@ HALF_SPACING_BF16 = 2.0**-9
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing that is probably wrong.
-
-    Attributes:
-        name: lr, decay, warmup, bf16, betas, batch_size or clipping.
-        message: what was seen, and what to set instead.
-    """
-
-    name: str
-    message: str
-
-
-@dataclass(frozen=True)
 class RunSettings:
     """Settings that preflight checks beside the optimizer.
 
@@ -72,23 +59,32 @@ class RunSettings:
     min_batch_size: int = MIN_BATCH_SIZE
 
 
-def inspect(optimizer: Optimizer, run: RunSettings) -> list[Finding]:
-    """Findings for one optimizer; checks that are special to Lion are left out for others.
+def run_settings(trainer: Trainer, warmup_steps: int, gate: bool, min_batch_size: int) -> RunSettings:
+    """Settings of a run that is about to start; see `RunSettings` for the arguments."""
+    clip_val = trainer.gradient_clip_val
+    return RunSettings(total_steps(trainer), warmup_steps, batch_size(trainer), clip_val, gate, min_batch_size)
+
+
+def inspect(optimizer: Optimizer, run: RunSettings) -> list[Symptom]:
+    """What is probably wrong with one optimizer's settings; checks that are special to Lion are left out for others.
 
     Args:
         optimizer: with the rates, decays and weights that training starts from.
         run: the other settings.
+
+    Returns:
+        Of the kinds lr, decay, warmup, bf16, betas, batch_size and clipping.
     """
-    checks = [_bf16(optimizer), _batch_size(run)]
+    messages = {"bf16": _bf16(optimizer), "batch_size": _batch_size(run)}
     if isinstance(optimizer, Lion):
-        checks += [
-            _lr(optimizer, run),
-            _decay(optimizer, run),
-            _warmup(optimizer, run),
-            _betas(optimizer),
-            _clipping(run),
-        ]
-    return [finding for finding in checks if finding is not None]
+        messages |= {
+            "lr": _lr(optimizer, run),
+            "decay": _decay(optimizer, run),
+            "warmup": _warmup(optimizer, run),
+            "betas": _betas(optimizer),
+            "clipping": _clipping(run),
+        }
+    return [Symptom(kind, message) for kind, message in messages.items() if message is not None]
 
 
 @torch.no_grad()
@@ -108,68 +104,63 @@ def turnover(optimizer: Optimizer) -> float:
     return parts / elements if elements else 0.0
 
 
-def _lr(optimizer: Optimizer, run: RunSettings) -> Finding | None:
+def _lr(optimizer: Optimizer, run: RunSettings) -> str | None:
     if not any(_peak(group) for group in optimizer.param_groups):
-        return Finding("lr", "lr=0: no weight will move; set a rate above 0")
+        return "lr=0: no weight will move; set a rate above 0"
     value = turnover(optimizer)
     limit = TRIAL_STEP_LIMIT if run.total_steps <= SHORT_RUN_STEPS else STEP_LIMIT
     if value <= limit:
-        return next((_adamw_numbers(group) for group in optimizer.param_groups if _adamw_numbers(group)), None)
+        return next((found for group in optimizer.param_groups if (found := _adamw_numbers(group))), None)
     lr = max(_peak(group) for group in optimizer.param_groups)
     advice = (
         "this looks like an AdamW rate: set a tenth to a third of it (hyperparams.from_adamw)"
         if value <= FAR_TOO_HIGH
         else f"far too high: the loss will be flat, not explode; try {lr * limit / value / 2:.1g}"
     )
-    return Finding(
-        "lr", f"lr={lr:g} moves the matrices {value:.1f} times their own effect in one step (limit {limit:g}); {advice}"
-    )
+    return f"lr={lr:g} moves the matrices {value:.1f} times their own effect in one step (limit {limit:g}); {advice}"
 
 
-def _adamw_numbers(group: dict[str, Any]) -> Finding | None:
+def _adamw_numbers(group: dict[str, Any]) -> str | None:
     """A rate that is high beside a decay that is small, for Lion. SIGNUM, whose betas are equal, takes such numbers."""
     lr, decay = _peak(group), group["weight_decay"]
     if lr < ADAMW_LR or not 0 < decay <= ADAMW_DECAY or group["betas"][0] == group["betas"][1]:
         return None
-    return Finding(
-        "lr",
+    return (
         f"lr={lr:g} with weight_decay={decay:g} are numbers for AdamW: Lion(**from_adamw({lr:g}, {decay:g})) takes a "
-        "rate 3 to 10 times smaller and a decay as much larger",
+        "rate 3 to 10 times smaller and a decay as much larger"
     )
 
 
-def _decay(optimizer: Optimizer, run: RunSettings) -> Finding | None:
+def _decay(optimizer: Optimizer, run: RunSettings) -> str | None:
     pairs = [(_peak(group), group["weight_decay"]) for group in optimizer.param_groups if group["weight_decay"] > 0]
     if not pairs or not max(pairs)[0]:
         return None
     lr, decay = max(pairs)
     if lr * decay > 0.1:
-        return Finding("decay", f"lr * weight_decay = {lr * decay:.2g} takes over 10 % of a weight a step; lower it")
+        return f"lr * weight_decay = {lr * decay:.2g} takes over 10 % of a weight a step; lower it"
     if len({_peak(group) for group in optimizer.param_groups}) > 1:  # set group by group, not taken over from AdamW
         return None
     steps = max(run.total_steps, SHORT_RUN_STEPS) if math.isfinite(run.total_steps) else math.inf
     lost = lr * decay * steps / 2  # a schedule's mean is about half its peak
     if lost >= LEAST_DECAY:
         return None
-    return Finding(
-        "decay",
+    return (
         f"weight_decay={decay:g} with lr={lr:g} takes {lost:.1e} of a weight over the whole run: as good as none; "
-        "with a rate 3 to 10 times lower than AdamW's, Lion needs a decay 3 to 10 times higher",
+        "with a rate 3 to 10 times lower than AdamW's, Lion needs a decay 3 to 10 times higher"
     )
 
 
-def _warmup(optimizer: Optimizer, run: RunSettings) -> Finding | None:
+def _warmup(optimizer: Optimizer, run: RunSettings) -> str | None:
     starts_high = any(float(group["lr"]) > 0.5 * _peak(group) for group in optimizer.param_groups)
     if run.warmup_steps > 0 or not starts_high or run.total_steps < NO_WARMUP_STEPS:
         return None
-    return Finding(
-        "warmup",
+    return (
         "there is no warm-up: Lion's first steps are full-size steps in a noisy direction; leave "
-        "warmup_steps=None or set some",
+        "warmup_steps=None or set some"
     )
 
 
-def _bf16(optimizer: Optimizer) -> Finding | None:
+def _bf16(optimizer: Optimizer) -> str | None:
     """Our Lion does not round to nearest; whoever does loses steps below half the spacing of bf16."""
     if isinstance(optimizer, Lion):
         return None
@@ -177,41 +168,36 @@ def _bf16(optimizer: Optimizer) -> Finding | None:
     lost = [lr for lr, scale in pairs if 0 < lr < HALF_SPACING_BF16 * scale]
     if len(lost) * 2 <= len(pairs):
         return None
-    return Finding(
-        "bf16",
+    return (
         f"lr={max(lost):g} is below half the spacing of bf16 numbers of the weights' size: most steps of "
-        f"{type(optimizer).__name__} will be rounded away; train in fp32 or bf16-mixed, or use lion_lightning.Lion",
+        f"{type(optimizer).__name__} will be rounded away; train in fp32 or bf16-mixed, or use lion_lightning.Lion"
     )
 
 
-def _betas(optimizer: Optimizer) -> Finding | None:
+def _betas(optimizer: Optimizer) -> str | None:
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
         if not (BETA1_RANGE[0] <= beta1 <= BETA1_RANGE[1] and BETA2_RANGE[0] <= beta2 <= BETA2_RANGE[1]):
-            return Finding(
-                "betas", f"betas=({beta1:g}, {beta2:g}) are unusual; try (0.9, 0.99), or (0.95, 0.98) for text"
-            )
+            return f"betas=({beta1:g}, {beta2:g}) are unusual; try (0.9, 0.99), or (0.95, 0.98) for text"
     return None
 
 
-def _batch_size(run: RunSettings) -> Finding | None:
+def _batch_size(run: RunSettings) -> str | None:
     if run.batch_size is None or run.batch_size >= run.min_batch_size:
         return None
-    return Finding(
-        "batch_size",
+    return (
         f"an optimizer step sees {run.batch_size} samples: Lion's published advantage over AdamW was measured at "
         f"{run.min_batch_size} and more; raise the batch or the accumulation "
-        f"{-(-run.min_batch_size // max(1, run.batch_size))} times",
+        f"{-(-run.min_batch_size // max(1, run.batch_size))} times"
     )
 
 
-def _clipping(run: RunSettings) -> Finding | None:
+def _clipping(run: RunSettings) -> str | None:
     if not run.gradient_clip_val or not run.gate:
         return None
-    return Finding(
-        "clipping",
+    return (
         f"gradient_clip_val={run.gradient_clip_val:g} and the guard's own clipping are both on: a fixed limit has no "
-        "effect on Lion unless it changes from step to step; leave clipping to the guard",
+        "effect on Lion unless it changes from step to step; leave clipping to the guard"
     )
 
 
@@ -285,17 +271,13 @@ def samples_in(batch: Any) -> int:
         return graphs
     if isinstance(batch, PackedSequence):
         return int(batch.batch_sizes[0])
-    if isinstance(batch, (list, tuple)) and batch and all(_is_image(entry) for entry in batch):
-        return 0
+    if isinstance(batch, (list, tuple)) and batch and all(isinstance(it, Tensor) and it.ndim == 3 for it in batch):
+        return 0  # images
     entries = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else (batch,)
     sizes = [entry.size(0) for entry in entries if isinstance(entry, Tensor) and entry.ndim]
-    if (not sizes and isinstance(batch, (list, tuple))) or (not sizes and isinstance(batch, dict)):
+    if not sizes and isinstance(batch, (list, tuple, dict)):
         sizes = [len(entry) for entry in entries if isinstance(entry, (list, tuple))]
     return sizes[0] if sizes and sizes.count(sizes[0]) == len(sizes) else 0
-
-
-def _is_image(entry: Any) -> bool:
-    return isinstance(entry, Tensor) and entry.ndim == 3
 
 
 class EffectiveBatch(Stateful):
@@ -351,7 +333,7 @@ class NoiseScale(Stateful):
             small_square, large_square: squared norms of the mean gradients over the two batches.
             small_batch, large_batch: their samples.
         """
-        if small_batch >= large_batch or not math.isfinite(small_square + large_square):
+        if not 0 < small_batch < large_batch or not math.isfinite(small_square + large_square):
             return
         self.noise.add((small_square - large_square) / (1 / small_batch - 1 / large_batch))
         self.signal.add((large_batch * large_square - small_batch * small_square) / (large_batch - small_batch))

@@ -5,17 +5,17 @@ import statistics
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.optim import Optimizer
 
 from lion_lightning.guard.rules import RULES, Reading, Stateful, Symptom, Thresholds
-from lion_lightning.guard.snapshots import Snapshot, SnapshotRing, copy_of_run, repair, restore
+from lion_lightning.guard.snapshots import Snapshot, SnapshotRing, repair, restore
 from lion_lightning.guard.step_monitor import GatedRules
 
 OnDivergence = Literal["recover", "stop", "warn", "ignore"]
-ON_DIVERGENCE: tuple[OnDivergence, ...] = ("recover", "stop", "warn", "ignore")
+ON_DIVERGENCE: tuple[OnDivergence, ...] = get_args(OnDivergence)
 HALF_RATE = 0.5
 
 
@@ -58,6 +58,7 @@ class EscalationPolicy(Stateful):
     """
 
     STATE = ("level", "last_escalation", "last_reset", "last_repair", "undone", "last_undone")
+    OPTIONAL = ("last_reset", "last_repair")
 
     def __init__(self, thresholds: Thresholds, on_divergence: OnDivergence = "warn") -> None:
         self.thresholds = thresholds
@@ -117,7 +118,7 @@ class Trial:
 
     Attributes:
         newer: the run before the rewind, which is restored then.
-        rates: for each monitor, its `rate_state` before the rewind.
+        rates: for each monitor, the state of its `rate` before the rewind.
         level: number of escalations before the rewind.
         monitor: number of the monitor whose loss is compared.
         returned: loss of the snapshot's weights when it was taken; `raised` if it is not known.
@@ -154,7 +155,12 @@ class Trial:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Trial":
-        return cls(**{**state, "newer": Snapshot(**state["newer"])})
+        """From what `state_dict` returned; raises TypeError, KeyError or ValueError for anything else."""
+        found = cls(**{**state, "newer": Snapshot.from_state(state["newer"])})
+        found.losses = [float(loss) for loss in found.losses]
+        known = range(len(found.rates))[found.monitor]  # there is such a monitor, and all others are numbers
+        float(found.middle + found.deviation + found.level + known)
+        return found
 
 
 @dataclass(frozen=True)
@@ -230,10 +236,12 @@ class Recovery:
         self.trial = None
         loss = statistics.median(trial.losses)
         if loss <= trial.middle:
-            if self.ring.newest is not None:  # the snapshot on trial; no other is taken meanwhile
-                restore(self.ring.newest, self.module, (), params=False)
+            kept = self.ring.newest  # the snapshot on trial; no other is taken meanwhile
+            if kept is not None and (left := _named(restore(kept, self.module, (), params=False))):
+                message = f"the loss has returned to {loss:.4g} with the older weights: the rewind stands"
+                yield Treated(Symptom("rewind_stands", message), Remedy.NOTE, Remedy.NOTE.value + left)
             return
-        restore(trial.newer, self.module, self.optimizers)
+        left = _named(restore(trial.newer, self.module, self.optimizers))
         for monitor, rules, rate in zip(self.monitors, trial.newer.rules, trial.rates, strict=True):
             monitor.undo_rewind(rules, rate)
         self.policy.undo(reading.step, trial.level)
@@ -241,19 +249,17 @@ class Recovery:
             f"the older weights have a loss of {loss:.4g} now, those before the rewind had {trial.raised:.4g}: "
             "the task has changed, not the weights"
         )
-        yield Treated(Symptom("new_level", message), Remedy.UNDO_REWIND, Remedy.UNDO_REWIND.value)
+        yield Treated(Symptom("new_level", message), Remedy.UNDO_REWIND, Remedy.UNDO_REWIND.value + left)
 
     def treat(self, symptom: Symptom, step: int, monitor: GatedRules) -> Treated:
         """Chooses the remedy for a symptom of a step of `monitor` and carries it out."""
         level = self.policy.level
         remedy = self.policy.remedy(symptom.kind, step)
         kept = None
-        if remedy is Remedy.REPAIR:
-            kept = self.ring.newest
-        elif remedy in REWINDS:
-            kept = self.ring.proven(step, older=remedy is Remedy.REWIND_AT_HALF_RATE)
-        if kept is None and remedy in (Remedy.REPAIR, *REWINDS):
-            remedy = Remedy.STOP
+        if remedy is Remedy.REPAIR or remedy in REWINDS:
+            older = remedy is Remedy.REWIND_AT_HALF_RATE
+            kept = self.ring.newest if remedy is Remedy.REPAIR else self.ring.proven(step, older)
+            remedy = Remedy.STOP if kept is None else remedy
         said = remedy.value if kept is None else f"{remedy.value} (of step {kept.step})"
         if not self.acts or (not self.gates and remedy in (Remedy.CLIP, Remedy.SKIP)):
             return Treated(symptom, remedy, f"nothing was done (would be: {said})")
@@ -283,8 +289,8 @@ class Recovery:
         """
         raised, deviation = monitor.rules.divergence.fast.value, monitor.rules.divergence.deviation
         rules = [each.rules_state() for each in self.monitors]
-        newer = copy_of_run(step, self.module, self.optimizers, rules)
-        rates = [each.rate_state() for each in self.monitors]
+        newer = Snapshot.of_run(step, self.module, self.optimizers, rules)
+        rates = [each.rate.state_dict() for each in self.monitors]
         # A buffer may be part of the task: a queue that fills raises the loss, whatever the weights are.
         left = restore(kept, self.module, self.optimizers, buffers=level is None)
         scale = HALF_RATE if remedy is Remedy.REWIND_AT_HALF_RATE else 1.0
@@ -300,8 +306,7 @@ class Recovery:
             self.trial = Trial(newer, rates, level, number, returned, raised, deviation)
         else:
             self.trial = None
-        names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-        return f"; not in the snapshot in its present shape, and left as it is: {names}" if left else ""
+        return _named(left)
 
     def keep(self, step: int, trusted: bool = False) -> None:
         """Takes a snapshot if one is due and the run is healthy.
@@ -313,7 +318,7 @@ class Recovery:
         rewinds = self.policy.on_divergence == "recover"
         if rewinds and self.ring.is_due(step) and self.is_healthy():  # health waits for the latest reading
             rules = [monitor.rules_state() for monitor in self.monitors]
-            self.ring.take(step, self.module, self.optimizers, rules, trusted)
+            self.ring.ring.append(Snapshot.of_run(step, self.module, self.optimizers, rules, trusted))
 
     def is_healthy(self) -> bool:
         """Whether no rule is counting steps towards a symptom, and the latest step was finite: fit to be saved.
@@ -326,3 +331,36 @@ class Recovery:
             return all(monitor.is_latest_finite() for monitor in self.monitors)
         ignored = self.policy.on_divergence == "warn"
         return not any(monitor.is_suspicious(ignore_divergence=ignored) for monitor in self.monitors)
+
+    def state_dict(self, snapshots: bool) -> dict[str, Any]:
+        """Policy, snapshots and a rewind on trial; the last two only with `snapshots`."""
+        trial = self.trial.state_dict() if snapshots and self.trial is not None else None
+        return {
+            "policy": self.policy.state_dict(),
+            "snapshots": self.ring.state_dict() if snapshots else [],
+            "trial": trial,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned; raises for what does not fit, before a rewind would.
+
+        All rules and rates in it are tried on the monitors, whose own state is therefore to be loaded afterwards.
+        """
+        self.policy.load_state_dict(state["policy"])
+        self.ring.load_state_dict(state["snapshots"])
+        trial = state.get("trial")
+        self.trial = None if trial is None else Trial.from_state(trial)
+        snapshots = [*self.ring.ring]
+        if self.trial is not None:
+            snapshots.append(self.trial.newer)
+            for monitor, rate in zip(self.monitors, self.trial.rates, strict=True):
+                monitor.rate.load_state_dict(rate)
+        for snapshot in snapshots:
+            for monitor, rules in zip(self.monitors, snapshot.rules, strict=True):
+                monitor.load_rules_state(rules)
+
+
+def _named(left: list[str]) -> str:
+    """The end of a sentence about a restored snapshot: the tensors that it does not have."""
+    names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+    return f"; not in the snapshot in its present shape, and left as it is: {names}" if left else ""

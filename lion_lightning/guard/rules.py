@@ -152,28 +152,36 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 class Stateful:
-    """State of plain types, restored exactly: the attributes named in `STATE`."""
+    """State of plain types, restored exactly: the attributes named in `STATE`.
+
+    These are numbers, lists, windows (deques of numbers), or Stateful themselves; None is allowed for `OPTIONAL` ones.
+    """
 
     STATE: ClassVar[tuple[str, ...]] = ()
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
 
     def state_dict(self) -> dict[str, Any]:
-        values = {name: getattr(self, name) for name in self.STATE}
-        return {name: _saved(value) for name, value in values.items()}
+        found = {}
+        for name in self.STATE:
+            value = getattr(self, name)
+            is_list = isinstance(value, (list, deque))
+            found[name] = value.state_dict() if isinstance(value, Stateful) else list(value) if is_list else value
+        return found
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises KeyError, TypeError or ValueError for what `state_dict` does not return."""
         for name in self.STATE:
-            current = getattr(self, name)
+            current, value = getattr(self, name), state[name]
             if isinstance(current, Stateful):
-                current.load_state_dict(state[name])
+                current.load_state_dict(value)
+            elif isinstance(current, deque):
+                setattr(self, name, deque(map(float, value), current.maxlen))
+            elif isinstance(current, list):
+                setattr(self, name, list(value))
+            elif isinstance(value, (int, float)) or (value is None and name in self.OPTIONAL):
+                setattr(self, name, value)
             else:
-                is_window = isinstance(current, deque)
-                setattr(self, name, deque(state[name], current.maxlen) if is_window else state[name])
-
-
-def _saved(value: Any) -> Any:
-    if isinstance(value, Stateful):
-        return value.state_dict()
-    return list(value) if isinstance(value, deque) else value
+                raise TypeError(f"{name}={value!r} is not a number")
 
 
 class Average(Stateful):
@@ -334,33 +342,13 @@ class WarningAverages(Stateful):
         beyond = mean < limit if name == "cosine" else mean > limit
         if name in self.warned or not beyond or average.count < self.thresholds.window:
             return None
-        self.warned = sorted([*self.warned, name])
+        self.warned.append(name)
         return Symptom(name, AVERAGE_WARNINGS[name].format(value=mean))
 
 
-NONFINITE = "the gradient is not finite{where}: one such step would stay in the momentum for ever"
-OUTLIER = (
-    "the gradient norm {reading.grad_norm:.3g} is an outlier (robust z {reading.norm_z:.0f}): in the momentum it would "
-    "set the direction for hundreds of steps"
-)
-BAD_LOSS = (
-    "the loss {reading.backward_loss:.4g} is far out of line (robust z {reading.loss_z:.0f}): the batch would teach "
-    "something else than all others"
-)
 OUTLIER_MEMORY_STEPS = 30
 """Steps after an outlier within which a frozen update is attributed to it."""
-POISON = (
-    "the sign of the update has nearly stopped flipping (rate {rate:.4f}): the weights move one way whatever "
-    "the gradients are, as after an outlier that has filled the momentum"
-)
-DIVERGENCE = "the loss has risen to {level:.4g} and stayed above {rule.limit:.4g} (best average {rule.best:.4g})"
-RAISED_LOSS = DIVERGENCE + ", though the gradients are as before and it is not above its start ({rule.start:.4g})"
-BAD_LOSSES = (
-    "the loss {reading.backward_loss:.4g} of step {reading.step} is far above the others (robust z "
-    "{reading.loss_z:.0f}); such steps are counted as guard/bad_losses and taken as they are"
-)
 SHOWN_BAD_LOSSES = 10
-NONFINITE_LOSS = "the loss is not finite on rank {ranks}, though the gradient is: the step was taken"
 
 
 class RuleSet(Stateful):
@@ -399,16 +387,28 @@ class RuleSet(Stateful):
             if len(self.first_bad_losses) < SHOWN_BAD_LOSSES:
                 self.first_bad_losses.append(reading.step)
             if self.bad_losses == 1 and not reading.skipped:
-                symptoms.append(Symptom("bad_losses", BAD_LOSSES.format(reading=reading)))
-        far = reading.norm_z > self.thresholds.outlier_z
-        if far and reading.is_finite:
+                message = (
+                    f"the loss {reading.backward_loss:.4g} of step {reading.step} is far above the others (robust z "
+                    f"{reading.loss_z:.0f}); such steps are counted as guard/bad_losses and taken as they are"
+                )
+                symptoms.append(Symptom("bad_losses", message))
+        if reading.norm_z > self.thresholds.outlier_z and reading.is_finite:
             self.last_outlier = reading.step
         if self.stuck_momentum.observe(reading.flip_rate):
             seen = reading.step - self.last_outlier <= OUTLIER_MEMORY_STEPS
-            symptoms.append(Symptom("poison" if seen else "low_flip_rate", POISON.format(rate=reading.flip_rate)))
-        if self.divergence.observe(reading.level, reading.skipped, reading.norm_z):
-            kind, text = ("raised_loss", RAISED_LOSS) if self.divergence.is_alone else ("divergence", DIVERGENCE)
-            symptoms.append(Symptom(kind, text.format(level=reading.level, rule=self.divergence)))
+            message = (
+                f"the sign of the update has nearly stopped flipping (rate {reading.flip_rate:.4f}): the weights move "
+                "one way whatever the gradients are, as after an outlier that has filled the momentum"
+            )
+            symptoms.append(Symptom("poison" if seen else "low_flip_rate", message))
+        rule = self.divergence
+        if rule.observe(reading.level, reading.skipped, reading.norm_z):
+            kind, end = "divergence", ""
+            if rule.is_alone:
+                kind = "raised_loss"
+                end = f", though the gradients are as before and it is not above its start ({rule.start:.4g})"
+            message = f"the loss has risen to {reading.level:.4g} and stayed above {rule.limit:.4g}"
+            symptoms.append(Symptom(kind, f"{message} (best average {rule.best:.4g}){end}"))
         averages = (self.averages.observe(name, getattr(reading, name)) for name in ("dead", "cosine"))
         return symptoms + [symptom for symptom in averages if symptom is not None]
 
@@ -428,14 +428,19 @@ class RuleSet(Stateful):
         self.clipped += reading.factor > 1
         ranks = ", ".join(map(str, reading.bad_ranks))
         if not reading.is_finite and math.isfinite(reading.grad_norm) and not reading.skipped:
-            return [Symptom("nonfinite_loss", NONFINITE_LOSS.format(ranks=ranks))]
-        if not reading.is_finite:
+            kind = "nonfinite_loss"
+            message = f"the loss is not finite on rank {ranks}, though the gradient is: the step was taken"
+        elif not reading.is_finite:
             self.nonfinite_in_a_row += 1
-            where = f", with a loss that is not finite on rank {ranks}" if ranks else ""
-            return [Symptom("nonfinite", NONFINITE.format(where=where))]
-        if reading.skipped:
-            return [Symptom("bad_loss", BAD_LOSS.format(reading=reading))]
-        return [Symptom("outlier", OUTLIER.format(reading=reading))]
+            kind, where = "nonfinite", f", with a loss that is not finite on rank {ranks}" if ranks else ""
+            message = f"the gradient is not finite{where}: one such step would stay in the momentum for ever"
+        elif reading.skipped:
+            kind, seen = "bad_loss", f"{reading.backward_loss:.4g} is far out of line (robust z {reading.loss_z:.0f})"
+            message = f"the loss {seen}: the batch would teach something else than all others"
+        else:
+            kind, seen = "outlier", f"{reading.grad_norm:.3g} is an outlier (robust z {reading.norm_z:.0f})"
+            message = f"the gradient norm {seen}: in the momentum it would set the direction for hundreds of steps"
+        return [Symptom(kind, message)]
 
     def is_suspicious(self, ignore_divergence: bool = False) -> bool:
         """Whether a rule is counting steps towards a symptom: not the time for a snapshot or a checkpoint."""
@@ -458,8 +463,8 @@ def unpack(values: Sequence[float], world_size: int) -> Reading:
         world_size: number of ranks.
     """
     sums, rest = values[: len(SUMS) + len(UPDATE_SUMS)], values[len(SUMS) + len(UPDATE_SUMS) :]
-    loss, samples, _, micro_squares, backward_loss, *update_sums = sums
-    flips, signs, projection, update_squares, grad_squares, dead = update_sums
+    loss, samples, _, micro_squares, backward_loss = sums[: len(SUMS)]
+    flips, signs, projection, update_squares, grad_squares, dead = sums[len(SUMS) :]
     norm, factor, skipped, norm_z, loss_z, step, batch_size, micro_batch_size = rest[world_size:]
     return Reading(
         loss=_share(loss, samples),

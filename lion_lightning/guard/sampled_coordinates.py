@@ -83,7 +83,8 @@ class SampledCoordinates:
     def load_state_dict(self, state: Tensor | None) -> None:
         expected = sum(stop - start for *_, start, stop in self.slices)
         device = layout.local(self.slices[0][1]).device
-        self._signs = state.to(device, torch.float32) if state is not None and state.numel() == expected else None
+        fits = state is not None and state.shape == (expected,)
+        self._signs = state.to(device, torch.float32) if state is not None and fits else None
 
     def forget(self) -> None:
         """Drops the signs of the last update, which do not compare with those of a rewound run."""

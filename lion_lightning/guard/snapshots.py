@@ -31,13 +31,40 @@ class Snapshot:
     rules: list[dict[str, Any]]
     trusted: bool = False
 
+    @classmethod
+    def of_run(
+        cls,
+        step: int,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        rules: list[dict[str, Any]],
+        trusted: bool = False,
+    ) -> "Snapshot":
+        """Copies the run to the host; on a GPU the copies are queued without synchronising.
 
-def copy_of_run(
-    step: int, module: nn.Module, optimizers: Sequence[Optimizer], rules: list[dict[str, Any]], trusted: bool = False
-) -> Snapshot:
-    """A snapshot of the run as it is now; its arguments are those of `SnapshotRing.take`."""
-    tensors = {name: _to_host(tensor) for name, tensor in _tensors(module)}
-    return Snapshot(step, tensors, [_kept_state(optimizer) for optimizer in optimizers], rules, trusted)
+        Args:
+            step: optimizer steps so far.
+            module: parameters and buffers are copied.
+            optimizers: their state is copied.
+            rules: state of the rules of each optimizer.
+            trusted: whether the run may be rewound to it without further healthy steps.
+        """
+        tensors = {name: _to_host(tensor) for name, tensor in _tensors(module)}
+        return cls(step, tensors, [_kept_state(optimizer) for optimizer in optimizers], rules, trusted)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Snapshot":
+        """From the attributes by name; raises TypeError, KeyError or AttributeError for other values."""
+        found = cls(**state)
+        states = [entry for kept in found.optimizers for entry in kept["state"].values()]
+        dicts = [found.tensors, *found.rules, *states]
+        tensors = all(isinstance(tensor, Tensor) for tensor in found.tensors.values())
+        numbers = [found.step, *(kept["params"] for kept in found.optimizers)]
+        lists = [kept["steps"] for kept in found.optimizers]
+        known = all(isinstance(entry, dict) for entry in dicts) and all(isinstance(entry, list) for entry in lists)
+        if not (tensors and known and all(isinstance(number, int) for number in numbers)):
+            raise TypeError("not a snapshot")
+        return found
 
 
 class SnapshotRing:
@@ -54,25 +81,6 @@ class SnapshotRing:
     def is_due(self, step: int) -> bool:
         """Whether a snapshot should be taken now, if the run is healthy."""
         return not self.ring or step - self.ring[-1].step >= self.thresholds.snapshot_every
-
-    def take(
-        self,
-        step: int,
-        module: nn.Module,
-        optimizers: Sequence[Optimizer],
-        rules: list[dict[str, Any]],
-        trusted: bool = False,
-    ) -> None:
-        """Copies the run to the host; on a GPU the copies are queued without synchronising.
-
-        Args:
-            step: optimizer steps so far.
-            module: parameters and buffers are copied.
-            optimizers: their state is copied.
-            rules: state of the rules of each optimizer.
-            trusted: whether the run may be rewound to it without further healthy steps.
-        """
-        self.ring.append(copy_of_run(step, module, optimizers, rules, trusted))
 
     @property
     def newest(self) -> Snapshot | None:
@@ -98,8 +106,9 @@ class SnapshotRing:
         return [dict(vars(kept)) for kept in self.ring]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        snapshots = [Snapshot.from_state(kept) for kept in state]
         self.ring.clear()
-        self.ring.extend(Snapshot(**kept) for kept in state)
+        self.ring.extend(snapshots)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,24 +30,11 @@ Reduce = Callable[[Tensor], Tensor]
 SQUARES, BACKWARD_LOSS = SUMS.index("squares"), SUMS.index("backward_loss")
 
 
-class Transfer(NamedTuple):
-    """A vector on its way to the host, the event after which it is there, and numbers to append to it."""
-
-    vector: Tensor
-    event: "torch.cuda.Event | None"
-    facts: list[float]
-
-    def values(self) -> list[float]:
-        if self.event is not None:
-            self.event.synchronize()
-        return [*self.vector.tolist(), *self.facts]
-
-
 class AsyncReadback:
     """Hands device vectors to the host one step late: by then they are computed, and reading them does not wait."""
 
     def __init__(self) -> None:
-        self._queue: deque[Transfer] = deque()
+        self._queue: deque[Callable[[], list[float]]] = deque()
 
     def post(self, vector: Tensor, facts: Sequence[float] = ()) -> None:
         """Starts a copy to the host.
@@ -56,22 +43,26 @@ class AsyncReadback:
             vector: on any device, shape (n,).
             facts: numbers that the host knows; appended to the vector on arrival.
         """
-        if vector.device.type != "cuda":
-            self._queue.append(Transfer(vector, None, list(facts)))
-            return
-        host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
-        host.copy_(vector, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._queue.append(Transfer(host, event, list(facts)))
+        event = None
+        if vector.device.type == "cuda":
+            vector = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True).copy_(vector, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+
+        def arrived() -> list[float]:
+            if event is not None:
+                event.synchronize()
+            return [*vector.tolist(), *facts]
+
+        self._queue.append(arrived)
 
     def take(self, flush: bool = False) -> list[float] | None:
         """Removes and returns the oldest vector, if there is a newer one or if `flush`; else None."""
-        return self._queue.popleft().values() if len(self._queue) >= (1 if flush else 2) else None
+        return self._queue.popleft()() if len(self._queue) >= (1 if flush else 2) else None
 
     def waiting(self) -> list[list[float]]:
         """All vectors, oldest first, which stay in the queue; waits for the newest."""
-        return [transfer.values() for transfer in self._queue]
+        return [arrived() for arrived in self._queue]
 
     def clear(self) -> None:
         self._queue.clear()
@@ -80,7 +71,9 @@ class AsyncReadback:
         return self.waiting()
 
     def load_state_dict(self, state: list[list[float]]) -> None:
-        self._queue = deque(Transfer(torch.tensor(values, dtype=torch.float64), None, []) for values in state)
+        self.clear()
+        for values in state:
+            self.post(torch.tensor(values, dtype=torch.float64))
 
 
 @dataclass(slots=True)
@@ -125,8 +118,8 @@ class Losses:
         return {field.name: float(getattr(self, field.name)) for field in fields(self)}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        for field in fields(self):
+            setattr(self, field.name, float(state[field.name]))
 
 
 class GatedRules:
@@ -151,6 +144,8 @@ class GatedRules:
         self.world_size = world_size
         self.gate = Gate(thresholds, skips_bad_losses, disabled)
         self.rules, self.readback = RuleSet(thresholds), AsyncReadback()
+        self.rate = LinearWarmup(0)
+        self.sample: SampledCoordinates | None = None
 
     def judge(self, vector: Tensor, clip_val: float | None, facts: Sequence[float]) -> tuple[Verdict, Tensor]:
         """Judges a step and posts its reading.
@@ -212,23 +207,25 @@ class GatedRules:
             rules: from `rules_state`.
             scale: factor on the learning rate of a run.
         """
-        self.load_rules_state(rules)
-        self.readback.clear()
-
-    def rate_state(self) -> dict[str, Any]:
-        """State of the warm-up, which a rewind starts again; none in a replay."""
-        return {}
+        self._return_to(rules)
+        self.rate.rewarm(scale)
 
     def undo_rewind(self, rules: dict[str, Any], rate: dict[str, Any]) -> None:
         """Returns to the state before a rewind, with the raised loss as the new level.
 
         Args:
             rules: what `rules_state` returned before the rewind.
-            rate: what `rate_state` returned before the rewind.
+            rate: state of `rate` before the rewind, which has started it again.
         """
-        self.load_rules_state(rules)
+        self._return_to(rules)
         self.rules.divergence.take_level()
+        self.rate.load_state_dict({**rate, "step": self.rate.step})
+
+    def _return_to(self, rules: dict[str, Any]) -> None:
+        self.load_rules_state(rules)
         self.readback.clear()
+        if self.sample is not None:
+            self.sample.forget()
 
 
 class StepMonitor(GatedRules):
@@ -281,7 +278,7 @@ class StepMonitor(GatedRules):
         self._handles.append(optimizer.register_step_post_hook(self._safely(self._end_step)))
         self._device = layout.local(self._params()[0]).device
         self._dtype = torch.float32 if self._device.type == "mps" else torch.float64
-        self.sample = SampledCoordinates(optimizer) if isinstance(optimizer, Lion) else None
+        self.rate, self.sample = warmup, SampledCoordinates(optimizer) if isinstance(optimizer, Lion) else None
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         self._takes_scalars = (isinstance(optimizer, Lion) or fused) and not (fused and scaled)
         self.measures_noise = not scaled and not any(layout.is_sharded(param) for param in self._params())
@@ -445,35 +442,21 @@ class StepMonitor(GatedRules):
     def _params(self) -> list[Tensor]:
         return [param for group in self.optimizer.param_groups for param in group["params"]]
 
-    def rewind(self, rules: dict[str, Any], scale: float) -> None:
-        super().rewind(rules, scale)
-        self.warmup.warmup.rewarm(scale)
-        if self.sample is not None:
-            self.sample.forget()
-
-    def rate_state(self) -> dict[str, Any]:
-        return self.warmup.warmup.state_dict()
-
-    def undo_rewind(self, rules: dict[str, Any], rate: dict[str, Any]) -> None:
-        super().undo_rewind(rules, rate)
-        self.warmup.warmup.load_state_dict({**rate, "step": self.warmup.warmup.step})
-        if self.sample is not None:
-            self.sample.forget()
-
     def state_dict(self) -> dict[str, Any]:
         return {
-            "warmup": self.warmup.warmup.state_dict(),
+            "warmup": self.rate.state_dict(),
             **self.rules_state(),
             "unread": self.readback.state_dict(),
             "signs": None if self.sample is None else self.sample.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.warmup.warmup.load_state_dict(state["warmup"])
+        self.rate.load_state_dict(state["warmup"])
         self.load_rules_state(state)
         length = len(SUMS) + len(UPDATE_SUMS) + self.world_size + len(VERDICT) + len(FACTS)
         if all(len(values) == length for values in state["unread"]):
             self.readback.load_state_dict(state["unread"])  # those of another number of ranks are dropped
+            self.unread()  # raises for what is not a reading
         if self.sample is not None:
             self.sample.load_state_dict(state["signs"])
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lion_lightning.guard.rules import Stateful
 from lion_lightning.optim import Lion
@@ -54,6 +55,7 @@ class LinearWarmup(Stateful):
     """
 
     STATE = ("step", "warmup_steps", "scale", "rewarmed_at")
+    OPTIONAL = ("rewarmed_at",)
 
     def __init__(self, warmup_steps: int) -> None:
         if warmup_steps < 0:
@@ -62,6 +64,12 @@ class LinearWarmup(Stateful):
         self.step = 0
         self.scale = 1.0
         self.rewarmed_at: int | None = None
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if not 0 < self.factor <= 1:
+            raise ValueError(f"a warm-up cannot multiply the learning rate by {self.factor}")
 
     @property
     def factor(self) -> float:

@@ -242,13 +242,6 @@ def test_the_ring_keeps_the_latest_values():
     assert history.count.tolist() == [16, 14]
 
 
-def test_a_gate_that_forgets_takes_the_next_steps_as_they_come():
-    gate = fed()
-    gate.clear()
-    assert float(judge(gate, 1e5, 50.0).factor) == 1
-    assert math.isnan(float(judge(gate, 1.0, 2.0).norm_z))
-
-
 @pytest.mark.parametrize("at", [0, 7, 33, 170])
 def test_a_restored_gate_gives_the_same_verdicts_bit_for_bit(at):
     sequence = list(readings(seed=3, steps=220))

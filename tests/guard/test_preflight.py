@@ -28,7 +28,7 @@ def bert_base_matrices(dtype=torch.float32):
 
 
 def found(optimizer, run=LONG):
-    return {finding.name: finding.message for finding in inspect(optimizer, run)}
+    return {finding.kind: finding.message for finding in inspect(optimizer, run)}
 
 
 def lion(lr=1e-4, weight_decay=0.1, **options):

@@ -9,7 +9,7 @@ from torch.optim import SGD, AdamW
 
 from lion_lightning import Lion
 from lion_lightning.guard.rules import Thresholds
-from lion_lightning.guard.snapshots import SnapshotRing, repair, restore
+from lion_lightning.guard.snapshots import Snapshot, SnapshotRing, repair, restore
 
 LIMITS = Thresholds()
 WIDE = 80  # matrices above the 4,096 elements from which on int8 momentum is used
@@ -69,7 +69,7 @@ def run(name, steps=3):
     for number in range(steps):
         step(module, optimizer, number)
     ring = SnapshotRing(LIMITS)
-    ring.take(steps, module, [optimizer], [{}])
+    ring.ring.append(Snapshot.of_run(steps, module, [optimizer], [{}]))
     return module, optimizer, ring.newest
 
 
@@ -142,7 +142,7 @@ def test_several_optimizers_are_put_back_each_with_its_own():
             step(module, optimizer, number)
 
     both(0)
-    ring.take(1, module, optimizers, [{}, {}])
+    ring.ring.append(Snapshot.of_run(1, module, optimizers, [{}, {}]))
     before = [everything(module, optimizer) for optimizer in optimizers]
     both(1)
     restore(ring.newest, module, optimizers)
@@ -192,7 +192,7 @@ def test_repair_reaches_the_scales_of_an_int8_momentum():
 def ring_of(*steps, trusted=()):
     ring = SnapshotRing(LIMITS)
     for at in steps:
-        ring.take(at, nn.Linear(1, 1), [], [], trusted=at in trusted)
+        ring.ring.append(Snapshot.of_run(at, nn.Linear(1, 1), [], [], trusted=at in trusted))
     return ring
 
 

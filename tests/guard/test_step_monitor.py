@@ -11,6 +11,7 @@ from torch.optim import SGD, AdamW
 from lion_lightning import Lion
 from lion_lightning.guard.recovery import Recovery, Remedy
 from lion_lightning.guard.rules import Symptom, Thresholds
+from lion_lightning.guard.snapshots import Snapshot
 from lion_lightning.guard.step_monitor import AsyncReadback, Losses, StepMonitor
 from lion_lightning.guard.warmup import LinearWarmup
 
@@ -245,7 +246,7 @@ def test_a_whole_guarded_step_reads_nothing_on_the_host():
     monitor = StepMonitor(optimizer, Thresholds(), LinearWarmup(10))
     recovery = Recovery(Thresholds(), "recover", acts=True, gates=True)
     recovery.monitors = [monitor]
-    recovery.ring.take(0, nn.Module(), [], [], trusted=True)
+    recovery.ring.ring.append(Snapshot.of_run(0, nn.Module(), [], [], trusted=True))
     for number in range(3):
         seen = Losses()
         for param in params:
