@@ -48,7 +48,8 @@ def train(cfg: DictConfig) -> float:
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             job = HydraConfig.get().job
-            failed_jobs.append(f"job {job.num} ({job.override_dirname.replace(',', ' ')}): {_first_line(error)}")
+            told = (str(error).strip() or type(error).__name__).splitlines()[0]
+            failed_jobs.append(f"job {job.num} ({job.override_dirname.replace(',', ' ')}): {told}")
             raise  # Hydra notes it, goes on with the other jobs, and raises the first error at the end
         report_error(error)
 
@@ -70,24 +71,14 @@ def main() -> None:
             return
         refuse_secrets_of_a_sweep(sys.argv[1:])
         check_arguments(sys.argv[1:], CONFIG_FOLDER)
-        sys.argv += _folder_for_hydra(sys.argv[1:])
+        given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
+        if "run_dir" in given and "hydra.run.dir" not in given:  # Hydra's log goes there too, and it makes no folder
+            sys.argv.append(f"hydra.run.dir={given['run_dir']}")
         train()
     except Exception as error:
         if failed_jobs:
             print("\n".join([f"{len(failed_jobs)} jobs failed", *failed_jobs]), file=sys.stderr)
         report_error(error)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _folder_for_hydra(arguments: list[str]) -> list[str]:
-    """The argument with which Hydra keeps its log in a given `run_dir` too, and makes no folder of its own."""
-    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    if "run_dir" not in given or "hydra.run.dir" in given:
-        return []
-    return [f"hydra.run.dir={given['run_dir']}"]
 
 
 def report_error(error: Exception) -> NoReturn:

@@ -7,7 +7,7 @@ step takes off a weight is `lr * weight_decay * weight`, and the conversion keep
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -44,15 +44,11 @@ def from_adamw(
 
     Returns:
         `{"lr": ..., "weight_decay": ...}`, ready for `Lion(params, **from_adamw(1e-3, 0.1))`.
-
-    Raises:
-        ValueError: a value out of range.
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         if isinstance(value, str):  # YAML reads 1e-3 as a text, and 1.0e-3 as a number
             raise ValueError(f"{name} must be a number, got the text {value!r}")
-    if not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr must be a positive number, got {lr}")
+    _check_positive(lr=lr)
     if not (math.isfinite(weight_decay) and weight_decay >= 0):
         raise ValueError(f"weight_decay must be a number of at least 0, got {weight_decay}")
     if factor is not None and parameters is not None:
@@ -80,9 +76,6 @@ def published_factor(parameters: int, lr: float = 1e-3) -> float:
     Args:
         parameters: of the model, above 0.
         lr: AdamW's; from 4e-3 on the second of the two sweeps counts.
-
-    Raises:
-        ValueError: a value is not above 0.
     """
     _check_positive(parameters=parameters, lr=lr)
     points = LARGE_RATE_FACTORS if lr >= LARGE_ADAMW_RATE else USUAL_RATE_FACTORS
@@ -90,8 +83,7 @@ def published_factor(parameters: int, lr: float = 1e-3) -> float:
         return points[0][1]
     for (smaller, low), (larger, high) in itertools.pairwise(points):
         if parameters <= larger:
-            share = math.log(parameters / smaller) / math.log(larger / smaller)
-            return low * (high / low) ** share
+            return low * (high / low) ** (math.log(parameters / smaller) / math.log(larger / smaller))
     return points[-1][1]
 
 
@@ -105,9 +97,6 @@ def decay_for_timescale(lr: float, steps: float) -> float:
     Args:
         lr: the peak learning rate, above 0.
         steps: optimizer steps of the time scale, above 0.
-
-    Raises:
-        ValueError: a value out of range.
     """
     _check_positive(lr=lr, steps=steps)
     return 1.0 / (lr * steps)
@@ -119,9 +108,6 @@ def beta_for_half_life(samples: float, batch_size: int) -> float:
     Args:
         samples: samples of the half-life, above 0.
         batch_size: samples of an optimizer step, above 0.
-
-    Raises:
-        ValueError: a value out of range.
     """
     _check_positive(samples=samples, batch_size=batch_size)
     return 0.5 ** (batch_size / samples)
@@ -144,7 +130,7 @@ def for_batch_size(options: Mapping[str, Any], old: int, new: int) -> dict[str, 
         A copy with other `lr`, `betas` and `weight_decay`, of those that are there.
 
     Raises:
-        ValueError: a batch size is not above 0, or a beta would fall below 0.
+        ValueError: a beta would fall below 0.
     """
     _check_positive(old=old, new=new)
     ratio = new / old
@@ -173,10 +159,6 @@ class Preset:
     betas: tuple[float, float]
     source: str
 
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments for `Lion`."""
-        return {"lr": self.lr, "weight_decay": self.weight_decay, "betas": self.betas}
-
 
 _PAPER = "Chen et al., 2023, arXiv:2302.06675, table 12"
 _AMOS = "Su, 2023, kexue.fm/archives/9473: the Amos rule with sigma = sqrt(1/768), alpha_0 = 1.11e-3"
@@ -192,14 +174,11 @@ PRESETS = MappingProxyType(
 
 
 def preset(name: str) -> dict[str, Any]:
-    """Published settings by name, as keyword arguments for `Lion`; `PRESETS[name].source` says where they are from.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """Published settings by name, as keyword arguments for `Lion`; `PRESETS[name].source` says where they are from."""
     if name not in PRESETS:
         raise ValueError(f"name must be one of {', '.join(PRESETS)}, got {name!r}")
-    return PRESETS[name].options()
+    chosen = PRESETS[name]
+    return {"lr": chosen.lr, "weight_decay": chosen.weight_decay, "betas": chosen.betas}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -222,8 +201,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"name": "decay", "params": [], "weight_decay": weight_decay},
         {"name": "no_decay", "params": [], "weight_decay": 0.0},
     ]
-    for name, parameter, decays in _trained_parameters(model):
-        groups[0 if decays else 1]["params"].append((name, parameter))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            owner, *_ = name.rpartition(".")
+            is_norm = type(model.get_submodule(owner)).__name__.lower().endswith(_NORM_SUFFIXES)
+            is_position_table = any(part in _POSITION_TABLES for part in name.split("."))
+            decays = parameter.ndim >= 2 and not is_norm and not is_position_table
+            groups[0 if decays else 1]["params"].append((name, parameter))
     filled = [group for group in groups if group["params"]]
     if not filled:
         raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True")
@@ -245,15 +229,11 @@ def lion_amos(groups: Iterable[dict[str, Any]], alpha_0: float = AMOS_ALPHA_0, q
 
     Returns:
         Lion with a parameter group for each scale (to two digits), named `<group>/sigma=<scale>`.
-
-    Raises:
-        ValueError: alpha_0 or q is not above 0.
     """
-    for name, value in (("alpha_0", alpha_0), ("q", q)):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be a positive number, got {value}")
+    _check_positive(alpha_0=alpha_0, q=q)
     groups = list(groups)
-    fallback = _median_scale(groups)
+    matrices = [scale(parameter) for group in groups for _, parameter in group["params"] if parameter.ndim >= 2]
+    fallback = statistics.median([sigma for sigma in matrices if sigma] or [BERT_BASE_SIGMA])
     split: dict[str, dict[str, Any]] = {}
     for group in groups:
         for name, parameter in group["params"]:
@@ -268,28 +248,6 @@ def lion_amos(groups: Iterable[dict[str, Any]], alpha_0: float = AMOS_ALPHA_0, q
 def scale(parameter: torch.Tensor) -> float:
     """The root mean square of a parameter: of a matrix as it is initialised, its standard deviation."""
     return float(parameter.detach().float().pow(2).mean().sqrt()) if parameter.numel() else 0.0
-
-
-def _median_scale(groups: Iterable[dict[str, Any]]) -> float:
-    matrices = [scale(parameter) for group in groups for _, parameter in group["params"] if parameter.ndim >= 2]
-    return statistics.median([sigma for sigma in matrices if sigma] or [BERT_BASE_SIGMA])
-
-
-def _trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            full_name = f"{prefix}.{name}" if prefix else name
-            yield full_name, parameter, _decays(full_name, parameter, module)
-
-
-def _decays(name: str, parameter: torch.Tensor, module: nn.Module) -> bool:
-    is_norm = type(module).__name__.lower().endswith(_NORM_SUFFIXES)
-    is_position_table = any(part in _POSITION_TABLES for part in name.split("."))
-    return parameter.ndim >= 2 and not is_norm and not is_position_table
 
 
 def constant(total_steps: int) -> Factor:
@@ -317,12 +275,9 @@ def wsd(total_steps: int, decay: float = 0.2, final: float = 0.0) -> Factor:
     step is also one of the shorter run.
 
     Args:
-        total_steps: Optimizer steps of the run.
-        decay: Share of the steps that decay, above 0 and at most 1.
-        final: Factor at `total_steps` and after it.
-
-    Raises:
-        ValueError: A value outside its range.
+        total_steps: optimizer steps of the run.
+        decay: share of the steps that decay, above 0 and at most 1.
+        final: factor at `total_steps` and after it.
     """
     _check_schedule(total_steps, final)
     if not 0 < decay <= 1:

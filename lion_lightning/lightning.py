@@ -65,15 +65,15 @@ class LionMixin:
         steps = total_steps(module.trainer)
         optimizer = factory(parameter_groups(module, _weight_decay(factory)))
         if self.weight_decay_timescale is not None:
-            _set_timescale(optimizer, self.weight_decay_timescale, steps)
+            timescale = self.weight_decay_timescale * (steps if self.weight_decay_timescale < 1 else 1)
+            for group in optimizer.param_groups:
+                if group.get("name") == "decay":
+                    group["weight_decay"] = decay_for_timescale(float(group["lr"]), timescale)
         if math.isinf(steps):
             log.warning("LionMixin: the length of this run is not known, so the learning rate stays as it is")
         factor = self._schedule()(int(steps)) if math.isfinite(steps) else lambda step: 1.0
         scheduler = RateAndDecay(optimizer, factor) if self.decay_follows_rate else LambdaLR(optimizer, factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
 
     def _schedule(self) -> Schedule:
         """The schedule; a function that is set as a class attribute is not taken for a method."""
@@ -106,14 +106,6 @@ class RateAndDecay(LambdaLR):
         super().step(epoch)
         for group, factor in zip(self.optimizer.param_groups, self.lr_lambdas, strict=True):
             group["weight_decay"] = group["initial_decay"] * factor(self.last_epoch)
-
-
-def _set_timescale(optimizer: Optimizer, timescale: float, total_steps: float) -> None:
-    """Sets the decay of the groups that decay; a share of a run of unknown length is an error."""
-    steps = timescale * total_steps if timescale < 1 else timescale
-    for group in optimizer.param_groups:
-        if group.get("name") == "decay":
-            group["weight_decay"] = decay_for_timescale(float(group["lr"]), steps)
 
 
 def _weight_decay(factory: OptimizerFactory) -> float:

@@ -2,9 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -103,7 +102,7 @@ def suggestion(error: Exception, config: Path) -> str:
         if name not in known or not (config / group).is_dir():
             return _meant(name, known)
         # The key is right, the choice is not; or the choice has it further down, where it is no reference to the key.
-        owners = [file.stem for file in sorted((config / group).glob("*.yaml")) if _has(file, key)]
+        owners = re.findall(rf"conf/{group}/(\w+)\.yaml", "".join(_explanation(name, config)))
         below = [other for other in known if re.fullmatch(rf"{group}\.\w+\.{key}", other)]
         below = [other for other in below if "${" not in "".join(_explanation(other, config))]
         told = f"; did you mean {' or '.join(below)}?" if below else ""
@@ -127,17 +126,10 @@ def explain(keys: Sequence[str], config: Path) -> str:
 
 
 def _explanation(key: str, config: Path) -> list[str]:
-    group, _, name = key.partition(".")
-    if not name and (config / group).is_dir():
-        files = sorted((config / group).glob("*.yaml"))
-        return [f"{group}=...", *(f"  {file.stem:<28} {_first_comment(file)}" for file in files)]
-    lines = []
-    for file in sorted(config.rglob("*.yaml")):
-        place = file.relative_to(config)
-        is_global = "@package _global_" in file.read_text(encoding="utf-8")
-        wanted = key if len(place.parts) == 1 or is_global else name if place.parts[0] == group else ""
-        if wanted and (found := _line_of(file, wanted.split("."))):
-            lines.append(f"  conf/{place}: {found}")
+    if "." not in key and (config / key).is_dir():
+        files = sorted((config / key).glob("*.yaml"))
+        return [f"{key}=...", *(f"  {file.stem:<28} {_first_comment(file)}" for file in files)]
+    lines = [line for name, line in _settings(config) if name == key]
     if not lines:
         raise ConfigError(f"--explain {key}: no file in conf/ has it{_meant(key, known_keys(config))}")
     return [key, *lines]
@@ -149,44 +141,24 @@ def _first_comment(file: Path) -> str:
     return next(comments, "")
 
 
-def _has(file: Path, key: str) -> bool:
-    return "@package _global_" not in file.read_text(encoding="utf-8") and bool(_line_of(file, key.split(".")))
-
-
-def _line_of(file: Path, path: Sequence[str]) -> str:
-    """The line of a nested key, its own comment included; empty if the file has none."""
-    above: list[tuple[int, str]] = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if not (match := re.match(r"( *)([\w@/-]+):", line)):
-            continue
-        indent = len(match[1])
-        above = [(depth, name) for depth, name in above if depth < indent] + [(indent, match[2])]
-        if [name for _, name in above] == list(path):
-            return re.sub(r" {2,}", "  ", line.strip())
-    return ""
-
-
 def known_keys(config: Path) -> list[str]:
     """Every setting of every file below `config`, with the name that the command line gives it, and the groups."""
     keys = {entry.stem for entry in config.iterdir() if any(entry.glob("*.yaml"))}
-    for file in config.rglob("*.yaml"):
-        place = file.relative_to(config)
-        if "hydra" in place.parts:
-            continue
-        group = ".".join(place.parent.parts)
-        loaded = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-        if isinstance(loaded, Mapping):
-            is_global = "@package _global_" in file.read_text(encoding="utf-8")
-            keys |= {key if is_global or not group else f"{group}.{key}" for key in _flat(loaded)}
-    return sorted(key for key in keys if key.split(".")[0] != "hydra")
+    keys.update(key for key, _ in _settings(config))
+    return sorted(key for key in keys if not re.search(r"^hydra\b|\bdefaults$|(?:^|\.)_", key))
 
 
-def _flat(settings: Mapping[Any, Any], above: str = "") -> Iterator[str]:
-    for key, value in settings.items():
-        if key != "defaults" and not str(key).startswith("_"):
-            yield f"{above}{key}"
-            if isinstance(value, Mapping):
-                yield from _flat(value, f"{above}{key}.")
+def _settings(config: Path) -> Iterator[tuple[str, str]]:
+    """The settings of all files: the name on the command line, and the file and line that it stands in."""
+    for file in sorted(config.rglob("*.yaml")):
+        place, text = file.relative_to(config), file.read_text(encoding="utf-8")
+        groups = () if "@package _global_" in text else place.parent.parts
+        above = [(-1, group) for group in groups]  # indentation and name
+        for line in text.splitlines():
+            if match := re.match(r"( *)([\w@/-]+):", line):
+                indent = len(match[1])
+                above = [(depth, name) for depth, name in above if depth < indent] + [(indent, match[2])]
+                yield ".".join(name for _, name in above), f"  conf/{place}: {re.sub(r' {2,}', '  ', line.strip())}"
 
 
 def _meant(name: str, known: Iterable[str]) -> str:

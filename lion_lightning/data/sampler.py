@@ -5,6 +5,7 @@ of the run, whatever the batch size, the number of ranks or workers, or how ofte
 therefore needs only the count of consumed samples. Batches run across the end of an epoch, so no sample is dropped.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -48,20 +49,15 @@ class StepValues:
 
     def before(self, step: int) -> int:
         """The sum of the values of all steps before `step`."""
-        ends = [first for first, _ in self.changes[1:]] + [step]
-        return sum(
-            value * max(0, min(end, step) - first) for (first, value), end in zip(self.changes, ends, strict=True)
-        )
+        total = 0
+        for first, value in reversed(self.changes):
+            total += value * max(0, step - first)
+            step = min(step, first)
+        return total
 
     def steps_in(self, total: int) -> int:
         """The largest number of steps whose values sum to at most `total`."""
-        taken = 0
-        for (first, value), end in zip(self.changes, [*(first for first, _ in self.changes[1:]), None], strict=True):
-            fit = total // value
-            if end is None or fit < end - first:
-                return taken + fit
-            taken, total = end, total - value * (end - first)
-        return taken
+        return bisect_right(range(total + 2), total, key=self.before) - 1
 
 
 class SourceTurns:
@@ -79,22 +75,20 @@ class SourceTurns:
         if not all(0 < weight < float("inf") for weight in weights):
             raise ValueError(f"weights must be numbers above 0, got {list(weights)}")
         self.counts = _turns(weights)
-        self.pattern: list[int] = []
-        self.earlier: list[int] = []  # turns that the same source has had before, in the pattern
+        self.pattern: list[tuple[int, int]] = []  # the source of each turn, and the turns that it has had before
         taken = [0] * len(self.counts)
         total = sum(self.counts)
         for turn in range(1, total + 1):
             owed = [count * turn - total * had for count, had in zip(self.counts, taken, strict=True)]
             source = owed.index(max(owed))
-            self.pattern.append(source)
-            self.earlier.append(taken[source])
+            self.pattern.append((source, taken[source]))
             taken[source] += 1
 
     def at(self, position: int) -> tuple[int, int]:
         """The source at `position`, and how many turns it has had before."""
         cycle, offset = divmod(position, len(self.pattern))
-        source = self.pattern[offset]
-        return source, cycle * self.counts[source] + self.earlier[offset]
+        source, earlier = self.pattern[offset]
+        return source, cycle * self.counts[source] + earlier
 
 
 def _turns(weights: Sequence[float]) -> list[int]:

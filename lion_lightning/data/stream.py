@@ -2,7 +2,6 @@
 
 import signal
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -170,11 +169,7 @@ def outlive_stop_signals(worker: int) -> None:
     if not hasattr(signal, "SIGUSR1"):  # Windows, which sends no signals to groups and has no alarm
         return
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_later)
-
-
-def _end_later(signum: int, frame: FrameType | None) -> None:
-    signal.alarm(WORKER_GRACE_SECONDS)
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(WORKER_GRACE_SECONDS))
 
 
 def _unchanged(batch: Any) -> Any:

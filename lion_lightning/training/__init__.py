@@ -1,5 +1,62 @@
-"""Training runs. Importing the package registers the resolvers that the configuration in `conf/` uses."""
+"""Training runs. Importing the package registers the resolvers that `conf/train.yaml` uses.
 
-from lion_lightning.training.run_stamp import register
+Only OmegaConf is imported here, since `--help` needs the resolvers too.
+"""
 
-register()
+import os
+import time
+
+from omegaconf import DictConfig, OmegaConf
+
+NO_RUN_ID = ("", "none")  # what torchrun passes on where it was given neither --standalone nor --rdzv-id
+INTERACTIVE_JOBS = ("bash", "interactive")  # a shell in which many runs are started one after another
+# Settings that are named in a group unless they have their usual value, and how.
+UNUSUAL = {
+    "trainer.precision": ("32-true", ""),
+    "model.pretrained": (None, "from-"),
+    "recipe.module.masking.unit": ("token", ""),
+    "data.length_schedule": (None, "lengths-"),
+    "data.batch_schedule": (None, "batches-"),
+    "data.sources": (None, "sources-"),
+}
+
+
+def comparison_group(*, _root_: DictConfig) -> str:
+    """What a run is compared in: everything but the optimizer and the seed; unusual settings are named at the end.
+
+    Args:
+        _root_: the whole configuration, which OmegaConf passes.
+    """
+    cfg, trainer = _root_, _root_.trainer
+    budget = f"{trainer.max_steps}x{cfg.data.batch_size}x{trainer.accumulate_grad_batches}"
+    parts = [cfg.recipe.name, cfg.data.name, cfg.model.name, budget]
+    for name, (usual, label) in UNUSUAL.items():
+        value = OmegaConf.select(cfg, name)
+        if value not in (None, usual):
+            plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            parts.append(f"{label}{plain}")
+    return "-".join(parts)
+
+
+def run_stamp() -> str:
+    """What tells one run's folder from the next, equal on every rank and after a requeue or a restart.
+
+    `slurm-JOB` under SLURM, `torchrun-ID` under torchrun, else the time.
+
+    Raises:
+        ValueError: torchrun was given neither `--standalone` nor `--rdzv-id`, so the ranks have no common name.
+    """
+    given = os.environ
+    if "SLURM_JOB_ID" in given and given.get("SLURM_JOB_NAME") not in INTERACTIVE_JOBS:
+        if "SLURM_ARRAY_JOB_ID" in given:
+            return f"slurm-{given['SLURM_ARRAY_JOB_ID']}_{given['SLURM_ARRAY_TASK_ID']}"
+        return f"slurm-{given['SLURM_JOB_ID']}"
+    if "TORCHELASTIC_RUN_ID" not in given:
+        return time.strftime("%Y-%m-%d_%H-%M-%S")
+    if given["TORCHELASTIC_RUN_ID"] in NO_RUN_ID:
+        raise ValueError("the ranks need a common run folder: give torchrun --standalone or --rdzv-id=NAME")
+    return f"torchrun-{given['TORCHELASTIC_RUN_ID']}"
+
+
+OmegaConf.register_new_resolver("run_stamp", run_stamp, replace=True, use_cache=True)
+OmegaConf.register_new_resolver("comparison_group", comparison_group, replace=True)

@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lion_lightning.data.stream import StreamDataModule
@@ -32,12 +32,12 @@ from lion_lightning.errors import ConfigError, configuring
 from lion_lightning.training.checkpoint.files import DurableCheckpointIO
 from lion_lightning.training.checkpoint.policy import RunCheckpoint
 from lion_lightning.training.checkpoint.sharded import ShardedStrategy
-from lion_lightning.training.distributed import started_by_launcher
-from lion_lightning.training.logging_setup import known_run_id
+from lion_lightning.training.logging_setup import RUN_ID_FILE
 from lion_lightning.training.performance import PRECISION_VARIABLE, choose_precision
 from lion_lightning.training.report import near
 from lion_lightning.training.signals import StopFlag
 
+LAUNCHERS = ("LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # set by launchers for their processes
 LABEL = "name"  # every group file has one: a label for people and run names, never an argument
 ALLOWED_MODULES = (
     "lion_lightning.",
@@ -71,7 +71,7 @@ def instantiate(node: DictConfig | Mapping[str, Any], **overrides: Any) -> Any:
 
 
 def _build(value: Any, overrides: Mapping[str, Any] | None = None) -> Any:
-    if isinstance(value, list | ListConfig):
+    if isinstance(value, list):
         return [_build(item) for item in value]
     if not isinstance(value, dict):
         return value
@@ -217,7 +217,9 @@ def build_logger(cfg: DictConfig, continues: bool = False) -> Logger | None:
         return None
     try:
         if cfg.logger.name == "wandb":
-            return instantiate(cfg.logger, run_id=known_run_id(cfg.run_dir) if continues else None)
+            file = Path(cfg.run_dir) / RUN_ID_FILE
+            run_id = file.read_text().strip() if continues and file.is_file() else None
+            return instantiate(cfg.logger, run_id=run_id or None)
         return instantiate(cfg.logger, name=cfg.logger.name)  # of a file logger, the folder it writes to
     except (ModuleNotFoundError, ValueError) as error:
         raise ConfigError(f"logger={cfg.logger.name}: {error}") from error
@@ -267,6 +269,11 @@ def build_trainer(cfg: DictConfig, logger: Logger | None, callbacks: list[Callba
         )
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise ConfigError(f"trainer: {error}") from error
+
+
+def started_by_launcher() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return any(variable in os.environ for variable in LAUNCHERS)
 
 
 def _build_strategy(cfg: DictConfig) -> Strategy | str:

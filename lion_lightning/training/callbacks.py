@@ -1,10 +1,11 @@
-"""The small Lightning callbacks of a run: progress, random numbers per step, an average of the weights."""
+"""The small Lightning callbacks of a run: progress, random numbers per step, equal replicas, averaged weights."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import rich
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
@@ -20,6 +21,8 @@ WIDE_ENOUGH_FOR_RATE = 100  # columns of the terminal
 WARMUP_UPDATES = 10  # of the decay: without it a short run's average is mostly its first weights
 SEED_STRIDE, BATCH_STRIDE, RANK_STRIDE = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # odd, 64 bits
 MASK64 = 2**64 - 1
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+HASH_MULTIPLIER = 0x100000001B3  # of the FNV hash: odd, so that the order of tensors counts
 
 
 def progress(console: Console, metrics: Sequence[str]) -> list[Callback]:
@@ -112,15 +115,63 @@ class StepSeed(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(step_seed(self.seed, trainer.fit_loop.total_batch_idx, trainer.global_rank))
+        micro_batch, rank = trainer.fit_loop.total_batch_idx, trainer.global_rank
+        # 63 bits, mixed as in SplitMix64 (Steele, 2014).
+        state = (self.seed * SEED_STRIDE + micro_batch * BATCH_STRIDE + rank * RANK_STRIDE) & MASK64
+        state = ((state ^ (state >> 30)) * BATCH_STRIDE) & MASK64
+        state = ((state ^ (state >> 27)) * RANK_STRIDE) & MASK64
+        torch.manual_seed((state ^ (state >> 31)) >> 1)
 
 
-def step_seed(seed: int, micro_batch: int, rank: int) -> int:
-    """63 bits that differ in practice for any two of (seed, micro_batch, rank); as in SplitMix64 (Steele, 2014)."""
-    state = (seed * SEED_STRIDE + micro_batch * BATCH_STRIDE + rank * RANK_STRIDE) & MASK64
-    state = ((state ^ (state >> 30)) * BATCH_STRIDE) & MASK64
-    state = ((state ^ (state >> 27)) * RANK_STRIDE) & MASK64
-    return (state ^ (state >> 31)) >> 1
+class ReplicasDiffer(RuntimeError):
+    """Ranks that should hold the same weights do not. The message names them."""
+
+
+class ReplicaCheck(Callback):
+    """Compares the replicas of data-parallel ranks every so many optimizer steps, by a hash; skips sharded tensors.
+
+    Reads all weights and optimizer state once and sends 8 bytes a rank.
+
+    Args:
+        every_n_steps: optimizer steps between checks; 0 for none.
+
+    Raises:
+        ReplicasDiffer: during training, on all ranks.
+    """
+
+    def __init__(self, every_n_steps: int) -> None:
+        self.every_n_steps = every_n_steps
+        self._step = 0
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        step, before = trainer.global_step, self._step
+        self._step = step
+        if trainer.world_size == 1 or not self.every_n_steps or step == before or step % self.every_n_steps:
+            return
+        mine = replica_hash(trainer).view(1)
+        hashes = [torch.empty_like(mine) for _ in range(trainer.world_size)]
+        dist.all_gather(hashes, mine)
+        values = [int(value) for value in hashes]
+        if len(set(values)) > 1:
+            usual = max(values, key=values.count)
+            odd = ", ".join(str(rank) for rank, value in enumerate(values) if value != usual)
+            raise ReplicasDiffer(
+                f"after step {step} the weights or the optimizer state of rank {odd} differ from those "
+                "of the other ranks; the checkpoints from before the last check are alike on all ranks"
+            )
+
+
+def replica_hash(trainer: Trainer) -> Tensor:
+    """A hash of every bit of weights and optimizer state that is not sharded; int64 of shape ()."""
+    total = torch.zeros((), dtype=torch.int64, device=trainer.strategy.root_device)
+    for optimizer in trainer.optimizers:
+        for param in (param for group in optimizer.param_groups for param in group["params"]):
+            for tensor in (param, *(value for _, value in sorted(optimizer.state.get(param, {}).items()))):
+                if isinstance(tensor, Tensor) and not hasattr(tensor, "to_local"):
+                    bits = tensor.detach().contiguous().view(INTEGERS[tensor.element_size()])
+                    total = total * HASH_MULTIPLIER + bits.sum(dtype=torch.int64).to(total.device)
+    return total
 
 
 class AverageWeights(WeightAveraging):

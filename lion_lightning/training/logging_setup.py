@@ -21,21 +21,13 @@ if TYPE_CHECKING:
 
     from lion_lightning.tracking.wandb import RunLogger
 
-RUN_ID_FILE = "wandb_run_id"
+RUN_ID_FILE = "wandb_run_id"  # in the folder of an online run
 # The value that stands for the run in W&B's table, by exact metric name.
 SUMMARIES: dict[str, Any] = {
-    "train/loss": "last",
-    "val/loss": "min",
-    "val/perplexity": "min",
-    "val/accuracy": "max",
-    "val/top1": "max",
-    "val/top5": "max",
-    "val/ece": "min",
-    "perf/samples_per_second": "last",
-    "perf/tokens_per_second": "last",
-    "perf/step_ms": "last",
-    "perf/mfu": "last",
-    "perf/peak_memory_gib": "max",
+    **dict.fromkeys(("val/loss", "val/perplexity", "val/ece"), "min"),
+    **dict.fromkeys(("val/accuracy", "val/top1", "val/top5", "perf/peak_memory_gib"), "max"),
+    **dict.fromkeys(("train/loss", "perf/step_ms", "perf/mfu"), "last"),
+    **dict.fromkeys(("perf/samples_per_second", "perf/tokens_per_second"), "last"),
 }
 HIDDEN = "(hidden)"
 # Names of settings that hold secrets: whole words of the name, so that `max_tokens` and `monkey` are none.
@@ -135,12 +127,6 @@ def log_config(logger: "Logger | None", config: Mapping[str, Any], run_dir: Path
         wandb_logger.define_summaries({**SUMMARIES, recipe["monitor"]: recipe["mode"]})
         if wandb_logger.mode == "online":
             (run_dir / RUN_ID_FILE).write_text(wandb_logger.experiment.id)
-
-
-def known_run_id(run_dir: str) -> str | None:
-    """The id of the online W&B run that `run_dir` has had, if it has had one."""
-    file = Path(run_dir) / RUN_ID_FILE
-    return (file.read_text().strip() or None) if file.is_file() else None
 
 
 @contextmanager

@@ -87,7 +87,9 @@ def conclude(
         outcome[f"example {number}"] = line
     outcome["checkpoint"] = near(kept)
     if export is not None:
-        module.export(export, _model_card(title, {**about, **outcome}))
+        rows = "".join(f"| {name} | {value} |\n" for name, value in {**about, **outcome}.items())
+        head = f"---\nlibrary_name: transformers\n---\n\n# {title}\n\nTrained with lion_lightning.\n\n"
+        module.export(export, f"{head}| | |\n| --- | --- |\n{rows}")
         outcome["export"] = f"{near(export)} (a Hugging Face folder)"
     show(console, f"{title} is done", outcome)
     # Commands stand outside the panel, on one line each, so that they can be copied.
@@ -98,12 +100,6 @@ def conclude(
         commands.insert(0, wandb_logger.describe(near))
     for line in commands:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
-
-
-def _model_card(title: str, lines: Mapping[str, str]) -> str:
-    rows = "\n".join(f"| {name} | {value} |" for name, value in lines.items())
-    head = f"---\nlibrary_name: transformers\n---\n\n# {title}\n\nTrained with lion_lightning.\n\n"
-    return f"{head}| | |\n| --- | --- |\n{rows}\n"
 
 
 def duration(seconds: float, steps: int, speed: Mapping[str, float]) -> str:

@@ -13,22 +13,10 @@ import rich
 import transformers
 from omegaconf import DictConfig, OmegaConf
 
-from lion_lightning.training.build import (
-    build_callbacks,
-    build_checkpoint,
-    build_data,
-    build_logger,
-    build_module,
-    build_trainer,
-    check,
-    describe,
-    max_steps,
-    settle_precision,
-)
-from lion_lightning.training.callbacks import StepSeed, ValidateAtEnd, progress
+from lion_lightning.training import build
+from lion_lightning.training.callbacks import ReplicaCheck, StepSeed, ValidateAtEnd, progress
 from lion_lightning.training.checkpoint.policy import AUTO, resolve
 from lion_lightning.training.checkpoint.sharded import ShardedStrategy
-from lion_lightning.training.distributed import ReplicaCheck, started_by_launcher
 from lion_lightning.training.logging_setup import closing, log_config
 from lion_lightning.training.performance import Throughput
 from lion_lightning.training.report import conclude, duration, show
@@ -48,26 +36,27 @@ def run(cfg: DictConfig, more_callbacks: Sequence[pl.Callback] = ()) -> float:
         TrainingInterrupted: a signal asked the run to end, and it did, at a step boundary.
         TrainingStopped: the guard ended the run.
     """
-    check(cfg)
+    build.check(cfg)
     folder = Path(cfg.run_dir)
     resumed = resolve(cfg.resume, folder / "checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
     _quiet_libraries()
     console = rich.get_console()  # Lightning's progress bar is on it too, so lines are printed above the bar
-    precision = settle_precision(cfg)
+    precision = build.settle_precision(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    data = build_data(cfg)
-    cfg.trainer.max_steps = max_steps(cfg, data)
-    module = build_module(cfg, data)
-    logger = build_logger(cfg, continues=cfg.resume == AUTO and resumed is not None)
+    data = build.build_data(cfg)
+    cfg.trainer.max_steps = build.max_steps(cfg, data)
+    module = build.build_module(cfg, data)
+    logger = build.build_logger(cfg, continues=cfg.resume == AUTO and resumed is not None)
     throughput = Throughput()
-    with StopFlag(alone=not started_by_launcher()) as stop:
-        checkpoint = build_checkpoint(cfg, stop)
-        callbacks = [StepSeed(cfg.seed), *build_callbacks(cfg, "guard"), throughput, ValidateAtEnd()]
-        callbacks += [*build_callbacks(cfg, "callbacks"), checkpoint, ReplicaCheck(cfg.trainer.check_replicas_every)]
+    with StopFlag(alone=not build.started_by_launcher()) as stop:
+        checkpoint = build.build_checkpoint(cfg, stop)
+        callbacks = [StepSeed(cfg.seed), *build.build_callbacks(cfg, "guard"), throughput, ValidateAtEnd()]
+        callbacks += build.build_callbacks(cfg, "callbacks")
+        callbacks += [checkpoint, ReplicaCheck(cfg.trainer.check_replicas_every)]
         callbacks += [*more_callbacks, *progress(console, ["train/loss", cfg.recipe.monitor])]
-        trainer = build_trainer(cfg, logger, callbacks, bar=console.is_terminal)
-        about = describe(cfg, data, module, trainer, resumed, precision)
+        trainer = build.build_trainer(cfg, logger, callbacks, bar=console.is_terminal)
+        about = build.describe(cfg, data, module, trainer, resumed, precision)
         with closing(logger):
             if trainer.is_global_zero:
                 show(console, cfg.run_name, about)
@@ -79,7 +68,7 @@ def run(cfg: DictConfig, more_callbacks: Sequence[pl.Callback] = ()) -> float:
             took = duration(time.perf_counter() - started, steps, throughput.measured(trainer))
             if trainer.is_global_zero:
                 # Under FSDP2 this rank has only its shard of the module that was trained.
-                whole = build_module(cfg, data) if isinstance(trainer.strategy, ShardedStrategy) else module
+                whole = build.build_module(cfg, data) if isinstance(trainer.strategy, ShardedStrategy) else module
                 export = folder / "export" if cfg.export else None
                 conclude(console, cfg.run_name, trainer, checkpoint, whole, about, took, export)
     return math.nan if checkpoint.best_score is None else checkpoint.best_score

@@ -6,8 +6,6 @@ training begins, where Lightning has set its own.
 
 submitit's own signal, SIGUSR2 before a time limit, is one more: its handler puts the job back into the queue and ends
 the process at once, so it is called only after the run is saved.
-
-Exit codes: 143 after SIGTERM, 130 after SIGINT, 138 after SIGUSR1 (128 + the signal's number, as in shells).
 """
 
 import logging
@@ -22,7 +20,7 @@ REQUEUE_SIGNALS = tuple(  # one of them, by SUBMITIT_PREEMPT_SIGNAL; Windows has
     getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)
 )
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *REQUEUE_SIGNALS[:1])
-EXIT_CODE_OFFSET = 128
+EXIT_CODE_OFFSET = 128  # plus the signal's number, as in shells
 
 
 class TrainingInterrupted(SystemExit):

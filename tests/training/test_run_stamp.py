@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from lion_lightning.training.run_stamp import run_stamp
+from lion_lightning.training import run_stamp
 
 VARIABLES = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "TORCHELASTIC_RUN_ID",
              "GROUP_WORLD_SIZE")  # fmt: skip

@@ -13,7 +13,7 @@ import pickle
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path, PurePath
@@ -54,17 +54,11 @@ class CheckpointFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Marker:
-    """What is known of a complete checkpoint.
-
-    Attributes:
-        global_step: optimizer steps completed.
-        size: bytes.
-        sha256: hexadecimal digest of the whole file.
-    """
+    """What is known of a complete checkpoint."""
 
     global_step: int
-    size: int
-    sha256: str
+    size: int  # bytes
+    sha256: str  # hexadecimal
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -87,7 +81,7 @@ class DurableCheckpointIO(CheckpointIO):
         self.attempt(lambda: write(checkpoint, Path(path)))
 
     def attempt(self, task: Callable[[], None]) -> None:
-        """Run `task`; its failure is kept in `error`."""
+        """Run `task`; keep its failure in `error`."""
         try:
             task()
         except Exception as error:
@@ -141,7 +135,7 @@ def refuse_url(path: _PATH) -> str:
 
 def weights_of(path: Path) -> dict[str, Any]:
     """The model's state in the checkpoint at `path`, a file or the folder that FSDP2 writes, onto the CPU."""
-    return (read_whole(path, "state_dict") if path.is_dir() else load(path))["state_dict"]
+    return with_names_of((read_whole(path, "state_dict") if path.is_dir() else load(path))["state_dict"])
 
 
 def write(checkpoint: Mapping[str, Any], path: Path) -> None:
@@ -153,18 +147,13 @@ def write(checkpoint: Mapping[str, Any], path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = plain(dict(checkpoint))
-    kept["state_dict"] = without_compiled_prefix(kept["state_dict"])
+    kept["state_dict"] = with_names_of(kept["state_dict"])
     write_durably(path, lambda file: torch.save(kept, file))
     mark(path, int(kept["global_step"]))
 
 
 def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write weights alone, as safetensors.
-
-    Args:
-        state: the state of a model, on the CPU.
-        path: where to.
-    """
+    """Write the `state` of a model, on the CPU, to `path` as safetensors."""
     # safetensors keeps no aliases such as tied embeddings: every tensor gets storage of its own.
     data = safetensors_bytes({name: tensor.contiguous().clone() for name, tensor in state.items()})
     write_durably(path, lambda file: file.write(data))
@@ -189,7 +178,7 @@ def write_durably(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def mark(path: Path, global_step: int) -> None:
@@ -212,11 +201,10 @@ def publish_folder(temporary: Path, path: Path, global_step: int) -> None:
         global_step: optimizer steps completed.
     """
     for file in _files(temporary):
-        with open(file, "rb") as written:
-            os.fsync(written.fileno())
+        sync(file)
     remove_marked(path)
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    sync(path.parent)
     mark(path, global_step)
 
 
@@ -275,21 +263,19 @@ def link_marked(source: Path, target: Path) -> None:
     for old, new in ((source, target), (marker_of(source), marker_of(target))):
         temporary = new.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{new.name}")
         try:
-            _link_or_copy(old, temporary)
+            if old.is_dir():
+                shutil.copytree(old, temporary, copy_function=_link_or_copy)
+            else:
+                _link_or_copy(old, temporary)
             if new.is_dir():
                 shutil.rmtree(new)
             os.replace(temporary, new)
         finally:
             _remove(temporary)  # still there if both names were the same file already
-    sync_folder(target.parent)
+    sync(target.parent)
 
 
-def _link_or_copy(old: Path, new: Path) -> None:
-    if old.is_dir():
-        new.mkdir()
-        for file in _files(old):
-            _link_or_copy(file, new / file.name)
-        return
+def _link_or_copy(old: str | Path, new: str | Path) -> None:
     try:
         os.link(old, new)
     except OSError as error:
@@ -319,11 +305,11 @@ def sweep_temporaries(folder: Path) -> None:
         _remove(left)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut; Windows cannot open folders, and journals renames itself."""
-    if os.name == "nt":
+def sync(path: Path) -> None:
+    """Make a file, or the renames in a folder, survive a power cut; Windows journals renames itself."""
+    if os.name == "nt":  # cannot open folders
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -377,18 +363,15 @@ def plain(value: Any, name: str = "checkpoint") -> Any:
     raise TypeError(f"{name} is a {type(value).__module__}.{type(value).__qualname__}, which no checkpoint can keep")
 
 
-def without_compiled_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's state under the names it has when nothing is compiled."""
-    return _renamed(state, lambda name: name.replace(COMPILED_PREFIX, ""))
+def with_names_of(state: Mapping[str, Any], names: Iterable[str] = ()) -> dict[str, Any]:
+    """A model's state under the names that it has when nothing is compiled.
 
-
-def with_names_of(state: Mapping[str, Any], names: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
-    """`state` under `names`, which may be those of a compiled model; a name that is not among them stays."""
-    compiled = {name.replace(COMPILED_PREFIX, ""): name for name in names}
-    return _renamed(state, lambda name: compiled.get(name, name))
-
-
-def _renamed(state: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
-    renamed = OrderedDict((rename(name), value) for name, value in state.items())
-    renamed.__dict__.update(getattr(state, "__dict__", {}))
+    Args:
+        state: of a model that may be compiled.
+        names: those of another model, which may be compiled; they are used instead.
+    """
+    wanted = {name.replace(COMPILED_PREFIX, ""): name for name in names}
+    plain_names = (name.replace(COMPILED_PREFIX, "") for name in state)
+    renamed = OrderedDict(zip((wanted.get(name, name) for name in plain_names), state.values(), strict=True))
+    renamed.__dict__.update(getattr(state, "__dict__", {}))  # a state dict's versions
     return renamed

@@ -22,21 +22,8 @@ from typing_extensions import override
 
 from lion_lightning import __version__
 from lion_lightning.errors import ConfigError
-from lion_lightning.training.checkpoint.files import (
-    CheckpointFailed,
-    DurableCheckpointIO,
-    InvalidCheckpoint,
-    link_marked,
-    marker_of,
-    read_marker,
-    refuse_url,
-    remove_marked,
-    sweep_temporaries,
-    verify,
-    weights_of,
-    without_compiled_prefix,
-    write_weights,
-)
+from lion_lightning.training.checkpoint import files
+from lion_lightning.training.checkpoint.files import CheckpointFailed, DurableCheckpointIO, InvalidCheckpoint
 from lion_lightning.training.signals import StopFlag, TrainingInterrupted
 
 log = logging.getLogger(__name__)
@@ -73,9 +60,10 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """
     wrong: list[str] = []
     names = [folder / "last.ckpt", folder / "best.ckpt"]
-    for path in [*reversed(step_files(folder)), *(name for name in names if name.exists() or marker_of(name).exists())]:
+    there = [name for name in names if name.exists() or files.marker_of(name).exists()]
+    for path in [*reversed(step_files(folder)), *there]:
         try:
-            verify(path)
+            files.verify(path)
         except InvalidCheckpoint as error:
             wrong.append(str(error))
         else:
@@ -110,9 +98,9 @@ def resolve(resume: str | None, folder: Path) -> Path | None:
     if resume is None:
         return None
     try:
-        path = Path(refuse_url(resume))
-        if marker_of(path).is_file():
-            verify(path)
+        path = Path(files.refuse_url(resume))
+        if files.marker_of(path).is_file():
+            files.verify(path)
     except ValueError as error:
         raise ConfigError(f"resume={error}") from error
     if not path.exists():
@@ -212,15 +200,11 @@ class RunCheckpoint(Checkpoint):
         self._io.model = pl_module
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            sweep_temporaries(self.folder)
+            files.sweep_temporaries(self.folder)
 
     @contextmanager
     def resuming(self) -> Iterator[None]:
-        """A context for `Trainer.fit`: a failure between reading a checkpoint and the first step becomes one line.
-
-        Raises:
-            ConfigError: see `restoring`.
-        """
+        """A context for `Trainer.fit`: `restoring` between reading a checkpoint and the first step."""
         try:
             yield
         except _LOAD_FAILURES as error:
@@ -262,12 +246,12 @@ class RunCheckpoint(Checkpoint):
     def _repair_best(self, step: int) -> None:
         """Link `best.ckpt` again after a kill between a step file and its names."""
         try:
-            if read_marker(self.best_path).global_step == step:
+            if files.read_marker(self.best_path).global_step == step:
                 return
         except InvalidCheckpoint as error:
             log.warning("%s", error)
         if step_path(self.folder, step).exists():
-            link_marked(step_path(self.folder, step), self.best_path)
+            files.link_marked(step_path(self.folder, step), self.best_path)
         else:
             log.warning("the best checkpoint, of step %d, is gone: the next validation makes a new one", step)
             self.best_step = self.best_score = None
@@ -374,14 +358,13 @@ class RunCheckpoint(Checkpoint):
     def _name(self, path: Path, best: bool) -> None:
         """Make the checkpoint at `path` the last one, maybe the best, and remove those that it replaces."""
         if best:
-            weights = without_compiled_prefix(weights_of(path))
-            write_weights(weights, self.best_path.with_suffix(".safetensors"))
-            link_marked(path, self.best_path)
-        link_marked(path, self.last_path)
+            files.write_weights(files.weights_of(path), self.best_path.with_suffix(".safetensors"))
+            files.link_marked(path, self.best_path)
+        files.link_marked(path, self.last_path)
         older = [file for file in step_files(self.folder) if file.name < path.name]
         later = [file for file in step_files(self.folder) if file.name > path.name]  # not valid, else resumed from
         for file in [*older[: max(0, len(older) - self.keep + 1)], *later]:
-            remove_marked(file)
+            files.remove_marked(file)
 
     def _is_healthy(self, trainer: Trainer) -> bool:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

@@ -18,11 +18,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lion_lightning.training.checkpoint import files
-from lion_lightning.training.checkpoint.sharded_state import (
-    META_FILE,
-    load_shards,
-    load_whole_into_shards,
-)
+from lion_lightning.training.checkpoint.sharded_state import META_FILE, load_shards, load_whole_into_shards
 
 
 class ShardedStrategy(ModelParallelStrategy):

@@ -5,6 +5,7 @@ non-tensor items with `torch.load` with `weights_only` off, so a folder from a s
 are restricted.
 """
 
+import itertools
 import pickle
 import warnings
 from collections.abc import Sequence
@@ -106,17 +107,13 @@ def read_whole(folder: Path, part: str = "") -> dict[str, Any]:
     Args:
         folder: the checkpoint; from any number of ranks.
         part: one of the parts it was saved in; else all of them.
-
-    Raises:
-        RuntimeError: see `load_sharded`.
     """
     metadata = _PlainReader(folder).read_metadata()
-    flat: dict[str, Any] = {}
-    for name, stored in metadata.state_dict_metadata.items():
-        if part in ("", metadata.planner_data[name][0]):
-            flat[name] = None
-            if isinstance(stored, TensorStorageMetadata):
-                flat[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
+    flat: dict[str, Any] = {
+        name: torch.empty(kept.size, dtype=kept.properties.dtype) if isinstance(kept, TensorStorageMetadata) else None
+        for name, kept in metadata.state_dict_metadata.items()
+        if part in ("", metadata.planner_data[name][0])
+    }
     load_sharded(flat, folder, alone=True)
     whole: dict[Any, Any] = {}
     for name, value in flat.items():
@@ -136,11 +133,7 @@ def _with_lists(tree: Any) -> Any:
 
 
 def whole_checkpoint(folder: Path) -> dict[str, Any]:
-    """A sharded checkpoint as the single file that it would have been, read by this process alone.
-
-    Raises:
-        RuntimeError: see `load_sharded`.
-    """
+    """A sharded checkpoint as the single file that it would have been, read by this process alone."""
     kept, shards = read_whole(folder), _shards_of(folder)
     checkpoint = torch.load(folder / META_FILE, map_location="cpu", weights_only=True)
     checkpoint["state_dict"] = kept.get("state_dict", {})
@@ -157,21 +150,15 @@ def _shards_of(folder: Path) -> dict[str, int]:
 
 def _by_position(kept: dict[str, Any], shards: dict[str, int], name: str) -> dict[str, Any]:
     """An optimizer's state by parameter names as one by positions, as `Optimizer.state_dict` has it."""
-    state: dict[int, Any] = {}
-    groups: list[dict[str, Any]] = []
-    position = 0
-    for group in kept["param_groups"]:
-        positions = range(position, position + len(group["params"]))
-        position = positions.stop
-        for number, param in zip(positions, group["params"], strict=True):
-            entry = kept["state"].get(param)
-            if entry is not None and SCALES in entry:
-                levels, count = entry[LEVELS], shards[f"{name}.state.{param}.{SCALES}"]
-                flat, scales = reblocked(levels.flatten(), 0, levels.shape, entry[SCALES], count)
-                entry = {**entry, LEVELS: flat.view_as(levels), SCALES: scales}
-            if entry is not None:
-                state[number] = entry
-        groups.append({**group, "params": list(positions)})
+    params = [param for group in kept["param_groups"] for param in group["params"]]
+    state = {number: kept["state"][param] for number, param in enumerate(params) if param in kept["state"]}
+    for number, entry in state.items():
+        if SCALES in entry:
+            levels, count = entry[LEVELS], shards[f"{name}.state.{params[number]}.{SCALES}"]
+            flat, scales = reblocked(levels.flatten(), 0, levels.shape, entry[SCALES], count)
+            state[number] = {**entry, LEVELS: flat.view_as(levels), SCALES: scales}
+    positions = itertools.count()
+    groups = [{**group, "params": [next(positions) for _ in group["params"]]} for group in kept["param_groups"]]
     return {"state": state, "param_groups": groups}
 
 
