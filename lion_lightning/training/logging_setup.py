@@ -25,6 +25,7 @@ RUN_ID_FILE = "wandb_run_id"
 # The value that stands for the run in W&B's table, by exact metric name.
 SUMMARIES: dict[str, Any] = {
     "train/loss": "last",
+    "train/loss_smoothed": "last",
     "val/loss": "min",
     "val/perplexity": "min",
     "val/accuracy": "max",

@@ -23,7 +23,7 @@ from lion_lightning.training.build import (
     describe,
     max_steps,
 )
-from lion_lightning.training.callbacks import StepSeed, ValidateAtEnd, progress
+from lion_lightning.training.callbacks import SmoothedLoss, StepSeed, ValidateAtEnd, progress
 from lion_lightning.training.checkpoint.policy import AUTO, resolve
 from lion_lightning.training.checkpoint.sharded import ShardedStrategy
 from lion_lightning.training.distributed import ReplicaCheck, started_by_launcher
@@ -56,7 +56,7 @@ def run(cfg: DictConfig) -> float:
     throughput = Throughput()
     with StopFlag(alone=not started_by_launcher()) as stop:
         checkpoint = build_checkpoint(cfg, stop)
-        callbacks = [StepSeed(cfg.seed), *build_callbacks(cfg, "guard"), throughput, ValidateAtEnd()]
+        callbacks = [StepSeed(cfg.seed), *build_callbacks(cfg, "guard"), throughput, SmoothedLoss(), ValidateAtEnd()]
         callbacks += [*build_callbacks(cfg, "callbacks"), checkpoint, ReplicaCheck(cfg.trainer.check_replicas_every)]
         callbacks += progress(console, ["train/loss", cfg.recipe.monitor])
         trainer = build_trainer(cfg, logger, callbacks, bar=console.is_terminal)
