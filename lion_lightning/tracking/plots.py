@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -192,22 +192,23 @@ def _draw(
     seeds = len(band.finished)
     labels = [label]  # taken by the first line that is drawn
     marker = "o" if max(len(x) for x, _ in [*band.finished, *band.unfinished]) <= MAX_POINTS_WITH_MARKERS else ""
-    look = {"color": color, "marker": marker, "markersize": 3}
+    look: dict[str, Any] = {"color": color, "marker": marker, "markersize": 3}
     if band.x.size:
         axes.plot(band.x / factor, band.mean, linestyle=dash, linewidth=1.6, label=labels.pop(), **look)
         low, high = band.mean - band.std, band.mean + band.std
         axes.fill_between(band.x / factor, low, high, color=color, alpha=0.2, linewidth=0)
     show_seeds = seeds > 1 and (seeds <= MAX_SINGLE_CURVES or not band.x.size)
-    single = {"linestyle": "-", "linewidth": 0.7, "alpha": 0.6}
-    unfinished = {"linestyle": ":", "linewidth": 1.4, "marker": marker, "markersize": 3}
+    single: dict[str, Any] = {"linestyle": "-", "linewidth": 0.7, "alpha": 0.6}
+    unfinished: dict[str, Any] = {"linestyle": ":", "linewidth": 1.4, "marker": marker, "markersize": 3}
     for curves, line in ((band.finished if show_seeds else [], single), (band.unfinished, unfinished)):
         for x, y in curves:
             name = labels.pop() if labels else "_nolegend_"
             axes.plot(x / factor, y, color=color, label=name, **line)
     if band.events:
         places, values = np.array(band.events).T
+        values = values if limits is None else values.clip(*limits)
         look = {"marker": "v", "color": color, "edgecolor": "black", "linewidth": 0.5, "s": 40, "zorder": 3}
-        axes.scatter(places / factor, np.clip(values, *(limits or (None, None))), clip_on=False, **look)
+        axes.scatter(places / factor, values, clip_on=False, **look)
 
 
 def limits_of(comparison: Comparison, metric: str) -> tuple[float, float] | None:
@@ -248,7 +249,7 @@ def _write_study(comparison: Comparison, study: Study, file: Path) -> None:
             color, dash = style_of(number)
             means, stds = (np.array([getattr(spread, name) for _, spread in line]) for name in ("mean", "std"))
             x = np.array([value for value, _ in line])
-            look = {"color": color, "linestyle": dash, "marker": "o", "markersize": 4, "capsize": 3}
+            look: dict[str, Any] = {"color": color, "linestyle": dash, "marker": "o", "markersize": 4, "capsize": 3}
             axes.errorbar(x, means, yerr=np.nan_to_num(stds), label=label, **look)
             if (lost := x[~np.isfinite(means)]).size:
                 axes.plot(lost, np.full(lost.size, 0.97), "x", color=color, transform=axes.get_xaxis_transform())

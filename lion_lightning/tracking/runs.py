@@ -231,11 +231,11 @@ def _from_file(file: Path) -> Run | UnreadableRun:
     from wandb.util import get_core_path
 
     # What `wandb leet inspect --json` starts; its command line would take seconds to load.
-    command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", file, file.parent]
+    options = ["--no-observability", "--json", "--run-file", str(file), str(file.parent)]
     records: dict[str, list[dict[str, Any]]] = {}
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
-        errors="replace",
+        [get_core_path(), "leet", "inspect", *options],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
     ) as reader:  # fmt: skip
         complaint = ""
         for line in reader.stdout or ():
