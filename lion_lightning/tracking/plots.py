@@ -17,7 +17,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 DASHES = ("-", "--", ":", "-.")
 AXIS_TITLES = {"steps": "optimizer steps", "samples": "samples seen", "tokens": "tokens seen"}
 MAGNITUDES = ((1e9, "billion "), (1e6, "million "), (1e4, "thousand "))
-DURATIONS = ((3 * 3600, 3600, "hours"), (3 * 60, 60, "minutes"), (0, 1, "seconds"))
+DURATIONS = ((3 * 3600, 3600.0, "hours"), (3 * 60, 60.0, "minutes"), (0, 1.0, "seconds"))
 SIZE_INCHES, DOTS_PER_INCH = (7, 4.2), 150
 MAX_CURVES = 6  # of more variants the results are drawn, not the curves
 MAX_SINGLE_CURVES = 5
@@ -177,7 +177,7 @@ def axis_unit(comparison: Comparison, axis: str) -> tuple[float, str]:
     if axis == "seconds":
         factor, unit = next((factor, unit) for least, factor, unit in DURATIONS if not largest < least)
         return factor, f"{unit} of training and validation"
-    factor, magnitude = next((found for found in MAGNITUDES if largest >= found[0]), (1, ""))
+    factor, magnitude = next((found for found in MAGNITUDES if largest >= found[0]), (1.0, ""))
     return (1e3 if magnitude == "thousand " else factor), magnitude + AXIS_TITLES[axis]
 
 
