@@ -87,8 +87,8 @@ def write_pictures(comparison: Comparison, folder: Path) -> list[Path]:
         file = folder / f"{stem}-{short(study.key or 'variants')}.png"
         _write_study(comparison, study, file)
         return [file]
-    seen = next((axis for axis in ("tokens", "samples", "steps") if axis in comparison.axes), None)
-    axes = [axis for axis in (seen, "seconds") if axis in comparison.axes]
+    learned_from = [axis for axis in ("tokens", "samples", "steps") if axis in comparison.axes][:1]
+    axes = [*learned_from, *(axis for axis in comparison.axes if axis == "seconds")]
     files = {axis: folder / f"{stem}-{axis}.png" for axis in axes}
     return [file for axis, file in files.items() if write_picture(comparison, file, axis=axis)]
 
