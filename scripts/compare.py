@@ -1,7 +1,7 @@
 """Compare optimizers, with significance and cost: `python scripts/compare.py outputs/multirun/...`.
 
 Reads offline W&B runs from folders, runs on the server (`--wandb entity/project --group NAME`), or both. Prints two
-tables and writes compare.md, runs.csv, a PNG per axis and compare.html. Runs that differ in more than
+tables and writes compare.md, runs.csv, PNGs and compare.html. Runs that differ in more than
 optimizer and seed are refused with the reason.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lion_lightning.tracking import report
+from lion_lightning.tracking import plots, report
 from lion_lightning.tracking.compare import Comparison, Incomparable, compare
 from lion_lightning.tracking.page import write_page
 from lion_lightning.tracking.runs import Run, UnreadableRun, fetch_runs, find_runs, read_runs
@@ -81,7 +81,7 @@ def write(comparison: Comparison, folder: Path, command: str, date: str) -> list
         date: ISO 8601.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = report.write_pictures(comparison, folder)
+    pictures = plots.write_pictures(comparison, folder)
     page, text, runs = (folder / name for name in ("compare.html", "compare.md", "runs.csv"))
     write_page(comparison, page, command, date)
     names = [picture.name for picture in pictures]

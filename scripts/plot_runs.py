@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lion_lightning.tracking.compare import Incomparable, compare
-from lion_lightning.tracking.report import write_picture
+from lion_lightning.tracking.plots import write_picture
 from lion_lightning.tracking.runs import AXES, Run, UnreadableRun, find_runs, read_runs
 
 

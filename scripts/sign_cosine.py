@@ -23,7 +23,8 @@ from torch.nn.functional import cosine_similarity
 from torch.optim import Optimizer
 
 from lion_lightning.__main__ import CONFIG_FOLDER
-from lion_lightning.tracking.report import relative, style_of
+from lion_lightning.tracking.plots import style_of
+from lion_lightning.tracking.report import relative
 from lion_lightning.training.build import build_callbacks, build_data, build_module
 
 STEPS = 300

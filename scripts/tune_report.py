@@ -96,10 +96,11 @@ def draw_heat_map(
             text = f"{value:.3f}" if math.isfinite(value) else "div."
             axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color="white", bbox=_LABEL)
         _frame_best(axes, table, mode)
-        axes.set_xticks(range(len(rates)), [f"{rate:.1e}" for rate in rates], rotation=45, fontsize=7)
+        axes.set_xticks(range(len(rates)), [f"{rate:.2g}" for rate in rates], rotation=45, fontsize=7)
         axes.set_yticks(range(len(decays)), [f"{decay:.2g}" for decay in decays], fontsize=7)
         rate, decay = (key.removeprefix("optim.").replace("_", " ") for key in planes[optim])
         axes.set(title=optim, xlabel=rate, ylabel=decay)
+    figure.suptitle(f"{metric} of each trial ({'more' if mode == 'max' else 'less'} is better, the best is framed)")
     figure.colorbar(image, ax=panels[0].tolist(), label=metric)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, bbox_inches="tight")

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the modules beside this one
 
-from lion_lightning.tracking.compare import variant_labels
-from lion_lightning.tracking.report import relative, style_of
+from lion_lightning.tracking.compare import variants_of
+from lion_lightning.tracking.plots import picture, style_of
+from lion_lightning.tracking.report import relative
 from lion_lightning.tracking.runs import Run
 from scripts.trained import load_run, run_folders
 
@@ -58,7 +59,7 @@ def labels_of(folders: Sequence[Path]) -> dict[Path, str]:
     runs = [
         Run(str(folder), folder.name, folder.name, "", "finished", 0, _plain_config(folder), []) for folder in folders
     ]
-    return dict(zip(folders, variant_labels(runs), strict=True))
+    return {folder: variant.label for folder, variant in zip(folders, variants_of(runs), strict=True)}
 
 
 def measure(folder: Path, shares: Sequence[float], draws: int) -> Losses:
@@ -116,11 +117,6 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def _write(by_optimizer: dict[str, list[dict[float, float]]], shares: Sequence[float], output: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
@@ -131,18 +127,20 @@ def _write(by_optimizer: dict[str, list[dict[float, float]]], shares: Sequence[f
             for number, run in enumerate(runs)
             for share in shares
         )
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=150)
-    for number, (optim, runs) in enumerate(by_optimizer.items()):
-        color, dash = style_of(number)
-        means = [statistics.fmean(run[share] for run in runs) for share in shares]
-        axes.plot(shares, means, color=color, linestyle=dash, marker="o", markersize=3, label=f"{optim} ({len(runs)})")
-        for run in runs:
-            axes.plot(shares, [run[share] for share in shares], color=color, linewidth=0.7, alpha=0.5)
-    axes.set(xlabel="noise, as a share of a matrix' root mean square", ylabel=f"rise of {METRIC}")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(output.with_suffix(".png"), bbox_inches="tight")
-    plt.close(figure)
+    seeds = max(map(len, by_optimizer.values()))
+    title = (
+        f"{METRIC} under noise on the weights, mean of {seeds} runs"
+        if seeds > 1
+        else f"{METRIC} under noise on the weights"
+    )
+    x_title = "noise, as a share of a matrix' root mean square"
+    with picture(output.with_suffix(".png"), title, x_title, f"rise of {METRIC} (nats)") as axes:
+        for number, (optim, runs) in enumerate(by_optimizer.items()):
+            color, dash = style_of(number)
+            means = [statistics.fmean(run[share] for run in runs) for share in shares]
+            axes.plot(shares, means, color=color, linestyle=dash, marker="o", markersize=3, label=optim)
+            for run in runs:
+                axes.plot(shares, [run[share] for share in shares], color=color, linewidth=0.7, alpha=0.5)
     print(f"{relative(str(output.with_suffix('.png')))}, {output.with_suffix('.csv').name}")
 
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lion_lightning.guard import preflight
-from lion_lightning.guard.events import Event, EventLog, TelemetryReader, Trace, metrics, report
+from lion_lightning.guard.events import NOT_LOGGED, Event, EventLog, TelemetryReader, Trace, metrics, report
 from lion_lightning.guard.preflight import MIN_BATCH_SIZE, EffectiveBatch, NoiseScale, OnSmallBatch
 from lion_lightning.guard.recovery import OnDivergence, Recovery, Remedy, Treated
 from lion_lightning.guard.rules import RULES, Reading, Thresholds
@@ -392,13 +392,13 @@ class LionGuard(Callback):
         """Passes metrics straight to the loggers, with Lightning's step: `log_dict` takes milliseconds for so many."""
         found = {
             **metrics(self.monitors, self._latest),
-            **self._lion_metrics,
+            **{name: value for name, value in self._lion_metrics.items() if name not in NOT_LOGGED},
             "guard/effective_batch_size": self.batch.last,
             "guard/events": len(self.events),
             "guard/recoveries": self.recovery.policy.level,
         }
         if math.isfinite(self.noise.value):
-            found["guard/noise_scale"] = self.noise.value
+            found["guard/gradient_noise_scale"] = self.noise.value
         for logger in trainer.loggers:
             logger.log_metrics({name: float(value) for name, value in found.items()}, step=self.steps - 1)
         self._lion_metrics = {}

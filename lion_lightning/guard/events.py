@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 COLUMNS = ["step", "kind", "remedy", "message"]
 TRACE_COLUMNS = ["optimizer", *(field.name for field in fields(Reading))]
 FLUSH_EVERY_ROWS = 100
+MAX_LOGGED_GROUPS = 4
+NOT_LOGGED = ("lion/flip_rate", "lion/nonfinite", "lion/step_ratio_scalar", "lion/step_ratio_vector")
+"""Telemetry that is left out of the logs: `guard/sign_flip_rate` and `guard/skipped_steps` see every step."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ def report(message: str, level: int = logging.WARNING) -> None:
 def metrics(monitors: Sequence[StepMonitor], reading: Reading) -> dict[str, float | Tensor]:
     """`guard/*` of the first optimizer after its latest reading, and the learning rates that the last step applied.
 
-    What is not known is left out. A second optimizer's rates have `-1` after its name.
+    What is not known is left out. A second optimizer's rates have `-1` after its name. Of more than four parameter
+    groups the smallest and the largest rate are given.
 
     Args:
         monitors: of all optimizers.
@@ -99,25 +103,26 @@ def metrics(monitors: Sequence[StepMonitor], reading: Reading) -> dict[str, floa
     rules, warmup = monitors[0].rules, monitors[0].rate
     values = {
         "warmup_factor": min(1.0, warmup.step / max(1, warmup.warmup_steps)),
-        "lr_factor": warmup.factor,
-        **{name: getattr(reading, name) for name in ("loss", "grad_norm", "norm_z", "loss_z", "flip_rate")},
-        "bad_loss_share": rules.bad_losses / max(1, rules.steps),
-        "clipped": float(rules.clipped),
-        "skipped": float(rules.skipped),
-        "bad_losses": float(rules.bad_losses),
-        "cosine": rules.averages.cosine.value,
-        "dead": rules.averages.dead.value,
-        "loss_average": rules.divergence.fast.value,
-        "divergence_limit": rules.divergence.limit,
+        "loss": reading.loss,
+        "grad_norm": reading.grad_norm,
+        "sign_flip_rate": reading.flip_rate,
+        "clipped_steps": float(rules.clipped),
+        "skipped_steps": float(rules.skipped),
+        "bad_loss_steps": float(rules.bad_losses),
+        "update_gradient_cosine": rules.averages.cosine.value,
+        "moved_without_gradient": rules.averages.dead.value,
+        "divergence_margin": rules.divergence.limit - rules.divergence.fast.value,
     }
     found: dict[str, float | Tensor] = {
         f"guard/{name}": value for name, value in values.items() if math.isfinite(value)
     }
     for number, hook in enumerate(monitor.warmup for monitor in monitors):
         label = f"lr/{type(hook.optimizer).__name__}" + (f"-{number}" if number else "")
-        for index, (group, rate) in enumerate(zip(hook.optimizer.param_groups, hook.applied, strict=False)):
-            if rate is not None:
-                found[f"{label}/{group.get('name', index)}"] = rate
+        groups = enumerate(zip(hook.optimizer.param_groups, hook.applied, strict=False))
+        rates = {str(group.get("name", index)): rate for index, (group, rate) in groups if rate is not None}
+        if len(rates) > MAX_LOGGED_GROUPS:
+            rates = {"min": min(rates.values()), "max": max(rates.values())}
+        found |= {f"{label}/{name}": rate for name, rate in rates.items()}
     return found
 
 

@@ -14,7 +14,13 @@ from lion_lightning.guard.recovery import AT_ONCE, ON_DIVERGENCE, OnDivergence, 
 from lion_lightning.guard.rules import SUMS, UPDATE_SUMS, Reading, Thresholds
 from lion_lightning.guard.step_monitor import BACKWARD_LOSS, SQUARES, GatedRules
 
-LOGGED = {name: f"guard/{name}" for name in ("loss", "grad_norm", "norm_z", "loss_z", "flip_rate", "cosine", "dead")}
+LOGGED = {
+    "loss": "guard/loss",
+    "grad_norm": "guard/grad_norm",
+    "flip_rate": "guard/sign_flip_rate",
+    "cosine": "guard/update_gradient_cosine",
+    "dead": "guard/moved_without_gradient",
+}
 
 
 @dataclass(frozen=True)

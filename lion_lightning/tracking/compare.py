@@ -74,12 +74,14 @@ class Variant:
     """The runs of one setting, which differ only in their seed.
 
     Attributes:
-        label: The optimizer, with the settings that distinguish this variant.
+        name: The optimizer.
+        settings: What distinguishes this variant from others of that optimizer, by dotted key.
         counted: Finished runs, one per seed.
         others: Runs that are shown but not counted: running, crashed, failed.
     """
 
-    label: str
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
     counted: list[Run] = field(default_factory=list)
     others: list[Run] = field(default_factory=list)
 
@@ -87,12 +89,20 @@ class Variant:
     def runs(self) -> list[Run]:
         return self.counted + self.others
 
+    @property
+    def label(self) -> str:
+        return self.label_without("")
+
+    def label_without(self, key: str) -> str:
+        """The optimizer with its distinguishing settings, except `key`."""
+        shown = [f"{short(name)} {_text(value)}" for name, value in self.settings.items() if name != key]
+        return f"{self.name} ({', '.join(shown)})" if shown else self.name
+
 
 @dataclass(frozen=True)
 class Band:
     """A variant's curve: mean and standard deviation over its counted runs, single runs, and guard events."""
 
-    label: str
     x: np.ndarray
     mean: np.ndarray
     std: np.ndarray
@@ -113,12 +123,7 @@ class Comparison:
 
     @property
     def runs(self) -> list[Run]:
-        return [run for _, run in self.labelled_runs]
-
-    @property
-    def labelled_runs(self) -> list[tuple[Variant, Run]]:
-        """Every run with its variant."""
-        return [(variant, run) for variant in self.variants for run in variant.runs]
+        return [run for variant in self.variants for run in variant.runs]
 
     @cached_property
     def axes(self) -> list[str]:
@@ -136,6 +141,11 @@ class Comparison:
         """The variants with finished runs, best mean first."""
         done = [variant for variant in self.variants if math.isfinite(self.best(variant).mean)]
         return sorted(done, key=lambda variant: self.best(variant).mean, reverse=self.goal.mode == "max")
+
+    @property
+    def ordered(self) -> list[Variant]:
+        """Best first, then the variants without a result."""
+        return [*self.ranking, *(variant for variant in self.variants if variant not in self.ranking)]
 
     def variant(self, label: str) -> Variant:
         return next(variant for variant in self.variants if variant.label == label)
@@ -188,7 +198,6 @@ class Comparison:
         shared = sorted(set(by_step[0]).intersection(*by_step[1:])) if by_step else []
         values = np.array([[curve[step] for step in shared] for curve in by_step])
         return Band(
-            label=variant.label,
             x=np.mean([run.place(shared, axis) for run in counted], axis=0) if shared else np.empty(0),
             mean=values.mean(0) if shared else np.empty(0),
             std=values.std(0, ddof=1) if len(counted) > 1 else np.zeros(len(shared)),
@@ -233,10 +242,10 @@ def compare(
             raise
         remarks.append(f"UNLIKE RUNS: {str(reason).split('. ')[0]}")
     goal = _goal(runs, metric, mode)
-    members: dict[str, list[Run]] = {}
-    for run, label in zip(runs, variant_labels(runs, by, aside), strict=True):
-        members.setdefault(label, []).append(run)
-    variants = [_variant(label, own, remarks) for label, own in members.items()]
+    members: dict[str, list[tuple[Variant, Run]]] = {}
+    for variant, run in zip(variants_of(runs, by, aside), runs, strict=True):
+        members.setdefault(variant.label, []).append((variant, run))
+    variants = [_filled(same[0][0], [run for _, run in same], remarks) for same in members.values()]
     groups = ", ".join(sorted({run.group for run in runs if run.group}))
     return Comparison(goal, _baseline(variants, baseline), variants, groups, remarks)
 
@@ -263,27 +272,30 @@ def guess_mode(metric: str) -> Mode:
     return "max" if any(part in metric for part in ("acc", "top1", "top5", "f1", "per_second")) else "min"
 
 
-def variant_labels(runs: Sequence[Run], by: Sequence[str] = (), aside: Sequence[str] = ()) -> list[str]:
-    """The label of each run: its optimizer's name, with the settings in which runs of that optimizer differ.
+def variants_of(runs: Sequence[Run], by: Sequence[str] = (), aside: Sequence[str] = ()) -> list[Variant]:
+    """The variant of each run, without runs: its optimizer, and the settings in which runs of that optimizer differ.
 
     Args:
         runs: The runs of one experiment.
-        by: Dotted keys that appear in every label.
-        aside: Dotted keys that appear in none.
+        by: Dotted keys that distinguish every variant.
+        aside: Dotted keys that distinguish none.
     """
     names = [str(run.setting("optim.name") or run.setting("optimizer") or run.name) for run in runs]
     settings = [
-        {key: value for key, value in _relevant(run).items() if _is_below(key, COMPARED) and not _is_below(key, aside)}
+        {
+            key: value
+            for key, value in _relevant(run.config).items()
+            if _is_below(key, COMPARED) and not _is_below(key, aside)
+        }
         for run in runs
     ]
-    labels = []
+    variants = []
     for run, name, own in zip(runs, names, settings, strict=True):
         same_name = [other for other_name, other in zip(names, settings, strict=True) if other_name == name]
         differing = [key for key in own if any(other.get(key) != own[key] for other in same_name) and key not in by]
         shown = {**{key: own[key] for key in differing}, **{key: run.setting(key) for key in by}}
-        details = ", ".join(f"{_short(key)} {_text(value)}" for key, value in shown.items() if key != "optim.name")
-        labels.append(f"{name} ({details})" if details else name)
-    return labels
+        variants.append(Variant(name, {key: value for key, value in shown.items() if key != "optim.name"}))
+    return variants
 
 
 def _check_alike(runs: Sequence[Run], by: Sequence[str], aside: Sequence[str]) -> None:
@@ -312,7 +324,7 @@ def _check_alike(runs: Sequence[Run], by: Sequence[str], aside: Sequence[str]) -
 
 def _differences(runs: Sequence[Run], ignored: Collection[str]) -> list[str]:
     """A text for each key outside `ignored` in which the runs differ: its values, and the runs that have them."""
-    settings = [_relevant(run) for run in runs]
+    settings = [_relevant(run.config) for run in runs]
     found = []
     for key in sorted({key for one in settings for key in one if not _is_below(key, ignored)}):
         owners: dict[str, set[str]] = {}
@@ -342,7 +354,7 @@ def _goal(runs: Sequence[Run], metric: str | None, mode: Mode | None) -> Goal:
 
 def _baseline(variants: Sequence[Variant], wanted: str | None) -> Variant:
     name = wanted or USUAL_BASELINE
-    matching = [variant for variant in variants if name in (variant.label, variant.label.split(" (")[0])]
+    matching = [variant for variant in variants if name in (variant.label, variant.name)]
     if wanted and not matching:
         labels = ", ".join(variant.label for variant in variants)
         raise Incomparable(f"there is no {wanted} to compare with; there are: {labels}")
@@ -350,20 +362,20 @@ def _baseline(variants: Sequence[Variant], wanted: str | None) -> Variant:
     return next((variant for variant in candidates if variant.counted), candidates[0])
 
 
-def _variant(label: str, runs: Sequence[Run], remarks: list[str]) -> Variant:
+def _filled(variant: Variant, runs: Sequence[Run], remarks: list[str]) -> Variant:
+    """Sort the runs of a variant into `counted` and `others`, one per seed."""
     by_seed: dict[Any, list[Run]] = {}
     for number, run in enumerate(sorted(runs, key=lambda run: run.created)):
         by_seed.setdefault(("no seed", number) if run.setting("seed") is None else run.setting("seed"), []).append(run)
-    variant = Variant(label)
     for seed, attempts in by_seed.items():
         chosen = next((run for run in reversed(attempts) if run.state == "finished"), attempts[-1])
         joined = _with_first_part(chosen, attempts)
         (variant.counted if chosen.state == "finished" else variant.others).append(joined)
         if len(attempts) > 1:
             what = "the newest finished one counts" if joined is chosen else "the last goes on from the one before"
-            remarks.append(f"{label}, seed {seed}: {len(attempts)} runs; {what}")
+            remarks.append(f"{variant.label}, seed {seed}: {len(attempts)} runs; {what}")
     if any(run.setting("seed") is None for run in runs):
-        remarks.append(f"{label}: no `seed` in the configuration; each of its {len(runs)} runs counts as one")
+        remarks.append(f"{variant.label}: no `seed` in the configuration; each of its {len(runs)} runs counts as one")
     return variant
 
 
@@ -395,24 +407,24 @@ def _guard_events(run: Run, metric: str, axis: str) -> list[tuple[float, float]]
     return list(zip(run.place(steps, axis).tolist(), np.interp(steps, at, values).tolist(), strict=True))
 
 
-def _relevant(run: Run) -> dict[str, Any]:
-    """The settings that can affect the result, by dotted key."""
-    return {key: value for key, value in _leaves(run.config) if not _is_below(key, IRRELEVANT)}
-
-
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in node.items():
+def _relevant(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings of a configuration that can affect the result, by dotted key."""
+    found: dict[str, Any] = {}
+    for name, value in node.items():
+        key = f"{prefix}{name}"
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+            found |= _relevant(value, f"{key}.")
+        elif not _is_below(key, IRRELEVANT):
+            found[key] = value
+    return found
 
 
 def _is_below(key: str, prefixes: Collection[str]) -> bool:
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def _short(key: str) -> str:
+def short(key: str) -> str:
+    """A dotted key as labels have it."""
     group, _, rest = key.partition(".")
     return rest if group in ("optim", "data", "trainer") and rest != "name" else key
 

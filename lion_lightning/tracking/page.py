@@ -5,12 +5,12 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lion_lightning.tracking import report
-from lion_lightning.tracking.compare import Comparison, Variant
+from lion_lightning.tracking import plots, report
+from lion_lightning.tracking.compare import Comparison, Variant, short
 from lion_lightning.tracking.runs import AXES, Run
 
 PLOTLY_DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
@@ -31,11 +31,18 @@ def write_page(comparison: Comparison, file: Path, command: str, date: str) -> N
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
 
-    curves = {
-        metric: [_curve(comparison, variant, number, metric) for number, variant in enumerate(comparison.variants)]
-        for metric in _offered_metrics(comparison)
+    units = {axis: plots.axis_unit(comparison, axis) for axis in comparison.axes}
+    factors = {axis: factor for axis, (factor, _) in units.items()}
+    metrics = _offered_metrics(comparison)
+    data = {
+        "axes": {axis: title for axis, (_, title) in units.items()},
+        "curves": {
+            metric: [_curve(comparison, *one, metric, factors) for one in enumerate(comparison.variants)]
+            for metric in metrics
+        },
+        "limits": {metric: plots.limits_of(comparison, metric) for metric in metrics},
+        "study": _study(comparison),
     }
-    data = {"axes": {axis: report.AXIS_TITLES[axis] for axis in comparison.axes}, "curves": curves}
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     page = templates.get_template("page.html").render(
         title=comparison.group or comparison.goal.metric,
@@ -54,32 +61,54 @@ def write_page(comparison: Comparison, file: Path, command: str, date: str) -> N
 
 def _offered_metrics(comparison: Comparison) -> list[str]:
     """The metric that decides, then those that every run with a history has, except the axes."""
-    logged = [run.metrics for run in comparison.runs if run.history]
-    shared = sorted(frozenset.intersection(*logged) - {*AXES.values()}) if logged else []
+    runs = [run for run in comparison.runs if run.history]
+    every = sorted({name for run in runs for name in run.metrics} - {*AXES.values()})
+    shared = [name for name in every if all(run.curve(name)[0].size for run in runs)]
     others = [name for prefix in PREFIXES for name in shared if name.startswith(prefix)]
     return list(dict.fromkeys([comparison.goal.metric, *others]))
 
 
-def _curve(comparison: Comparison, variant: Variant, number: int, metric: str) -> dict[str, Any]:
-    bands = {axis: comparison.band(variant, axis, metric) for axis in comparison.axes}
-    color, dash = report.style_of(number)
-    single = metric == comparison.goal.metric or len(comparison.runs) <= MAX_SINGLE_RUNS
+def _curve(
+    comparison: Comparison, number: int, variant: Variant, metric: str, factors: Mapping[str, float]
+) -> dict[str, Any]:
+    bands = {axis: comparison.band(variant, axis, metric) for axis in factors}
+    is_single_shown = metric == comparison.goal.metric or len(comparison.runs) <= MAX_SINGLE_RUNS
+
+    def single(run: Run) -> dict[str, Any]:
+        places = {axis: _numbers(run.curve(metric, axis)[0] / factors[axis]) for axis in factors if run.has_axis(axis)}
+        return {"name": run.name, "state": run.state, "x": places, "y": _numbers(run.curve(metric)[1])}
+
     return {
-        "label": variant.label,
-        "color": color,
-        "dash": PLOTLY_DASHES[dash],
-        "x": {axis: _numbers(band.x) for axis, band in bands.items()},
+        **_look(variant.label, number),
+        "x": {axis: _numbers(band.x / factors[axis]) for axis, band in bands.items()},
         "mean": _numbers(bands["steps"].mean),
         "std": _numbers(bands["steps"].std),
-        "finished": [_single(run, metric, comparison.axes) for run in variant.counted if single],
-        "unfinished": [_single(run, metric, comparison.axes) for run in variant.others],
-        "events": {axis: [_numbers(event) for event in band.events] for axis, band in bands.items()},
+        "finished": [single(run) for run in variant.counted if is_single_shown],
+        "unfinished": [single(run) for run in variant.others],
+        "events": {axis: [_numbers((x / factors[axis], y)) for x, y in band.events] for axis, band in bands.items()},
     }
 
 
-def _single(run: Run, metric: str, axes: Iterable[str]) -> dict[str, Any]:
-    places = {axis: _numbers(run.curve(metric, axis)[0]) for axis in axes if run.has_axis(axis)}
-    return {"name": run.name, "state": run.state, "x": places, "y": _numbers(run.curve(metric)[1])}
+def _study(comparison: Comparison) -> dict[str, Any] | None:
+    """The results of many variants against the number that they vary; None for few variants."""
+    study = plots.study_of(comparison)
+    if study is None or study.key is None:
+        return None
+    lines = [
+        {
+            **_look(label, number),
+            "x": _numbers(value for value, _ in line),
+            "y": _numbers(spread.mean for _, spread in line),
+            "std": _numbers(spread.std for _, spread in line),
+        }
+        for number, (label, line) in enumerate(study.lines.items())
+    ]
+    return {"title": short(study.key), "is_log": study.is_logarithmic, "lines": lines}
+
+
+def _look(label: str, number: int) -> dict[str, str]:
+    color, dash = plots.style_of(number)
+    return {"label": label, "color": color, "dash": PLOTLY_DASHES[dash]}
 
 
 def _numbers(values: Iterable[float]) -> list[float | None]:

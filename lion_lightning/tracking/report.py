@@ -1,47 +1,23 @@
-"""A comparison in words, tables, CSV files, pictures, and as a W&B report."""
+"""A comparison in words, tables, CSV files, and as a W&B report."""
 
 import csv
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lion_lightning.tracking.compare import (
-    COSTS,
-    UNIGRAM_ENTROPY,
-    Band,
-    Comparison,
-    Incomparable,
-    Spread,
-    Variant,
-    Welch,
-)
+from lion_lightning.tracking.compare import COSTS, Comparison, Incomparable, Spread, Welch
 from lion_lightning.tracking.runs import AXES, STEP, Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 NONE = "-"
 SIGNIFICANCE = 0.05
 LABEL_COLUMNS = 16  # minimum width of a label in the terminal; a longer one is folded
 COST_FORMATS = dict(zip(COSTS, [("ms a step", ".1f"), ("peak GiB", ".2f"), ("bytes/param", ".2f")], strict=True))
-# The palette of Okabe and Ito (jfly.uni-koeln.de/color) is safe for colour-blind readers; dashes extend it.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", ":", "-.")
-AXIS_TITLES = {
-    "steps": "optimizer steps",
-    "samples": "samples seen",
-    "tokens": "tokens seen",
-    "seconds": "seconds of training and validation",
-}
-SIZE_INCHES, DOTS_PER_INCH = (7, 4), 150
-MAX_SINGLE_CURVES = 5
-MAX_CURVES_WITH_LEGEND_INSIDE = 7
 Rows = tuple[list[str], list[list[str]]]
 
 
@@ -145,7 +121,7 @@ def write_runs_csv(comparison: Comparison, file: Path) -> None:
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(header)
-        for variant, run in comparison.labelled_runs:
+        for variant, run in ((one, run) for one in comparison.variants for run in one.runs):
             writer.writerow([
                 variant.label, run.setting("seed"), run.state, run in variant.counted, run.name, run.id, run.group,
                 run.setting("optim.lr"), run.setting("optim.weight_decay"), goal.best(run.curve(goal.metric)[1]),
@@ -164,83 +140,11 @@ def relative(source: str) -> str:
     return Path(source).name if near.startswith("..") else near
 
 
-def write_pictures(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write a PNG per axis that the runs have, such as `val_loss-steps.png`; an axis without a curve is left out."""
-    files = {axis: folder / f"{comparison.goal.metric.replace('/', '_')}-{axis}.png" for axis in comparison.axes}
-    return [file for axis, file in files.items() if write_picture(comparison, file, axis=axis)]
-
-
-def write_picture(comparison: Comparison, file: Path, *, axis: str = "steps", metric: str | None = None) -> int:
-    """Draw the curves of all variants.
-
-    Args:
-        comparison: What is drawn.
-        file: The PNG; written only where there is a curve.
-        axis: A key of `AXES`.
-        metric: A logged name; None: the metric that decides.
-
-    Returns:
-        The number of runs drawn.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    metric = metric or comparison.goal.metric
-    bands = [comparison.band(variant, axis, metric) for variant in comparison.variants]
-    drawn = sum(len(band.finished) + len(band.unfinished) for band in bands)
-    if not drawn:
-        return 0
-    figure, axes = plt.subplots(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH)
-    for number, band in enumerate(bands):
-        _draw(axes, band, *style_of(number))
-    entropies = {round(value, 3) for run in comparison.runs if (value := run.last(UNIGRAM_ENTROPY)) is not None}
-    if len(entropies) == 1 and metric == "val/loss":  # the loss of a model that ignores context
-        axes.axhline(entropies.pop(), color="grey", linestyle="--", linewidth=1, label="unigram entropy")
-    if any(band.events for band in bands):
-        axes.scatter([], [], marker="v", color="white", edgecolor="black", linewidth=0.5, s=40, label="guard event")
-    if any(band.unfinished for band in bands):
-        axes.plot([], [], color="grey", linestyle=":", linewidth=0.7, label="not finished")
-    axes.set(xlabel=AXIS_TITLES[axis], ylabel=metric)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(bands) > MAX_CURVES_WITH_LEGEND_INSIDE:
-        axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    else:
-        axes.legend(frameon=False, fontsize="small")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, bbox_inches="tight")
-    plt.close(figure)
-    return drawn
-
-
-def style_of(number: int) -> tuple[str, str]:
-    """Colour and dash (in matplotlib's notation) of the curve with this number."""
-    return COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)]
-
-
-def _draw(axes: "Axes", band: Band, color: str, dash: str) -> None:
-    seeds = len(band.finished)
-    labels = [f"{band.label} ({seeds} seed{'s' if seeds != 1 else ''})"]  # taken by the first line that is drawn
-    if band.x.size:
-        axes.plot(band.x, band.mean, color=color, linestyle=dash, linewidth=1.6, label=labels.pop())
-        axes.fill_between(band.x, band.mean - band.std, band.mean + band.std, color=color, alpha=0.2, linewidth=0)
-    show_seeds = seeds > 1 and (seeds <= MAX_SINGLE_CURVES or not band.x.size)
-    for curves, style in ((band.finished if show_seeds else [], "-"), (band.unfinished, ":")):
-        for x, y in curves:
-            label = labels.pop() if labels else "_nolegend_"
-            axes.plot(x, y, color=color, linestyle=style, linewidth=0.7, alpha=0.6, label=label)
-    if band.events:
-        places, values = zip(*band.events, strict=True)
-        axes.scatter(places, values, marker="v", color=color, edgecolor="black", linewidth=0.5, s=40, zorder=3)
-
-
 def _result_rows(comparison: Comparison) -> Rows:
     """Header and rows: optimizer, seeds, best and final metric, difference to the baseline, p."""
     header = ["optimizer", "seeds", "best", "final", f"vs {comparison.baseline.label.split(' (')[0]}", "p"]
     rows = []
-    for variant in _ordered(comparison):
+    for variant in comparison.ordered:
         best, test = comparison.best(variant), comparison.against_baseline(variant)
         states = [run.state for run in variant.others]
         seeds = [str(len(best.values)), *(f"{states.count(state)} {state}" for state in dict.fromkeys(states))]
@@ -260,7 +164,7 @@ def _cost_rows(comparison: Comparison) -> Rows:
     logged = [name for name in COSTS if any(name in one for one in costs.values())]
     header = ["optimizer", "reached", *axes, *(COST_FORMATS[name][0] for name in logged)]
     rows = []
-    for variant in _ordered(comparison):
+    for variant in comparison.ordered:
         own = costs[variant.label]
         reached = len(comparison.to_target(variant, "steps"))
         places = [_mean_count(comparison.to_target(variant, axis)) for axis in axes]
@@ -278,11 +182,6 @@ def _significance(test: Welch | None) -> str:
     if test.p < SIGNIFICANCE:
         return f"Welch's {_p(test.p)}, 95 % interval {_number(low)} to {_number(high)}"
     return f"that may be chance (Welch's {_p(test.p)})"
-
-
-def _ordered(comparison: Comparison) -> list[Variant]:
-    """Best first, then the variants without a result."""
-    return [*comparison.ranking, *(variant for variant in comparison.variants if variant not in comparison.ranking)]
 
 
 def _progress(run: Run, metric: str) -> str:
@@ -358,7 +257,8 @@ def publish_report(comparison: Comparison, project: str | None) -> str:
     result, cost = (
         wr.MarkdownBlock(text=f"{markdown_table(*rows)}\n\n{caption}") for caption, rows in tables(comparison)
     )
-    panels = [*(_line_plot(comparison.goal.metric, x) for x in x_axes), _line_plot("train/loss", STEP)]
+    look: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev", "smoothing_factor": 0}
+    drawn = [*((comparison.goal.metric, x) for x in x_axes), ("train/loss", STEP)]
     lines: list[Any] = [*notes(comparison)]
     report = wr.Report(
         entity=entity,
@@ -368,18 +268,10 @@ def publish_report(comparison: Comparison, project: str | None) -> str:
         blocks=[
             wr.MarkdownBlock(text=verdict(comparison)),
             result,
-            wr.PanelGrid(runsets=[runset], panels=panels),
+            wr.PanelGrid(runsets=[runset], panels=[wr.LinePlot(title=y, x=x, y=[y], **look) for y, x in drawn]),
             cost,
             *([wr.UnorderedList(items=lines)] if lines else []),
         ],
     )
     report.save()
     return f"W&B report: {report.url}"
-
-
-def _line_plot(metric: str, x: str) -> Any:
-    import wandb_workspaces.reports.v2 as wr
-
-    return wr.LinePlot(
-        title=metric, x=x, y=[metric], groupby_aggfunc="mean", groupby_rangefunc="stddev", smoothing_factor=0
-    )

@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,21 +33,6 @@ EMPTY_FILE_BYTES = 100
 REQUESTS_AT_A_TIME = 8
 SERVER_STATES = {"pending": "running", "preempting": "running", "killed": "crashed", "preempted": "crashed"}
 
-# Loading W&B's command line takes half a second, so one process reads all files. `wandb leet inspect` writes to the
-# inherited standard output through a program of its own; a marker line closes the output of each file.
-READER = """
-import sys
-from importlib.metadata import entry_points
-
-(script,) = entry_points(group="console_scripts", name="wandb")
-command = script.load()
-for file in sys.argv[1:]:
-    try:
-        command(["leet", "inspect", "--json", file])
-    except SystemExit as end:
-        print("# end", end.code or 0, flush=True)
-"""
-END_OF_FILE = "# end "
 RECORD = re.compile(r'\{(?:"num":\d+,)?"type":"(\w+)"')
 RECORDS = ("run", "config", "history", "environment", "exit")  # half of the lines are summaries that repeat the history
 
@@ -93,8 +76,9 @@ class Run:
 
     @cached_property
     def metrics(self) -> frozenset[str]:
-        """Every name that was logged."""
-        return frozenset(chain.from_iterable(self.history))
+        """Every name that was logged; the parts of a table or picture, which W&B's reader names apart, count as one."""
+        names = frozenset(chain.from_iterable(self.history))
+        return frozenset(whole if f"{(whole := name.rpartition('.')[0])}._type" in names else name for name in names)
 
     @property
     def last_step(self) -> int:
@@ -103,7 +87,7 @@ class Run:
 
     def last(self, metric: str) -> float | None:
         """The last finite value of `metric`, None where there is none."""
-        _, values = self._logged(metric)
+        _, values = self._by_step(metric)
         finite = values[np.isfinite(values)]
         return float(finite[-1]) if finite.size else None
 
@@ -148,28 +132,22 @@ class Run:
 
     def guard_steps(self) -> list[int]:
         """The optimizer steps of the rows in which the guard's count of events rose."""
-        steps, events = self._logged(GUARD_EVENTS)
+        steps, events = self._by_step(GUARD_EVENTS)
         return [int(step) for step in steps[np.diff(events, prepend=0.0) > 0]]
 
     def _by_step(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        steps, values = self._logged(metric)
-        unique, from_the_end = np.unique(steps[::-1], return_index=True)
-        return unique, values[::-1][from_the_end]
-
-    def _logged(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values in the order of the rows."""
+        """Steps in order, and the last value that was logged at each."""
         return self._columns.get(metric, (np.empty(0), np.empty(0)))
 
     @cached_property
     def _columns(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        points: dict[str, list[tuple[int, float]]] = {}
+        columns: dict[str, dict[int, float]] = {}
         for row in self.history:
-            step = _steps_of(row)
             for name, value in row.items():
                 # W&B's reader writes what JSON has no number for as text.
                 if type(value) in (float, int) or (type(value) is str and value in ("NaN", "Infinity", "-Infinity")):
-                    points.setdefault(name, []).append((step, float(value)))
-        return {name: tuple(np.array(one, dtype=float).T) for name, one in points.items()}
+                    columns.setdefault(name, {})[_steps_of(row)] = float(value)
+        return {name: tuple(np.array(sorted(one.items()), dtype=float).T) for name, one in columns.items()}
 
 
 def _steps_of(row: Mapping[str, Any]) -> int:
@@ -193,30 +171,8 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def read_runs(files: Sequence[Path]) -> list[Run | UnreadableRun]:
-    """Read `.wandb` files with W&B's public reader; a file that cannot be read yields its error in its place."""
-    if not files:
-        return []
-    found: list[Run | UnreadableRun] = []
-    records: dict[str, list[dict[str, Any]]] = {}
-    complaint = ""
-    with subprocess.Popen(
-        [sys.executable, "-c", READER, *map(str, files)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
-        env={**os.environ, "WANDB_ERROR_REPORTING": "false"},
-    ) as reader:  # fmt: skip
-        assert reader.stdout is not None
-        for line in reader.stdout:
-            kind = RECORD.match(line)
-            if line.startswith(END_OF_FILE):
-                code = int(line.removeprefix(END_OF_FILE))
-                found.append(_from_file(files[len(found)], records, complaint.strip(), code))
-                records, complaint = {}, ""
-            elif kind is None:
-                complaint += line
-            elif kind[1] in RECORDS:
-                records.setdefault(kind[1], []).append(json.loads(line).get(kind[1], {}))
-    unread = [UnreadableRun(f"{file}: the reader ended early: {complaint.strip()}") for file in files[len(found) :]]
-    return [*found, *unread]
+    """Read `.wandb` files with W&B's own reader; a file that cannot be read yields its error in its place."""
+    return [_from_file(file) for file in files]
 
 
 def read_run(place: Path) -> Run:
@@ -271,17 +227,27 @@ def _from_server(run: "ServerRun") -> Run:
     )
 
 
-def _from_file(
-    file: Path, records: Mapping[str, list[dict[str, Any]]], complaint: str, code: int
-) -> Run | UnreadableRun:
-    """Assemble a run from the records of one file, by type; `code` and `complaint` are the reader's."""
-    if code:
-        return UnreadableRun(f"{file}: {complaint or f'the reader ended with code {code}'}")
-    if "run" not in records:
+def _from_file(file: Path) -> Run | UnreadableRun:
+    from wandb.util import get_core_path
+
+    # What `wandb leet inspect --json` starts; its command line would take seconds to load.
+    options = ["--no-observability", "--json", "--run-file", str(file), str(file.parent)]
+    records: dict[str, list[dict[str, Any]]] = {}
+    with subprocess.Popen(
+        [get_core_path(), "leet", "inspect", *options],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
+    ) as reader:  # fmt: skip
+        complaint = ""
+        for line in reader.stdout or ():
+            kind = RECORD.match(line)
+            if kind is None:
+                complaint += line
+            elif kind[1] in RECORDS:
+                records.setdefault(kind[1], []).append(json.loads(line).get(kind[1], {}))
+    if reader.returncode or "run" not in records:
         if file.stat().st_size < EMPTY_FILE_BYTES:
             return UnreadableRun(f"{file}: no data; the run was killed before W&B wrote its first block")
-        reason = complaint.removeprefix("wandb leet inspect: ") or "not a W&B file, or its first block is damaged"
-        return UnreadableRun(f"{file}: {reason}")
+        return UnreadableRun(f"{file}: {complaint.strip() or 'not a W&B file, or its first block is damaged'}")
     about = records["run"][0]
     config: dict[str, Any] = {}
     for record in (about.get("config", {}), *records.get("config", [])):

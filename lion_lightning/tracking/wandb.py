@@ -2,6 +2,8 @@
 
 import os
 import secrets
+import shlex
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -67,7 +69,7 @@ class RunLogger(WandbLogger):
             self.experiment.define_metric(name, summary=kind, step_metric="trainer/global_step", step_sync=True)
 
     def log_predictions(self, module: LightningModule) -> int:
-        """Log pictures and a table of predictions of a trained module.
+        """Log pictures and a table of predictions of a trained module, as `val/<name>` and `val/predictions`.
 
         Args:
             module: May have a method `pictures()` that returns uint8 arrays (height, width, channels) by name, and a
@@ -78,11 +80,11 @@ class RunLogger(WandbLogger):
             The number of rows logged.
         """
         for name, pixels in getattr(module, "pictures", dict)().items():
-            self.log_image(name, [pixels])
+            self.log_image(f"val/{name}", [pixels])
         columns, rows = getattr(module, "predictions", lambda: ([], []))()
         if columns:
             cells = [[wandb.Image(cell) if isinstance(cell, np.ndarray) else cell for cell in row] for row in rows]
-            self.log_table("predictions", columns=columns, data=cells)
+            self.log_table("val/predictions", columns=columns, data=cells)
         return len(rows)
 
     @property
@@ -91,7 +93,7 @@ class RunLogger(WandbLogger):
         return Path(self.experiment.dir).parent
 
     def describe(self, show_path: Callable[[Path], str] = str) -> str:
-        """One line: the address of the run, or the command that uploads it.
+        """One line: the address of the run, or the command that uploads it, quoted for the shell.
 
         Args:
             show_path: Formats the folder of the run.
@@ -100,7 +102,9 @@ class RunLogger(WandbLogger):
             return f"W&B run at {self.experiment.url}"
         if self.mode == "disabled":
             return "W&B is disabled"
-        return f"W&B is offline (no WANDB_API_KEY); upload with: wandb sync {show_path(self.run_folder)}"
+        command = ["wandb", "sync", show_path(self.run_folder)]
+        line = subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+        return f"W&B is offline (no WANDB_API_KEY); upload with: {line}"
 
     def finish(self, exit_code: int) -> None:
         """Close the run. An unclosed run would take the logs of the next job of a sweep, and hide a failure."""

@@ -18,6 +18,7 @@ from lion_lightning.training.checkpoint.sharded import ShardedStrategy
 
 METRICS_FORMAT = ".3f"
 WIDE_ENOUGH_FOR_RATE = 100  # columns of the terminal
+LOSS_HALF_LIFE_STEPS = 20
 WARMUP_UPDATES = 10  # of the decay: without it a short run's average is mostly its first weights
 SEED_STRIDE, BATCH_STRIDE, RANK_STRIDE = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # odd, 64 bits
 MASK64 = 2**64 - 1
@@ -172,6 +173,38 @@ def replica_hash(trainer: Trainer) -> Tensor:
                     bits = tensor.detach().contiguous().view(INTEGERS[tensor.element_size()])
                     total = total * HASH_MULTIPLIER + bits.sum(dtype=torch.int64).to(total.device)
     return total
+
+
+class SmoothedLoss(Callback):
+    """Logs `train/loss_smoothed`: the exponential moving average of the training loss, with a half-life of 20 steps.
+
+    The average has no bias towards its start, leaves out losses that are not finite, and is restored exactly. It is of
+    the micro-batches of one process, as `train/loss` is, and is kept on the device without synchronising.
+    """
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None  # of the losses and of their weights: float32 (2,)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        micro_batches = trainer.accumulate_grad_batches
+        loss = outputs["loss"].detach().float() * micro_batches  # Lightning has divided it
+        sums = loss.new_zeros(2) if self._sums is None else self._sums.to(loss.device)
+        new = torch.stack([loss, torch.ones_like(loss)])
+        averaged = sums.lerp(new, 1 - 0.5 ** (1 / (LOSS_HALF_LIFE_STEPS * micro_batches)))
+        self._sums = torch.where(loss.isfinite(), averaged, sums)
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.log("train/loss_smoothed", self._sums[0] / self._sums[1])
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": None if self._sums is None else self._sums.tolist()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._sums = None if state_dict["sums"] is None else torch.tensor(state_dict["sums"])
 
 
 class AverageWeights(WeightAveraging):

@@ -26,7 +26,7 @@ RUN_ID_FILE = "wandb_run_id"  # in the folder of an online run
 SUMMARIES: dict[str, Any] = {
     **dict.fromkeys(("val/loss", "val/perplexity", "val/ece"), "min"),
     **dict.fromkeys(("val/accuracy", "val/top1", "val/top5", "perf/peak_memory_gib"), "max"),
-    **dict.fromkeys(("train/loss", "perf/step_ms", "perf/mfu"), "last"),
+    **dict.fromkeys(("train/loss", "train/loss_smoothed", "perf/step_ms", "perf/mfu"), "last"),
     **dict.fromkeys(("perf/samples_per_second", "perf/tokens_per_second"), "last"),
 }
 HIDDEN = "(hidden)"

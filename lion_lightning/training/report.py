@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,13 @@ def conclude(
     if wandb_logger is not None:
         wandb_logger.log_predictions(module)
         commands.insert(0, wandb_logger.describe(near))
-    for line in commands:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    print_commands(console, commands)
+
+
+def print_commands(console: Console, lines: Sequence[str]) -> None:
+    """Print each line as it is, whatever the width of the console."""
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def duration(seconds: float, steps: int, speed: Mapping[str, float]) -> str:

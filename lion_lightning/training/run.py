@@ -14,7 +14,7 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 
 from lion_lightning.training import build
-from lion_lightning.training.callbacks import ReplicaCheck, StepSeed, ValidateAtEnd, progress
+from lion_lightning.training.callbacks import ReplicaCheck, SmoothedLoss, StepSeed, ValidateAtEnd, progress
 from lion_lightning.training.checkpoint.policy import AUTO, resolve
 from lion_lightning.training.checkpoint.sharded import ShardedStrategy
 from lion_lightning.training.logging_setup import closing, log_config
@@ -52,7 +52,7 @@ def run(cfg: DictConfig, more_callbacks: Sequence[pl.Callback] = ()) -> float:
     with StopFlag(alone=not build.started_by_launcher()) as stop:
         checkpoint = build.build_checkpoint(cfg, stop)
         callbacks = [StepSeed(cfg.seed), *build.build_callbacks(cfg, "guard"), throughput, ValidateAtEnd()]
-        callbacks += build.build_callbacks(cfg, "callbacks")
+        callbacks += [SmoothedLoss(), *build.build_callbacks(cfg, "callbacks")]
         callbacks += [checkpoint, ReplicaCheck(cfg.trainer.check_replicas_every)]
         callbacks += [*more_callbacks, *progress(console, ["train/loss", cfg.recipe.monitor])]
         trainer = build.build_trainer(cfg, logger, callbacks, bar=console.is_terminal)

@@ -222,7 +222,7 @@ def train(kind: Kind, optimizer: str, seed: int, guard: LionGuard | None) -> Out
         metric=metric,
         steps=counter.asked,
         skipped=counter.asked - counter.moved,
-        clipped=int(logged.values.get("guard/clipped", 0)),
+        clipped=int(logged.values.get("guard/clipped_steps", 0)),
         rewinds=sum("snapshot" in event.remedy or "rewind" in event.remedy for event in events),
         ended=ended,
         events=dict(Counter(event.kind for event in events)),

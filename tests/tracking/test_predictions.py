@@ -26,8 +26,8 @@ def logger(tmp_path):
 def test_the_table_is_in_the_run(logger, tmp_path):
     assert logger.log_predictions(Classifier()) == 2
     logger.finish(0)
-    assert any(name.startswith("predictions") for name in read_run(tmp_path).metrics)
-    (table,) = tmp_path.rglob("predictions*.table.json")
+    assert any(name.startswith("val/predictions") for name in read_run(tmp_path).metrics)
+    (table,) = tmp_path.rglob("val/predictions*.table.json")
     content = json.loads(table.read_text())
     assert content["columns"] == ["image", "label", "guess", "share"]
     assert [row[1:] for row in content["data"]] == [["3", "8", 0.9], ["1", "7", 0.8]]
@@ -47,6 +47,6 @@ class Draughtsman:
 def test_pictures_are_in_the_run(logger, tmp_path):
     assert logger.log_predictions(Draughtsman()) == 0
     logger.finish(0)
-    (file,) = tmp_path.rglob("media/images/confusion_matrix*.png")
+    (file,) = tmp_path.rglob("media/images/val/confusion_matrix*.png")
     with Image.open(file) as picture:
         assert picture.size == (30, 20)

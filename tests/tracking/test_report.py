@@ -85,18 +85,6 @@ def test_numbers_come_as_csv(comparison, tmp_path):
     assert (float(adamw["best"]), float(adamw["seconds"]), float(adamw["lr"])) == (2.02, 10.0, 1e-3)
 
 
-def test_a_picture_for_every_axis_that_was_logged(comparison, tmp_path):
-    files = report.write_pictures(comparison, tmp_path)
-    assert [file.name for file in files] == ["val_loss-steps.png", "val_loss-samples.png", "val_loss-seconds.png"]
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
-    assert report.write_picture(comparison, tmp_path / "none.png", metric="nothing") == 0
-    assert not (tmp_path / "none.png").exists()
-
-
-def test_more_variants_than_colours_are_told_apart_by_dashes():
-    assert len({report.style_of(number) for number in range(28)}) == 28
-
-
 def test_the_page_asks_the_network_for_nothing(comparison, tmp_path):
     page.write_page(comparison, tmp_path / "compare.html", "python x <y>", "2026-01-02")
     text = (tmp_path / "compare.html").read_text(encoding="utf-8")

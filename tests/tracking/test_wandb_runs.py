@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from lion_lightning.tracking.wandb import RunLogger, choose_mode
+from lion_lightning.training.report import print_commands
 from lion_lightning.training.run import run
 
 TUNED = Path(__file__).parents[2] / "conf/tuned/image_classification_adamw.yaml"
@@ -184,11 +186,17 @@ def test_an_unknown_mode_is_named(tmp_path: Path) -> None:
         RunLogger(project="p", run_name="n", group="g", save_dir=str(tmp_path), mode="of")  # type: ignore[arg-type]
 
 
-def test_offline_says_how_to_upload(tmp_path: Path) -> None:
-    logger = RunLogger(project="p", run_name="n", group="g", save_dir=str(tmp_path / "new"), mode="offline")
+@pytest.mark.parametrize("name", ["new", "my runs; 'quoted' $HOME", ":dog: [bold]" + "x" * 90])
+def test_offline_gives_the_command_to_upload_for_any_shell_and_width(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = RunLogger(project="p", run_name="n", group="g", save_dir=str(tmp_path / name), mode="offline")
     line = logger.describe()
     (folder,) = runs_below(tmp_path)
     logger.finish(0)
     assert "offline" in line
-    assert line.endswith(f"wandb sync {folder}")
-    assert "\n" not in line
+    print_commands(Console(width=40), [line])
+    assert capsys.readouterr().out == f"{line}\n", "wrapped, or changed by rich"
+    command = line.partition("upload with: ")[2]
+    typed = subprocess.run(["sh", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True)
+    assert typed.stdout.splitlines() == ["wandb", "sync", str(folder)]
