@@ -64,13 +64,12 @@ def test_documents_that_code_refers_to_exist() -> None:
     assert not [pair for pair in found if not (ROOT / pair[1]).exists() and pair[1] not in written]
 
 
-def blocks(document: Path) -> Iterator[str]:
-    for block in re.findall(r"^```python\n(.*?)^```", document.read_text(encoding="utf-8"), flags=re.M | re.S):
-        if "--8<--" not in block:  # a script of examples/, with a test of its own
-            yield block
+def blocks(document: Path) -> list[str]:
+    """Python written in the document itself; `{ .python }` marks a script of examples/, which has a test of its own."""
+    return re.findall(r"^```python\n(.*?)^```", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("document", [guide for guide in GUIDES if list(blocks(guide))], ids=named)
+@pytest.mark.parametrize("document", [guide for guide in GUIDES if blocks(guide)], ids=named)
 def test_python_of_a_guide_runs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile("\n".join(blocks(document)), str(document), "exec"), {})
