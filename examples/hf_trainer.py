@@ -16,9 +16,6 @@ config = BertConfig(
 arguments = TrainingArguments(
     tempfile.mkdtemp(), num_train_epochs=10, per_device_train_batch_size=64, logging_steps=10, report_to=[]
 )
-settings = from_adamw(lr=5e-3, weight_decay=0.02)
-arguments.learning_rate = settings["lr"]  # the Trainer's schedule starts from the optimizer's rate; logs name this one
-trainer = Trainer(
-    BertForSequenceClassification(config), arguments, train_dataset=data, optimizer_cls_and_kwargs=(Lion, settings)
-)
+lion = (Lion, from_adamw(lr=5e-3, weight_decay=0.02))  # the rate of the arguments is not used
+trainer = Trainer(BertForSequenceClassification(config), arguments, train_dataset=data, optimizer_cls_and_kwargs=lion)
 trainer.train()
