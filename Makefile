@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-resume lint lock check-lock audit clean environment
+.PHONY: help train test test-all test-resume lint docs lock check-lock audit clean environment
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -27,6 +27,10 @@ lint: environment ## style and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+docs: environment ## build the documentation strictly into build/site; DOCS=serve shows it while you write
+	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --requirement pyproject.toml --extra docs --constraint requirements.lock
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs $(or $(DOCS),build)
 
 lock: environment ## write requirements.lock: every supported Python and platform, from the ranges in pyproject.toml
 	$(BIN)/python scripts/lock.py write

@@ -1,0 +1,104 @@
+"""The scripts of examples/, as a user runs them: each ends without an error, and its loss has fallen."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def run(root: Path, folder: Path, *command: str, needs: str = "torch") -> str:
+    """What `python *command` prints to stdout; skips where one of the packages in `needs` is missing."""
+    for package in needs.split():
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "KERAS_BACKEND": "torch",
+        "KERAS_HOME": str(folder),
+    }
+    command = tuple(str(root / word) if word.startswith("examples/") else word for word in command)
+    answer = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    return answer.stdout
+
+
+def losses(printed: str) -> list[float]:
+    return [float(number) for number in re.findall(r"\bloss'?:? '?(\d+\.\d+)", printed)]
+
+
+@pytest.mark.parametrize(
+    ("script", "needs", "at_most"),
+    [
+        ("plain_loop.py", "torch", 0.8),
+        ("lightning_module.py", "lightning", 1.1),  # log(4) is 1.39
+        ("fabric_loop.py", "lightning", 0.8),
+        ("accelerate_loop.py", "accelerate", 0.9),
+        ("hf_trainer.py", "transformers accelerate", 0.5),
+        ("keras_torch.py", "keras", 0.8),
+    ],
+)
+def test_the_loss_falls(script: str, needs: str, at_most: float, root: Path, tmp_path: Path) -> None:
+    printed = run(root, tmp_path, f"examples/{script}", needs=needs)
+    assert losses(printed)[-1] < at_most
+
+
+def test_a_lora_of_trl_and_peft_trains(root: Path, tmp_path: Path) -> None:
+    first, *_, last = losses(run(root, tmp_path, "examples/trl_sft.py", needs="trl peft"))
+    assert last < first
+
+
+def test_the_command_line_of_lightning_takes_lion_by_its_name(root: Path, tmp_path: Path) -> None:
+    printed = run(
+        root,
+        tmp_path,
+        "examples/lightning_cli.py",
+        "fit",
+        "--config",
+        "examples/lightning_cli.yaml",
+        "--optimizer.weight_bits",
+        "16",
+        "--print_config",
+        needs="jsonargparse typeshed_client",
+    )
+    assert "class_path: lion_lightning.optim.Lion" in printed
+    assert "weight_bits: 16" in printed
+
+
+def test_a_run_of_the_command_line_of_lightning(root: Path, tmp_path: Path) -> None:
+    run(
+        root,
+        tmp_path,
+        "examples/lightning_cli.py",
+        "fit",
+        "--config",
+        "examples/lightning_cli.yaml",
+        needs="jsonargparse typeshed_client",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_fsdp2_on_two_processes(root: Path, tmp_path: Path) -> None:
+    assert losses(run(root, tmp_path, *TORCHRUN, "examples/fsdp2_loop.py"))[-1] < 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_deepspeed_zero_1_on_two_processes(root: Path, tmp_path: Path) -> None:
+    printed = run(root, tmp_path, *TORCHRUN, "examples/deepspeed_zero1.py", needs="deepspeed")
+    assert losses(printed)[-1] < 0.8
