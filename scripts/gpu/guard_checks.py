@@ -1,4 +1,4 @@
-"""The guard on a device: what it adds to a step, whether it waits for the device, and whether its gate decides as on a CPU.
+"""The guard on a device: what it adds to a step, whether it waits, and whether its gate decides as on a CPU.
 
     python scripts/gpu/guard_checks.py
 

@@ -1,7 +1,7 @@
 """Optimizer steps on a device, a row as soon as it is measured: time, share of copy bandwidth, launches, waits, replay.
 
     python scripts/gpu/steps.py --model bert_large
-    TRITON_INTERPRET=1 python scripts/gpu/steps.py --model nano --interpreter --steps 1 --repeats 1   # a rehearsal on a CPU
+    TRITON_INTERPRET=1 python scripts/gpu/steps.py --model nano --interpreter --steps 1 --repeats 1   # to rehearse
 
 Bytes, subjects and peers are those of scripts/bench/bench_step.py. Launches, and waits of the host for the device, are
 counted by torch's profiler; a replay is that of a CUDA graph of the step.
