@@ -5,8 +5,8 @@
     python scripts/gpu_report.py --rehearsal --output outputs/rehearsal     # on a CPU, tiny, in Triton's interpreter
     python scripts/gpu_report.py --list-wheels --installed freeze.txt       # what to carry to a bare machine
 
-Each part is a process of its own with a time limit. What it prints is in DIR/PART.log as it comes, also if it is
-stopped or fails; then report.md and parts.json are written anew and the next part begins. A part whose modules are
+Each part is a process of its own with a time limit. What it prints is in DIR/PART.log and .err as it comes, also if it
+is stopped or fails; then report.md and parts.json are written anew and the next part begins. A part whose modules are
 missing is skipped and named.
 """
 
@@ -28,6 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_SECONDS = 10
 """A part is not begun with less than this left of the budget."""
+CPU_FACTOR = 3
+"""A part of a rehearsal may take so many times longer."""
 RECIPE_MODULES = ("lightning", "hydra", "transformers", "torchmetrics", "rich", "filelock", "charset_normalizer")
 MLM_MODULES = (*RECIPE_MODULES, "datasets", "PIL")
 IMAGE_MODULES = (*RECIPE_MODULES, "kornia", "datasets", "PIL")
@@ -203,13 +205,13 @@ def environment_of(part: Part, rehearsal: bool) -> dict[str, str]:
 def run(name: str, part: Part, options: argparse.Namespace, seconds: float) -> Outcome:
     """Runs a part for at most so many seconds; its output goes to a file while it runs."""
     command, began = command_of(part, options.rehearsal, options.cifar10), time.monotonic()
-    with (options.output / f"{name}.log").open("w", encoding="utf-8") as log:
+    with (options.output / f"{name}.log").open("w") as log, (options.output / f"{name}.err").open("w") as errors:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
             env=environment_of(part, options.rehearsal),
             stdout=log,
-            stderr=subprocess.STDOUT,
+            stderr=errors,
             start_new_session=True,  # so that a part that is stopped takes its own processes along
         )
         try:
@@ -238,6 +240,10 @@ def write(options: argparse.Namespace, outcomes: dict[str, Outcome]) -> None:
             text = log.read_text(encoding="utf-8", errors="replace").strip()
             shown = text if text.startswith(("|", "`")) or "\n| ---" in text else f"```\n{text[-4000:]}\n```"
             lines += ["", f"## {part.title}", "", f"`{command}`", "", shown]
+            errors = (options.output / f"{name}.err").read_text(encoding="utf-8", errors="replace").strip()
+            if errors and not outcomes[name].is_final:
+                lines += ["", f"{outcomes[name].status}; the end of what it wrote to stderr:", ""]
+                lines += [f"```\n{errors[-2000:]}\n```"]
     new = options.output / "report.md.new"
     new.write_text("\n".join(lines) + "\n", encoding="utf-8")
     new.replace(options.output / "report.md")
@@ -335,10 +341,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         part, left = PARTS[name], end - time.monotonic()
         if name in outcomes and outcomes[name].is_final:
             continue
+        limit = min(part.seconds * (CPU_FACTOR if options.rehearsal else 1), left)
         reason = reason_to_skip(part, options.rehearsal, left, options.cifar10)
         if reason is None:
-            print(f"{name}: {part.title}, at most {min(part.seconds, left):.0f} s", flush=True)
-        outcomes[name] = Outcome(name, reason) if reason else run(name, part, options, min(part.seconds, left))
+            print(f"{name}: {part.title}, at most {limit:.0f} s", flush=True)
+        outcomes[name] = Outcome(name, reason) if reason else run(name, part, options, limit)
         print(f"{name}: {outcomes[name].status}, {outcomes[name].seconds:.0f} s", flush=True)
         write(options, outcomes)
     print(f"{options.output / 'report.md'}")

@@ -18,7 +18,7 @@ def part(code: str, seconds: int = 30, modules: tuple[str, ...] = ()) -> Part:
 def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Part]:
     made = {
         "good": part("print('|a|1|')"),
-        "bad": part("print('before');raise(SystemExit(3))"),
+        "bad": part("print('before');print('why',file=__import__('sys').stderr);raise(SystemExit(3))"),
         "slow": part("print('began',flush=True);__import__('time').sleep(60)", seconds=2),
         "bare": part("print('never')", modules=("no_such_module",)),
     }
@@ -43,6 +43,7 @@ def test_a_part_that_fails_or_hangs_or_lacks_a_module_does_not_stop_the_others(
     report = (tmp_path / "report.md").read_text()
     assert "began" in report, "what a part printed before it was stopped is kept"
     assert "before" in report
+    assert "stderr:\n\n```\nwhy" in report
     assert "|a|1|" in report
     assert "never" not in report
 
