@@ -133,19 +133,19 @@ PARTS = {
         "scripts/bench/bench_guard.py --block-steps 20 --blocks 20 recipe=bert_mlm model=bert_mini trainer=gpu",
         "scripts/bench/bench_guard.py --block-steps 2 --blocks 6 recipe=image_classification data.batch_size=4",
         60,
-        IMAGE_MODULES,
+        RECIPE_MODULES,
     ),
     "mini": Part(
         "Lion and AdamW on the embedded text, BERT-mini",
         "scripts/gpu/training_runs.py -- recipe=bert_mlm model=bert_mini trainer=gpu trainer.max_steps=3000",
         f"scripts/gpu/training_runs.py --optimizers lion -- recipe=image_classification {SMALL_PART}",
         120,
-        IMAGE_MODULES,
+        RECIPE_MODULES,
     ),
     "cifar10": Part(
         "CIFAR-10 to 94 % and 96 %",
-        "scripts/gpu/training_runs.py --metric val/top1 --reach 0.94 0.96 -- recipe=cifar10 data.path={cifar10}"
-        " trainer=gpu",
+        "scripts/gpu/training_runs.py --metric val/top1 --reach 0.94 0.96 -- recipe=cifar10 data.path={cifar10} "
+        "model=resnet18_cifar trainer=gpu",
         "",
         600,
         IMAGE_MODULES,

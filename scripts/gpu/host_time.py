@@ -104,10 +104,10 @@ def main() -> None:
         plain = training_step(model, batch, optimizer)
         kinds: dict[str, Callable[[], Step]] = {
             "plain": lambda step=plain: step,  # type: ignore[misc]
-            "captured": lambda step=plain: captured(step),  # type: ignore[misc]
             "compiled": lambda model=model, batch=batch, optimizer=optimizer: training_step(  # type: ignore[misc]
                 torch.compile(model, backend=options.backend), batch, optimizer
             ),
+            "captured": lambda step=plain: captured(step),  # type: ignore[misc]
         }
         if device.type != "cuda":
             del kinds["captured"]
