@@ -131,7 +131,7 @@ PARTS = {
     "callback": Part(
         "LionGuard in a training of BERT-mini",
         "scripts/bench/bench_guard.py --block-steps 20 --blocks 20 recipe=bert_mlm model=bert_mini trainer=gpu",
-        "scripts/bench/bench_guard.py --block-steps 2 --blocks 6 recipe=image_classification data.batch_size=4",
+        "scripts/bench/bench_guard.py --block-steps 4 --blocks 6 recipe=image_classification data.batch_size=4",
         60,
         RECIPE_MODULES,
     ),

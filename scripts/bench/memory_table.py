@@ -159,7 +159,8 @@ def main() -> None:
     print(f"{options.model}, batch of 1 x {TOKENS} tokens, torch {torch.__version__}, {where}\n")
     print("| optimizer, weights | released | weights | gradients | state | peak of a step |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
-    model: nn.Module = BertForMaskedLM(BertConfig(**SHAPES[options.model])).to(device)
+    model: nn.Module = BertForMaskedLM(BertConfig(**SHAPES[options.model]))
+    model = model.to(device)
     for row in sorted(ROWS, key=lambda row: row.dtype.itemsize, reverse=True):
         if options.rows.lower() not in row.name.lower():
             continue

@@ -28,7 +28,7 @@ Step = Callable[[], object]
 def digits() -> tuple[nn.Module, Batch]:
     """conf/model/vit_micro.yaml on 64 images of 8 x 8 pixels."""
     model = ViTForImageClassification(
-        ViTConfig(
+        ViTConfig(  # type: ignore[call-arg]
             num_hidden_layers=4, hidden_size=64, num_attention_heads=4, intermediate_size=256, patch_size=2,
             image_size=8, num_channels=1, num_labels=10, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         )
@@ -105,7 +105,9 @@ def main() -> None:
         kinds: dict[str, Callable[[], Step]] = {
             "plain": lambda step=plain: step,  # type: ignore[misc]
             "compiled": lambda model=model, batch=batch, optimizer=optimizer: training_step(  # type: ignore[misc]
-                torch.compile(model, backend=options.backend), batch, optimizer
+                torch.compile(model, backend=options.backend),  # type: ignore[arg-type]
+                batch,
+                optimizer,
             ),
             "captured": lambda step=plain: captured(step),  # type: ignore[misc]
         }
