@@ -95,12 +95,25 @@ class Arena:
 
 
 def run(
-    subjects: Sequence[Subject], arena: Arena, repeats: int, steps: int, tell: Callable[[str], None]
+    subjects: Sequence[Subject],
+    arena: Arena,
+    repeats: int,
+    steps: int,
+    tell: Callable[[str], None],
+    survival: bool = True,
 ) -> tuple[list[Result], dict[str, list[float]]]:
     """Measures all subjects, one after the other in every round.
 
     Each round makes the optimizer anew, takes a step to make its state, and times `steps` steps; the round's time is
     their smallest. So states of all subjects need not fit into memory at once.
+
+    Args:
+        subjects: optimizers.
+        arena: the parameters that they share.
+        repeats: rounds.
+        steps: timed steps of a round.
+        tell: called with what is under way.
+        survival: whether what survives in bf16 is measured too, which takes 400 steps.
 
     Returns:
         Results in the order of `subjects`, and GB/s of each way to stream, by round.
@@ -118,7 +131,7 @@ def run(
             if result.error is None:
                 attempt(result, lambda result: _round(result, arena, clock, steps))
     for result in results:
-        if result.error is None:
+        if survival and result.error is None:
             attempt(result, lambda result: survive(result, arena.device))
     return results, limits
 

@@ -36,4 +36,5 @@ MODELS: dict[str, Callable[[], list[Shape]]] = {
     "vit_b16": lambda: vit(12, 768),
     "decoder_1.3b": lambda: decoder(24, 2048),
     "tiny": lambda: bert(2, 64, vocabulary=500, positions=32),
+    "nano": lambda: bert(1, 8, vocabulary=40, positions=8),
 }

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for the modules 
 from lion_lightning.__main__ import CONFIG_FOLDER
 from lion_lightning.training import run as training_run
 from lion_lightning.training.build import build_data, build_module, settle_precision
-from lion_lightning.training.performance import WARMUP_BATCHES, Throughput
+from lion_lightning.training.performance import WARMUP_BATCHES, Throughput, peak_flops
 from scripts.bench.bench_usual import Clock, Turn, usual_way
 from scripts.trained import trainer_stand_in
 
@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             cfg = _configuration(options.overrides, WARMUP_BATCHES + options.steps)
             times[name] += alone(turn, cfg, WARMUP_BATCHES + options.steps)
             print(f"round {number + 1}/{options.rounds}: {name}", file=sys.stderr)
-    text = report(options, times, per_step(_configuration(options.overrides, 1)))
+    cfg = _configuration(options.overrides, 1)
+    text = report(options, times, per_step(cfg), least_seconds(cfg))
     print(text)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -107,8 +108,26 @@ def per_step(cfg: DictConfig) -> tuple[int, str]:
     return cfg.data.batch_size, "images/s"
 
 
-def report(options: argparse.Namespace, times: dict[str, list[float]], step: tuple[int, str]) -> str:
-    """Markdown."""
+def least_seconds(cfg: DictConfig) -> float | None:
+    """Seconds of a step of the recipe at the peak of the device; None where that is unknown."""
+    module = build_module(cfg, build_data(cfg))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak = peak_flops(device, cfg.trainer.precision)
+    flops = getattr(module, "flops_per_sample", None)
+    return cfg.data.batch_size * flops() / peak if flops is not None and peak else None
+
+
+def report(
+    options: argparse.Namespace, times: dict[str, list[float]], step: tuple[int, str], least: float | None = None
+) -> str:
+    """Markdown.
+
+    Args:
+        options: of the command line.
+        times: seconds of each step, by what took it.
+        step: what a step takes in, and its unit.
+        least: seconds of a step at the peak of the device, for the model FLOPs utilisation of the recipe's work.
+    """
     amount, unit = step
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     lines = [
@@ -116,12 +135,15 @@ def report(options: argparse.Namespace, times: dict[str, list[float]], step: tup
         f"{time.strftime('%Y-%m-%d')}, {_hardware()}, torch {torch.__version__}, "
         f"{options.rounds} rounds of {options.steps} steps after {WARMUP_BATCHES} in each",
         "",
-        f"| | ms a step | {unit} | the recipe is faster by |",
-        "| --- | ---: | ---: | ---: |",
+        f"| | ms a step | {unit} | the recipe is faster by |" + (" MFU |" if least else ""),
+        "| --- | ---: | ---: | ---: |" + (" ---: |" if least else ""),
     ]
     for name, seconds in medians.items():
         ratio = f"{seconds / medians['recipe']:.2f}x" if name != "recipe" else ""
-        lines.append(f"| {name} | {1000 * seconds:.1f} | {amount / seconds:,.0f} | {ratio} |")
+        lines.append(
+            f"| {name} | {1000 * seconds:.1f} | {amount / seconds:,.0f} | {ratio} |"
+            + (f" {least / seconds:.1%} |" if least else "")
+        )
     return "\n".join(lines)
 
 

@@ -5,8 +5,8 @@
     python scripts/bench/memory_table.py --survival       # what of 200 steps is left in these weights, seconds
 
 Each optimizer takes one step so that its state exists; the next is watched, and one more with gradients released.
-Weights, gradients and state are the bytes of the tensors after backward; the peak is that of torch's CPU allocator
-during the whole step, from its own records of every allocation, temporaries and activations included.
+Weights, gradients and state are the bytes of the tensors after backward; the peak is that of torch's allocator for the
+device during the whole step, from its own records of every allocation, temporaries and activations included.
 """
 
 import argparse
@@ -77,8 +77,13 @@ def count(tensors: Iterable[Any]) -> int:
     return sum(storages.values())
 
 
-def allocator_peak(step: Callable[[], None]) -> int:
-    """The most bytes that torch's CPU allocator had given out beyond those before the step, while it ran."""
+def allocator_peak(step: Callable[[], None], device: torch.device) -> int:
+    """The most bytes that torch's allocator had given out beyond those before the step, while it ran."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as records:
         step()
     results: Any = records.profiler
@@ -93,7 +98,8 @@ def allocator_peak(step: Callable[[], None]) -> int:
 def measure(row: Row, model: nn.Module) -> tuple[Bytes, Bytes]:
     """Takes three steps and counts the second and, with gradients released, the third."""
     optimizer = row.factory(model.parameters())
-    tokens = torch.randint(0, 30_000, (1, TOKENS))
+    device = next(model.parameters()).device
+    tokens = torch.randint(0, 30_000, (1, TOKENS), device=device)
     gradients = 0
 
     def step() -> None:
@@ -106,7 +112,7 @@ def measure(row: Row, model: nn.Module) -> tuple[Bytes, Bytes]:
     def counted() -> Bytes:
         weights = count([*model.parameters(), *model.buffers()])
         state = count(value for entry in optimizer.state.values() for value in entry.values())
-        peak = weights + state + allocator_peak(step)
+        peak = weights + state + allocator_peak(step, device)
         elements = sum(param.numel() for param in model.parameters())
         return Bytes(weights / elements, gradients / elements, state / elements, peak / elements)
 
@@ -148,12 +154,13 @@ def main() -> None:
     if options.survival:
         print_survival()
         return
-    print(
-        f"{options.model}, batch of 1 x {TOKENS} tokens, torch {torch.__version__}, {platform.processor() or 'CPU'}\n"
-    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"
+    print(f"{options.model}, batch of 1 x {TOKENS} tokens, torch {torch.__version__}, {where}\n")
     print("| optimizer, weights | released | weights | gradients | state | peak of a step |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     model: nn.Module = BertForMaskedLM(BertConfig(**SHAPES[options.model]))
+    model = model.to(device)
     for row in sorted(ROWS, key=lambda row: row.dtype.itemsize, reverse=True):
         if options.rows.lower() not in row.name.lower():
             continue

@@ -163,7 +163,7 @@ def gradient_factor(settings: Settings, dtype: torch.dtype) -> float | Tensor:
         return settings.grad_scale.to(dtype).reciprocal() * sign
     if settings.grad_scale == 1.0:
         return sign
-    return sign * torch.tensor(settings.grad_scale, dtype=dtype).reciprocal().item()
+    return sign * torch.tensor(settings.grad_scale, device="cpu", dtype=dtype).reciprocal().item()
 
 
 def update_mask(grad: Tensor, settings: Settings) -> Tensor:

@@ -23,7 +23,8 @@ from lion_lightning.optim.kernels.rule import Settings, TensorUpdate
 NUMBER_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PARAM_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 ALIGNMENT_BYTES = 16
-WARPS = 4
+WARPS = 4 if torch.version.hip is None else 2
+"""Of a program: 128 threads, whose warps are of 32 or, on AMD's data centre GPUs, of 64; see TILE_ELEMENTS."""
 MINIMUM_CUDA_CAPABILITY = (7, 0)
 
 TENSOR_ROW = struct.Struct("10q")
@@ -95,7 +96,9 @@ class TritonEngine:
             first_tile += tiles[-1]
         tensor_of_tile = self._tables.find(
             tuple(tiles),
-            lambda: torch.arange(len(tiles), dtype=torch.int32).repeat_interleave(torch.tensor(tiles)),
+            lambda: torch.arange(len(tiles), dtype=torch.int32, device="cpu").repeat_interleave(
+                torch.tensor(tiles, device="cpu")
+            ),
             device,
         )
         dtypes = (getattr(kernels.tl, str(dtype).removeprefix("torch.")) for dtype in constants[:3])
@@ -227,7 +230,7 @@ class DeviceTables:
             source = pinned(make())
             self._tables[full_key] = source.to(device, non_blocking=True)
             if source.nbytes not in self._reserved:
-                self._reserved[source.nbytes] = torch.empty(source.nbytes, dtype=torch.uint8, pin_memory=True)
+                self._reserved[source.nbytes] = pinned(torch.empty(source.nbytes, dtype=torch.uint8, device="cpu"))
             if len(self._tables) > KEPT_TABLES:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(full_key)

@@ -16,7 +16,7 @@ from lion_lightning.optim.kernels.triton import GROUP_ROW, TENSOR_ROW
 
 TILE_ROWS = 4
 TILE_ELEMENTS = TILE_ROWS * storage_formats.BLOCK_ELEMENTS
-"""Elements of one program. With 4 warps of 32 threads, a warp takes a block of 256 and a thread 16 bytes of bf16."""
+"""Elements of one program. With 128 threads, one takes 8 elements: 16 bytes of bf16."""
 
 ROWS, BLOCK, TILE = (tl.constexpr(n) for n in (TILE_ROWS, storage_formats.BLOCK_ELEMENTS, TILE_ELEMENTS))
 CAUTIOUS_LIMIT = tl.constexpr(rule.CAUTIOUS_LIMIT)

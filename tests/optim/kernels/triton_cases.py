@@ -236,6 +236,18 @@ def test_one_launch_for_all_tensors_and_groups_of_a_dtype(launches: list[int]) -
     assert all(same(left, right) for left, right in zip(params, twins, strict=True))
 
 
+def test_another_default_device_does_not_matter() -> None:
+    """The tables are made on the host, where tensors without data cannot be."""
+    twins = params_of(torch.float32, "cpu"), params_of(torch.float32, DEVICE)
+    pair = Lion(twins[0], lr=1e-2, fused=False), Lion(twins[1], lr=1e-2, fused=True)
+    for optimizer, params in zip(pair, twins, strict=True):
+        for param in params:
+            param.grad = noise(param.numel(), 5, 1e-3, param.dtype).to(param.device)
+        with torch.device("meta"):
+            optimizer.step()
+    assert all(same(left, right) for left, right in zip(*twins, strict=True))
+
+
 @pytest.mark.parametrize(("weight", "momentum_dtype"), RANDOM_MODES)
 def test_random_bits_belong_to_elements(weight: tuple[torch.dtype, int], momentum_dtype: torch.dtype | None) -> None:
     """A shard rounds as the whole does, wherever it begins, and so with a step number kept on the device."""
