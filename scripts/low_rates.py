@@ -24,7 +24,8 @@ from torch.optim import Optimizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the modules beside this one
 
 from lion_lightning import Lion
-from lion_lightning.tracking.report import relative, style_of
+from lion_lightning.tracking.plots import style_of
+from lion_lightning.tracking.report import relative
 from scripts.trained import load_run, trainer_stand_in
 
 ADAMW_FACTOR = 3.0
