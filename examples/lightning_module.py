@@ -27,6 +27,6 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     inputs = torch.randn(1024, 16)
     data = TensorDataset(inputs, inputs[:, :4].argmax(1))
-    trainer = Trainer(max_epochs=20, callbacks=[LionGuard()], logger=False, enable_checkpointing=False)
+    trainer = Trainer(max_epochs=20, callbacks=[LionGuard(warmup_steps=0.05)], logger=False, enable_checkpointing=False)
     trainer.fit(Classifier(), DataLoader(data, batch_size=64))
     print(f"loss {float(trainer.callback_metrics['loss']):.3f}")

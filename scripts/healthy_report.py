@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -136,7 +137,8 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--guard", choices=list(MODES), default="defaults", help="none: only the runs without")
-    parser.add_argument("--warmup-steps", type=float, help="of the guard; 0 leaves untouched runs bit for bit the same")
+    length: dict[str, Any] = {"type": lambda text: None if text == "auto" else float(text), "default": 0.0}
+    parser.add_argument("--warmup-steps", **length, help="of the guard, or auto: as long as it chooses (default: 0)")
     parser.add_argument("--runs", type=Path, required=True, help="CSV file to which runs are added")
     parser.add_argument("--output", type=Path, help="Markdown file of the table")
     parser.add_argument("--only-table", action="store_true", help="run nothing; the table of what there is")
@@ -145,8 +147,8 @@ def main() -> None:
         parser.error(f"unknown kinds {sorted(unknown)}; there are {list(KINDS)}")
     torch.set_num_threads(1)
     mode = arguments.guard
-    if arguments.warmup_steps is not None and mode != "none":
-        mode += f", warmup_steps={arguments.warmup_steps:g}"
+    if mode != "none":
+        mode += f", warmup_steps={'auto' if arguments.warmup_steps is None else format(arguments.warmup_steps, 'g')}"
     runs = read_runs(arguments.runs)
     jobs = [(name, o, seed) for seed in arguments.seeds for name in arguments.kinds for o in arguments.optimizers]
     for name, optimizer, seed in [] if arguments.only_table else jobs:
@@ -169,8 +171,8 @@ def main() -> None:
     print(f"{sum(row.is_harmed for row in rows)} of {len(rows)} harmed")
     if arguments.output is not None:
         command = ["scripts/healthy_report.py", "--guard", arguments.guard, "--seeds", *map(str, arguments.seeds)]
-        if arguments.warmup_steps is not None:
-            command += ["--warmup-steps", f"{arguments.warmup_steps:g}"]
+        if arguments.warmup_steps != 0:
+            command += ["--warmup-steps", mode.rpartition("=")[2]]
         arguments.output.write_text(markdown(rows, " ".join(command)))
 
 

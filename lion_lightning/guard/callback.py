@@ -90,9 +90,9 @@ class LionGuard(Callback):
         Trainer(callbacks=[LionGuard()])
 
     Args:
-        warmup_steps: optimizer steps of linear warm-up, or below 1 a share of the run. None: long enough for the
-            momentum to fill, `2 / (1 - beta2)` of Lion, or 1 % of the run if that is more, but never more than 10 % of
-            the run. The same for every optimizer.
+        warmup_steps: optimizer steps of linear warm-up of any optimizer, or below 1 a share of the run; 0 leaves the
+            learning rate alone. None: long enough for the momentum to fill, `2 / (1 - beta2)` of Lion, or 1 % of the
+            run if that is more, but never more than 10 % of the run. The same for every optimizer.
         min_batch_size: samples that an optimizer step should have.
         on_small_batch: below it, "warn" once, "accumulate" more micro-batches, or "error".
         on_bad_loss: steps whose loss is far above the others are counted ("note"), and skipped if isolated ("skip");
@@ -117,7 +117,7 @@ class LionGuard(Callback):
 
     def __init__(
         self,
-        warmup_steps: float | None = None,
+        warmup_steps: float | None = 0,
         min_batch_size: int = MIN_BATCH_SIZE,
         on_small_batch: OnSmallBatch = "warn",
         on_bad_loss: OnBadLoss = "note",

@@ -155,8 +155,8 @@ def _warmup(optimizer: Optimizer, run: RunSettings) -> str | None:
     if run.warmup_steps > 0 or not starts_high or run.total_steps < NO_WARMUP_STEPS:
         return None
     return (
-        "there is no warm-up: Lion's first steps are full-size steps in a noisy direction; leave "
-        "warmup_steps=None or set some"
+        "there is no warm-up: Lion's first steps are full-size steps in a noisy direction; set warmup_steps, such as "
+        "0.05 for 5 % of the run"
     )
 
 

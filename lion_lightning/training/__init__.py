@@ -10,14 +10,14 @@ from omegaconf import DictConfig, OmegaConf
 
 NO_RUN_ID = ("", "none")  # what torchrun passes on where it was given neither --standalone nor --rdzv-id
 INTERACTIVE_JOBS = ("bash", "interactive")  # a shell in which many runs are started one after another
-# Settings that are named in a group unless they have their usual value, and how.
+# Settings that are named in a group unless they are null or have a usual value, and how.
 UNUSUAL = {
-    "trainer.precision": ("32-true", ""),
-    "model.pretrained": (None, "from-"),
-    "recipe.module.masking.unit": ("token", ""),
-    "data.length_schedule": (None, "lengths-"),
-    "data.batch_schedule": (None, "batches-"),
-    "data.sources": (None, "sources-"),
+    "trainer.precision": (("auto", "32-true"), ""),
+    "model.pretrained": ((), "from-"),
+    "recipe.module.masking.unit": (("token",), ""),
+    "data.length_schedule": ((), "lengths-"),
+    "data.batch_schedule": ((), "batches-"),
+    "data.sources": ((), "sources-"),
 }
 
 
@@ -32,7 +32,7 @@ def comparison_group(*, _root_: DictConfig) -> str:
     parts = [cfg.recipe.name, cfg.data.name, cfg.model.name, budget]
     for name, (usual, label) in UNUSUAL.items():
         value = OmegaConf.select(cfg, name)
-        if value not in (None, usual):
+        if value is not None and value not in usual:
             plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
             parts.append(f"{label}{plain}")
     return "-".join(parts)

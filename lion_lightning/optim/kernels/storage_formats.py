@@ -31,6 +31,7 @@ BLOCK_ELEMENTS = 256
 """Elements that share an int8 scale and a cautious factor, counted in memory order."""
 
 LEVELS = 127
+SIGN_BIT = 0x80000000
 LARGEST_LEVEL = 247.0
 """The momentum of level 127, in units of the scale."""
 
@@ -176,8 +177,11 @@ def quantize(momentum: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor]:
     tiny = scale < torch.finfo(torch.float32).tiny
     inverse = torch.where(tiny | broken, 0.0, scale.reciprocal())
     values = values.mul_(inverse[:, None]).nan_to_num_(0.0)  # the scale of a block that is not finite is NaN
-    words = values.add_(1.0).view(torch.int32).view(-1)[:count].sub_(ONE_PATTERN)
-    words += 1 << (LEVEL_BITS_DROPPED - 1) if random is None else (random & 0xFFFF).mul_(8).add_(4)
+    words = values.add_(1.0).view(torch.int32).view(-1)[:count]
+    if random is None:
+        words.sub_(ONE_PATTERN - (1 << (LEVEL_BITS_DROPPED - 1)))
+    else:
+        words.sub_(ONE_PATTERN - 4).add_(random & 0xFFFF, alpha=8)
     levels = words.bitwise_right_shift_(LEVEL_BITS_DROPPED).clamp_(max=LEVELS).to(torch.int8)
     scale = torch.where(broken, math.nan, torch.where(tiny, 0.0, scale))
     return levels.mul_(momentum.sign().to(torch.int8)), scale
@@ -193,7 +197,9 @@ def dequantize(levels: Tensor, scale: Tensor) -> Tensor:
     wide = levels.to(torch.int32)
     words = wide.abs().bitwise_left_shift_(LEVEL_BITS_DROPPED).add_(ONE_PATTERN)
     values = blocked(words.view(torch.float32).sub_(1.0))
-    return (values * scale[: values.shape[0], None]).view(-1)[: levels.numel()].mul_(wide.sign_())
+    values = values.mul_(scale[: values.shape[0], None]).view(-1)[: levels.numel()]
+    values.view(torch.int32).bitwise_or_(wide.bitwise_and_(_signed(SIGN_BIT)))
+    return values
 
 
 def blocked(values: Tensor) -> Tensor:

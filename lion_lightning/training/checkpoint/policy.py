@@ -223,7 +223,7 @@ class RunCheckpoint(Checkpoint):
         self._restored = {name: len(checkpoint[name]) for name in (_OPTIMIZERS, _SCHEDULES) if name in checkpoint}
         kept = checkpoint[KEY]
         for name, value in self.facts.items():
-            if name in kept and kept[name] != value:  # earlier versions kept fewer facts
+            if kept[name] != value:
                 raise ConfigError(f"resume: {name} was {kept[name]!r} and is now {value!r}; a resumed run keeps it")
         _recount(checkpoint, kept.get("accumulate_grad_batches"), trainer.accumulate_grad_batches)
 
