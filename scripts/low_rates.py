@@ -31,6 +31,12 @@ from scripts.trained import load_run, trainer_stand_in
 ADAMW_FACTOR = 3.0
 DECAY = 1.0
 BETAS = (0.9, 0.95)
+NEAREST = ("lion-pytorch bf16", "adamw bf16")
+COLORS = {
+    "fp32 weights": "#999999",
+    "bf16 weights, this Lion": style_of(0)[0],
+    "bf16 weights, rounded to nearest": style_of(1)[0],
+}
 Groups = list[dict[str, Any]]
 Make = Callable[[Groups, float], Optimizer]
 """(parameter groups, learning rate) -> optimizer."""
@@ -78,12 +84,12 @@ class Cell:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
     options = _options(arguments)
-    variants = {name: make for name, make in _variants().items() if not options.variants or name in options.variants}
+    chosen = {name: make for name, make in variants().items() if not options.variants or name in options.variants}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     table = options.output.with_suffix(".csv")
     for seed in options.seeds:
         for rate in RATES:
-            for name, (dtype, make) in variants.items():
+            for name, (dtype, make) in chosen.items():
                 done = {(cell.variant, cell.rate, cell.seed, cell.steps) for cell in read(table)}
                 if (name, str(rate), seed, options.steps) not in done:
                     numbers = train(options.run, dtype, make, rate, seed, options.steps, options.batch_size)
@@ -164,26 +170,26 @@ def append(table: Path, cell: Cell) -> None:
 
 
 def markdown(cells: Sequence[Cell]) -> str:
-    """A table: per variant and rate the fall of the loss, and the distance travelled as a share of fp32 Lion's."""
+    """A table: per variant and rate the fall of the loss, and that of the weights' norm as a share of fp32's."""
     rates = list(dict.fromkeys(cell.rate for cell in cells))
-    lines = ["| variant | " + " | ".join(f"{rate}: loss falls by | distance" for rate in rates) + " |"]
+    lines = ["| variant | " + " | ".join(f"{rate}: loss falls by | norm" for rate in rates) + " |"]
     lines.append("| --- |" + " ---: |" * (2 * len(rates)))
     for variant in dict.fromkeys(cell.variant for cell in cells):
         words = []
         for rate in rates:
             pairs = _paired(cells, variant, rate)
             fall, reach = interval([a for a, _ in pairs]), interval([b for _, b in pairs])
-            words += [f"{fall[0]:.4f} ± {fall[1]:.4f}", f"{reach[0]:.1%}"]
+            words += [f"{fall[0]:.4f} ± {fall[1]:.4f}", f"{reach[0]:.0%}"]
         lines.append(f"| {variant} | " + " | ".join(words) + " |")
     return "\n".join(lines)
 
 
 def _paired(cells: Sequence[Cell], variant: str, rate: str) -> list[tuple[float, float]]:
-    """Per seed the fall of the loss and the distance, as a share of the fp32 run of the same optimizer and seed."""
+    """Per seed the fall of the loss, and that of the norm as a share of the same optimizer's in fp32."""
     control = "adamw fp32" if variant.startswith("adamw") else "lion fp32"
     of = {(cell.variant, cell.seed): cell for cell in cells if cell.rate == rate}
     mine = [cell for (name, seed), cell in of.items() if name == variant and (control, seed) in of]
-    return [(cell.start - cell.loss, cell.travelled / of[control, cell.seed].travelled) for cell in mine]
+    return [(cell.start - cell.loss, (1 - cell.norm) / (1 - of[control, cell.seed].norm)) for cell in mine]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -203,24 +209,35 @@ def draw(cells: Sequence[Cell], file: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.patches import Patch
 
     rates = list(dict.fromkeys(cell.rate for cell in cells))
     names = list(dict.fromkeys(cell.variant for cell in cells))[::-1]
     figure, panels = plt.subplots(1, len(rates), figsize=(9, 3.2), dpi=150, sharey=True, squeeze=False)
     for axes, rate in zip(panels[0], rates, strict=True):
         falls = [interval([fall for fall, _ in _paired(cells, name, rate)]) for name in names]
-        nearest = [name.startswith("lion-pytorch") or name == "adamw bf16" for name in names]
-        colors = [style_of(1)[0] if bad else style_of(0)[0] for bad in nearest]
+        colors = [COLORS[_storage(name)] for name in names]
         axes.barh(names, [mean for mean, _ in falls], xerr=[half for _, half in falls], color=colors, ecolor="black")
-        axes.set(title=f"lr {rate}", xlabel="fall of val/loss")
+        peak, shape = rate.split()
+        axes.set(
+            title=f"{'' if shape == 'constant' else shape + ' from '}lr {float(peak):.0e}", xlabel="fall of val/loss"
+        )
         axes.axvline(0, color="black", linewidth=0.6)
         axes.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
+    patches = [Patch(color=color, label=label) for label, color in COLORS.items()]
+    figure.legend(handles=patches, loc="lower center", ncols=len(patches), frameon=False)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(file)
     plt.close(figure)
 
 
-def _variants() -> dict[str, tuple[torch.dtype, Make]]:
+def _storage(variant: str) -> str:
+    """The key of a variant in `COLORS`."""
+    fp32, ours, nearest = COLORS
+    return fp32 if variant.endswith("fp32") else nearest if variant in NEAREST else ours
+
+
+def variants() -> dict[str, tuple[torch.dtype, Make]]:
     """By name: the dtype of the weights, and what makes the optimizer."""
     half, full = torch.bfloat16, torch.float32
 
@@ -277,7 +294,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="blocks of a step (default: %(default)s)")
     seeds: dict[str, Any] = {"type": lambda text: [int(seed) for seed in text.split(",")], "default": [1, 2, 3]}
     parser.add_argument("--seeds", **seeds, help="orders of the data (default: 1,2,3)")
-    parser.add_argument("--variants", nargs="+", choices=tuple(_variants()), help="default: all")
+    parser.add_argument("--variants", nargs="+", choices=tuple(variants()), help="default: all")
     parser.add_argument("--output", type=Path, default=Path("outputs/low_rates"), help="without a suffix")
     return parser.parse_args(arguments)
 

@@ -189,8 +189,8 @@ def fitted(module: LightningModule, steps: int = 20, samples: int = 128) -> Trai
     """`module`, trained on noise on the CPU with the guard."""
     images, labels = torch.rand(samples, 64), torch.randint(10, (samples,))
     trainer = Trainer(
-        max_steps=steps, accelerator="cpu", callbacks=[LionGuard(warmup_steps=0.05)], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
+        max_steps=steps, accelerator="cpu", callbacks=[LionGuard(warmup_steps=0.05)], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, DataLoader(TensorDataset(images, labels), batch_size=64))
     return trainer
