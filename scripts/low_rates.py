@@ -179,7 +179,7 @@ def markdown(cells: Sequence[Cell]) -> str:
         for rate in rates:
             pairs = _paired(cells, variant, rate)
             fall, reach = interval([a for a, _ in pairs]), interval([b for _, b in pairs])
-            words += [f"{fall[0]:.4f} ± {fall[1]:.4f}", f"{reach[0]:.0%}"]
+            words += [f"{fall[0]:.4f} ± {fall[1]:.4f}", f"{round(100 * reach[0]) + 0}%"]
         lines.append(f"| {variant} | " + " | ".join(words) + " |")
     return "\n".join(lines)
 

@@ -215,7 +215,7 @@ def test_a_step_of_a_raw_optimizer_is_told_once(tmp_path):
             super().training_step(batch, batch_idx).backward()
             optimizer.step()
 
-    guard = LionGuard()
+    guard = LionGuard(disabled=["settings"])
     trainer_with(guard, tmp_path, max_epochs=2).fit(Raw())
     assert [event.kind for event in guard.events] == ["unseen_steps"]
 
