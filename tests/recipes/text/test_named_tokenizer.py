@@ -141,3 +141,11 @@ def test_a_tokenizer_that_leaves_out_ids_is_refused(folder: Path, tmp_path: Path
     (tmp_path / "tokenizer.json").write_text(json.dumps(kept), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"data\.tokenizer=.* ids up to 5,000: some are left out"):
         load_masking_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_without_a_mask_token_is_named(folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.mask_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=rf"data.tokenizer={tmp_path} has no tokenizer .*: it has no mask_token"):
+        load_masking_tokenizer(str(tmp_path))
