@@ -44,6 +44,9 @@ def from_adamw(
 
     Returns:
         `{"lr": ..., "weight_decay": ...}`, ready for `Lion(params, **from_adamw(1e-3, 0.1))`.
+
+    Raises:
+        ValueError: a value out of range.
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         if isinstance(value, str):  # YAML reads 1e-3 as a text, and 1.0e-3 as a number
@@ -76,6 +79,9 @@ def published_factor(parameters: int, lr: float = 1e-3) -> float:
     Args:
         parameters: of the model, above 0.
         lr: AdamW's; from 4e-3 on the second of the two sweeps counts.
+
+    Raises:
+        ValueError: a value out of range.
     """
     _check_positive(parameters=parameters, lr=lr)
     points = LARGE_RATE_FACTORS if lr >= LARGE_ADAMW_RATE else USUAL_RATE_FACTORS
@@ -97,6 +103,9 @@ def decay_for_timescale(lr: float, steps: float) -> float:
     Args:
         lr: the peak learning rate, above 0.
         steps: optimizer steps of the time scale, above 0.
+
+    Raises:
+        ValueError: a value out of range.
     """
     _check_positive(lr=lr, steps=steps)
     return 1.0 / (lr * steps)
@@ -108,6 +117,9 @@ def beta_for_half_life(samples: float, batch_size: int) -> float:
     Args:
         samples: samples of the half-life, above 0.
         batch_size: samples of an optimizer step, above 0.
+
+    Raises:
+        ValueError: a value out of range.
     """
     _check_positive(samples=samples, batch_size=batch_size)
     return 0.5 ** (batch_size / samples)
@@ -130,7 +142,7 @@ def for_batch_size(options: Mapping[str, Any], old: int, new: int) -> dict[str, 
         A copy with other `lr`, `betas` and `weight_decay`, of those that are there.
 
     Raises:
-        ValueError: a beta would fall below 0.
+        ValueError: a batch size is not above 0, or a beta would fall below 0.
     """
     _check_positive(old=old, new=new)
     ratio = new / old
@@ -174,7 +186,11 @@ PRESETS = MappingProxyType(
 
 
 def preset(name: str) -> dict[str, Any]:
-    """Published settings by name, as keyword arguments for `Lion`; `PRESETS[name].source` says where they are from."""
+    """Published settings by name, as keyword arguments for `Lion`; `PRESETS[name].source` says where they are from.
+
+    Raises:
+        ValueError: an unknown name.
+    """
     if name not in PRESETS:
         raise ValueError(f"name must be one of {', '.join(PRESETS)}, got {name!r}")
     chosen = PRESETS[name]
@@ -229,6 +245,9 @@ def lion_amos(groups: Iterable[dict[str, Any]], alpha_0: float = AMOS_ALPHA_0, q
 
     Returns:
         Lion with a parameter group for each scale (to two digits), named `<group>/sigma=<scale>`.
+
+    Raises:
+        ValueError: a value out of range.
     """
     _check_positive(alpha_0=alpha_0, q=q)
     groups = list(groups)

@@ -316,7 +316,9 @@ class LionGuard(Callback):
             self._report_once(trainer, "unseen_steps", UNSEEN_STEPS)
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
-            self.losses.add(loss, self._samples or 1)
+            # Lightning divides the loss of automatic optimization by the number of micro-batches.
+            parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+            self.losses.add(loss * parts, self._samples or 1)
         if not self._stepped:
             return
         self._stepped = False

@@ -389,7 +389,7 @@ class RuleSet(Stateful):
             if self.bad_losses == 1 and not reading.skipped:
                 message = (
                     f"the loss {reading.backward_loss:.4g} of step {reading.step} is far above the others (robust z "
-                    f"{reading.loss_z:.0f}); such steps are counted as guard/bad_losses and taken as they are"
+                    f"{reading.loss_z:.0f}); such steps are counted as guard/bad_loss_steps and taken as they are"
                 )
                 symptoms.append(Symptom("bad_losses", message))
         if reading.norm_z > self.thresholds.outlier_z and reading.is_finite:

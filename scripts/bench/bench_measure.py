@@ -94,6 +94,20 @@ class Arena:
         return (torch.randn(tuple(shape), device=self.device) * 0.02).to(DTYPES[dtype])
 
 
+def captured(work: Callable[[], Any]) -> Callable[[], None]:
+    """The replay of `work` as a CUDA graph, after three calls on a stream of their own."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
 def run(
     subjects: Sequence[Subject],
     arena: Arena,

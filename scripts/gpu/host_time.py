@@ -19,6 +19,7 @@ from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClas
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for the project's modules
 
 from lion_lightning.optim import Lion
+from scripts.bench.bench_measure import captured
 
 WARMUP_STEPS = 5
 Batch = dict[str, Tensor]
@@ -58,20 +59,6 @@ def training_step(model: nn.Module, batch: Batch, optimizer: Lion) -> Step:
         optimizer.zero_grad()
 
     return step
-
-
-def captured(step: Step) -> Step:
-    """The step as a CUDA graph; it has been taken before."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def timed(step: Step, steps: int) -> tuple[float, float]:

@@ -89,16 +89,8 @@ def replayed(work: Callable[[], Any], clock: bench_measure.Clock, device: torch.
     """Milliseconds of a step that is replayed from a CUDA graph, None on a CPU; the median of `repeats`."""
     if device.type != "cuda":
         return None
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return statistics.median(clock(graph.replay) for _ in range(repeats))
+    replay = bench_measure.captured(work)
+    return statistics.median(clock(replay) for _ in range(repeats))
 
 
 def traits(subject: Subject, arena: bench_measure.Arena, repeats: int) -> tuple[Any, Any, str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+LIGHTNING_CLI = ("examples/lightning_cli.py", "fit", "--config", "examples/lightning_cli.yaml")
+CLI_NEEDS = "jsonargparse typeshed_client"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
@@ -66,29 +68,18 @@ def test_the_command_line_of_lightning_takes_lion_by_its_name(root: Path, tmp_pa
     printed = run(
         root,
         tmp_path,
-        "examples/lightning_cli.py",
-        "fit",
-        "--config",
-        "examples/lightning_cli.yaml",
+        *LIGHTNING_CLI,
         "--optimizer.weight_bits",
         "16",
         "--print_config",
-        needs="jsonargparse typeshed_client",
+        needs=CLI_NEEDS,
     )
     assert "class_path: lion_lightning.optim.Lion" in printed
     assert "weight_bits: 16" in printed
 
 
 def test_a_run_of_the_command_line_of_lightning(root: Path, tmp_path: Path) -> None:
-    run(
-        root,
-        tmp_path,
-        "examples/lightning_cli.py",
-        "fit",
-        "--config",
-        "examples/lightning_cli.yaml",
-        needs="jsonargparse typeshed_client",
-    )
+    run(root, tmp_path, *LIGHTNING_CLI, needs=CLI_NEEDS)
 
 
 @pytest.mark.slow

@@ -95,6 +95,18 @@ def test_accumulation_is_counted_and_the_tail_is_what_it_is(tmp_path, caplog):
     assert not [event for event in guard.events if event.kind == "batch_size"]
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_loss_is_the_mean_of_the_micro_batches_not_a_part_of_it(tmp_path, accumulate):
+    class Constant(Regression):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * 0 + 2.5
+
+    _, rows = fit(Constant(), LionGuard(min_batch_size=1), tmp_path, accumulate_grad_batches=accumulate)
+    losses = [row["guard/loss"] for row in rows if "guard/loss" in row]
+    assert losses
+    assert losses == pytest.approx([2.5] * len(losses))
+
+
 @pytest.mark.parametrize("step", [0, 3, 7])
 def test_one_loss_that_is_not_a_number_is_skipped_and_told(tmp_path, step):
     guard = LionGuard(warmup_steps=0)
