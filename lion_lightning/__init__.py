@@ -5,6 +5,7 @@ alone: Lightning is loaded when `LionGuard`, `LionMixin` or `GradientRelease` is
 """
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from lion_lightning.hyperparams import from_adamw
     from lion_lightning.lightning import GradientRelease, LionMixin
     from lion_lightning.optim import Lion, release_gradients
+
+# In a checkout `recipes/` and `conf/` lie beside this folder; a wheel has them in it.
+if (_checkout := Path(__file__).resolve().parent.parent).joinpath("conf", "train.yaml").is_file():
+    __path__.append(str(_checkout))
 
 _HOMES = {
     "GradientRelease": "lion_lightning.lightning",

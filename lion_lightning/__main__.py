@@ -7,6 +7,7 @@ before there is something to run, so `--help`, `--cfg` and tab completion answer
 import errno
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,8 +18,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from lion_lightning.command_line import check_arguments, explain, suggestion, take_trusted
 from lion_lightning.errors import ConfigError
-from lion_lightning.suggestions import check_arguments, explain, suggestion
 from lion_lightning.training.logging_setup import refuse_secrets_of_a_sweep
 
 EXIT_USAGE = 2
@@ -37,11 +38,10 @@ CONFIG_FOLDER = next(folder for folder in (_HERE / "conf", _HERE.parent / "conf"
 @hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name="train")
 def train(cfg: DictConfig) -> float:
     """Run what `cfg` describes; returns the best value of the recipe's metric, which Hydra's sweepers optimise."""
-    from lion_lightning.training.run import run
     from lion_lightning.training.signals import TrainingInterrupted
 
     try:
-        return run(cfg)
+        return runner(cfg.mode)(cfg)
     except TrainingInterrupted as stop:
         print(f"{_rank()}{stop}", file=sys.stderr)
         raise
@@ -52,6 +52,19 @@ def train(cfg: DictConfig) -> float:
             failed_jobs.append(f"job {job.num} ({job.override_dirname.replace(',', ' ')}): {told}")
             raise  # Hydra notes it, goes on with the other jobs, and raises the first error at the end
         report_error(error)
+
+
+def runner(mode: str) -> Callable[[DictConfig], float]:
+    """What runs a configuration with that `mode`."""
+    if mode == "train":
+        from lion_lightning.training.run import run
+
+        return run
+    if mode not in ("eval", "predict"):
+        raise ConfigError(f"mode must be train, eval or predict, got {mode!r}")
+    from lion_lightning.commands import evaluate
+
+    return evaluate.evaluate if mode == "eval" else evaluate.predict
 
 
 def main() -> None:
@@ -69,11 +82,15 @@ def main() -> None:
         if sys.argv[1:2] == ["--explain"]:
             print(explain(sys.argv[2:], CONFIG_FOLDER))
             return
+        sys.argv[1:] = take_trusted(sys.argv[1:])
         refuse_secrets_of_a_sweep(sys.argv[1:])
         check_arguments(sys.argv[1:], CONFIG_FOLDER)
         given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
-        if "run_dir" in given and "hydra.run.dir" not in given:  # Hydra's log goes there too, and it makes no folder
-            sys.argv.append(f"hydra.run.dir={given['run_dir']}")
+        folder = given.get("run_dir")
+        if folder is None and given.get("mode", "train") != "train":
+            folder = "outputs/${mode}/${run_stamp:}"
+        if folder and "hydra.run.dir" not in given:  # Hydra's log goes there too, and it makes no folder
+            sys.argv.append(f"hydra.run.dir={folder}")
         train()
     except Exception as error:
         if failed_jobs:

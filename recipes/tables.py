@@ -20,7 +20,8 @@ import pyarrow.parquet
 from datasets import ClassLabel, Features
 
 from lion_lightning.errors import ConfigError
-from recipes.files import conversion_of, one_line, without_surrogates
+
+from .files import conversion_of, one_line, without_surrogates
 
 log = logging.getLogger(__name__)
 MAX_FIELD_CHARACTERS = 2**24

@@ -1,7 +1,7 @@
 """The experiments of docs/experiments.md by name: `python scripts/experiments.py betas recipe=bert_mlm --seeds 1,2,3`.
 
 Every run is a process with a folder under outputs/experiments/, so a crash stops that run alone. A finished run is not
-repeated, an interrupted one resumes. At the end the runs are compared (scripts/compare.py).
+repeated, an interrupted one resumes. At the end the runs are compared (lion-compare).
 """
 
 import argparse
@@ -22,8 +22,8 @@ from omegaconf import DictConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the modules beside this one
 
 from lion_lightning.__main__ import CONFIG_FOLDER
+from lion_lightning.commands import compare
 from lion_lightning.tracking.runs import Run, find_runs, read_runs
-from scripts import compare
 
 EXIT_FAILED = 1
 EXIT_OF_THE_GUARD = 42  # a run that the guard ended is a result and is not repeated
@@ -42,7 +42,7 @@ class Experiment:
     Attributes:
         question: For the help text.
         variants: Takes the overrides of the command line and returns, by folder name, the overrides of each variant.
-        by, aside: The options of `scripts/compare.py`.
+        by, aside: The options of `lion-compare`.
     """
 
     question: str

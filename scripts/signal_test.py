@@ -37,7 +37,11 @@ from lion_lightning.training.checkpoint.policy import newest_valid
 from lion_lightning.training.signals import EXIT_CODE_OFFSET
 
 # What a run imports by name, imported here once instead of in every attempt.
-for library in ("lion_lightning.guard.callback", "recipes.image_classification.module", "transformers.models.vit"):
+for library in (
+    "lion_lightning.guard.callback",
+    "lion_lightning.recipes.image_classification.module",
+    "transformers.models.vit",
+):
     importlib.import_module(library)
 
 ROOT = Path(__file__).resolve().parent.parent

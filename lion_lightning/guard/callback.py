@@ -108,7 +108,7 @@ class LionGuard(Callback):
             that a rewind right after a resume goes back as far as it would have without.
         samples: from a batch to its number of samples, where its structure does not determine it.
         manual_optimization: under manual optimization, or with several optimizers, only "watch" and warn, or "act" too.
-        trace: a CSV file for every step's readings, input of `scripts/replay_guard.py`; None for none.
+        trace: a CSV file for every step's readings, input of `lion-replay-guard`; None for none.
 
     Raises:
         ValueError: an argument is not allowed.

@@ -273,7 +273,7 @@ def check_loadable(state_dict: Any) -> None:
         raise ValueError(
             f"state_dict is of {source}{''.join(f', with {option}' for option in lost)}: load it by "
             "lion_lightning.optim.import_state.import_state(state_dict, optimizer), or convert the file by "
-            "`python scripts/convert_checkpoint.py IN OUT`"
+            "`lion-convert IN OUT`"
         )
 
 

@@ -1,12 +1,14 @@
 """Training runs. Importing the package registers the resolvers that `conf/train.yaml` uses.
 
-Only OmegaConf is imported here, since `--help` needs the resolvers too.
+No heavy library is imported here, since `--help` needs the resolvers too.
 """
 
 import os
 import time
 
 from omegaconf import DictConfig, OmegaConf
+
+from lion_lightning.command_line import command_name
 
 NO_RUN_ID = ("", "none")  # what torchrun passes on where it was given neither --standalone nor --rdzv-id
 INTERACTIVE_JOBS = ("bash", "interactive")  # a shell in which many runs are started one after another
@@ -59,4 +61,5 @@ def run_stamp() -> str:
 
 
 OmegaConf.register_new_resolver("run_stamp", run_stamp, replace=True, use_cache=True)
+OmegaConf.register_new_resolver("command_name", command_name, replace=True)
 OmegaConf.register_new_resolver("comparison_group", comparison_group, replace=True)

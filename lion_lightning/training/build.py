@@ -1,8 +1,9 @@
 """The objects of a run, each built from its part of the configuration, with a ConfigError for what cannot work.
 
 `_target_` nodes are built from an allowlist. Hydra's own blocklist lets `torch.load` through, so a config from a
-stranger could run code. Here a target must resolve to a class or function that was *defined* in one of our packages or
-in a library that recipes are made of: an alias of `os.system` inside an allowed module is refused.
+stranger could run code. Here a target must resolve to a class or function that was *defined* in one of our packages, in
+a library that recipes are made of, or in a package that the user trusts (`trust=[PACKAGE]` on the command line, or the
+variable LION_LIGHTNING_TRUST): an alias of `os.system` inside an allowed module is refused.
 """
 
 import functools
@@ -10,6 +11,7 @@ import inspect
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +29,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from lion_lightning.command_line import TRUST, trusted
 from lion_lightning.data.stream import StreamDataModule
 from lion_lightning.errors import ConfigError, configuring
 from lion_lightning.training.checkpoint.files import DurableCheckpointIO
@@ -41,7 +44,6 @@ LAUNCHERS = ("LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  
 LABEL = "name"  # every group file has one: a label for people and run names, never an argument
 ALLOWED_MODULES = (
     "lion_lightning.",
-    "recipes.",
     "torch.optim.",
     "torch.nn.",
     "optimi.",
@@ -93,18 +95,24 @@ def resolve(path: str) -> Callable[..., Any]:
     """The class or function that `path` names, if it is on the allowlist; ConfigError if not."""
     if not isinstance(path, str):
         raise ConfigError(f"_target_={path!r} cannot be imported: it must be the dotted name of a class or function")
-    packages = {module.split(".")[0] for module in ALLOWED_MODULES}
-    target = None
-    if path.split(".")[0] in packages:  # checked before it is imported: an import runs code
+    allowed = (*ALLOWED_MODULES, *(f"{package}." for package in trusted()))
+    if path.startswith("recipes.") and "recipes." not in allowed:  # their name in configurations of earlier versions
+        path = f"lion_lightning.{path}"
+    target, package = None, path.split(".")[0]
+    known = {module.split(".")[0] for module in allowed}
+    if package in known:  # checked before it is imported: an import runs code
         try:
             target = hydra.utils.get_object(path)
         except Exception as error:
             reason = error.__cause__ or error  # Hydra repeats the path before the reason
             raise ConfigError(f"_target_={path!r} cannot be imported: {reason}".splitlines()[0]) from error
     home = f"{getattr(target, '__module__', None)}."
-    if not (inspect.isclass(target) or inspect.isfunction(target)) or not home.startswith(ALLOWED_MODULES):
-        allowed = ", ".join(module.rstrip(".") for module in ALLOWED_MODULES)
-        raise ConfigError(f"_target_={path!r} is not allowed: it must be a class or function defined in {allowed}")
+    if not (inspect.isclass(target) or inspect.isfunction(target)) or not home.startswith(allowed):
+        text = f"_target_={path!r} is not allowed: it must be a class or function defined in "
+        text += ", ".join(module.rstrip(".") for module in allowed)
+        if package not in known | sys.stdlib_module_names:
+            text += f"; if {package} is yours, trust=[{package}] on the command line or {TRUST}={package} allows it"
+        raise ConfigError(text)
     return target
 
 
@@ -283,8 +291,8 @@ def _build_strategy(cfg: DictConfig) -> Strategy | str:
         return name
     if not started_by_launcher():
         raise ConfigError(
-            f"trainer.strategy={name}: start its processes with torchrun --standalone --nproc-per-node=N train.py ..., "
-            "or with srun (scripts/slurm_train.sh)"
+            f"trainer.strategy={name}: start its processes with torchrun --standalone --nproc-per-node=N "
+            "-m lion_lightning ..., or with srun (docs/scaling.md)"
         )
     timeout = timedelta(minutes=cfg.trainer.timeout_minutes)
     if name == "ddp":

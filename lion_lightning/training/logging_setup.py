@@ -4,8 +4,10 @@ Secrets are found by the name of the setting, by the look of the value, and in U
 the command line needs it before there is something to run.
 """
 
+import logging
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -150,3 +152,16 @@ def wandb_logger_of(logger: "Logger | None") -> "RunLogger | None":
     from lion_lightning.tracking.wandb import RunLogger
 
     return logger if isinstance(logger, RunLogger) else None
+
+
+def quiet_libraries() -> None:
+    """Leave out what Lightning, Hydra and transformers say about themselves in every run."""
+    import datasets
+    import transformers
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # what it says of a target, ConfigError says too
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning 2.6 on a newer torch
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
+from lion_lightning.command_line import command_name
 from lion_lightning.training.checkpoint.files import weights_of, with_names_of
 from lion_lightning.training.checkpoint.policy import RunCheckpoint
 from lion_lightning.training.logging_setup import redacted_argument, wandb_logger_of
@@ -138,4 +139,4 @@ def _next_command(optim: str) -> str:
     in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     given = HydraConfig.get().overrides.task if in_sweep else sys.argv[1:]  # a launcher's process has other arguments
     kept = [redacted_argument(argument) for argument in given if not argument.startswith(NOT_SHARED)]
-    return f"Next, the control: python train.py {shlex.join([*kept, f'optim={other}'])}"
+    return f"Next, the control: {command_name()} {shlex.join([*kept, f'optim={other}'])}"

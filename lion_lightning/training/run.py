@@ -1,23 +1,20 @@
 """One run, from its configuration to its summary: build, fit, report."""
 
-import logging
 import math
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import rich
-import transformers
 from omegaconf import DictConfig, OmegaConf
 
 from lion_lightning.training import build
 from lion_lightning.training.callbacks import ReplicaCheck, SmoothedLoss, StepSeed, ValidateAtEnd, progress
 from lion_lightning.training.checkpoint.policy import AUTO, resolve
 from lion_lightning.training.checkpoint.sharded import ShardedStrategy
-from lion_lightning.training.logging_setup import closing, log_config
+from lion_lightning.training.logging_setup import closing, log_config, quiet_libraries
 from lion_lightning.training.performance import Throughput
 from lion_lightning.training.report import conclude, duration, show
 from lion_lightning.training.signals import StopFlag
@@ -40,7 +37,7 @@ def run(cfg: DictConfig, more_callbacks: Sequence[pl.Callback] = ()) -> float:
     folder = Path(cfg.run_dir)
     resumed = resolve(cfg.resume, folder / "checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
-    _quiet_libraries()
+    quiet_libraries()
     console = rich.get_console()  # Lightning's progress bar is on it too, so lines are printed above the bar
     precision = build.settle_precision(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -72,11 +69,3 @@ def run(cfg: DictConfig, more_callbacks: Sequence[pl.Callback] = ()) -> float:
                 export = folder / "export" if cfg.export else None
                 conclude(console, cfg.run_name, trainer, checkpoint, whole, about, took, export)
     return math.nan if checkpoint.best_score is None else checkpoint.best_score
-
-
-def _quiet_libraries() -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # what it says of a target, ConfigError says too
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning 2.6 on a newer torch
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -14,10 +14,11 @@ from lion_lightning.data.cache import default_cache
 from lion_lightning.data.sampler import StepValues, StreamOrder
 from lion_lightning.data.stream import StreamDataModule, read_schedule
 from lion_lightning.errors import ConfigError
-from recipes.files import check_fraction
-from recipes.text.blocks import Blocks, BlockSettings, prepare_blocks
-from recipes.text.corpus import Corpus, Mixture, Source, mixture_of
-from recipes.text.tokenizer import replacement_ids, special_tokens, starts_word
+
+from ..files import check_fraction
+from ..text.blocks import Blocks, BlockSettings, prepare_blocks
+from ..text.corpus import Corpus, Mixture, Source, mixture_of
+from ..text.tokenizer import replacement_ids, special_tokens, starts_word
 
 MIN_VOCAB_SIZE, MIN_SEQUENCE_LENGTH = 256, 8
 COUNTED_BLOCKS = 4096  # at once: numpy counts in a copy of eight bytes a token

@@ -14,9 +14,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForMaskedLM, PretrainedConfig
 
 from lion_lightning.errors import ConfigError
-from recipes.bert_mlm.data import TextBlocks
-from recipes.bert_mlm.masking import IGNORED
-from recipes.text.model import VOCABULARY_HEADS, ModelOptions, document_inputs, load_or_build, usable_config
+
+from ..text.model import VOCABULARY_HEADS, ModelOptions, document_inputs, load_or_build, usable_config
+from .data import TextBlocks
+from .masking import IGNORED
 
 VALUES_AT_ONCE = 2**18  # a megabyte, which stays in a processor's cache
 _MEAN = 1  # torch's number for reduction="mean"

@@ -11,10 +11,11 @@ from transformers import PretrainedConfig
 
 from lion_lightning.hyperparams import Schedule
 from lion_lightning.lightning import LionMixin, OptimizerFactory
-from recipes.bert_mlm.data import TextBlocks
-from recipes.bert_mlm.masking import IGNORED, MaskedBatch, Masking, mask_tokens
-from recipes.bert_mlm.model import build_model, hidden_logits, hidden_loss, row_cross_entropy
-from recipes.text.model import ModelOptions, model_flops
+
+from ..text.model import ModelOptions, model_flops
+from .data import TextBlocks
+from .masking import IGNORED, MaskedBatch, Masking, mask_tokens
+from .model import build_model, hidden_logits, hidden_loss, row_cross_entropy
 
 VALIDATION = Masking(rate=0.15)  # always, so that runs compare
 VALIDATION_SEED = 20_181_011

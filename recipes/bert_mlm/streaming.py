@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from lion_lightning.data.sampler import SourceTurns, StepValues, StreamOrder
 from lion_lightning.errors import ConfigError
-from recipes.bert_mlm.data import TextBlocks, as_batch
-from recipes.text.blocks import encode
-from recipes.text.corpus import Mixture, Source, check_weight, digest, place_of
-from recipes.text.text_chunks import ChunkSample, FileChunks, HubChunks, TextChunks
+
+from ..text.blocks import encode
+from ..text.corpus import Mixture, Source, check_weight, digest, place_of
+from ..text.text_chunks import ChunkSample, FileChunks, HubChunks, TextChunks
+from .data import TextBlocks, as_batch
 
 
 class Pools(Dataset):

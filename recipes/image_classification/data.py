@@ -14,7 +14,8 @@ from typing_extensions import override
 from lion_lightning.data.cache import cached_folder, default_cache
 from lion_lightning.data.stream import StreamDataModule
 from lion_lightning.errors import ConfigError
-from recipes.image_classification.images import (
+
+from .images import (
     Broken,
     DecodedOnAccess,
     Images,
@@ -24,7 +25,7 @@ from recipes.image_classification.images import (
     pixel_file,
     save,
 )
-from recipes.image_classification.sources import ImageSource, PictureSplits
+from .sources import ImageSource, PictureSplits
 
 FORMAT_VERSION = 4  # raise it when what is written to the cache changes
 BYTES_PER_GIB = 2**30

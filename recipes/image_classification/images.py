@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lion_lightning.errors import ConfigError
-from recipes.files import check_fraction
+
+from ..files import check_fraction
 
 VAL_SHARE_SEED = 20_230_213
 UNREADABLE = -1  # the label of a validation picture that cannot be decoded; no metric counts it

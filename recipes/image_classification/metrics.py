@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
 
-from recipes.image_classification.images import UNREADABLE
+from .images import UNREADABLE
 
 WORST = 20  # mistakes that are kept
 CALIBRATION_BINS = 15

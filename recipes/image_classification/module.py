@@ -25,11 +25,12 @@ from typing_extensions import override
 from lion_lightning.errors import ConfigError
 from lion_lightning.hyperparams import Schedule
 from lion_lightning.lightning import LionMixin, OptimizerFactory
-from recipes.image_classification.augmentation import Augmentation, mixed_cross_entropy
-from recipes.image_classification.data import ImageArrays
-from recipes.image_classification.images import shorter_edge
-from recipes.image_classification.metrics import Mistake, ValidationMetrics, WorstMistakes
-from recipes.image_classification.plots import draw_confusion, draw_mistakes
+
+from .augmentation import Augmentation, mixed_cross_entropy
+from .data import ImageArrays
+from .images import shorter_edge
+from .metrics import Mistake, ValidationMetrics, WorstMistakes
+from .plots import draw_confusion, draw_mistakes
 
 BACKWARD_AND_FORWARD = 3  # times the operations of the forward pass: two more matrix products for each
 SHOWN_IMAGES, SHOWN_AT_ONCE = (

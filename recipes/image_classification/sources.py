@@ -17,9 +17,10 @@ from pyarrow import ArrowException
 from pyarrow.parquet import read_schema
 
 from lion_lightning.errors import ConfigError
-from recipes.files import account, fingerprint_of, is_hidden, list_files
-from recipes.image_classification.images import Images, ImageSplits, Pictures, held_out
-from recipes.tables import Columns, check_names, columns_of, label_name, name_at, read_table
+
+from ..files import account, fingerprint_of, is_hidden, list_files
+from ..tables import Columns, check_names, columns_of, label_name, name_at, read_table
+from .images import Images, ImageSplits, Pictures, held_out
 
 HERE = Path(__file__).parent
 IMAGE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS) | {".avif"}

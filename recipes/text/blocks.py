@@ -23,9 +23,10 @@ from transformers import BertTokenizer, PreTrainedTokenizerBase
 
 from lion_lightning.data.cache import cached_folder, release_freed_memory
 from lion_lightning.errors import ConfigError
-from recipes.files import without_surrogates
-from recipes.text.corpus import Corpus, digest
-from recipes.text.tokenizer import SPECIAL_TOKENS, as_transformers, identity, load_masking_tokenizer, train_tokenizer
+
+from ..files import without_surrogates
+from .corpus import Corpus, digest
+from .tokenizer import SPECIAL_TOKENS, as_transformers, identity, load_masking_tokenizer, train_tokenizer
 
 SAMPLE_CHARACTERS = 2**27  # what a tokenizer is trained on at most
 LEFT_OUT, TRAIN, VAL = 0, 1, 2

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lion_lightning.errors import ConfigError
-from recipes.files import account, conversion_of, fingerprint_of, is_hidden, list_files, one_line
+
+from ..files import account, conversion_of, fingerprint_of, is_hidden, list_files, one_line
 
 if TYPE_CHECKING:
     import datasets

@@ -13,7 +13,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
 from lion_lightning.errors import ConfigError
-from recipes.text.tokenizer import existing, load_tokenizer, opening
+
+from .tokenizer import existing, load_tokenizer, opening
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")

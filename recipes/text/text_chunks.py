@@ -8,8 +8,9 @@ from typing import Protocol
 import numpy as np
 
 from lion_lightning.errors import ConfigError
-from recipes.files import fingerprint_of
-from recipes.text.corpus import Corpus, find_files, join_rows, load, not_utf8, passages
+
+from ..files import fingerprint_of
+from .corpus import Corpus, find_files, join_rows, load, not_utf8, passages
 
 CHUNK_BYTES = 2**17
 CUT_WITHIN_BYTES = 2**16  # a chunk ends at the first good place within so many bytes

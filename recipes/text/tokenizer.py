@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from lion_lightning.errors import ConfigError
-from recipes.files import one_line
+
+from ..files import one_line
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_CHARACTERS = 500  # rarer ones become [UNK]; each takes two places of the vocabulary

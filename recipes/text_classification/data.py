@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lion_lightning.data.cache import cached_folder, default_cache
 from lion_lightning.data.stream import StreamDataModule
 from lion_lightning.errors import ConfigError
-from recipes.text.tokenizer import as_transformers, identity, load_tokenizer, train_tokenizer
-from recipes.text_classification.sources import Labeled, TextSource
+
+from ..text.tokenizer import as_transformers, identity, load_tokenizer, train_tokenizer
+from .sources import Labeled, TextSource
 
 FORMAT_VERSION = 2  # raise it when what is written to the cache changes
 MIN_SEQUENCE_LENGTH, MIN_VOCAB_SIZE = 8, 256

@@ -21,8 +21,9 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 from lion_lightning.errors import ConfigError
 from lion_lightning.hyperparams import Schedule
 from lion_lightning.lightning import LionMixin, OptimizerFactory
-from recipes.text.model import ModelOptions, load_or_build, model_flops, usable_config
-from recipes.text_classification.data import TOKEN_TYPES, LabeledTexts, decode
+
+from ..text.model import ModelOptions, load_or_build, model_flops, usable_config
+from .data import TOKEN_TYPES, LabeledTexts, decode
 
 INPUTS = ("input_ids", "attention_mask", TOKEN_TYPES)
 SHOWCASE_TEXTS = 1000

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple, Protocol
 from datasets import ClassLabel, DatasetDict, load_dataset
 
 from lion_lightning.errors import ConfigError
-from recipes.files import account, check_fraction, existing_file, fingerprint_of, is_hidden, list_files, one_line
-from recipes.tables import (
+
+from ..files import account, check_fraction, existing_file, fingerprint_of, is_hidden, list_files, one_line
+from ..tables import (
     READERS,
     Columns,
     Row,
@@ -31,7 +32,7 @@ from recipes.tables import (
     read_table,
     suffix_of,
 )
-from recipes.text.corpus import PythonDocs, is_held_out
+from ..text.corpus import PythonDocs, is_held_out
 
 log = logging.getLogger(__name__)
 MAX_CLASSES = 1000

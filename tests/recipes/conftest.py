@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 if TYPE_CHECKING:
-    from recipes.bert_mlm.data import TextBlocks
+    from lion_lightning.recipes.bert_mlm.data import TextBlocks
 
 
 @pytest.fixture(scope="session")
@@ -18,8 +18,8 @@ def blocks(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> TextBlocks:
     """200,000 characters of English in blocks of 32 tokens, 512 WordPieces."""
     from small_bert import LENGTH  # not before the environment is set: see pytest_configure
 
-    from recipes.bert_mlm.data import TextBlocks
-    from recipes.text.corpus import TextFiles
+    from lion_lightning.recipes.bert_mlm.data import TextBlocks
+    from lion_lightning.recipes.text.corpus import TextFiles
 
     cut = tmp_path_factory.mktemp("text") / "short.txt"
     cut.write_text(prose.read_text(encoding="utf-8")[:200_000], encoding="utf-8")
@@ -34,8 +34,8 @@ def blocks(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> TextBlocks:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """TextChunks of 3 KB, so that a little text has many."""
-    import recipes.text.text_chunks as chunks_module
-    from recipes.text.text_chunks import FileChunks
+    import lion_lightning.recipes.text.text_chunks as chunks_module
+    from lion_lightning.recipes.text.text_chunks import FileChunks
 
     monkeypatch.setattr(chunks_module, "CHUNK_BYTES", 3000)
     monkeypatch.setattr(chunks_module, "CUT_WITHIN_BYTES", 1000)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recipes.bert_mlm.masking import IGNORED, MaskedBatch, Masking, mask_tokens
+from lion_lightning.recipes.bert_mlm.masking import IGNORED, MaskedBatch, Masking, mask_tokens
 
 MASK, FIRST = 4, 5  # ids of [MASK] and of the first token of the text
 SIGMAS = 5.0  # one false alarm in two million

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from recipes.text.blocks import BlockSettings
-from recipes.text.corpus import Corpus, is_held_out
+from lion_lightning.recipes.text.blocks import BlockSettings
+from lion_lightning.recipes.text.corpus import Corpus, is_held_out
 
 SETTINGS = BlockSettings(sequence_length=16, vocab_size=400, val_fraction=0.2, lowercase=True)
 

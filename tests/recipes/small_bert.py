@@ -8,10 +8,10 @@ from transformers import BertConfig, PretrainedConfig
 
 from lion_lightning.hyperparams import cosine
 from lion_lightning.optim import Lion
-from recipes.bert_mlm.data import TextBlocks
-from recipes.bert_mlm.masking import Masking
-from recipes.bert_mlm.module import BertMLM
-from recipes.text.model import ModelOptions
+from lion_lightning.recipes.bert_mlm.data import TextBlocks
+from lion_lightning.recipes.bert_mlm.masking import Masking
+from lion_lightning.recipes.bert_mlm.module import BertMLM
+from lion_lightning.recipes.text.model import ModelOptions
 
 LENGTH = 32  # tokens in a block of the fixture `blocks`
 

@@ -8,9 +8,9 @@ from transformers import PretrainedConfig, ResNetConfig, ViTConfig
 
 from lion_lightning.hyperparams import cosine
 from lion_lightning.optim import Lion
-from recipes.image_classification.data import ImageArrays
-from recipes.image_classification.images import Images, ImageSplits
-from recipes.image_classification.module import ImageClassifier
+from lion_lightning.recipes.image_classification.data import ImageArrays
+from lion_lightning.recipes.image_classification.images import Images, ImageSplits
+from lion_lightning.recipes.image_classification.module import ImageClassifier
 
 
 class Noise:

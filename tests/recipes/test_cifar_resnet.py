@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
+from lion_lightning.recipes.image_classification.module import forward_flops
 from lion_lightning.training.build import instantiate
-from recipes.image_classification.module import forward_flops
 
 SMALL = ("model.config.embedding_size=4", "model.config.hidden_sizes=[4,8]", "model.config.depths=[1,1]")
 
@@ -41,7 +41,7 @@ def test_the_first_stage_sees_every_pixel(compose: Any) -> None:
 OPEN = """
 import torch
 from transformers import AutoModelForImageClassification
-import recipes.image_classification.cifar_resnet
+import lion_lightning.recipes.image_classification.cifar_resnet
 model = AutoModelForImageClassification.from_pretrained({export!r}).eval()
 torch.save(model(torch.load({pixels!r})).logits.detach(), {logits!r})
 """

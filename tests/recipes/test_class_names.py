@@ -9,8 +9,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from lion_lightning.errors import ConfigError
-from recipes.image_classification.sources import ImageFiles
-from recipes.text_classification.sources import Glue, LabeledFiles
+from lion_lightning.recipes.image_classification.sources import ImageFiles
+from lion_lightning.recipes.text_classification.sources import Glue, LabeledFiles
 from tests.recipes.written_images import CLASSES, colors_agree, encoded, load, picture, write_parquet
 
 BACKWARDS = ("owl", "dog", "cat")

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lion_lightning import Lion, LionGuard, LionMixin, from_adamw
 from lion_lightning.__main__ import CONFIG_FOLDER, report_error
-from lion_lightning.suggestions import check_arguments
+from lion_lightning.command_line import check_arguments
 
 if TYPE_CHECKING:
     from conftest import Compose

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from transformers import PretrainedConfig, TimmWrapperConfig, pipeline
 
-from recipes.image_classification.data import ImageArrays
-from recipes.image_classification.images import square
-from recipes.image_classification.module import ImageClassifier
-from recipes.image_classification.sources import ImageFiles
+from lion_lightning.recipes.image_classification.data import ImageArrays
+from lion_lightning.recipes.image_classification.images import square
+from lion_lightning.recipes.image_classification.module import ImageClassifier
+from lion_lightning.recipes.image_classification.sources import ImageFiles
 from tests.recipes.small_images import build, resnet, vit
 
 SIZES = [(9, 31), (64, 17), (33, 33), (8, 8), (100, 23), (7, 120), (5, 5), (200, 199)]
@@ -74,9 +74,9 @@ def test_the_text_pipeline_says_what_validation_says(tmp_path: Path) -> None:
 
     from lion_lightning.hyperparams import cosine
     from lion_lightning.optim import Lion
-    from recipes.text_classification.data import LabeledTexts
-    from recipes.text_classification.module import TextClassifier
-    from recipes.text_classification.sources import LabeledFiles
+    from lion_lightning.recipes.text_classification.data import LabeledTexts
+    from lion_lightning.recipes.text_classification.module import TextClassifier
+    from lion_lightning.recipes.text_classification.sources import LabeledFiles
 
     words = ["apple", "river", "stone", "[MASK]", "[SEP]", "Éclair", "don't", "42"]
     draw = np.random.default_rng(0)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import recipes.text.blocks as tokens_module
+import lion_lightning.recipes.text.blocks as tokens_module
 from lion_lightning.data.cache import release_freed_memory
-from recipes.text.blocks import prepare_blocks
+from lion_lightning.recipes.text.blocks import prepare_blocks
 from tests.recipes.listed import SETTINGS, Listed
 
 

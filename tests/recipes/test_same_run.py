@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from lion_lightning.data.stream import StreamDataModule
-from recipes.bert_mlm.data import TextBlocks
-from recipes.image_classification.data import ImageArrays
-from recipes.image_classification.images import ImageSplits
-from recipes.image_classification.sources import ImageFiles
-from recipes.text_classification.data import LabeledTexts
-from recipes.text_classification.sources import LabeledFiles, TextSplits
+from lion_lightning.recipes.bert_mlm.data import TextBlocks
+from lion_lightning.recipes.image_classification.data import ImageArrays
+from lion_lightning.recipes.image_classification.images import ImageSplits
+from lion_lightning.recipes.image_classification.sources import ImageFiles
+from lion_lightning.recipes.text_classification.data import LabeledTexts
+from lion_lightning.recipes.text_classification.sources import LabeledFiles, TextSplits
 from tests.recipes.listed import Listed
 from tests.recipes.small_images import Noise
 from tests.recipes.written_images import write_folder

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from recipes.image_classification.data import ImageArrays
-from recipes.image_classification.images import Images, ImageSplits
-from recipes.image_classification.sources import ImageFiles
+from lion_lightning.recipes.image_classification.data import ImageArrays
+from lion_lightning.recipes.image_classification.images import Images, ImageSplits
+from lion_lightning.recipes.image_classification.sources import ImageFiles
 
 CLASSES = ("cat", "dog", "owl")
 COLORS = {"cat": (200, 10, 10), "dog": (10, 200, 10), "owl": (10, 10, 200)}

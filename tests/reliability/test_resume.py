@@ -19,9 +19,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 import lion_lightning.training.run as run_module
+from lion_lightning.recipes.text import text_chunks as pieces
 from lion_lightning.training.checkpoint.files import load
 from lion_lightning.training.signals import TrainingInterrupted
-from recipes.text import text_chunks as pieces
 
 STEPS, STEPS_PER_EPOCH, VALIDATION_INTERVAL, WARMUP_STEPS, BATCH = 12, 6, 4, 5, 16
 Compose = Callable[..., Any]

@@ -23,6 +23,7 @@ from PIL import Image
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lion_lightning.errors import ConfigError
+from lion_lightning.recipes.image_classification.images import square
 from lion_lightning.training.checkpoint.files import load
 from lion_lightning.training.checkpoint.sharded_state import load_sharded
 from lion_lightning.training.logging_setup import (
@@ -32,7 +33,6 @@ from lion_lightning.training.logging_setup import (
     redacted_text,
     refuse_secrets_of_a_sweep,
 )
-from recipes.image_classification.images import square
 
 CANARY = "canary" + "9d4f" * 6
 SECRETS = {  # how a secret gets on a command line

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from wandb_server import Server, serving
 
+from lion_lightning.commands import compare
 from lion_lightning.tracking.compare import Incomparable
 from lion_lightning.tracking.report import publish_report
-from scripts import compare
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -35,7 +35,9 @@ MISTAKES = {
     "--wandb me/p --group nobody": "error: no run of group nobody in me/p",
     "--wandb me/p": "the runs belong to 2 groups: another (1 runs); g (5 runs)",
 }
-CALLS = "import sys; from scripts import compare; print([compare.main(line.split()) for line in sys.argv[1:]])"
+CALLS = """import sys
+from lion_lightning.commands.compare import main
+print([main(line.split()) for line in sys.argv[1:]])"""
 
 
 @pytest.fixture(scope="module")

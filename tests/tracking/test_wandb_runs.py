@@ -117,7 +117,7 @@ def test_the_environment_is_left_as_it_was(finished: tuple[Path, float]) -> None
 def test_a_crash_is_closed_as_failed_and_the_next_run_is_a_new_one(
     compose: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import recipes.image_classification.module as module
+    import lion_lightning.recipes.image_classification.module as module
 
     with monkeypatch.context() as broken:
         broken.setattr(module.ImageClassifier, "on_validation_epoch_end", lambda self: 1 / 0)
@@ -133,7 +133,7 @@ def test_a_crash_is_closed_as_failed_and_the_next_run_is_a_new_one(
 def test_a_run_that_the_guard_ends_has_the_guards_exit_code(
     compose: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import recipes.image_classification.module as module
+    import lion_lightning.recipes.image_classification.module as module
     from lion_lightning.guard.callback import TrainingStopped
 
     honest = module.ImageClassifier.training_step

@@ -8,13 +8,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-import recipes.bert_mlm.masking as masking_module
+import lion_lightning.recipes.bert_mlm.masking as masking_module
 from lion_lightning.errors import ConfigError
 from lion_lightning.optim import Lion
+from lion_lightning.recipes.bert_mlm.masking import Masking
 from lion_lightning.training.build import instantiate
-from recipes.bert_mlm.masking import Masking
 
-MASKING = "recipes.bert_mlm.masking.Masking"
+MASKING = "lion_lightning.recipes.bert_mlm.masking.Masking"
 
 
 @pytest.fixture
@@ -46,10 +46,10 @@ def aliases() -> Iterator[None]:
         "functools.partial",
         "shutil.rmtree",
         "pathlib.Path",
-        "recipes.bert_mlm.masking",
-        "recipes.bert_mlm.masking.IGNORED",
-        "recipes.text.corpus.hashlib.blake2b",
-        "recipes.text.corpus.glob.glob",
+        "lion_lightning.recipes.bert_mlm.masking",
+        "lion_lightning.recipes.bert_mlm.masking.IGNORED",
+        "lion_lightning.recipes.text.corpus.hashlib.blake2b",
+        "lion_lightning.recipes.text.corpus.glob.glob",
         "lion_lightning.data.cache.shutil.rmtree",
         "transformers.AutoModel.from_pretrained",
     ],
@@ -65,7 +65,7 @@ def test_what_is_not_ours_is_refused(target: str) -> None:
 @pytest.mark.parametrize("name", ["run_command", "read_pickle", "evaluate"])
 def test_an_alias_in_an_allowed_module_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="not allowed"):
-        instantiate({"_target_": f"recipes.bert_mlm.masking.{name}"})
+        instantiate({"_target_": f"lion_lightning.recipes.bert_mlm.masking.{name}"})
 
 
 @pytest.mark.parametrize("nesting", [lambda bad: {"rate": bad}, lambda bad: {"rate": [0.1, {"deeper": bad}]}])
@@ -85,7 +85,9 @@ def test_an_override_is_passed_as_it_is() -> None:
     assert made.keywords["rate"] is value
 
 
-@pytest.mark.parametrize("target", ["nowhere.Thing", "recipes.bert_mlm.masking.Masknig", "torch", "", 5, None])
+@pytest.mark.parametrize(
+    "target", ["nowhere.Thing", "lion_lightning.recipes.bert_mlm.masking.Masknig", "torch", "", 5, None]
+)
 def test_a_target_that_does_not_exist_is_one_line(target: object) -> None:
     with pytest.raises(ConfigError) as error:
         instantiate({"_target_": target})

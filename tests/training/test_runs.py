@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from omegaconf import OmegaConf
 
-import recipes.bert_mlm.module as bert_module
+import lion_lightning.recipes.bert_mlm.module as bert_module
 from lion_lightning.errors import ConfigError
 from lion_lightning.training.run import run
 

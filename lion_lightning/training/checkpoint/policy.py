@@ -113,8 +113,8 @@ def resolve(resume: str | None, folder: Path) -> Path | None:
 
 
 @contextmanager
-def restoring(path: object) -> Iterator[None]:
-    """Turn a failure to restore a run from the checkpoint at `path` into one line.
+def restoring(path: object, setting: str = "resume") -> Iterator[None]:
+    """Turn a failure to restore a run from the checkpoint at `path`, which `setting` names, into one line.
 
     Raises:
         ConfigError: names the file, what of it is missing or does not fit, and the way out.
@@ -133,7 +133,8 @@ def restoring(path: object) -> Iterator[None]:
             told = f"the checkpoint lacks {error.args[0]!r}"
         else:
             told = f"the checkpoint does not fit ({text[:_MAX_CHARACTERS]}{' ...' * (len(text) > _MAX_CHARACTERS)})"
-        raise ConfigError(f"resume={path}: {told}; {WAY_OUT}") from error
+        way_out = f"; {WAY_OUT}" if setting == "resume" else ""
+        raise ConfigError(f"{setting}={path}: {told}{way_out}") from error
 
 
 class RunCheckpoint(Checkpoint):

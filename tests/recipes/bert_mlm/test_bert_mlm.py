@@ -10,11 +10,11 @@ from transformers import BertConfig, ModernBertConfig, ResNetConfig, pipeline
 from lion_lightning.errors import ConfigError
 from lion_lightning.hyperparams import cosine
 from lion_lightning.optim import Lion
-from recipes.bert_mlm.data import TextBlocks
-from recipes.bert_mlm.masking import Masking
-from recipes.bert_mlm.module import VALIDATION, VALIDATION_SEED, BertMLM
-from recipes.image_classification.data import ImageArrays
-from recipes.image_classification.sources import Digits
+from lion_lightning.recipes.bert_mlm.data import TextBlocks
+from lion_lightning.recipes.bert_mlm.masking import Masking
+from lion_lightning.recipes.bert_mlm.module import VALIDATION, VALIDATION_SEED, BertMLM
+from lion_lightning.recipes.image_classification.data import ImageArrays
+from lion_lightning.recipes.image_classification.sources import Digits
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from recipes.bert_mlm import model as loss
-from recipes.bert_mlm.model import mean_cross_entropy, row_cross_entropy
+from lion_lightning.recipes.bert_mlm import model as loss
+from lion_lightning.recipes.bert_mlm.model import mean_cross_entropy, row_cross_entropy
 
 IGNORED = -100
 SHAPES = [(1, 7), (50, 33), (97, 1000)]

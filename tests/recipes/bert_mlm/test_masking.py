@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recipes.bert_mlm.masking import IGNORED, Masking, uniform
+from lion_lightning.recipes.bert_mlm.masking import IGNORED, Masking, uniform
 from tests.recipes.hidden_text import FIRST, MASK, SIGMAS, Vocabulary, hidden_map
 
 VOCABULARY = Vocabulary(105)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lion_lightning.data.sampler import SourceTurns, StepValues
 from lion_lightning.errors import ConfigError
-from recipes.bert_mlm.streaming import StreamedBatches, StreamedText, pack_all
-from recipes.text.corpus import digest
-from recipes.text.text_chunks import FileChunks
+from lion_lightning.recipes.bert_mlm.streaming import StreamedBatches, StreamedText, pack_all
+from lion_lightning.recipes.text.corpus import digest
+from lion_lightning.recipes.text.text_chunks import FileChunks
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 LENGTH, BATCH = 16, 4

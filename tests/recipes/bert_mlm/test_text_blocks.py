@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import recipes.bert_mlm.data as data_module
+import lion_lightning.recipes.bert_mlm.data as data_module
 from lion_lightning.data.sampler import StepValues
 from lion_lightning.errors import ConfigError
-from recipes.bert_mlm.data import BlockDataset, TextBlocks, token_counts
-from recipes.text.tokenizer import SPECIAL_TOKENS
+from lion_lightning.recipes.bert_mlm.data import BlockDataset, TextBlocks, token_counts
+from lion_lightning.recipes.text.tokenizer import SPECIAL_TOKENS
 from tests.recipes.listed import Listed
 
 PAD, UNK, CLS, SEP, MASK = range(5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recipes.bert_mlm.masking import IGNORED, Masking, span_numbers, whole_units, word_numbers
+from lion_lightning.recipes.bert_mlm.masking import IGNORED, Masking, span_numbers, whole_units, word_numbers
 from tests.recipes.hidden_text import FIRST, MASK, SIGMAS, Vocabulary, hidden_map
 
 VOCABULARY = Vocabulary(205, starts_word=torch.arange(205) < 140)  # the rest goes on with a word: a third of the tokens

@@ -9,9 +9,9 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch.nn.functional import cross_entropy, one_hot
 
-import recipes.image_classification.augmentation as augmentation_module
+import lion_lightning.recipes.image_classification.augmentation as augmentation_module
 from lion_lightning.errors import ConfigError
-from recipes.image_classification.augmentation import (
+from lion_lightning.recipes.image_classification.augmentation import (
     OPERATIONS,
     PARTS,
     Augmentation,

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from lion_lightning.errors import ConfigError
-from recipes.image_classification.images import read, square
-from recipes.image_classification.sources import ImageFiles
+from lion_lightning.recipes.image_classification.images import read, square
+from lion_lightning.recipes.image_classification.sources import ImageFiles
 from tests.recipes.written_images import (
     CLASSES,
     colors_agree,

@@ -11,12 +11,12 @@ from torch.nn.functional import one_hot
 from transformers import BertConfig, PretrainedConfig, pipeline
 
 from lion_lightning.errors import ConfigError
+from lion_lightning.recipes.bert_mlm.data import TextBlocks
+from lion_lightning.recipes.image_classification.data import ImageArrays
+from lion_lightning.recipes.image_classification.sources import Digits
+from lion_lightning.recipes.text.corpus import PythonDocs
 from lion_lightning.training.checkpoint.files import load
 from lion_lightning.training.run import run
-from recipes.bert_mlm.data import TextBlocks
-from recipes.image_classification.data import ImageArrays
-from recipes.image_classification.sources import Digits
-from recipes.text.corpus import PythonDocs
 from tests.recipes.small_images import Noise, batch_of, build, prepared, resnet, vit
 
 

@@ -10,11 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-import recipes.image_classification.images as decoding
+import lion_lightning.recipes.image_classification.images as decoding
 from lion_lightning.errors import ConfigError
-from recipes.image_classification.data import ImageArrays
-from recipes.image_classification.images import UNREADABLE, DecodedOnAccess, decode, random_resized_crop, square
-from recipes.image_classification.sources import HubImages, ImageFiles
+from lion_lightning.recipes.image_classification.data import ImageArrays
+from lion_lightning.recipes.image_classification.images import (
+    UNREADABLE,
+    DecodedOnAccess,
+    decode,
+    random_resized_crop,
+    square,
+)
+from lion_lightning.recipes.image_classification.sources import HubImages, ImageFiles
 from tests.recipes.written_images import encoded, hub_dataset, load, write_parquet
 
 

@@ -7,9 +7,9 @@ import datasets
 import pytest
 
 from lion_lightning.errors import ConfigError
-from recipes.files import account, list_files
-from recipes.image_classification.images import ImageSplits
-from recipes.image_classification.sources import ImageFiles
+from lion_lightning.recipes.files import account, list_files
+from lion_lightning.recipes.image_classification.images import ImageSplits
+from lion_lightning.recipes.image_classification.sources import ImageFiles
 from tests.recipes.written_images import colors_agree, encoded, load, picture, prepared, write_folder
 
 

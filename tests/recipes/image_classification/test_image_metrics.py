@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch.multiprocessing import start_processes
 from torch.nn.functional import cross_entropy
 
-from recipes.image_classification.images import UNREADABLE
-from recipes.image_classification.metrics import Mistake, ValidationMetrics, WorstMistakes
-from recipes.image_classification.plots import draw_confusion, draw_mistakes
+from lion_lightning.recipes.image_classification.images import UNREADABLE
+from lion_lightning.recipes.image_classification.metrics import Mistake, ValidationMetrics, WorstMistakes
+from lion_lightning.recipes.image_classification.plots import draw_confusion, draw_mistakes
 
 CLASSES, COUNT = 7, 101
 Answers = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

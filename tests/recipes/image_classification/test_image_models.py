@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification, TimmWrapperConfig, ViTConfig
 
-import recipes.image_classification.module as module
+import lion_lightning.recipes.image_classification.module as module
 from lion_lightning.errors import ConfigError
+from lion_lightning.recipes.image_classification.module import build_model, forward_flops
+from lion_lightning.recipes.image_classification.sources import Digits
 from lion_lightning.training.build import instantiate
-from recipes.image_classification.module import build_model, forward_flops
-from recipes.image_classification.sources import Digits
 from tests.recipes.small_images import build, prepared
 
 # Millions of parameters with 1,000 classes at 224 x 224, and billions of multiplications and additions of one image:

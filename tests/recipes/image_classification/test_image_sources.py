@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from lion_lightning.errors import ConfigError
-from recipes.image_classification.data import ImageArrays
-from recipes.image_classification.images import held_out
-from recipes.image_classification.sources import Digits, ImageFiles
+from lion_lightning.recipes.image_classification.data import ImageArrays
+from lion_lightning.recipes.image_classification.images import held_out
+from lion_lightning.recipes.image_classification.sources import Digits, ImageFiles
 from tests.recipes.written_images import (
     CLASSES,
     colors_agree,

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import recipes.text.blocks as blocks_module
+import lion_lightning.recipes.text.blocks as blocks_module
 from lion_lightning.errors import ConfigError
-from recipes.text.blocks import BlockSettings, prepare_blocks, token_dtype
-from recipes.text.corpus import TextFiles, is_held_out
-from recipes.text.tokenizer import train_tokenizer
+from lion_lightning.recipes.text.blocks import BlockSettings, prepare_blocks, token_dtype
+from lion_lightning.recipes.text.corpus import TextFiles, is_held_out
+from lion_lightning.recipes.text.tokenizer import train_tokenizer
 from tests.recipes.listed import SETTINGS, Listed, split
 
 PAD, UNK, CLS, SEP, MASK = range(5)

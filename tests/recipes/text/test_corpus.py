@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import recipes.text.corpus as corpus_module
+import lion_lightning.recipes.text.corpus as corpus_module
 from lion_lightning.errors import ConfigError
-from recipes.text.corpus import PythonDocs, TextFiles, is_held_out, passages
+from lion_lightning.recipes.text.corpus import PythonDocs, TextFiles, is_held_out, passages
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lion_lightning.errors import ConfigError
-from recipes.bert_mlm.data import TextBlocks
-from recipes.text.corpus import HubText, join_rows
+from lion_lightning.recipes.bert_mlm.data import TextBlocks
+from lion_lightning.recipes.text.corpus import HubText, join_rows
 
 ROWS = [f"Row {number} of a dataset has some words." for number in range(300)]
 

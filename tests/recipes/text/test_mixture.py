@@ -8,8 +8,8 @@ import pytest
 
 from lion_lightning.data.sampler import SourceTurns, StreamOrder
 from lion_lightning.errors import ConfigError
-from recipes.bert_mlm.data import TextBlocks
-from recipes.text.corpus import PythonDocs, mixture_of
+from lion_lightning.recipes.bert_mlm.data import TextBlocks
+from lion_lightning.recipes.text.corpus import PythonDocs, mixture_of
 
 
 @pytest.mark.parametrize("weights", [[3, 1], [0.5, 0.3, 0.2], [1, 1e-3], [0.7, 0.1, 0.1, 0.1], [1], [2 / 3, 1 / 3]])

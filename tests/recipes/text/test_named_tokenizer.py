@@ -11,11 +11,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from lion_lightning.errors import ConfigError
+from lion_lightning.recipes.bert_mlm.data import TextBlocks
+from lion_lightning.recipes.bert_mlm.masking import IGNORED
+from lion_lightning.recipes.text.corpus import TextFiles
+from lion_lightning.recipes.text.tokenizer import load_masking_tokenizer, replacement_ids, special_tokens
 from lion_lightning.training.run import run
-from recipes.bert_mlm.data import TextBlocks
-from recipes.bert_mlm.masking import IGNORED
-from recipes.text.corpus import TextFiles
-from recipes.text.tokenizer import load_masking_tokenizer, replacement_ids, special_tokens
 from tests.recipes.small_bert import build
 
 ROLES = ("unk", "cls", "sep", "pad", "mask")  # in the order of their ids

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from lion_lightning.errors import ConfigError
-from recipes.tables import Columns, read_table
-from recipes.text.blocks import BlockSettings, prepare_blocks
-from recipes.text.corpus import HubText, TextFiles
-from recipes.text_classification.data import LabeledTexts
-from recipes.text_classification.sources import LabeledFiles
+from lion_lightning.recipes.tables import Columns, read_table
+from lion_lightning.recipes.text.blocks import BlockSettings, prepare_blocks
+from lion_lightning.recipes.text.corpus import HubText, TextFiles
+from lion_lightning.recipes.text_classification.data import LabeledTexts
+from lion_lightning.recipes.text_classification.sources import LabeledFiles
 
 
 def sentences(count: int) -> list[str]:

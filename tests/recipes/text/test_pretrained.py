@@ -14,12 +14,12 @@ from small_bert import batch_of, build
 from transformers import BertConfig, BertModel, ModernBertConfig, ResNetConfig
 
 from lion_lightning.errors import ConfigError
-from recipes.bert_mlm.data import TextBlocks
-from recipes.bert_mlm.masking import Masking
-from recipes.bert_mlm.model import build_model
-from recipes.bert_mlm.module import BertMLM
-from recipes.text.model import ModelOptions
-from recipes.text.tokenizer import load_tokenizer
+from lion_lightning.recipes.bert_mlm.data import TextBlocks
+from lion_lightning.recipes.bert_mlm.masking import Masking
+from lion_lightning.recipes.bert_mlm.model import build_model
+from lion_lightning.recipes.bert_mlm.module import BertMLM
+from lion_lightning.recipes.text.model import ModelOptions
+from lion_lightning.recipes.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module", params=[BertConfig, ModernBertConfig])

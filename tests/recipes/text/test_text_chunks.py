@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import recipes.text.text_chunks as chunks_module
+import lion_lightning.recipes.text.text_chunks as chunks_module
 from lion_lightning.errors import ConfigError
-from recipes.text.text_chunks import ChunkSample, FileChunks, HubChunks, _read
+from lion_lightning.recipes.text.text_chunks import ChunkSample, FileChunks, HubChunks, _read
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 

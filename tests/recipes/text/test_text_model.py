@@ -14,14 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, BertConfig, ModernBertConfig, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import recipes.text.model as options_module
+import lion_lightning.recipes.text.model as options_module
 from lion_lightning.errors import ConfigError
+from lion_lightning.recipes.bert_mlm.data import TextBlocks
+from lion_lightning.recipes.bert_mlm.masking import Masking
+from lion_lightning.recipes.bert_mlm.model import hidden_logits, hidden_loss
+from lion_lightning.recipes.bert_mlm.module import BertMLM
+from lion_lightning.recipes.text.model import ModelOptions, model_flops
 from lion_lightning.training.build import instantiate
-from recipes.bert_mlm.data import TextBlocks
-from recipes.bert_mlm.masking import Masking
-from recipes.bert_mlm.model import hidden_logits, hidden_loss
-from recipes.bert_mlm.module import BertMLM
-from recipes.text.model import ModelOptions, model_flops
 
 KINDS = (BertConfig, ModernBertConfig)
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from lion_lightning.errors import ConfigError
-from recipes.text.corpus import HubText, TextFiles
-from recipes.text_classification.data import LabeledTexts
-from recipes.text_classification.sources import LabeledFiles
+from lion_lightning.recipes.text.corpus import HubText, TextFiles
+from lion_lightning.recipes.text_classification.data import LabeledTexts
+from lion_lightning.recipes.text_classification.sources import LabeledFiles
 
 TABLE = "text,label\n" + "".join(f"some words {number},{('x', 'y')[number % 2]}\n" for number in range(40))
 

@@ -5,12 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import recipes.text.blocks as blocks_module
-import recipes.text.blocks as tokens_module
+import lion_lightning.recipes.text.blocks as blocks_module
+import lion_lightning.recipes.text.blocks as tokens_module
 from lion_lightning.errors import ConfigError
-from recipes.text.blocks import BlockSettings, prepare_blocks
-from recipes.text.corpus import is_held_out
-from recipes.text.tokenizer import SPECIAL_TOKENS, replacement_ids, special_tokens, starts_word, train_tokenizer
+from lion_lightning.recipes.text.blocks import BlockSettings, prepare_blocks
+from lion_lightning.recipes.text.corpus import is_held_out
+from lion_lightning.recipes.text.tokenizer import (
+    SPECIAL_TOKENS,
+    replacement_ids,
+    special_tokens,
+    starts_word,
+    train_tokenizer,
+)
 from tests.recipes.listed import SETTINGS, Listed, split
 
 PAD, UNK, CLS, SEP, MASK = range(5)

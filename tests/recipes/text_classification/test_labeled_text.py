@@ -13,8 +13,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from lion_lightning.errors import ConfigError
-from recipes.tables import Row
-from recipes.text_classification.sources import Glue, LabeledFiles, PythonPackages, label_splits
+from lion_lightning.recipes.tables import Row
+from lion_lightning.recipes.text_classification.sources import Glue, LabeledFiles, PythonPackages, label_splits
 
 ROWS = [
     ("a film, worth seeing", "good"),
@@ -276,7 +276,7 @@ def test_glue_is_asked_of_the_hub_by_name(monkeypatch: pytest.MonkeyPatch) -> No
         rows = Dataset.from_dict({"sentence": ["a", "b"], "label": [0, 1]})
         return datasets.DatasetDict(train=rows, validation=rows)
 
-    monkeypatch.setattr("recipes.text_classification.sources.load_dataset", load)
+    monkeypatch.setattr("lion_lightning.recipes.text_classification.sources.load_dataset", load)
     assert len(Glue("cola").load().train) == 2
     assert asked == [(("nyu-mll/glue", "cola"), {})]
 

@@ -1,7 +1,9 @@
-"""Help with the command line: checks that Hydra does not make, suggestions for errors, and `--explain KEY`."""
+"""The command line beside Hydra: its name, trusted packages, checks, suggestions for errors, and `--explain KEY`."""
 
 import difflib
+import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -24,6 +26,44 @@ OTHER_NAMES = {
 }  # fmt: skip
 """What other trainers call some of our settings."""
 FLAGS_WITHOUT_VALUE = ("-m", "--multirun", "--run", "-r", "--resolve", "--help", "-h", "--hydra-help")
+
+
+TRUST = "LION_LIGHTNING_TRUST"
+"""Environment variable: packages, separated by commas, whose classes and functions a configuration may name."""
+
+
+def command_name() -> str:
+    """How the program was started: `python train.py`, `lion-train`, `python -m lion_lightning`."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        return f"python -m {program.parent.name}"
+    return f"python {sys.argv[0]}" if program.suffix == ".py" else program.stem
+
+
+def take_trusted(arguments: Sequence[str]) -> list[str]:
+    """Note the packages of `trust=[PACKAGE,...]` and return the other arguments.
+
+    They are noted in the environment, where processes that this one starts find them, and they are never a part of the
+    configuration: what comes with a checkpoint cannot extend them. The working folder is searched for them last.
+
+    Raises:
+        ConfigError: a name that no package can have.
+    """
+    given = [argument.partition("=")[2] for argument in arguments if argument.startswith(("trust=", "+trust="))]
+    named = [name.strip(" '\"") for value in given for name in value.strip("[]").split(",") if name.strip()]
+    for name in named:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ConfigError(f"trust={name}: not the name of a Python package; write trust=[PACKAGE,PACKAGE]")
+    if named:
+        os.environ[TRUST] = ",".join(dict.fromkeys([*trusted(), *named]))
+    if trusted() and os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    return [argument for argument in arguments if not argument.startswith(("trust=", "+trust="))]
+
+
+def trusted() -> tuple[str, ...]:
+    """The packages that the user trusts, as `take_trusted` and the environment have them."""
+    return tuple(name.strip() for name in os.environ.get(TRUST, "").split(",") if name.strip())
 
 
 def check_arguments(arguments: Sequence[str], config: Path) -> None:

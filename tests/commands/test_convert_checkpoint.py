@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from lion_lightning.commands.convert import main
 from lion_lightning.optim import Lion
 from lion_lightning.optim.import_state import import_state, read
-from scripts.convert_checkpoint import main
 
 FOLDER = Path(__file__).parents[1] / "optim" / "peer_states"
 

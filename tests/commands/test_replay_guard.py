@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 
 from lion_lightning import LionGuard
+from lion_lightning.commands import replay_guard
 from lion_lightning.guard.events import read_trace
 from lion_lightning.guard.recovery import Remedy
 from lion_lightning.guard.replay import Settings, changed, replay, settings_of
 from lion_lightning.guard.rules import Thresholds
 from lion_lightning.tracking.wandb import RunLogger
-from scripts import replay_guard
 from tests.faults.injected import LabelNoise, NaNBatch, Outlier, every
 from tests.faults.task import train
 

@@ -1,4 +1,4 @@
-"""The ranges that `scripts/tune.py` searches, per optimizer and equally wide for all.
+"""The ranges that `lion-tune` searches, per optimizer and equally wide for all.
 
 Learning rates span two decades around the usual values for small models, Lion's half a decade below AdamW's. The decay
 is searched as a time scale, the share of the run over which a weight forgets, 1 / (lr * weight_decay) steps (Wang and

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts.check_data import main
+from lion_lightning.commands.check_data import main
 
 
 def picture(path: Path, seed: int) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from lion_lightning.commands import compare
 from lion_lightning.tracking.wandb import RunLogger
-from scripts import compare, plot_runs
+from scripts import plot_runs
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from lion_lightning.commands.tune_spaces import WARM_UP, rounded, settings_of
 from lion_lightning.tracking.compare import Mode
-from scripts.tune_spaces import WARM_UP, rounded, settings_of
 
 LINE_WIDTH = 118
 NEAR_THE_BEST = 0.05  # relative distance, of the error where more is better

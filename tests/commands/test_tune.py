@@ -11,11 +11,11 @@ import optuna
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from lion_lightning.commands import tune
+from lion_lightning.commands.tune_report import draw_heat_map, flatness, tuned_file
+from lion_lightning.commands.tune_spaces import SPACES, Range, settings_of
 from lion_lightning.guard.callback import TrainingStopped
 from lion_lightning.training.build import build_data
-from scripts import tune
-from scripts.tune_report import draw_heat_map, flatness, tuned_file
-from scripts.tune_spaces import SPACES, Range, settings_of
 from tests.processes import run_together
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -143,7 +143,7 @@ DATABASES = 5
 BESIDE_ANOTHER = f"""
 import sys
 from pathlib import Path
-from scripts.tune import SQLITE, Search, study_of
+from lion_lightning.commands.tune import SQLITE, Search, study_of
 own, other, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 flags = [folder / f"{{own}}-{{number}}" for number in range({DATABASES})]
 try:

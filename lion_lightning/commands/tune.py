@@ -1,0 +1,410 @@
+"""The same search for every optimizer: `lion-tune recipe=image_classification --optim lion,adamw`.
+
+Each optimizer gets the same number of trials, over its own ranges of learning rate, decay, warm-up and betas
+(`SPACES`), chosen by Optuna's TPE; the ends of a range move outwards while the best trial lies near them, and the last
+trials look beyond a winner that is the largest or smallest value tried. A trial is a run of full length on each seed.
+Two rules end one early: from 40 % of the run on it is worse at a validation than the median of the trials before it,
+or its first seed is, at the end. Validation is on a twentieth of the training data (`SearchSplit`), and not on the data
+that a comparison uses. Trials are stored in an SQLite file, so an interrupted search continues. The winner goes to
+conf/tuned/<recipe>_<optim>.yaml with the evidence. `--heat-map` trains a grid of learning rate and decay with the
+winner's other settings instead, and draws it.
+"""
+
+import argparse
+import contextlib
+import datetime
+import io
+import math
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning.pytorch as pl
+import numpy as np
+import optuna
+import yaml
+from filelock import FileLock
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import Dataset
+
+from lion_lightning.__main__ import CONFIG_FOLDER
+from lion_lightning.command_line import command_name, take_trusted
+from lion_lightning.commands.tune_report import draw_heat_map, flatness, tuned_file
+from lion_lightning.commands.tune_spaces import SPACES, Space, settings_of, short, untried
+from lion_lightning.errors import ConfigError
+from lion_lightning.recipes.bert_mlm.data import BlockDataset, TextBlocks
+from lion_lightning.tracking.compare import Mode
+from lion_lightning.tracking.report import relative
+
+EXIT_USAGE = 2
+# The winners of an installed package go to the user's own conf/, under names that its conf/tuned does not have.
+PREFIX = "own_" if CONFIG_FOLDER.parent.name == "lion_lightning" else ""
+SQLITE = "sqlite:///"
+RANDOM_TRIALS = 8  # before TPE starts to choose, and before a trial can be ended early
+EDGE_SHARE = 0.25  # of the trials, the last ones, which look beyond a winner at the edge of what was tried
+FIRST_RUNG = 0.4  # share of the run; as long as the longest warm-up of the spaces
+HELD_OUT_EVERY, NEIGHBOURS = 20, 50
+SEEDS = (101, 102)  # comparisons take 1, 2, 3, ...
+Run = Callable[[DictConfig, Sequence[pl.Callback]], float]
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search of one optimizer: its settings and budget."""
+
+    optim: str
+    recipe: str
+    overrides: tuple[str, ...]
+    trials: int
+    seeds: tuple[int, ...]
+    storage: str
+    heat_map: bool = False
+
+    @property
+    def space(self) -> Space:
+        return SPACES[self.optim]
+
+    @property
+    def name(self) -> str:
+        """The name of the study: it contains everything that makes results differ."""
+        kind = "heat_map" if self.heat_map else "search"
+        return " ".join((kind, self.recipe, self.optim, *sorted(self.overrides), f"seeds={list(self.seeds)}"))
+
+    @property
+    def wanted(self) -> int:
+        """Trials of the whole search."""
+        return len(self.space.grid()) if self.heat_map else self.trials
+
+
+class Picked(Dataset):
+    """Some samples of a recipe's data set.
+
+    Args:
+        whole: Takes lists of (position in the run, index).
+        indices: int64 (samples,) of those in this one.
+    """
+
+    def __init__(self, whole: Any, indices: np.ndarray) -> None:
+        self.whole, self.indices = whole, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitems__(self, pairs: list[tuple[int, int]]) -> Any:
+        return self.whole.__getitems__([(position, int(self.indices[index])) for position, index in pairs])
+
+
+class SearchSplit(pl.Callback):
+    """Trains on 19 of 20 training samples and validates on the others; the validation set is left to comparisons.
+
+    Blocks of text are held out in rows of `NEIGHBOURS`, since a block shares its document with those beside it.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        count = len(data.train_set)
+        is_text = isinstance(data, TextBlocks)
+        groups = np.arange(count) // (min(NEIGHBOURS, max(1, count // HELD_OUT_EVERY)) if is_text else 1)
+        is_held = groups % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        if is_text:
+            if len(data.ready.rows) > 1:
+                raise ConfigError("tune.py searches on one source of text; the data has several")
+            train = data.ready.train
+            kept = train[~is_held]
+            data.blocks = replace(data.ready, train=kept, val=train[is_held], rows=(len(kept),))
+            data.train_set, data.val_set = BlockDataset(data.blocks.train), BlockDataset(data.blocks.val)
+        else:
+            whole = data.train_set
+            data.train_set, data.val_set = (Picked(whole, np.flatnonzero(part)) for part in (~is_held, is_held))
+
+
+class Rungs(pl.Callback):
+    """Reports each validation of a trial, and ends it if the pruner says so.
+
+    Args:
+        trial: Of the study.
+        monitor: The metric that is reported.
+    """
+
+    def __init__(self, trial: optuna.Trial, monitor: str) -> None:
+        self.trial, self.monitor = trial, monitor
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is not None:
+            self.trial.report(float(value), trainer.global_step)
+            if self.trial.should_prune():
+                raise optuna.TrialPruned
+
+
+def main(arguments: Sequence[str] | None = None, run: Run | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: None: those of the process.
+        run: Trains one configuration, with callbacks, and returns its best metric; None: a real training.
+    """
+    options = _options(arguments)
+    try:
+        searches = [_search(optim, options) for optim in options.optim]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    studies = [(search, explore(search, run or train)) for search in searches]
+    if options.heat_map:
+        _report_heat_maps(studies, Path(options.picture or f"docs/results/{options.recipe}-lr-decay.png"))
+    else:
+        for search, study in studies:
+            _write_winner(search, study, Path(options.output))
+    return 0
+
+
+def explore(search: Search, run: Run) -> optuna.Study:
+    """Run the missing trials of a study.
+
+    Args:
+        search: The search. A killed trial is repeated; a diverged one counts as the worst.
+        run: Trains one configuration, with callbacks, and returns its best metric.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    mode = compose(search, {}, search.seeds[0]).recipe.mode
+    study = study_of(search, mode)
+    step = _walk(search, run, mode) if search.heat_map else _search_on(search, run, mode)
+    while (done := len(finished(study))) < search.wanted:
+        step(study, done)
+        last = study.trials[-1]
+        result = "ended early" if last.value is None else f"{last.value:.4f}"
+        print(f"{search.optim} {done + 1}/{search.wanted}: {result} with {_words(last.params)}", flush=True)
+    return study
+
+
+def study_of(search: Search, mode: Mode) -> optuna.Study:
+    """The study of `search`, created if missing.
+
+    A lock lets one process create it: Optuna creates the tables of a new database one by one and fails on a table that
+    another process has created in the meantime.
+
+    Args:
+        search: The search.
+        mode: Whether less (`min`) or more (`max`) of the metric is better.
+    """
+    with FileLock(f"{search.storage.removeprefix(SQLITE)}.lock"):
+        return optuna.create_study(
+            study_name=search.name,
+            storage=search.storage,
+            direction="maximize" if mode == "max" else "minimize",
+            load_if_exists=True,
+        )
+
+
+def _search_on(search: Search, run: Run, mode: Mode) -> Callable[[optuna.Study, int], None]:
+    """A function that runs one trial, with settings chosen by the sampler."""
+    cfg = compose(search, {}, search.seeds[0])
+    first_rung = round(FIRST_RUNG * cfg.trainer.max_steps)
+
+    def step(study: optuna.Study, done: int) -> None:
+        # The seed depends on the number of finished trials, so that a continued study does not repeat its first draws.
+        study.sampler = optuna.samplers.TPESampler(seed=1000 + done, n_startup_trials=RANDOM_TRIALS)
+        study.pruner = optuna.pruners.MedianPruner(RANDOM_TRIALS, n_warmup_steps=first_rung - 1)
+        space, beyond = current_space(search, study)
+        if beyond and done >= max(RANDOM_TRIALS, (1 - EDGE_SHARE) * search.wanted):
+            key, value = next(iter(beyond.items()))
+            study.enqueue_trial({**study.best_params, key: value})
+        study.optimize(lambda trial: _value_of_trial(run, search, space, trial, mode, cfg), n_trials=1)
+
+    return step
+
+
+def current_space(search: Search, study: optuna.Study) -> tuple[Space, dict[str, float]]:
+    """The space around the best trial so far, and by key a value beyond it where it is the extreme of those tried."""
+    trials = [trial for trial in finished(study) if trial.value is not None and math.isfinite(trial.value)]
+    if not trials:
+        return search.space, {}
+    space = search.space.around(study.best_params)
+    return space, untried(study.best_params, [trial.params for trial in finished(study)], space)
+
+
+def _value_of_trial(run: Run, search: Search, space: Space, trial: optuna.Trial, mode: Mode, cfg: DictConfig) -> float:
+    """The mean of the metric over the seeds; the trial ends after the first if that is worse than the median."""
+    params = space.suggest(trial)
+    first = _value(run, search, params, search.seeds[0], mode, [Rungs(trial, cfg.recipe.monitor)])
+    if not math.isfinite(first):
+        return first
+    trial.report(first, cfg.trainer.max_steps + 1)
+    if len(search.seeds) > 1 and trial.should_prune():
+        raise optuna.TrialPruned
+    return sum([first, *(_value(run, search, params, seed, mode) for seed in search.seeds[1:])]) / len(search.seeds)
+
+
+def _walk(search: Search, run: Run, mode: Mode) -> Callable[[optuna.Study, int], None]:
+    """A function that runs the next cell of the heat map."""
+    fixed = _rest_of_winner(search)
+    spans = {key: search.space.ranges[key] for key in search.space.plane}
+    distributions: dict[str, optuna.distributions.BaseDistribution] = {
+        key: optuna.distributions.FloatDistribution(span.low, span.high, log=True) for key, span in spans.items()
+    }
+
+    def step(study: optuna.Study, done: int) -> None:
+        cell = search.space.grid()[done]
+        value = _mean(run, search, {**fixed, **cell}, mode)
+        study.add_trial(optuna.trial.create_trial(params=cell, distributions=distributions, value=value))
+
+    return step
+
+
+def _mean(run: Run, search: Search, params: dict[str, Any], mode: Mode) -> float:
+    """The mean of the metric over the search's seeds."""
+    values = [_value(run, search, params, seed, mode) for seed in search.seeds]
+    return sum(values) / len(values)
+
+
+def _value(
+    run: Run, search: Search, params: dict[str, Any], seed: int, mode: Mode, callbacks: Sequence[pl.Callback] = ()
+) -> float:
+    """The best metric of one run; an infinite value of the bad sign for a run that diverged."""
+    from lion_lightning.guard.callback import TrainingStopped
+
+    with tempfile.TemporaryDirectory(prefix="lion_lightning-trial-") as folder:
+        try:
+            value = float(run(compose(search, params, seed, folder), callbacks))
+        except TrainingStopped:
+            value = math.nan
+    return value if math.isfinite(value) else (-math.inf if mode == "max" else math.inf)
+
+
+def train(cfg: DictConfig, callbacks: Sequence[pl.Callback]) -> float:
+    """One real run without output."""
+    from lion_lightning.training.run import run
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        return run(cfg, [SearchSplit(), *callbacks])
+
+
+def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """The trials that have a value or were ended early, in order."""
+    states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    return study.get_trials(deepcopy=False, states=states)
+
+
+def _rest_of_winner(search: Search) -> dict[str, Any]:
+    """The best settings of the optimizer's search, without the two of the heat map; empty without a search."""
+    try:
+        study = optuna.load_study(study_name=replace(search, heat_map=False).name, storage=search.storage)
+        best = study.best_params
+    except (KeyError, ValueError):
+        print(f"{search.optim}: no search yet; all settings except learning rate and decay are those of conf/optim")
+        return {}
+    return {key: value for key, value in best.items() if key not in search.space.plane}
+
+
+def compose(search: Search, params: dict[str, Any], seed: int, folder: str = "outputs/tuning") -> DictConfig:
+    """The configuration of a trial: nothing of conf/tuned, no logger, no export."""
+    fixed = [f"recipe={search.recipe}", f"optim={search.optim}", "~tuned", "logger=none", "export=false"]
+    fixed += [*search.overrides, f"seed={seed}", f"run_dir={folder}"]
+    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        cfg = hydra.compose("train", fixed)
+    for key, value in settings_of(params, cfg.trainer.max_steps).items():
+        OmegaConf.update(cfg, key, yaml.safe_load(value) if isinstance(value, str) else value, force_add=True)
+    return cfg
+
+
+def _write_winner(search: Search, study: optuna.Study, folder: Path) -> None:
+    best = study.best_trial
+    cfg = compose(search, best.params, search.seeds[0])
+    file = folder / f"{PREFIX}{search.recipe}_{search.optim}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(tuned_file(best.params, cfg.trainer.max_steps, _evidence(search, study, cfg)), encoding="utf-8")
+    print(f"{search.optim}: {cfg.recipe.monitor} {best.value:.4f} with {_words(best.params)} -> {relative(str(file))}")
+    if PREFIX:
+        chosen = f"recipe={search.recipe} optim={search.optim} tuned={file.stem}"
+        print(f"lion-train --config-dir {relative(str(folder.parent))} {chosen} trains with it")
+
+
+def _evidence(search: Search, study: optuna.Study, cfg: DictConfig) -> str:
+    """What was tried, on what, with what result, by which command."""
+    trials = finished(study)
+    values = sorted(trial.value for trial in trials if trial.value is not None)
+    numbers = [value for value in values if math.isfinite(value)]
+    seeds = f"seed{'s' if len(search.seeds) > 1 else ''} {', '.join(map(str, search.seeds))}"
+    command = [*command_name().split(), f"recipe={search.recipe}", *search.overrides, "--optim", search.optim]
+    command += ["--trials", str(search.trials), "--seeds", ",".join(map(str, search.seeds))]
+    space, beyond = current_space(search, study)
+    edges = f"the largest or smallest tried: {', '.join(map(short, beyond))}" if beyond else "no value is at an edge"
+    return (
+        f"{search.recipe}, {cfg.data.name}, {cfg.model.name}, batch {cfg.data.batch_size}, {cfg.trainer.max_steps} "
+        f"steps, {seeds}, {datetime.date.today()}: {cfg.recipe.monitor} {study.best_value:.4f} on held-out training "
+        f"data, best of {len(trials)} trials (median {numbers[len(numbers) // 2]:.4f}, {len(values) - len(numbers)} "
+        f"diverged, {len(trials) - len(values)} ended early), as many as every other optimizer has. Ranges at the end: "
+        f"{space.describe()}; {edges}. {shlex.join(command)}"
+    )
+
+
+def _report_heat_maps(studies: Sequence[tuple[Search, optuna.Study]], file: Path) -> None:
+    recipe = compose(studies[0][0], {}, 1).recipe
+    results = {
+        search.optim: {
+            (trial.params[search.space.plane[0]], trial.params[search.space.plane[1]]): float(trial.value or 0.0)
+            for trial in finished(study)
+        }
+        for search, study in studies
+    }
+    draw_heat_map(
+        results, recipe.monitor, recipe.mode, {search.optim: search.space.plane for search, _ in studies}, file
+    )
+    for optim, cells in results.items():
+        share, reach = flatness(cells, recipe.mode)
+        print(f"{optim}: {share:.0%} of {len(cells)} cells are within {reach:.4g} of its best {recipe.monitor}")
+    print(relative(str(file)))
+
+
+def _search(optim: str, options: argparse.Namespace) -> Search:
+    if optim not in SPACES:
+        raise ValueError(f"--optim must be of {', '.join(SPACES)}, got {optim!r}")
+    storage = Path(options.storage)
+    storage.parent.mkdir(parents=True, exist_ok=True)
+    return Search(
+        optim=optim,
+        recipe=options.recipe,
+        overrides=tuple(options.overrides),
+        trials=options.trials,
+        seeds=tuple(options.seeds),
+        storage=f"{SQLITE}{storage}",
+        heat_map=options.heat_map,
+    )
+
+
+def _words(params: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in params.items()
+    )
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("overrides", nargs="*", help="recipe=NAME and Hydra overrides, such as trainer.max_steps=400")
+    names = lambda text: text.split(",")  # noqa: E731
+    parser.add_argument("--optim", type=names, default=list(SPACES), help="optimizers (default: all with a range)")
+    parser.add_argument("--trials", type=int, default=24, help="trials for each (default: %(default)s)")
+    parser.add_argument(
+        "--seeds",
+        type=lambda text: [int(seed) for seed in text.split(",")],
+        default=list(SEEDS),
+        help="seeds of a trial",
+    )
+    parser.add_argument("--heat-map", action="store_true", help="walk learning rate x decay, and draw it")
+    parser.add_argument("--storage", default="outputs/tuning/trials.db", help="SQLite file (default: %(default)s)")
+    parser.add_argument(
+        "--output", default=str("conf/tuned" if PREFIX else CONFIG_FOLDER / "tuned"), help="folder for the winners"
+    )
+    parser.add_argument("--picture", help="the PNG of the heat map (default: docs/results/<recipe>-lr-decay.png)")
+    options = parser.parse_intermixed_args(arguments)
+    options.overrides = take_trusted(options.overrides)
+    recipes = [word.removeprefix("recipe=") for word in options.overrides if word.startswith("recipe=")]
+    options.recipe = recipes[-1] if recipes else "bert_mlm"
+    options.overrides = [word for word in options.overrides if not word.startswith("recipe=")]
+    return options

@@ -1,0 +1,156 @@
+"""`mode=eval` gives what the run's validation gave; `mode=predict` gives an answer or a reason for every input."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from omegaconf import DictConfig
+from PIL import Image
+
+from lion_lightning.commands.evaluate import evaluate, predict
+from lion_lightning.errors import ConfigError
+from lion_lightning.training.run import run
+
+Compose = Callable[..., DictConfig]
+
+
+@pytest.fixture(scope="module")
+def digits(compose: Compose, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The folder of a short run on the digits, and its best top-1."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    short = ["trainer.max_steps=40", "trainer.val_check_interval=20", "logger=none", f"run_dir={folder}"]
+    return folder, run(compose("recipe=image_classification", *short))
+
+
+@pytest.fixture(scope="module")
+def masked(compose: Compose, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a shorter run of a smaller BERT."""
+    folder = tmp_path_factory.mktemp("runs") / "bert"
+    text = tmp_path_factory.mktemp("text") / "words.txt"
+    text.write_text("\n\n".join(f"the cat number {n} sat on mat {n % 7} and slept" for n in range(2000)))
+    small = ["data.sequence_length=32", "data.vocab_size=300", "model.config.hidden_size=32", "data.batch_size=8"]
+    short = ["trainer.max_steps=3", "logger=none", f"run_dir={folder}", f"data.path={text}"]
+    run(compose("recipe=bert_mlm", "data=text_files", "model.config.intermediate_size=64", *small, *short))
+    return folder
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_eval_is_the_best_validation_of_the_run(
+    compose: Compose, digits: tuple[Path, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, best = digits
+    assert evaluate(compose(f"ckpt={folder}", f"run_dir={tmp_path}")) == best
+    kept = json.loads((tmp_path / "eval.json").read_text())
+    assert kept["val/top1"] == best
+    assert "best.ckpt" in kept["ckpt"]
+    assert f"{best:.4f}" in capsys.readouterr().out
+    last = folder / "checkpoints" / "last.ckpt"
+    assert evaluate(compose(f"ckpt={last}", f"run_dir={tmp_path}")) <= best
+
+
+def test_eval_on_the_command_line_takes_the_runs_configuration(
+    digits: tuple[Path, float], root: Path, tmp_path: Path
+) -> None:
+    folder, best = digits
+    command = [sys.executable, str(root / "train.py"), "mode=eval", f"ckpt={folder}", "data.batch_size=7"]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert answer.returncode == 0, answer.stderr
+    (kept,) = tmp_path.glob("outputs/eval/*/eval.json")
+    assert json.loads(kept.read_text())["val/top1"] == pytest.approx(best)
+    other = subprocess.run(
+        [*command, "recipe=bert_mlm"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert other.returncode == 2
+    assert other.stderr.strip().splitlines()[-1].startswith("error: recipe=bert_mlm: ckpt=")
+
+
+def test_every_file_of_a_folder_is_predicted_or_told(
+    compose: Compose, digits: tuple[Path, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures, draw = tmp_path / "pictures", np.random.default_rng(0)
+    (pictures / "deeper").mkdir(parents=True)
+    for number in range(40):
+        pixels = draw.integers(0, 256, (8 + number, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(pictures / ("deeper" if number % 2 else "") / f"{number}.png")
+    (pictures / "broken.png").write_bytes((pictures / "0.png").read_bytes()[:60])
+    (pictures / "notes.txt").write_text("no picture")
+    share = predict(compose(f"ckpt={digits[0]}", f"input={pictures}", f"run_dir={tmp_path}"))
+    rows = rows_of(tmp_path)
+    assert len(rows) == 42
+    assert share == pytest.approx(40 / 42)
+    assert {Path(row["input"]).name for row in rows if "error" in row} == {"broken.png", "notes.txt"}
+    assert "42: 40 predicted, 2 could not be used" in capsys.readouterr().out
+    # The same from the export, without the training data.
+    predict(compose(f"ckpt={digits[0] / 'export'}", f"input={pictures / '0.png'}", f"run_dir={tmp_path}"))
+    (one,) = rows_of(tmp_path)
+    same = next(row for row in rows if row["input"] == one["input"])
+    assert one["label"] == same["label"]
+    assert one["score"] == pytest.approx(same["score"], abs=1e-6)
+
+
+@pytest.mark.parametrize("ending", ["txt", "csv", "jsonl", "parquet"])
+def test_texts_of_every_format_are_predicted_in_order(
+    compose: Compose, masked: Path, tmp_path: Path, ending: str
+) -> None:
+    texts = [f"the {'[MASK]' if n % 5 else 'cat'} number {n} sat on [MASK]" for n in range(70)]
+    texts[3], texts[4] = "no mask", ""
+    table, file = Dataset.from_dict({"text": texts}), tmp_path / f"texts.{ending}"
+    if ending == "txt":
+        file.write_text("\n".join(texts))
+    else:
+        {"csv": table.to_csv, "jsonl": table.to_json, "parquet": table.to_parquet}[ending](str(file))  # type: ignore[operator]
+    assert predict(compose(f"ckpt={masked}", f"input={file}", f"run_dir={tmp_path}")) == pytest.approx(68 / 70)
+    rows = rows_of(tmp_path)
+    assert [row["error"] for row in rows if "error" in row] == ["has no [MASK]", "row 5 has no text"]
+    assert [row["input"] for row in rows if "fills" in row] == [text for text in texts if "[MASK]" in text]
+    assert all(len(row["fills"]) == row["input"].count("[MASK]") for row in rows if "fills" in row)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ([], "need ckpt=PATH"),
+        (["ckpt=/nowhere"], "ckpt=/nowhere: there is no such"),
+        (["ckpt=https://host/x.ckpt"], "not a URL"),
+        (["ckpt={folder}"], "holds no run"),
+        (["ckpt={folder}/damaged.ckpt"], "damaged.ckpt"),
+        (["ckpt={run}"], "needs input=PATH"),
+        (["ckpt={run}", "input=/nowhere"], "input=/nowhere: there is no such"),
+        (["ckpt={run}", "input={folder}/texts.pdf"], r"\.txt, \.csv"),
+        (["ckpt={run}", "input={folder}/other.csv"], "no column text; there are a, b"),
+        (["ckpt={run}", "input={folder}/torn.parquet"], "cannot be read"),
+    ],
+)
+def test_what_cannot_be_predicted_is_one_error(
+    compose: Compose, masked: Path, tmp_path: Path, settings: list[str], told: str
+) -> None:
+    (tmp_path / "damaged.ckpt").write_bytes(b"no checkpoint")
+    (tmp_path / "texts.pdf").write_bytes(b"%PDF")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
+    given = [setting.format(folder=tmp_path, run=masked) for setting in settings]
+    with pytest.raises(ConfigError, match=told) as error:
+        predict(compose(*given, f"run_dir={tmp_path}/out", "trainer.max_steps=1"))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out" / "predictions.jsonl").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(compose: Compose, digits: tuple[Path, float], tmp_path: Path) -> None:
+    folder = tmp_path / "moved"
+    (folder / "checkpoints").mkdir(parents=True)
+    wrong = {"state_dict": {"model.other": torch.ones(2)}, "global_step": 1}
+    torch.save(wrong, folder / "checkpoints" / "best.ckpt")
+    os.link(digits[0] / "config.yaml", folder / "config.yaml")
+    with pytest.raises(ConfigError, match=r"ckpt=.*does not fit"):
+        evaluate(compose(f"ckpt={folder}", f"run_dir={tmp_path}"))
