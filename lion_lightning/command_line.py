@@ -31,6 +31,9 @@ FLAGS_WITHOUT_VALUE = ("-m", "--multirun", "--run", "-r", "--resolve", "--help",
 TRUST = "LION_LIGHTNING_TRUST"
 """Environment variable: packages, separated by commas, whose classes and functions a configuration may name."""
 
+typed: list[str] = []
+"""The arguments of `lion-train` as they were typed."""
+
 
 def command_name() -> str:
     """How the program was started: `python train.py`, `lion-train`, `python -m lion_lightning`."""
@@ -49,6 +52,7 @@ def take_trusted(arguments: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a name that no package can have.
     """
+    typed[:] = arguments
     given = [argument.partition("=")[2] for argument in arguments if argument.startswith(("trust=", "+trust="))]
     named = [name.strip(" '\"") for value in given for name in value.strip("[]").split(",") if name.strip()]
     for name in named:

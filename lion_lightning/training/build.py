@@ -341,8 +341,8 @@ def describe(
     )
     return {
         "data": where,
-        **data.describe(),  # type: ignore[attr-defined]  # of the recipes' data modules
-        **module.describe(),
+        **getattr(data, "describe", dict)(),  # of the recipes' data modules
+        **getattr(module, "describe", dict)(),
         "effective batch": f"{effective_batch_size(cfg)} samples ({micro})",
         **lines,
         "precision": f"{cfg.trainer.precision} on {trainer.strategy.root_device.type} ({precision})",

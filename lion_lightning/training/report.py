@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from lion_lightning.command_line import command_name
+from lion_lightning.command_line import command_name, typed
 from lion_lightning.training.checkpoint.files import weights_of, with_names_of
 from lion_lightning.training.checkpoint.policy import RunCheckpoint
 from lion_lightning.training.logging_setup import redacted_argument, wandb_logger_of
@@ -69,7 +69,8 @@ def conclude(
         title: the name of the run.
         trainer: after training.
         checkpoint: that of the run.
-        module: of the architecture that was trained, in one piece.
+        module: of the architecture that was trained, in one piece. `showcase()`, which returns lines, and
+            `export(folder, card)` are used if it has them.
         about: value by name, for the model card.
         took: duration and speed of the training.
         export: folder for the exported model; None to export nothing.
@@ -84,10 +85,10 @@ def conclude(
         "training took": took,
     }
     module.eval()
-    for number, line in enumerate(module.showcase(), 1):
+    for number, line in enumerate(getattr(module, "showcase", list)(), 1):
         outcome[f"example {number}"] = line
     outcome["checkpoint"] = near(kept)
-    if export is not None:
+    if export is not None and hasattr(module, "export"):
         rows = "".join(f"| {name} | {value} |\n" for name, value in {**about, **outcome}.items())
         head = f"---\nlibrary_name: transformers\n---\n\n# {title}\n\nTrained with lion_lightning.\n\n"
         module.export(export, f"{head}| | |\n| --- | --- |\n{rows}")
@@ -136,7 +137,11 @@ def near(path: str | Path) -> str:
 def _next_command(optim: str) -> str:
     """One line: the control run, which is the same command line with the other optimizer."""
     other = "adamw" if optim != "adamw" else "lion"
-    in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    given = HydraConfig.get().overrides.task if in_sweep else sys.argv[1:]  # a launcher's process has other arguments
+    given: Sequence[str] = typed or sys.argv[1:]
+    if HydraConfig.initialized() and (hydra := HydraConfig.get()).mode == RunMode.MULTIRUN:
+        # Those of one job; a launcher's process has other arguments.
+        folders = [near(source.path) for source in hydra.runtime.config_sources if source.provider == "command-line"]
+        flags = [word for folder in folders for word in ("--config-dir", folder)]
+        given = [*flags, *(word for word in typed if word.startswith("trust=")), *hydra.overrides.task]
     kept = [redacted_argument(argument) for argument in given if not argument.startswith(NOT_SHARED)]
     return f"Next, the control: {command_name()} {shlex.join([*kept, f'optim={other}'])}"

@@ -1,14 +1,18 @@
 """The allowlist of `_target_`: what may be built from a configuration, and what a mistake says."""
 
 import functools
+import importlib
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 import lion_lightning.recipes.bert_mlm.masking as masking_module
+from lion_lightning.command_line import TRUST, take_trusted, trusted
 from lion_lightning.errors import ConfigError
 from lion_lightning.optim import Lion
 from lion_lightning.recipes.bert_mlm.masking import Masking
@@ -138,3 +142,58 @@ def test_partial_keeps_the_arguments_for_later() -> None:
 def test_a_public_name_of_an_allowed_class_is_fine(alias: str) -> None:
     """The class is defined elsewhere than the name says; what counts is where it is defined."""
     assert instantiate({"_target_": alias, "_partial_": True}).func.__name__ == alias.rsplit(".", 1)[1]
+
+
+def package_in(folder: Path, name: str) -> None:
+    (folder / name).mkdir()
+    code = "from shutil import rmtree\n\n\nclass Thing:\n    def __init__(self, size=1):\n        self.size = size\n"
+    (folder / name / "__init__.py").write_text(code)
+
+
+def test_a_trusted_package_is_built_and_the_refusal_names_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package_in(tmp_path, "own_things")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"if own_things is yours, trust=\[own_things\]"):
+        instantiate({"_target_": "own_things.Thing"})
+    assert "own_things" not in sys.modules, "imported before it was trusted"
+    monkeypatch.setenv(TRUST, "own_things")
+    assert instantiate({"_target_": "own_things.Thing", "size": 3}).size == 3
+    with pytest.raises(ConfigError, match="not allowed"):
+        instantiate({"_target_": "own_things.rmtree", "path": str(tmp_path)})
+    assert tmp_path.is_dir()
+
+
+@pytest.mark.parametrize("target", ["os.system", "subprocess.run", "torch.load", "transformers.AutoModel.from_config"])
+def test_trust_is_not_offered_for_a_package_that_is_not_the_users(target: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        instantiate({"_target_": target})
+    assert "trust=" not in str(error.value)
+
+
+def test_trust_comes_from_the_command_line_and_never_from_a_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TRUST, "")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    package_in(tmp_path, "own_parts")
+    monkeypatch.chdir(tmp_path)
+    cfg = OmegaConf.create({"trust": ["own_parts"], "part": {"_target_": "own_parts.Thing"}})
+    with pytest.raises(ConfigError, match="not allowed"):
+        instantiate(cfg.part)
+    assert take_trusted(["seed=2", "trust=[own_parts, other]", "optim=lion"]) == ["seed=2", "optim=lion"]
+    assert trusted() == ("own_parts", "other")
+    assert instantiate(cfg.part).size == 1
+    with pytest.raises(ConfigError, match=r"trust=/tmp/x: not the name of a Python package"):
+        take_trusted(["trust=/tmp/x"])
+
+
+def test_targets_of_saved_configurations_still_resolve() -> None:
+    assert instantiate({"_target_": "recipes.bert_mlm.masking.Masking", "rate": 0.3}) == Masking(rate=0.3)
+
+
+def test_the_folder_of_the_recipes_is_no_package_of_its_own() -> None:
+    """Each class would exist twice."""
+    with pytest.raises(ImportError, match=r"lion_lightning\.recipes"):
+        importlib.import_module("recipes")

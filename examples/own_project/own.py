@@ -1,0 +1,20 @@
+"""A command of one's own: `python own.py optim=adamw trainer.max_steps=200`."""
+
+import os
+
+import hydra
+from omegaconf import DictConfig
+
+import lion_lightning.training  # noqa: F401  # registers what its configuration uses
+from lion_lightning.training.run import run
+
+os.environ["LION_LIGHTNING_TRUST"] = "sines"
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="own")
+def main(cfg: DictConfig) -> float:
+    return run(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""examples/own_project from a folder of its own: the command line, a command of its own, and a checkpoint."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TRAIN = ("-m", "lion_lightning", "--config-dir", "conf")
+SHORT = ("logger=none", "trainer.max_steps=60", "trainer.val_check_interval=30")
+
+
+@pytest.fixture
+def project(root: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(root / "examples" / "own_project", tmp_path / "project"))
+
+
+def call(project: Path, root: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    environment.pop("LION_LIGHTNING_TRUST", None)
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=project,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("optim", ["lion", "sign_momentum"])
+def test_the_recipe_trains_and_is_validated(project: Path, root: Path, optim: str) -> None:
+    answer = call(project, root, *TRAIN, "trust=[sines]", "recipe=sines", f"optim={optim}", "run_dir=run", *SHORT)
+    assert answer.returncode == 0, answer.stderr
+    assert f"conf/tuned/sines_{optim}.yaml" in answer.stdout
+    first, last = (float(error) for error in re.findall(r"val/error (\d+\.\d+)\n", answer.stdout))
+    assert last < first < 2.6  # the mean distance of a frequency from the middle one is 2.25
+    control = next(line for line in answer.stdout.splitlines() if line.startswith("Next, the control: "))
+    assert "trust=[sines]" in control
+    again = call(project, root, "-m", "lion_lightning", "trust=[sines]", "mode=eval", "ckpt=run")
+    assert f"{last:.3f}"[:-1] in again.stdout, again.stderr
+
+
+def test_without_trust_nothing_of_the_project_is_imported(project: Path, root: Path) -> None:
+    (project / "sines" / "__init__.py").write_text("open('imported', 'w')\n")
+    answer = call(project, root, *TRAIN, "recipe=sines", *SHORT)
+    assert answer.returncode == 2
+    assert "trust=[sines]" in answer.stderr
+    assert not (project / "imported").exists()
+
+
+def test_a_command_of_its_own_extends_the_configuration(project: Path, root: Path) -> None:
+    answer = call(project, root, "own.py", "optim=adamw", "run_dir=run", *SHORT)
+    assert answer.returncode == 0, answer.stderr
+    assert "sines-adamw-s1 is done" in answer.stdout
+    assert "Next, the control: python own.py logger=none" in answer.stdout
+
+
+def test_a_folder_named_recipes_beside_the_script_does_no_harm(project: Path, root: Path) -> None:
+    (project / "recipes").mkdir()
+    (project / "recipes" / "__init__.py").write_text("raise RuntimeError('not this one')\n")
+    answer = call(
+        project, root, "-m", "lion_lightning", "recipe=image_classification", "trainer.max_steps=2", "logger=none"
+    )
+    assert answer.returncode == 0, answer.stderr
