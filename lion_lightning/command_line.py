@@ -25,6 +25,7 @@ OTHER_NAMES = {
     "warmup": "warmup_steps", "output_dir": "run_dir", "optimizer": "optim", "dataset": "data", "scheduler": "schedule",
 }  # fmt: skip
 """What other trainers call some of our settings."""
+SHOWN_TUNED = 2  # lines of --explain from conf/tuned
 FLAGS_WITHOUT_VALUE = ("-m", "--multirun", "--run", "-r", "--resolve", "--help", "-h", "--hydra-help")
 
 
@@ -176,6 +177,12 @@ def _explanation(key: str, config: Path) -> list[str]:
     lines = [line for name, line in _settings(config) if name == key]
     if not lines:
         raise ConfigError(f"--explain {key}: no file in conf/ has it{_meant(key, known_keys(config))}")
+    tuned = [line for line in lines if line.startswith("  conf/tuned/")]
+    if len(tuned) > SHOWN_TUNED:
+        others = (
+            f"  conf/tuned/: {len(tuned)} files, one for each recipe and optimizer; --cfg job shows what a run takes"
+        )
+        lines = [*(line for line in lines if line not in tuned), others]
     return [key, *lines]
 
 

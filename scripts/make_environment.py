@@ -107,7 +107,7 @@ def _version(python: str) -> str:
 
 def _fingerprint() -> str:
     digest = hashlib.sha256()
-    for name in ("requirements.lock", "pyproject.toml"):
+    for name in ("requirements.lock", "pyproject.toml", "setup.py"):
         digest.update((ROOT / name).read_bytes())
     return digest.hexdigest()
 

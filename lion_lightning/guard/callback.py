@@ -33,6 +33,10 @@ NO_GRADIENTS = (
     "there are no gradients when the optimizer steps (are they released in backward?): the guard sees the loss alone, "
     "and cannot gate steps"
 )
+EVAL_MODE = (
+    "the module is in evaluation mode in a training step: dropout is off and batch norm learns no statistics; "
+    "call train() if an eval() was left behind"
+)
 UNSEEN_STEPS = (
     "the optimizer steps without Lightning's hook on_before_optimizer_step (a raw optimizer, as of "
     "self.optimizers(use_pl_optimizer=False)?): the guard does not see these steps; warm-up applies to them"
@@ -266,6 +270,8 @@ class LionGuard(Callback):
     @override
     @harmless
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if not pl_module.training:
+            self._report_once(trainer, "eval_mode", EVAL_MODE)
         self.losses.before_backward(loss, self._loss_compares, trainer.accumulate_grad_batches)
 
     @override

@@ -146,7 +146,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "unmoved": ("unmoved",),
     "near_bound": ("near_bound",),
     "batch_size": ("batch_size",),
-    "settings": ("lr", "decay", "warmup", "bf16", "betas", "clipping"),
+    "settings": ("lr", "decay", "warmup", "bf16", "betas", "clipping", "eval_mode"),
 }
 """Rules that can be turned off by name, and the kinds of symptom that each reports."""
 

@@ -25,7 +25,8 @@ from .images import (
     pixel_file,
     save,
 )
-from .sources import ImageSource, PictureSplits
+from .labels import PictureSplits
+from .sources import ImageSource
 
 FORMAT_VERSION = 4  # raise it when what is written to the cache changes
 BYTES_PER_GIB = 2**30

@@ -4,14 +4,12 @@ Adding a source is a class with `fingerprint()` and `open()`, and a file in conf
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets, load_dataset
+from datasets import Features, load_dataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from pyarrow import ArrowException
 from pyarrow.parquet import read_schema
@@ -19,8 +17,9 @@ from pyarrow.parquet import read_schema
 from lion_lightning.errors import ConfigError
 
 from ..files import account, fingerprint_of, is_hidden, list_files
-from ..tables import Columns, check_names, columns_of, label_name, name_at, read_table
-from .images import Images, ImageSplits, Pictures, held_out
+from ..tables import Columns, columns_of, label_name, read_table
+from .images import Images, ImageSplits, held_out
+from .labels import LABEL_NAMES, Part, Parts, PictureSplits, pictures_of
 
 HERE = Path(__file__).parent
 IMAGE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS) | {".avif"}
@@ -30,28 +29,6 @@ SPLITS = {
 }  # fmt: skip
 HUB_VALIDATION = ("validation", "val", "test")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # labels by file_name
-LABEL_NAMES = ("label", "labels", "fine_label")
-MAX_CLASSES = 1_000_000  # a larger number in a column of bare numbers is no class
-
-
-@dataclass(frozen=True)
-class PictureSplits:
-    """Pictures for training and validation that are not decoded yet.
-
-    Attributes:
-        size: pixels on each side once they are.
-        max_broken: so many that cannot be decoded are left out; more are an error.
-        share: of the shorter side that validation sees, where pictures are decoded on access.
-        notes: remarks about the data, for the summary.
-    """
-
-    train: Pictures
-    val: Pictures
-    classes: tuple[str, ...]
-    size: int
-    max_broken: int
-    share: float
-    notes: Mapping[str, str]
 
 
 class ImageSource(Protocol):
@@ -184,7 +161,7 @@ class ImageFiles:
         except ConfigError as error:
             raise ConfigError(f"data.path={self.path}: {error}") from error
 
-    def _parquet_parts(self, unused: dict[str, list[Path]]) -> "Parts":
+    def _parquet_parts(self, unused: dict[str, list[Path]]) -> Parts:
         """The datasets of each split, one for each run of files that declare the same columns and class names."""
         splits = {file: split_of(file.relative_to(self.folder)) for file in self.files}
         if None in splits.values() and any(splits.values()):
@@ -201,7 +178,7 @@ class ImageFiles:
                 parts["val" if split == "test" else split] = self._read_parquet(files)
         return parts
 
-    def _read_parquet(self, files: Sequence[Path]) -> "list[Part]":
+    def _read_parquet(self, files: Sequence[Path]) -> list[Part]:
         runs: list[tuple[Any, list[str]]] = []
         for file in files:
             try:
@@ -216,7 +193,7 @@ class ImageFiles:
         except Exception as error:  # of pyarrow, fsspec and datasets, none with a common base
             raise ConfigError(f"cannot be read: {_root_cause(error)}") from error
 
-    def _folder_parts(self, unused: dict[str, list[Path]], notes: dict[str, str]) -> "Parts":
+    def _folder_parts(self, unused: dict[str, list[Path]], notes: dict[str, str]) -> Parts:
         """The pictures of each split with the names of their classes, from their folders or from metadata."""
         tops: dict[str, list[Path]] = {}
         for file in self.files:
@@ -290,7 +267,7 @@ class ImageFiles:
                     raise ConfigError(f"{file.name} gives {row.text} the labels {labels[row.text]!r} and {label!r}")
         return labels if files else None
 
-    def _pictures(self, parts: "Parts", notes: Mapping[str, str]) -> PictureSplits:
+    def _pictures(self, parts: Parts, notes: Mapping[str, str]) -> PictureSplits:
         return pictures_of(
             parts, self.image_size, self.val_fraction, self.max_broken, self.label, self.val_share, notes
         )
@@ -363,140 +340,6 @@ class HubImages(ImageFiles):
         )
 
 
-@dataclass(frozen=True)
-class Part:
-    """Pictures of one split whose labels mean the same.
-
-    Attributes:
-        data: the dataset, or the pictures alone.
-        files: so many files it was read from.
-        names: the class of each picture, where no column of `data` has it.
-    """
-
-    data: Dataset
-    files: int
-    names: Sequence[str] | None = None
-
-    @classmethod
-    def of_files(cls, files: Sequence[Path], names: Sequence[str]) -> "Part":
-        """Pictures in files of their own, with the names of their classes."""
-        rows = [{"bytes": None, "path": str(file)} for file in files]
-        features = Features({"image": Image(decode=False)})
-        return cls(Dataset.from_dict({"image": rows}, features=features), len(files), names)
-
-
-Parts = dict[str, list[Part]]
-
-
-def pictures_of(
-    parts: Parts,
-    size: int,
-    val_fraction: float,
-    max_broken: int,
-    label: str | None,
-    share: float,
-    notes: Mapping[str, str],
-) -> PictureSplits:
-    """The pictures of the parts of a training set and, if there is one, a validation set; classes are mapped by name.
-
-    Args:
-        parts: of `train` and perhaps `val`.
-        size, max_broken, share, notes: see `PictureSplits`.
-        val_fraction: share held out where there is no validation set.
-        label: the label column; None finds it.
-
-    Raises:
-        ConfigError: a column is missing, an image has no class, the classes of the parts cannot be mapped to each
-            other, all images have one class, or nothing is left for one of the two sets.
-    """
-    if not parts.get("train"):
-        raise ConfigError("there is no training image in it")
-    read = {split: [_labelled(part, label, split) for part in found] for split, found in parts.items()}
-    kinds = {found.kind for of_split in read.values() for found in of_split}
-    if {"declared", "number"} <= kinds:
-        raise ConfigError(
-            "some files declare names for the numbers of their classes and others do not; which are which?"
-        )
-    classes = _classes(read["train"], read.get("val", []))
-    train = _pictures(read["train"], classes, "train")
-    if "val" in read:
-        val = _pictures(read["val"], classes, "validation")
-    else:
-        kept, held = held_out(len(train), val_fraction)
-        train, val = train.subset(kept), train.subset(held)
-    if not len(train) or not len(val):
-        raise ConfigError(f"{len(train)} training and {len(val)} validation images; need both")
-    if len(only := set(train.labels.tolist())) < 2:
-        raise ConfigError(f"all {len(train)} training images have the class {classes[only.pop()]!r}; two are needed")
-    remarks = {**notes, **class_notes(train.labels, val.labels, classes)}
-    return PictureSplits(train, val, classes, size, max_broken, share, remarks)
-
-
-@dataclass(frozen=True)
-class _Labelled:
-    """Pictures and the names of their classes.
-
-    Attributes:
-        kind: how the file gives classes: `declared` numbers, bare `number`s, or their `name`s.
-        declared: the names in their order, where it declares them.
-    """
-
-    rows: Dataset
-    names: list[str | None]
-    kind: str
-    declared: tuple[str, ...] = ()
-
-
-def _labelled(part: Part, label: str | None, split: str) -> _Labelled:
-    if part.names is not None:
-        return _Labelled(part.data, list(part.names), "folder")
-    image, column = find_columns(part.data, label)
-    rows = part.data.select_columns([image]).cast_column(image, Image(decode=False))
-    rows = rows if image == "image" else rows.rename_column(image, "image")
-    values, feature = part.data.select_columns([column])[:][column], part.data.features[column]
-    if isinstance(feature, ClassLabel):
-        return _Labelled(rows, [name_at(feature.names, value) for value in values], "declared", tuple(feature.names))
-    kind = "number" if feature.dtype.startswith(("int", "uint")) else "name"
-    return _Labelled(rows, [label_name(value, f"{split} image {n}") for n, value in enumerate(values)], kind)
-
-
-def _classes(train: Sequence[_Labelled], val: Sequence[_Labelled]) -> tuple[str, ...]:
-    """The classes of the training set: as its files declare them, else those that occur."""
-    counts = Counter(name for found in (*train, *val) for name in found.names if name is not None)
-    check_names(counts)
-    trained = {name for found in train for name in found.names if name is not None}
-    if not trained:
-        raise ConfigError("the label column is empty")
-    if any(found.kind == "folder" for found in train):
-        return tuple(sorted(counts))
-    declared = tuple(dict.fromkeys(name for found in train for name in found.declared))
-    if declared:
-        return (*declared, *sorted(trained - set(declared)))
-    if any(found.kind != "number" for found in train):
-        return tuple(sorted(trained))
-    most = max(map(int, trained))
-    if most >= MAX_CLASSES:
-        raise ConfigError(f"the label column holds {most}, which is no class below {MAX_CLASSES:,}")
-    return tuple(str(number) for number in range(most + 1))
-
-
-def _pictures(parts: Sequence[_Labelled], classes: Sequence[str], split: str) -> Pictures:
-    """One set of all `parts`; ConfigError for images that have none of `classes`."""
-    numbers = {name: number for number, name in enumerate(classes)}
-    names = [name for part in parts for name in part.names]
-    labels = np.array([numbers.get(name, -1) if name is not None else -1 for name in names], np.int64)
-    wrong = np.flatnonzero(labels < 0)
-    if len(wrong):
-        raise ConfigError(
-            f"{split} image {wrong[0]} has the label {names[wrong[0]]!r}, which is none of the {len(classes)} training "
-            f"classes; so {'has' if len(wrong) == 1 else 'have'} {len(wrong):,} of {len(names):,} images"
-        )
-    rows = parts[0].rows if len(parts) == 1 else concatenate_datasets([part.rows for part in parts])
-    if len(rows) != len(labels):
-        raise RuntimeError(f"{len(rows)} pictures and {len(labels)} labels of {split}")
-    return Pictures(rows, "image", labels)
-
-
 def split_of(file: Path) -> str | None:
     """`train`, `val` or `test` by the name of a file, else of its folder: `test-00000.parquet`, `test/0000.parquet`."""
     for name in (file.name, file.parent.name):
@@ -511,35 +354,3 @@ def _root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return (f"{type(error).__name__}: {error}".splitlines() or [type(error).__name__])[0]
-
-
-def find_columns(dataset: Dataset, label: str | None = None) -> tuple[str, str]:
-    """The names of the image and of the label column; `label` chooses one of several."""
-    features = dataset.features
-    images = [name for name, feature in features.items() if _is_image(feature)]
-    labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    labels += [name for name in LABEL_NAMES if name in features and name not in labels]
-    labels = [name for name in features if name == label] if label else labels
-    if not images or not labels:
-        wanted = f"a label column {label}" if label else "a label column"
-        raise ConfigError(f"needs an image column and {wanted}, found {', '.join(dataset.column_names)}")
-    if not isinstance(features[labels[0]], ClassLabel | Value):
-        raise ConfigError(f"the label column {labels[0]} must hold one class per image, not {features[labels[0]]}")
-    return images[0], labels[0]
-
-
-def _is_image(feature: Any) -> bool:
-    return isinstance(feature, Image) or (isinstance(feature, dict) and {"bytes", "path"} <= feature.keys())
-
-
-def class_notes(train: np.ndarray, val: np.ndarray, classes: Sequence[str]) -> dict[str, str]:
-    """A line on classes that cannot be learned, and one on those that never occur."""
-    trained, validated = Counter(train.tolist()), Counter(val.tolist())
-    never = [f"{classes[index]} ({validated[index]:,} images)" for index in sorted(validated.keys() - trained.keys())]
-    absent = [classes[index] for index in range(len(classes)) if index not in trained and index not in validated]
-    notes = {"only in validation": _listed(never), "without any image": _listed(absent)}
-    return {name: line for name, line in notes.items() if line}
-
-
-def _listed(names: Sequence[str], shown: int = 5) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown:,} more" if len(names) > shown else "")

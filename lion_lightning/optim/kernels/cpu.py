@@ -8,11 +8,9 @@ flags. The file is created by an atomic rename, so that several processes may bu
 import ctypes
 import functools
 import hashlib
-import importlib.machinery
 import logging
 import os
 import platform
-import shutil
 import struct
 import subprocess
 import tempfile
@@ -22,21 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lion_lightning.optim.kernels import rule, storage_formats
+from lion_lightning.optim.kernels import compile_cpu, rule, storage_formats
 from lion_lightning.optim.kernels.rule import TensorUpdate
 
-SOURCE = Path(__file__).with_name("cpu.c")
-FLAGS = (
-    "-O3",
-    "-fPIC",
-    "-shared",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fopenmp-simd",
-    "-pthread",
-)
-COMPILE_TIMEOUT_SECONDS = 120
 STALE_SECONDS = 60
 
 CHUNK_ELEMENTS = 262_144
@@ -126,16 +112,15 @@ def load() -> ctypes.CDLL | None:
 
 
 def installed() -> Path:
-    """Path of the extension module beside this file.
+    """Path of the library beside its source, as wheels have it.
 
     Raises:
         FileNotFoundError: there is none, or the source is newer.
     """
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = SOURCE.with_name("_cpu" + suffix)
-        # Of an editable installation, the source may be newer than the extension. A wheel writes both within seconds.
-        if path.exists() and path.stat().st_mtime > SOURCE.stat().st_mtime - STALE_SECONDS:
-            return path
+    path = compile_cpu.SOURCE.with_name(compile_cpu.LIBRARY)
+    # Of an editable installation, the source may be newer than the library. A wheel writes both within seconds.
+    if path.exists() and path.stat().st_mtime > compile_cpu.SOURCE.stat().st_mtime - STALE_SECONDS:
+        return path
     raise FileNotFoundError("not built with the package")
 
 
@@ -146,11 +131,8 @@ def cached() -> Path:
         FileNotFoundError: there is no compiler.
         subprocess.SubprocessError: the compiler failed.
     """
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise FileNotFoundError("no C compiler (cc, gcc, clang or $CC)")
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=COMPILE_TIMEOUT_SECONDS, check=True)
-    parts = (SOURCE.read_bytes(), version.stdout, " ".join(FLAGS).encode(), platform.machine().encode())
+    flags = " ".join(compile_cpu.FLAGS).encode()
+    parts = (compile_cpu.SOURCE.read_bytes(), compile_cpu.version(), flags, platform.machine().encode())
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")) / "lion_lightning"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -160,8 +142,7 @@ def cached() -> Path:
     descriptor, unfinished = tempfile.mkstemp(dir=folder, suffix=".so")
     os.close(descriptor)
     try:
-        command = [compiler, *FLAGS, "-o", unfinished, str(SOURCE), "-lm"]
-        subprocess.run(command, capture_output=True, timeout=COMPILE_TIMEOUT_SECONDS, check=True)
+        compile_cpu.compile_library(unfinished)
         os.replace(unfinished, path)
     finally:
         Path(unfinished).unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lion_lightning.optim import Lion
-from lion_lightning.optim.kernels import cpu
+from lion_lightning.optim.kernels import compile_cpu, cpu
 
 STEP = """
 import torch
@@ -30,7 +30,10 @@ def run(code: str, cache: Path, **environment: str) -> subprocess.CompletedProce
 
 
 def test_processes_may_compile_at_the_same_time(tmp_path: Path) -> None:
-    code = "from lion_lightning.optim.kernels import cpu; cpu.FLAGS = ('-O0', *cpu.FLAGS[1:]); print(cpu.cached())"
+    code = (
+        "from lion_lightning.optim.kernels import compile_cpu, cpu\n"
+        "compile_cpu.FLAGS = ('-O0', *compile_cpu.FLAGS[1:])\nprint(cpu.cached())"
+    )
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda _: run(code, tmp_path), range(2)))
     assert [result.returncode for result in results] == [0, 0], results[0].stderr
@@ -51,7 +54,7 @@ def test_a_failing_compiler_is_no_error(
 ) -> None:
     monkeypatch.setattr(cpu, "installed", cpu.cached)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cpu, "FLAGS", ("-no-such-flag",))
+    monkeypatch.setattr(compile_cpu, "FLAGS", ("-no-such-flag",))
     with caplog.at_level(logging.WARNING):
         assert cpu.load.__wrapped__() is None
     assert "eager engine serves" in caplog.text
