@@ -239,6 +239,7 @@ class Lion(Optimizer):
                 found = self.state.get(param, {})
                 if not state.is_ready(found, param, *storage):
                     state.check(found, param)
+                    state.check_device(found, param)
                     unready.append((param, storage))
             except ValueError as error:
                 raise ValueError(f"{self._label(index)}: {error}") from None

@@ -92,6 +92,24 @@ def check(entry: Mapping[str, Any], param: Tensor) -> None:
         )
 
 
+def check_device(entry: Mapping[str, Any], param: Tensor) -> None:
+    """Refuses, before a step, state that is not where its parameter is. Loading moves state, as torch does.
+
+    Args:
+        entry: the parameter's entry in `Optimizer.state`, which `check` accepts.
+        param: the parameter.
+
+    Raises:
+        ValueError: names the tensor and both devices.
+    """
+    for key in DTYPES:
+        if key in entry and entry[key].device != param.device:
+            raise ValueError(
+                f"{key} is on {entry[key].device}, which is not allowed for a parameter on {param.device}: move the "
+                "model before its optimizer steps; optimizer.load_state_dict(optimizer.state_dict()) moves the state"
+            )
+
+
 def _check_tensor(key: str, value: Any, param: Tensor) -> None:
     """Refuses one tensor of a state."""
     if not isinstance(value, Tensor):
@@ -132,7 +150,7 @@ def prepare(
         weight_bits: 32, 24 or 16; used for bf16 parameters only.
         momentum_dtype: of `exp_avg`; None keeps the dtype found, and starts with that of the parameter.
     """
-    entry = {key: value.to(param.device) if key in DTYPES else value for key, value in entry.items()}
+    entry = dict(entry)
     exp_avg, scale = entry.get("exp_avg"), entry.pop("exp_avg_scale", None)
     if exp_avg is None:
         dtype = _stored_dtype(param.dtype, param, momentum_dtype)

@@ -4,43 +4,23 @@ Every case runs in a forked child: before the checks existed, a part of them end
 """
 
 import copy
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import lr_scheduler
 
-from lion_lightning.optim import Lion
-from lion_lightning.optim.gradient_release import release_gradients
-from lion_lightning.optim.kernels import cpu
+from lion_lightning.optim import Lion, state
 from tests.forks import in_a_fork
 from tests.optim.exactness import assert_refused, assert_step_is_exact
+from tests.optim.trained import BF16, FP32, FP64, SHAPE, random, trained
 
-SHAPE = (250, 400)
 BLOCKS = 391
 """Of 256 elements in a tensor of that shape."""
 INT8 = {"momentum_dtype": "int8"}
 State = dict[str, Any]
-
-
-def random(seed: int, dtype: torch.dtype, shape: tuple[int, ...] = SHAPE, scale: float = 0.05) -> Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
-
-
-def trained(dtype: torch.dtype, seed: int = 0, steps: int = 2, **options: Any) -> tuple[list[nn.Parameter], Lion]:
-    """Two parameters, a small and a large one, after some steps."""
-    params = [nn.Parameter(random(seed, dtype, (7,))), nn.Parameter(random(seed + 1, dtype))]
-    optimizer = Lion(params, lr=1e-3, weight_decay=0.1, **options)
-    for step in range(steps):
-        for param in params:
-            param.grad = random(100 + step, dtype, tuple(param.shape))
-        optimizer.step()
-    return params, optimizer
 
 
 class Case(NamedTuple):
@@ -89,7 +69,6 @@ def column_major(tensor: Tensor) -> Tensor:
     return tensor.t().contiguous().t()
 
 
-FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 EXP_AVG, SCALE, REMAINDER = "exp_avg", "exp_avg_scale", "weight_remainder"
 SIZE = "(250, 400)"
 CASES = [
@@ -577,151 +556,28 @@ def test_an_option_that_a_plain_load_would_lose_is_refused() -> None:
     lion.load_state_dict(saved)
 
 
-# Frozen, lazy and odd parameters.
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.uint8, torch.bool, torch.int64, torch.complex64, torch.float8_e4m3fn]
-)
-def test_frozen_parameters_of_any_dtype_are_accepted(dtype: torch.dtype) -> None:
-    frozen = nn.Parameter(torch.ones(4).to(dtype), requires_grad=False)
-    free = nn.Parameter(torch.ones(4))
-    optimizer = Lion([frozen, free], lr=1e-3)
-    assert_step_is_exact(optimizer, free, torch.ones(4))
-    assert bool((frozen.to(torch.float32) == 1).all())
-    fresh = Lion([frozen, free], lr=1e-3)
-    fresh.load_state_dict(optimizer.state_dict())
-    if dtype == torch.float16:
-        frozen.requires_grad_(True)
-        frozen.grad = torch.ones_like(frozen)
-        assert_refused(optimizer.step, optimizer, "parameter 0", str(dtype))
-
-
-def test_parameters_of_fp16_that_train_are_refused_at_once() -> None:
-    with pytest.raises(ValueError, match=r"torch.float16.*bfloat16"):
-        Lion([nn.Parameter(torch.ones(3, dtype=torch.float16))])
-
-
-def test_lazy_modules_are_accepted_and_step_once_they_have_a_shape() -> None:
-    model = nn.Sequential(nn.LazyLinear(5), nn.Tanh(), nn.LazyLinear(2))
-    optimizer = Lion(model.parameters(), lr=1e-3, weight_decay=0.1)
+@pytest.mark.parametrize("key", [EXP_AVG, SCALE, REMAINDER])
+def test_a_step_refuses_state_on_another_device(key: str) -> None:
+    """Both devices are named; here the parameter is on `meta`, which no machine lacks."""
+    param = nn.Parameter(torch.ones(8192, dtype=torch.bfloat16))
+    param.grad = torch.ones_like(param)
+    optimizer = Lion([param], momentum_dtype=torch.int8)
     optimizer.step()
-    assert optimizer.state_dict()["state"] == {}
-    model(torch.ones(3, 4))
-    grad = random(0, FP32, (5, 4))
-    assert_step_is_exact(optimizer, model[0].weight, grad)
-    assert optimizer.param_groups[0]["step"] >= 1
+    away = nn.Parameter(torch.empty_like(param, device="meta"))
+    with pytest.raises(ValueError, match=rf"{key} is on cpu, .* parameter on meta: move the model"):
+        state.check_device({key: optimizer.state[param][key]}, away)
+    state.check_device(optimizer.state[param], param)
 
 
-NUMBERS: dict[str, dict[str, Any]] = {
-    "float64": {"lr": np.float64(1e-3), "weight_decay": np.float64(0.1), "betas": (np.float64(0.9), np.float64(0.99))},
-    "float32": {
-        "lr": np.float32(0.0009765625),
-        "weight_decay": np.float32(0.125),
-        "betas": (np.float32(0.875), np.float32(0.96875)),
-    },
-    "arrays": {"lr": np.array(1e-3), "weight_decay": np.array(0.1)},
-    "integers": {"seed": np.int64(3), "weight_bits": np.int64(16), "weight_decay": np.int32(0)},
-    "booleans": {"cautious": np.bool_(False), "maximize": np.bool_(False)},
-}
-
-
-@pytest.mark.parametrize("name", NUMBERS)
-def test_numpy_numbers_are_numbers(name: str) -> None:
-    params = [nn.Parameter(random(0, BF16, (7,))), nn.Parameter(random(1, BF16))]
-    optimizer = Lion(params, **{"lr": 1e-3, **NUMBERS[name]})
-    assert_step_is_exact(optimizer, params[1], random(3, BF16), others=(params[0],))
-    saved = copy.deepcopy(optimizer.state_dict())
-    fresh = Lion(params)
-    fresh.load_state_dict(saved)
-    fresh.param_groups[0].update(NUMBERS[name])  # as a schedule or a callback sets them
-    assert_step_is_exact(fresh, params[1], random(4, BF16), others=(params[0],))
-    with pytest.raises(ValueError, match="lr="):
-        Lion(params, lr=np.float64(-1.0))
-
-
-def test_a_schedule_may_give_numpy_numbers() -> None:
-    params, optimizer = trained(FP32)
-    schedule = lr_scheduler.LambdaLR(optimizer, lambda step: np.cos(step / 10))
-    for step in range(3):
+@pytest.mark.gpu
+def test_a_model_that_moved_after_a_step_is_refused_and_a_load_moves_the_state() -> None:
+    param = nn.Parameter(torch.ones(8))
+    param.grad = torch.ones_like(param)
+    optimizer = Lion([param])
+    optimizer.step()
+    param.data = param.data.cuda()
+    param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match="exp_avg is on cpu"):
         optimizer.step()
-        schedule.step()
-        assert isinstance(optimizer.param_groups[0]["lr"], (float, np.floating))
-        assert_step_is_exact(optimizer, params[1], random(step, FP32), others=(params[0],))
-    loaded = torch.load  # a checkpoint holds plain numbers, so that it can be read with weights_only=True
-    path = Path(os.environ["XDG_CACHE_HOME"]) / "numpy-numbers.pt"
-    torch.save(optimizer.state_dict(), path)
-    optimizer.load_state_dict(loaded(path, weights_only=True))
-
-
-def test_without_a_home_the_eager_engine_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user id without an entry and without HOME, as containers have it, and no compiled file beside the source."""
-
-    def check() -> None:
-        def missing(*_: Any) -> Path:
-            raise RuntimeError("Could not determine home directory.")
-
-        monkeypatch.setattr(Path, "home", missing)
-        monkeypatch.setattr(cpu, "installed", missing)
-        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-        cpu.load.cache_clear()
-        assert cpu.load() is None
-        params, optimizer = trained(FP32)
-        assert_step_is_exact(optimizer, params[1], random(3, FP32), others=(params[0],))
-
-    in_a_fork(check)
-
-
-# Gradient release.
-
-
-def layers(dtype: torch.dtype = FP32) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).to(dtype)
-
-
-def test_a_parameter_unfrozen_later_is_released_too() -> None:
-    results = []
-    for release in (False, True):
-        model = layers()
-        model[2].weight.requires_grad_(False)
-        optimizer = Lion(model.parameters(), lr=1e-3, weight_decay=0.1)
-        if release:
-            release_gradients(model, optimizer)
-        for step in range(4):
-            if step == 2:
-                model[2].weight.requires_grad_(True)
-            optimizer.zero_grad()
-            model(random(step, FP32, (4, 8), 1.0)).square().sum().backward()
-            assert not release or all(param.grad is None for param in model.parameters())
-            optimizer.step()
-        results.append(model)
-    assert all(torch.equal(*pair) for pair in zip(*(model.parameters() for model in results), strict=True))
-
-
-def test_an_interrupted_iteration_can_be_begun_again() -> None:
-    model = layers()
-    optimizer = Lion(model.parameters(), lr=1e-3)
-    release_gradients(model, optimizer)
-    calls: list[int] = []
-    optimizer.register_step_pre_hook(lambda *_: calls.append(1))
-
-    def interrupt(grad: Tensor) -> None:
-        raise KeyboardInterrupt
-
-    handle = model[0].weight.register_hook(interrupt)
-    start = model[4].weight.detach().clone()
-    with pytest.raises(KeyboardInterrupt):
-        model(torch.ones(2, 8)).sum().backward()
-    handle.remove()
-    assert not torch.equal(model[4].weight, start)
-    model(torch.ones(2, 8)).sum().backward()
-    assert all(param.grad is None for param in model.parameters())
+    optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step()
-    assert optimizer.param_groups[0]["step"] == 1
-    assert len(calls) == 1
-    model(torch.ones(2, 8)).sum().backward()
-    with pytest.raises(RuntimeError, match="second gradient"):  # a whole backward is not an interrupted one
-        model(torch.ones(2, 8)).sum().backward()
-    optimizer.step()
-    assert optimizer.param_groups[0]["step"] == 2

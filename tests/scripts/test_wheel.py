@@ -46,6 +46,7 @@ def test_one_wheel_serves_every_python_of_a_platform(wheel: Path) -> None:
     assert has_engine == (platform != "any")
 
 
+@pytest.mark.slow
 def test_it_works_far_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
     """Unpacked where Python looks first, in a folder with a package `recipes` of somebody else."""
     site, work = tmp_path / "site", tmp_path / "work"
