@@ -216,7 +216,8 @@ def _predicted(model: Any, inputs: Sequence[Input], task: str, one_value: bool) 
     usable = iter([value for _, value, why in inputs if not why])
     answers: list[Any] = []
     while batch := list(islice(usable, BATCH)):
-        answers += model(batch, batch_size=BATCH, **options)
+        found = model(batch, batch_size=BATCH, **options)
+        answers += [found] if task == "fill-mask" and len(batch) == 1 else found  # which unpacks a list of one
     following = iter(answers)
     for name, _, why in inputs:
         if why:

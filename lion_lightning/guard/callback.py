@@ -29,18 +29,6 @@ FORMAT = 4
 """Of the state in checkpoints."""
 OnBadLoss = Literal["note", "skip", "ignore"]
 WHAT_TO_DO = "Lower the learning rate, warm up for longer (warmup_steps), or look for bad samples near this step"
-NO_GRADIENTS = (
-    "there are no gradients when the optimizer steps (are they released in backward?): the guard sees the loss alone, "
-    "and cannot gate steps"
-)
-EVAL_MODE = (
-    "the module is in evaluation mode in a training step: dropout is off and batch norm learns no statistics; "
-    "call train() if an eval() was left behind"
-)
-UNSEEN_STEPS = (
-    "the optimizer steps without Lightning's hook on_before_optimizer_step (a raw optimizer, as of "
-    "self.optimizers(use_pl_optimizer=False)?): the guard does not see these steps; warm-up applies to them"
-)
 
 log = logging.getLogger(__name__)
 
@@ -271,7 +259,7 @@ class LionGuard(Callback):
     @harmless
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if not pl_module.training:
-            self._report_once(trainer, "eval_mode", EVAL_MODE)
+            self._report_once(trainer, "eval_mode", preflight.EVAL_MODE)
         self.losses.before_backward(loss, self._loss_compares, trainer.accumulate_grad_batches)
 
     @override
@@ -307,7 +295,7 @@ class LionGuard(Callback):
         clip_val = float(trainer.gradient_clip_val) if trainer.gradient_clip_val and by_norm else None
         facts = (self.steps, self.batch.last, self._micro_samples)
         if not self.monitors[number].before_step(self.losses, clip_val, facts):
-            self._report_once(trainer, "no_gradients", NO_GRADIENTS)
+            self._report_once(trainer, "no_gradients", preflight.NO_GRADIENTS)
         if number == len(self.monitors) - 1 or pl_module.automatic_optimization:
             self.losses = Losses()
         else:
@@ -319,7 +307,7 @@ class LionGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if any(monitor.steps_unseen for monitor in self.monitors):
-            self._report_once(trainer, "unseen_steps", UNSEEN_STEPS)
+            self._report_once(trainer, "unseen_steps", preflight.UNSEEN_STEPS)
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             # Lightning divides the loss of automatic optimization by the number of micro-batches.

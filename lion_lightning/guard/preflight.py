@@ -37,6 +37,19 @@ NO_WARMUP_STEPS = 10
 """A shorter run has no step to warm up in, of the 10 % that the guard takes at most."""
 HALF_SPACING_BF16 = 2.0**-9
 """Half the distance of neighbouring bf16 numbers, relative to their size (at its largest)."""
+# What a run does that settings cannot tell.
+NO_GRADIENTS = (
+    "there are no gradients when the optimizer steps (are they released in backward?): the guard sees the loss alone, "
+    "and cannot gate steps"
+)
+EVAL_MODE = (
+    "the module is in evaluation mode in a training step: dropout is off and batch norm learns no statistics; "
+    "call train() if an eval() was left behind"
+)
+UNSEEN_STEPS = (
+    "the optimizer steps without Lightning's hook on_before_optimizer_step (a raw optimizer, as of "
+    "self.optimizers(use_pl_optimizer=False)?): the guard does not see these steps; warm-up applies to them"
+)
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,14 @@ def test_texts_of_every_format_are_predicted_in_order(
     assert all(len(row["fills"]) == row["input"].count("[MASK]") for row in rows if "fills" in row)
 
 
+@pytest.mark.parametrize("text", ["the [MASK] sat", "the [MASK] number 7 sat on [MASK]"])
+def test_one_text_is_predicted_too(compose: Compose, masked: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "one.txt").write_text(text)
+    assert predict(compose(f"ckpt={masked}", f"input={tmp_path / 'one.txt'}", f"run_dir={tmp_path}")) == 1
+    (row,) = rows_of(tmp_path)
+    assert [len(fill) for fill in row["fills"]] == [5] * text.count("[MASK]")
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [

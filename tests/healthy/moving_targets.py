@@ -30,8 +30,7 @@ from tests.healthy.kind import (
 def ring_samples(generator: torch.Generator, count: int) -> Tensor:
     """Points (count, 2) of eight Gaussians on a ring of radius 2."""
     angle = torch.randint(8, (count,), generator=generator) * (torch.pi / 4)
-    centers = 2 * torch.stack([angle.cos(), angle.sin()], 1)
-    return centers + 0.15 * torch.randn(count, 2, generator=generator)
+    return 2 * torch.stack([angle.cos(), angle.sin()], 1) + 0.15 * torch.randn(count, 2, generator=generator)
 
 
 def ring_batches(seed: int, steps: int) -> list[Tensor]:
