@@ -83,8 +83,8 @@ class LionGuard(Callback):
 
     Args:
         warmup_steps: optimizer steps of linear warm-up of any optimizer, or below 1 a share of the run; 0 leaves the
-            learning rate alone. None: long enough for the momentum to fill, `2 / (1 - beta2)` of Lion, or 1 % of the
-            run if that is more, but never more than 10 % of the run. The same for every optimizer.
+            learning rate alone. None: 30 % of the run, at most 2,000 steps (docs/experiments.md#warm_up).
+            The same for every optimizer.
         min_batch_size: samples that an optimizer step should have.
         on_small_batch: below it, "warn" once, "accumulate" more micro-batches, or "error".
         on_bad_loss: steps whose loss is far above the others are counted ("note"), and skipped if isolated ("skip");
@@ -200,7 +200,7 @@ class LionGuard(Callback):
         plain = len(optimizers) == 1 and pl_module.automatic_optimization
         acts = self.acts and (plain or self.manual_optimization == "act")
         self.recovery.acts = acts
-        length = warmup_length(self.warmup_steps, optimizers, total_steps(trainer))
+        length = warmup_length(self.warmup_steps, total_steps(trainer))
         self.warmup = LinearWarmup(length)
         self.steps = self.warmup.step = trainer.global_step
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None

@@ -34,7 +34,7 @@ SHORT_RUN_STEPS = 1000
 long."""
 BETA1_RANGE, BETA2_RANGE = (0.8, 0.99), (0.9, 0.9999)
 NO_WARMUP_STEPS = 10
-"""A shorter run has no step to warm up in, of the 10 % that the guard takes at most."""
+"""A shorter run has no step to warm up in."""
 HALF_SPACING_BF16 = 2.0**-9
 """Half the distance of neighbouring bf16 numbers, relative to their size (at its largest)."""
 # What a run does that settings cannot tell.

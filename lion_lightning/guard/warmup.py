@@ -5,7 +5,7 @@ others keep it for ever. So the rate is multiplied right before the step and res
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -13,33 +13,28 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lion_lightning.guard.rules import Stateful
-from lion_lightning.optim import Lion
 
-WARMUP_SHARE, MAX_WARMUP_SHARE = 0.01, 0.1
-"""Least and largest default warm-up as a share of the run's optimizer steps."""
-LION_BETA2 = 0.99
+WARMUP_SHARE, MAX_WARMUP_STEPS = 0.3, 2000
+"""Of the default warm-up. The share did least harm over learning rates, and best at the best one, in runs of 300 steps
+(docs/experiments.md#warm_up); the steps are those of Wen et al. (2025, arXiv:2509.02046) in long ones."""
+UNKNOWN_LENGTH_STEPS = 200
+"""The default where the length of the run is not known: Lion's momentum has filled, 2 / (1 - 0.99)."""
 REWARM_START = 0.1
 LEAST_REWARM_STEPS = 10
 
 
-def warmup_length(given: float | None, optimizers: Sequence[Optimizer], total_steps: float) -> int:
-    """Optimizer steps of warm-up.
-
-    The default fills Lion's momentum, `2 / (1 - beta2)`, or takes 1 % of the run if that is more, but at most 10 % of
-    the run. An optimizer that is not Lion gets the default of Lion's default beta2: a control run is treated alike.
+def warmup_length(given: float | None, total_steps: float) -> int:
+    """Optimizer steps of warm-up, the same for every optimizer.
 
     Args:
-        given: a number of steps, below 1 a share of the run, None for the default.
-        optimizers: of the run.
-        total_steps: of the run, infinite if it is not known: the default is then taken for a share of it.
+        given: a number of steps, below 1 a share of the run; None for 30 % of the run, at most 2,000 steps.
+        total_steps: of the run, infinite if it is not known: 200 steps then take the place of a share.
     """
-    is_known = math.isfinite(total_steps)
-    if given is not None and (is_known or not 0 < given < 1):
-        return round(given * total_steps if given < 1 else given)
-    lions = [optimizer for optimizer in optimizers if isinstance(optimizer, Lion)]
-    beta2 = max((group["betas"][1] for lion in lions for group in lion.param_groups), default=LION_BETA2)
-    fill = 2.0 / max(1e-6, 1.0 - beta2)
-    return round(min(max(fill, WARMUP_SHARE * total_steps), MAX_WARMUP_SHARE * total_steps) if is_known else fill)
+    if given is not None and not 0 < given < 1:
+        return round(given)
+    if not math.isfinite(total_steps):
+        return UNKNOWN_LENGTH_STEPS
+    return round(given * total_steps) if given else round(min(WARMUP_SHARE * total_steps, MAX_WARMUP_STEPS))
 
 
 class LinearWarmup(Stateful):

@@ -46,7 +46,7 @@ def test_nothing_is_wrong_with_a_shipped_recipe(compose, tmp_path, recipe, optim
     optimizer = module.configure_optimizers()["optimizer"]
     run = RunSettings(
         total_steps=steps,
-        warmup_steps=warmup_length(None, [optimizer], steps),
+        warmup_steps=warmup_length(None, steps),
         batch_size=effective_batch_size(cfg),
         gradient_clip_val=cfg.trainer.get("gradient_clip_val"),
         min_batch_size=cfg.guard.min_batch_size,
