@@ -5,6 +5,9 @@ alone: Lightning is loaded when `LionGuard`, `LionMixin` or `GradientRelease` is
 """
 
 import importlib
+import importlib.abc
+import importlib.machinery
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +20,20 @@ if TYPE_CHECKING:
     from lion_lightning.lightning import GradientRelease, LionMixin
     from lion_lightning.optim import Lion, release_gradients
 
-# In a checkout `recipes/` and `conf/` lie beside this folder; a wheel has them in it.
-if (_checkout := Path(__file__).resolve().parent.parent).joinpath("conf", "train.yaml").is_file():
-    __path__.append(str(_checkout))
+_CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+class _BesideThePackage(importlib.abc.MetaPathFinder):
+    """Finds `recipes/` and `conf/`, which a wheel has in this folder, beside it in a checkout."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in (f"{__name__}.recipes", f"{__name__}.conf"):
+            return None
+        return importlib.machinery.PathFinder.find_spec(fullname, [str(_CHECKOUT)])
+
+
+if (_CHECKOUT / "conf" / "train.yaml").is_file():
+    sys.meta_path.insert(0, _BesideThePackage())
 
 _HOMES = {
     "GradientRelease": "lion_lightning.lightning",

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from lion_lightning.command_line import check_arguments, explain, suggestion, take_trusted
+from lion_lightning.command_line import check_arguments, explain, overrides_of, suggestion, take_trusted
 from lion_lightning.errors import ConfigError
 from lion_lightning.training.logging_setup import refuse_secrets_of_a_sweep
 
@@ -41,7 +41,7 @@ def train(cfg: DictConfig) -> float:
     from lion_lightning.training.signals import TrainingInterrupted
 
     try:
-        return runner(cfg.mode)(cfg)
+        return runner(cfg)(cfg)
     except TrainingInterrupted as stop:
         print(f"{_rank()}{stop}", file=sys.stderr)
         raise
@@ -54,9 +54,13 @@ def train(cfg: DictConfig) -> float:
         report_error(error)
 
 
-def runner(mode: str) -> Callable[[DictConfig], float]:
-    """What runs a configuration with that `mode`."""
+def runner(cfg: DictConfig) -> Callable[[DictConfig], float]:
+    """What runs a configuration, by its `mode`; ConfigError for a `mode` that is none, and for settings of another."""
+    mode = cfg.mode
     if mode == "train":
+        for name in ("ckpt", "input"):
+            if cfg[name] is not None:
+                raise ConfigError(f"{name}={cfg[name]} belongs to mode=eval and mode=predict; resume=PATH trains on")
         from lion_lightning.training.run import run
 
         return run
@@ -86,11 +90,16 @@ def main() -> None:
         refuse_secrets_of_a_sweep(sys.argv[1:])
         check_arguments(sys.argv[1:], CONFIG_FOLDER)
         given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
-        folder = given.get("run_dir")
-        if folder is None and given.get("mode", "train") != "train":
-            folder = "outputs/${mode}/${run_stamp:}"
+        more = []
+        is_training = given.get("mode", "train") == "train"
+        if not is_training and "ckpt" in given:  # what its run was told comes first, so that its groups are chosen
+            more += [word for word in overrides_of(given["ckpt"]) or [] if word.partition("=")[0] not in given]
+        folder = given.get("run_dir") or (None if is_training else "outputs/${mode}/${run_stamp:}")
         if folder and "hydra.run.dir" not in given:  # Hydra's log goes there too, and it makes no folder
-            sys.argv.append(f"hydra.run.dir={folder}")
+            more.append(f"hydra.run.dir={folder}")
+        if more:
+            first = next(place for place, word in enumerate(sys.argv) if place and "=" in word and word[0] != "-")
+            sys.argv[first:first] = more  # settings stand together
         train()
     except Exception as error:
         if failed_jobs:

@@ -1,6 +1,7 @@
 """The command line beside Hydra: its name, trusted packages, checks, suggestions for errors, and `--explain KEY`."""
 
 import difflib
+import functools
 import os
 import re
 import sys
@@ -32,6 +33,8 @@ FLAGS_WITHOUT_VALUE = ("-m", "--multirun", "--run", "-r", "--resolve", "--help",
 TRUST = "LION_LIGHTNING_TRUST"
 """Environment variable: packages, separated by commas, whose classes and functions a configuration may name."""
 
+OVERRIDES_FILE = "overrides.yaml"
+"""In the folder of a run: the settings that its command line had."""
 typed: list[str] = []
 """The arguments of `lion-train` as they were typed."""
 
@@ -48,27 +51,44 @@ def take_trusted(arguments: Sequence[str]) -> list[str]:
     """Note the packages of `trust=[PACKAGE,...]` and return the other arguments.
 
     They are noted in the environment, where processes that this one starts find them, and they are never a part of the
-    configuration: what comes with a checkpoint cannot extend them. The working folder is searched for them last.
+    configuration, so that one that comes with a checkpoint cannot extend them. The working folder is searched last.
 
     Raises:
         ConfigError: a name that no package can have.
     """
     typed[:] = arguments
-    given = [argument.partition("=")[2] for argument in arguments if argument.startswith(("trust=", "+trust="))]
+    given = [argument.partition("=")[2] for argument in arguments if argument.lstrip("+").startswith("trust=")]
     named = [name.strip(" '\"") for value in given for name in value.strip("[]").split(",") if name.strip()]
     for name in named:
         if not all(part.isidentifier() for part in name.split(".")):
             raise ConfigError(f"trust={name}: not the name of a Python package; write trust=[PACKAGE,PACKAGE]")
     if named:
         os.environ[TRUST] = ",".join(dict.fromkeys([*trusted(), *named]))
+        trusted.cache_clear()
     if trusted() and os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
-    return [argument for argument in arguments if not argument.startswith(("trust=", "+trust="))]
+    return [argument for argument in arguments if not argument.lstrip("+").startswith("trust=")]
 
 
+@functools.cache
 def trusted() -> tuple[str, ...]:
-    """The packages that the user trusts, as `take_trusted` and the environment have them."""
+    """The packages that the user trusts, as the environment had them when this was first asked."""
     return tuple(name.strip() for name in os.environ.get(TRUST, "").split(",") if name.strip())
+
+
+def overrides_of(ckpt: str) -> list[str] | None:
+    """The settings that the command line of a checkpoint's run had, without its place; None where they are not kept.
+
+    Args:
+        ckpt: the folder of a run, or a checkpoint in it.
+    """
+    place = Path(ckpt.strip("'\"")).resolve()
+    for folder in (place, *place.parents[:2]):
+        if (folder / OVERRIDES_FILE).is_file():
+            kept = OmegaConf.to_container(OmegaConf.load(folder / OVERRIDES_FILE))
+            words = [str(word) for word in kept] if isinstance(kept, list) else []
+            return [word for word in words if not word.startswith(("run_dir=", "resume=", "hydra.", "hydra/"))]
+    return None
 
 
 def check_arguments(arguments: Sequence[str], config: Path) -> None:

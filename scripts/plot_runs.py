@@ -1,6 +1,6 @@
 """Draw one picture of runs: `python scripts/plot_runs.py outputs/... --output curve.png`.
 
-The curves are those of `scripts/compare.py`: the mean over seeds with a band of one standard deviation. The dashed line
+The curves are those of `lion-compare`: the mean over seeds with a band of one standard deviation. The dashed line
 is the entropy of the validation tokens, where the runs logged it: the loss of a model that ignores context.
 """
 

@@ -3,7 +3,7 @@
     lion-check-data recipe=image_classification data=image_files data.path=FOLDER
     lion-check-data data=text_files data.path=FOLDER --samples 5
 
-The arguments are those of lion-train. Files, rows and pictures that cannot be used are counted as training counts them.
+The settings are those of lion-train. Files, rows and pictures that cannot be used are counted as training counts them.
 """
 
 import argparse

@@ -7,23 +7,27 @@ The configuration is that of the checkpoint's run with the changes of the comman
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+import hydra
 import rich
 import torch
-from datasets import Dataset
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from transformers import AutoConfig, pipeline
+from yaml import YAMLError
 
+from lion_lightning.__main__ import CONFIG_FOLDER
+from lion_lightning.command_line import OVERRIDES_FILE, overrides_of
 from lion_lightning.errors import ConfigError
-from lion_lightning.recipes.files import is_hidden, list_files, one_line
+from lion_lightning.recipes.files import conversion_of, is_hidden, list_files, one_line
 from lion_lightning.recipes.image_classification.images import read
+from lion_lightning.recipes.tables import READERS, Columns, columns_of, read_table, suffix_of
 from lion_lightning.training import build
 from lion_lightning.training.checkpoint import files
 from lion_lightning.training.checkpoint.policy import newest_valid, restoring
@@ -38,11 +42,11 @@ TASKS = {
     "ForImageClassification": "image-classification",
     "ForSequenceClassification": "text-classification",
 }
-TABLES: dict[str, Callable[..., Any]] = {
-    ".txt": Dataset.from_text, ".csv": Dataset.from_csv, ".jsonl": Dataset.from_json, ".parquet": Dataset.from_parquet
-}  # fmt: skip
-Input = tuple[str, Any, str]
-"""Its name in the output, what the model takes, and why it cannot be used: empty if it can."""
+OF_THE_MODE = ("mode", "ckpt", "input", "run_dir", "hydra")
+"""Settings of the evaluation, which are not compared with those of the run."""
+Row = dict[str, Any]
+Input = tuple[Row, Any, str]
+"""The row that it begins, what the model takes, and why it cannot be used: empty if it can."""
 
 
 def evaluate(cfg: DictConfig) -> float:
@@ -56,7 +60,7 @@ def evaluate(cfg: DictConfig) -> float:
     """
     quiet_libraries()
     place = _checkpoint(cfg.ckpt)
-    if (place / "config.json").is_file():
+    if _is_export(place):
         raise ConfigError(f"ckpt={cfg.ckpt} is an export; mode=eval takes the folder of a run, or a checkpoint")
     cfg = _configuration_of(place, cfg)
     module, data = _trained(place, cfg)
@@ -66,7 +70,8 @@ def evaluate(cfg: DictConfig) -> float:
     if trainer.is_global_zero:
         kept = Path(cfg.run_dir) / "eval.json"
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({"ckpt": near(place), **metrics}, indent=2) + "\n", encoding="utf-8")
+        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        kept.write_text(json.dumps({"ckpt": near(place), **numbers}, indent=2) + "\n", encoding="utf-8")
         lines = {name: f"{value:.4f}" for name, value in metrics.items()}
         show(rich.get_console(), f"{near(place)} on {cfg.data.name}", {**lines, "kept in": near(kept)})
     return metrics.get(cfg.recipe.monitor, math.nan)
@@ -75,39 +80,48 @@ def evaluate(cfg: DictConfig) -> float:
 def predict(cfg: DictConfig) -> float:
     """Predict what `input` holds, a line of `run_dir/predictions.jsonl` each; returns the share that could be used.
 
-    A Hugging Face pipeline predicts from the export, whose answers are those of validation (`tests/recipes`).
+    A Hugging Face pipeline predicts from the export, whose answers are those of validation (`tests/recipes`). Nothing
+    that comes with the model is run as code.
 
     Args:
         cfg: with `ckpt`, the folder of a run, a checkpoint or an export, and `input`: a `.txt` file with a text a line,
-            a `.csv`, `.jsonl` or `.parquet` with a column `text` (and `text_pair`), a picture, or a folder of pictures.
+            a table (`.csv`, `.tsv`, `.jsonl`, `.parquet`) with a column `text`, for text classification perhaps
+            `text_pair`, a picture, or a folder of pictures.
 
     Raises:
         ConfigError: there is no such checkpoint or input, or it is none of these.
     """
+    if build.started_by_launcher():
+        raise ConfigError("mode=predict runs in one process; start it without torchrun or srun")
     quiet_libraries()
-    place = _checkpoint(cfg.ckpt)
+    place, source = _checkpoint(cfg.ckpt), _existing(cfg.input)
     with tempfile.TemporaryDirectory(prefix="lion_lightning-export-") as temporary:
-        folder = place
-        if not (place / "config.json").is_file():
-            folder, own = Path(temporary), _configuration_of(place, cfg)
-            _trained(place, own)[0].export(folder, "")
-        config = AutoConfig.from_pretrained(folder)
-        architecture = (config.architectures or ["none"])[0]
-        task = next((task for ending, task in TASKS.items() if architecture.endswith(ending)), None)
-        if task is None:
-            raise ConfigError(f"ckpt={cfg.ckpt}: {architecture} is none of {', '.join(TASKS)}")
-        device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
-        model: Any = pipeline(cast(Any, task), model=str(folder), device=device)
-        inputs = list(_pictures(cfg.input) if task == "image-classification" else _texts(cfg.input, Path(temporary)))
-        if task == "fill-mask":
-            mask = model.tokenizer.mask_token
-            inputs = [(name, value, why or ("" if mask in name else f"has no {mask}")) for name, value, why in inputs]
-        rows = list(_predicted(model, inputs, task, config.num_labels == 1))
-    kept = Path(cfg.run_dir) / "predictions.jsonl"
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    _tell(cfg, place, rows, kept)
-    return sum("error" not in row for row in rows) / max(1, len(rows))
+        folder = place if _is_export(place) else _export_of(place, cfg, Path(temporary))
+        model, task = _pipeline(folder, cfg)
+        inputs = _pictures(source) if task == "image-classification" else _texts(source, task)
+        kept = Path(cfg.run_dir) / "predictions.jsonl"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        answered: list[Row] = []
+        failed: list[Row] = []
+        total = {True: 0, False: 0}
+        with kept.open("w", encoding="utf-8") as written:
+            while batch := list(islice(inputs, BATCH)):
+                for row in _predicted(model, batch, task):
+                    written.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    total["error" in row] += 1
+                    (failed if "error" in row else answered).append(row)
+                del answered[SHOWN:], failed[SHOWN:]
+    count = sum(total.values())
+    if not count:
+        kept.unlink()
+        raise ConfigError(f"input={cfg.input}: there is nothing in it")
+    lines = {"inputs": f"{count}: {total[False]} predicted, {total[True]} could not be used"}
+    for number, row in enumerate(answered, 1):
+        lines[f"prediction {number}"] = f"{row['input']} -> {_words(row)}"
+    for number, row in enumerate(failed, 1):
+        lines[f"not used {number}"] = f"{row['input']}: {row['error']}".removeprefix(": ")
+    show(rich.get_console(), f"{near(place)} on {cfg.input}", {**lines, "kept in": near(kept)})
+    return total[False] / count
 
 
 def _checkpoint(ckpt: str | None) -> Path:
@@ -128,32 +142,80 @@ def _checkpoint(ckpt: str | None) -> Path:
         raise error if isinstance(error, ConfigError) else ConfigError(f"ckpt={error}") from error
     if not place.exists():
         raise ConfigError(f"ckpt={ckpt}: there is no such file or folder")
-    if place.is_dir() and not any((place / name).is_file() for name in (".metadata", "config.json")):
+    if place.is_dir() and not (_is_export(place) or (place / ".metadata").is_file()):
         raise ConfigError(f"ckpt={ckpt} is a folder that holds no run, no checkpoint and no export")
     return place
 
 
+def _is_export(place: Path) -> bool:
+    return (place / "config.json").is_file()
+
+
+def _run_folder(place: Path) -> Path:
+    """The folder of the run that wrote the checkpoint `place`."""
+    above = place.resolve().parents[:2]
+    found = next((folder for folder in above if (folder / "config.yaml").is_file()), None)
+    if found is None:
+        raise ConfigError(f"ckpt={place}: there is no config.yaml beside it; give the folder of its run")
+    return found
+
+
 def _configuration_of(place: Path, cfg: DictConfig) -> DictConfig:
-    """The configuration of the run that wrote `place`, with what the command line sets; `cfg` where it is not kept."""
-    saved = next((file for file in (folder / "config.yaml" for folder in place.parents[:2]) if file.is_file()), None)
-    if saved is None:
-        own = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    else:
-        own = OmegaConf.load(saved)
-        given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-        keys = [override.key_or_group for override in OverridesParser.create().parse_overrides(list(given))]
-        for key in dict.fromkeys([*keys, "run_dir"]):
-            if key == "recipe" and cfg.recipe.name != own.recipe.name:
-                raise ConfigError(f"recipe={cfg.recipe.name}: ckpt={cfg.ckpt} is of recipe={own.recipe.name}")
-            if "/" not in key and (value := OmegaConf.select(cfg, key)) is not None:
-                plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-                OmegaConf.update(own, key, plain, merge=False, force_add=True)
-    own = cast(DictConfig, own)
+    """The configuration of the run that wrote `place`, with the changes that the command line makes.
+
+    The run's command line is composed again, and `cfg` is the same with the new settings (`main` puts both together).
+    Where the two differ, `config.yaml` changes: a setting reaches every key that refers to it, and files of conf/ that
+    have changed since the run change nothing.
+    """
+    folder = _run_folder(place)
+    file = folder / "config.yaml"
+    try:
+        own = OmegaConf.load(file)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {one_line(error)}") from error
+    if not isinstance(own, DictConfig) or not {"recipe", "data", "model", "trainer", "optim"} <= own.keys():
+        raise ConfigError(f"{file} is not the configuration of a run of lion_lightning")
+    given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    given = [word for word in given if word.lstrip("+~").partition("=")[0].split(".")[0] not in OF_THE_MODE]
+    kept = overrides_of(str(place))
+    if given and given != kept:
+        if kept is None:
+            raise ConfigError(f"{', '.join(given)}: {folder} lacks {OVERRIDES_FILE}, so its settings cannot change")
+        before = _composed(kept)
+        after = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+        if before["recipe"]["name"] != after["recipe"]["name"]:
+            raise ConfigError(f"recipe={after['recipe']['name']}: ckpt={place} is of {before['recipe']['name']}")
+        plain = cast(dict[str, Any], OmegaConf.to_container(own, resolve=True))
+        _apply(plain, before, after)
+        own = OmegaConf.create(plain)
+    own.run_dir = cfg.run_dir
     if not build.started_by_launcher():
         own.trainer.update({"strategy": "auto", "devices": 1, "num_nodes": 1})
     build.settle_precision(own)
     build.check(own)
     return own
+
+
+def _composed(overrides: list[str]) -> dict[str, Any]:
+    """What a command line means, in plain types and without what Hydra knows of its own process."""
+    folders = [source for source in HydraConfig.get().runtime.config_sources if source.provider == "command-line"]
+    more = [f"hydra.searchpath=[{','.join(f'file://{source.path}' for source in folders)}]"] if folders else []
+    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        cfg = hydra.compose("train", [*overrides, *more, "run_dir=none"])
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+
+
+def _apply(own: dict[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Make in `own` the changes that lead from `before` to `after`, at any depth."""
+    for key in before.keys() - after.keys():
+        own.pop(key, None)
+    for key, value in after.items():
+        if key in before and before[key] == value:
+            continue
+        if isinstance(value, dict) and isinstance(before.get(key), dict) and isinstance(own.get(key), dict):
+            _apply(own[key], before[key], value)
+        else:
+            own[key] = value
 
 
 def _trained(place: Path, cfg: DictConfig) -> tuple[Any, Any]:
@@ -163,39 +225,99 @@ def _trained(place: Path, cfg: DictConfig) -> tuple[Any, Any]:
     module = build.build_module(cfg, data)
     with restoring(place, "ckpt"):
         module.load_state_dict(files.with_names_of(files.weights_of(place), module.state_dict()))
+    export = _run_folder(place) / "export"
+    if _is_export(export) and hasattr(module, "export"):
+        with tempfile.TemporaryDirectory(prefix="lion_lightning-export-") as temporary:
+            module.export(Path(temporary), "")
+            _check_same_meaning(export, Path(temporary))
     return module.eval(), data
 
 
-def _texts(place: str | None, cache: Path) -> Iterator[Input]:
-    file = _existing(place)
-    reader = TABLES.get(file.suffix.lower())
-    if reader is None or not file.is_file():
-        raise ConfigError(f"input={place}: texts are a file that ends in {', '.join(TABLES)}")
+def _check_same_meaning(trained: Path, now: Path) -> None:
+    """ConfigError if the data of today gives other tokens or classes than the run had: shapes alone would not tell."""
+    tokenizers = [(folder / "tokenizer.json") for folder in (trained, now)]
+    if all(file.is_file() for file in tokenizers):
+        vocabularies = [json.loads(file.read_text(encoding="utf-8"))["model"].get("vocab") for file in tokenizers]
+        if vocabularies[0] != vocabularies[1]:
+            raise ConfigError(
+                f"the tokenizer that this data gives is not that of {trained}: the data has changed since the run; "
+                f"data.tokenizer={trained} uses the old one"
+            )
+    classes = [json.loads((folder / "config.json").read_text()).get("id2label") for folder in (trained, now)]
+    if classes[0] != classes[1]:
+        raise ConfigError(f"the data has other classes than the run had ({trained / 'config.json'}): it has changed")
+
+
+def _export_of(place: Path, cfg: DictConfig, temporary: Path) -> Path:
+    """The export of the run, if it is of this checkpoint, else a new one in `temporary`, which needs the data."""
+    export = _run_folder(place) / "export"
+    weights = export / "model.safetensors"
+    is_best = place.name == "best.ckpt" and _is_export(export) and weights.is_file()
+    if is_best and weights.stat().st_mtime >= place.stat().st_mtime:
+        return export
+    module = _trained(place, _configuration_of(place, cfg))[0]
+    if not hasattr(module, "export"):
+        raise ConfigError(
+            f"ckpt={place}: {type(module).__name__} has no export(folder, card), which mode=predict needs"
+        )
+    module.export(temporary, "")
+    return temporary
+
+
+def _pipeline(folder: Path, cfg: DictConfig) -> tuple[Any, str]:
+    """The pipeline of an export, and its task."""
     try:
-        table = reader(str(file), cache_dir=str(cache / "tables"))
-    except Exception as error:  # of pyarrow, pandas or datasets, by the format
-        raise ConfigError(f"input={place} cannot be read: {one_line(error.__cause__ or error)}") from error
-    if "text" not in table.column_names:
-        raise ConfigError(f"input={place}: there is no column text; there are {', '.join(table.column_names)}")
-    for number, row in enumerate(table, 1):
-        text, pair = row["text"], row.get("text_pair")
-        usable = isinstance(text, str) and bool(text.strip())
-        value = {"text": text, "text_pair": pair} if isinstance(pair, str) else text
-        yield str(text), value, "" if usable else f"row {number} has no text"
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        architecture = (config.architectures or ["none"])[0]
+        task = next((task for ending, task in TASKS.items() if architecture.endswith(ending)), None)
+        if task is None:
+            raise ConfigError(f"ckpt={cfg.ckpt}: {architecture} is none of {', '.join(TASKS)}")
+        device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
+        return pipeline(cast(Any, task), model=str(folder), device=device, trust_remote_code=False), task
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"ckpt={folder} is no export that can be opened: {one_line(error)}") from error
 
 
-def _pictures(place: str | None) -> Iterator[Input]:
-    root = _existing(place)
+def _texts(file: Path, task: str) -> Iterator[Input]:
+    if not file.is_file() or (suffix_of(file) not in READERS and file.suffix.lower() != ".txt"):
+        raise ConfigError(f"input={file}: texts are a file that ends in .txt, {', '.join(READERS)}")
+    if file.suffix.lower() == ".txt":
+        try:
+            pairs: Iterator[tuple[Any, Any]] = ((line, None) for line in file.read_text(encoding="utf-8").splitlines())
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"input={file} is not UTF-8; {conversion_of(file)}") from error
+    else:
+        try:
+            header = columns_of(file)
+        except (ValueError, OSError, EOFError) as error:
+            raise ConfigError(f"input={file} cannot be read: {one_line(error)}") from error
+        if "text" not in header:
+            raise ConfigError(f"input={file}: there is no column text; there are {', '.join(map(str, header))}")
+        second = "text_pair" if "text_pair" in header and task == "text-classification" else None
+        pairs = ((row.text, row.second) for row in read_table(file, Columns("text", "text", second), by_name=False))
+    return _usable_texts(pairs)
+
+
+def _usable_texts(pairs: Iterator[tuple[Any, Any]]) -> Iterator[Input]:
+    for number, (text, pair) in enumerate(pairs, 1):
+        row = {"input": "" if text is None else str(text)}
+        if not row["input"].strip():
+            yield row, None, f"row {number} has no text"
+        elif pair is None:
+            yield row, row["input"], ""
+        else:
+            yield {**row, "pair": str(pair)}, {"text": row["input"], "text_pair": str(pair)}, ""
+
+
+def _pictures(root: Path) -> Iterator[Input]:
     found = [file for file in list_files(root) if not is_hidden(file, root)] if root.is_dir() else [root]
-    if not found:
-        raise ConfigError(f"input={place}: the folder is empty")
     for file in found:
         try:
-            picture: Image.Image | None = read({"bytes": None, "path": str(file)})
-            why = ""
+            yield {"input": str(file)}, read({"bytes": None, "path": str(file)}), ""
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            picture, why = None, one_line(error)
-        yield str(file), picture, why
+            yield {"input": str(file)}, None, one_line(error)
 
 
 def _existing(place: str | None) -> Path:
@@ -206,43 +328,43 @@ def _existing(place: str | None) -> Path:
     return Path(place)
 
 
-def _predicted(model: Any, inputs: Sequence[Input], task: str, one_value: bool) -> Iterator[dict[str, Any]]:
-    """A row for each input, in order; the usable ones go through the pipeline in batches."""
-    options: dict[str, Any] = {"top_k": CHOICES}
+def _predicted(model: Any, batch: Sequence[Input], task: str) -> Iterator[Row]:
+    """A row for each input of a batch, in order; the usable ones go through the pipeline together."""
+    if task == "fill-mask":
+        batch = [(row, value, why or _masks_lost(model.tokenizer, value)) for row, value, why in batch]
+    usable = [value for _, value, why in batch if not why]
+    options: Row = {"top_k": CHOICES}
     if task == "fill-mask":
         options["tokenizer_kwargs"] = {"truncation": True}
     if task == "text-classification":
         options["truncation"] = True
-    usable = iter([value for _, value, why in inputs if not why])
-    answers: list[Any] = []
-    while batch := list(islice(usable, BATCH)):
-        found = model(batch, batch_size=BATCH, **options)
-        answers += [found] if task == "fill-mask" and len(batch) == 1 else found  # which unpacks a list of one
-    following = iter(answers)
-    for name, _, why in inputs:
+    found = model(usable, batch_size=BATCH, **options) if usable else []
+    answers = iter([found] if task == "fill-mask" and len(usable) == 1 else found)  # it unpacks a list of one
+    for row, _, why in batch:
         if why:
-            yield {"input": name, "error": why}
+            yield {**row, "error": why}
             continue
-        answer = next(following)
+        answer = next(answers)
         if task == "fill-mask":
             masks = answer if isinstance(answer[0], list) else [answer]
-            yield {"input": name, "fills": [[(one["token_str"], one["score"]) for one in mask] for mask in masks]}
-        elif one_value:
-            yield {"input": name, "value": answer[0]["score"]}
+            yield {**row, "fills": [[(one["token_str"], one["score"]) for one in mask] for mask in masks]}
+        elif model.model.config.num_labels == 1:
+            yield {**row, "value": answer[0]["score"]}
         else:
             top = [(one["label"], one["score"]) for one in answer]
-            yield {"input": name, "label": top[0][0], "score": top[0][1], "top": top}
+            yield {**row, "label": top[0][0], "score": top[0][1], "top": top}
 
 
-def _tell(cfg: DictConfig, place: Path, rows: Sequence[dict[str, Any]], kept: Path) -> None:
-    failed = [row for row in rows if "error" in row]
-    lines = {"inputs": f"{len(rows)}: {len(rows) - len(failed)} predicted, {len(failed)} could not be used"}
-    for number, row in enumerate([row for row in rows if "error" not in row][:SHOWN], 1):
-        if "fills" in row:
-            said = "; ".join(", ".join(f"{word} {score:.0%}" for word, score in mask[:3]) for mask in row["fills"])
-        else:
-            said = f"{row['value']:.4g}" if "value" in row else f"{row['label']} {row['score']:.0%}"
-        lines[f"prediction {number}"] = f"{row['input']} -> {said}"
-    for number, row in enumerate(failed[:SHOWN], 1):
-        lines[f"not used {number}"] = f"{row['input']}: {row['error']}".removeprefix(": ")
-    show(rich.get_console(), f"{near(place)} on {cfg.input}", {**lines, "kept in": near(kept)})
+def _masks_lost(tokenizer: Any, text: str) -> str:
+    """Why a text cannot be filled in: it has no mask, or one that is cut off; empty if it can."""
+    mask, written = tokenizer.mask_token, text.count(tokenizer.mask_token)
+    if not written:
+        return f"has no {mask}"
+    left = tokenizer(text, truncation=True)["input_ids"].count(tokenizer.mask_token_id)
+    return f"is longer than {tokenizer.model_max_length} tokens, and a {mask} is cut off" if left < written else ""
+
+
+def _words(row: Row) -> str:
+    if "fills" in row:
+        return "; ".join(", ".join(f"{word} {score:.0%}" for word, score in mask[:3]) for mask in row["fills"])
+    return f"{row['value']:.4g}" if "value" in row else f"{row['label']} {row['score']:.0%}"

@@ -43,7 +43,7 @@ from lion_lightning.tracking.report import relative
 
 EXIT_USAGE = 2
 # The winners of an installed package go to the user's own conf/, under names that its conf/tuned does not have.
-PREFIX = "own_" if CONFIG_FOLDER.parent.name == "lion_lightning" else ""
+PREFIX = "own_" if CONFIG_FOLDER.parent == Path(__file__).resolve().parents[1] else ""
 SQLITE = "sqlite:///"
 RANDOM_TRIALS = 8  # before TPE starts to choose, and before a trial can be ended early
 EDGE_SHARE = 0.25  # of the trials, the last ones, which look beyond a winner at the edge of what was tried
@@ -149,8 +149,8 @@ def main(arguments: Sequence[str] | None = None, run: Run | None = None) -> int:
         arguments: None: those of the process.
         run: Trains one configuration, with callbacks, and returns its best metric; None: a real training.
     """
-    options = _options(arguments)
     try:
+        options = _options(arguments)
         searches = [_search(optim, options) for optim in options.optim]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,8 +1,8 @@
 """The objects of a run, each built from its part of the configuration, with a ConfigError for what cannot work.
 
 `_target_` nodes are built from an allowlist. Hydra's own blocklist lets `torch.load` through, so a config from a
-stranger could run code. Here a target must resolve to a class or function that was *defined* in one of our packages, in
-a library that recipes are made of, or in a package that the user trusts (`trust=[PACKAGE]` on the command line, or the
+stranger could run code. Here a target must resolve to a class (or a function of `hyperparams`) that was *defined* in a
+module that recipes are made of, or in a package that the user trusts (`trust=[PACKAGE]` on the command line, or the
 variable LION_LIGHTNING_TRUST): an alias of `os.system` inside an allowed module is refused.
 """
 
@@ -43,7 +43,14 @@ from lion_lightning.training.signals import StopFlag
 LAUNCHERS = ("LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # set by launchers for their processes
 LABEL = "name"  # every group file has one: a label for people and run names, never an argument
 ALLOWED_MODULES = (
-    "lion_lightning.",
+    "lion_lightning.optim.lion.",
+    "lion_lightning.optim.muon.",
+    "lion_lightning.hyperparams.",
+    "lion_lightning.guard.callback.",
+    "lion_lightning.guard.rules.",
+    "lion_lightning.tracking.wandb.",
+    "lion_lightning.training.callbacks.",
+    "lion_lightning.recipes.",
     "torch.optim.",
     "torch.nn.",
     "optimi.",
@@ -51,6 +58,17 @@ ALLOWED_MODULES = (
     "lightning.pytorch.callbacks.",
     "lightning.pytorch.loggers.",
 )
+"""Where a class may be defined that a configuration names; of other modules of ours nothing is built."""
+ALLOWED_FUNCTIONS = ("lion_lightning.hyperparams.",)
+"""Where a function may be defined: elsewhere functions write files or run programs."""
+IMPORTED = (
+    *(f"lion_lightning.{name}." for name in ("optim", "hyperparams", "guard", "tracking", "training", "recipes")),
+    "torch.",
+    "optimi.",
+    "transformers.",
+    "lightning.",
+)
+"""What is imported in search of a name: an import runs code, so nothing else is."""
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true")
 POSITIVE = ("max_steps", "val_check_interval", "accumulate_grad_batches", "num_nodes", "log_every_n_steps")
 # Keys of `trainer` that are no arguments of Lightning's Trainer, or that `build_trainer` computes.
@@ -95,24 +113,30 @@ def resolve(path: str) -> Callable[..., Any]:
     """The class or function that `path` names, if it is on the allowlist; ConfigError if not."""
     if not isinstance(path, str):
         raise ConfigError(f"_target_={path!r} cannot be imported: it must be the dotted name of a class or function")
-    allowed = (*ALLOWED_MODULES, *(f"{package}." for package in trusted()))
-    if path.startswith("recipes.") and "recipes." not in allowed:  # their name in configurations of earlier versions
-        path = f"lion_lightning.{path}"
-    target, package = None, path.split(".")[0]
-    known = {module.split(".")[0] for module in allowed}
-    if package in known:  # checked before it is imported: an import runs code
+    trust = tuple(f"{package}." for package in trusted())
+    if path.startswith("recipes.") and not any(name.startswith("recipes.") for name in trust):
+        path = f"lion_lightning.{path}"  # the name in configurations of earlier versions
+    target = None
+    if path.startswith((*IMPORTED, *trust)):
         try:
             target = hydra.utils.get_object(path)
         except Exception as error:
             reason = error.__cause__ or error  # Hydra repeats the path before the reason
             raise ConfigError(f"_target_={path!r} cannot be imported: {reason}".splitlines()[0]) from error
     home = f"{getattr(target, '__module__', None)}."
-    if not (inspect.isclass(target) or inspect.isfunction(target)) or not home.startswith(allowed):
-        text = f"_target_={path!r} is not allowed: it must be a class or function defined in "
-        text += ", ".join(module.rstrip(".") for module in allowed)
-        if package not in known | sys.stdlib_module_names:
+    is_private = path.startswith("lion_lightning.") and any(part.startswith("_") for part in path.split("."))
+    is_allowed = (
+        (inspect.isclass(target) and home.startswith((*ALLOWED_MODULES, *trust)))
+        or (inspect.isfunction(target) and home.startswith((*ALLOWED_FUNCTIONS, *trust)))
+    ) and not is_private
+    if not is_allowed:
+        names = ", ".join(module.rstrip(".") for module in (*ALLOWED_MODULES, *trust))
+        text = f"_target_={path!r} is not allowed: it must be a class defined in {names}"
+        package = path.split(".")[0]
+        if package not in {name.split(".")[0] for name in IMPORTED} | sys.stdlib_module_names:
             text += f"; if {package} is yours, trust=[{package}] on the command line or {TRUST}={package} allows it"
         raise ConfigError(text)
+    assert target is not None
     return target
 
 

@@ -14,8 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from lion_lightning.command_line import OVERRIDES_FILE
 from lion_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -112,10 +114,14 @@ def log_config(logger: "Logger | None", config: Mapping[str, Any], run_dir: Path
     Args:
         logger: None for the file alone.
         config: the whole configuration, in plain types.
-        run_dir: where `config.yaml` and the id of an online W&B run are kept.
+        run_dir: where `config.yaml`, the settings of the command line (`overrides.yaml`) and the id of an online W&B
+            run are kept.
     """
     plain = redacted(config)
     OmegaConf.save(OmegaConf.create(plain), run_dir / "config.yaml")
+    if HydraConfig.initialized():
+        given = [redacted_argument(argument) for argument in HydraConfig.get().overrides.task]
+        OmegaConf.save(OmegaConf.create(given), run_dir / OVERRIDES_FILE)
     if logger is None:
         return
     given = sys.argv

@@ -91,7 +91,8 @@ class Throughput(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         flops = getattr(pl_module, "flops_per_sample", None)
         if flops is not None:
-            self._flops_per_sample, self._tokens_per_sample = flops(), pl_module.tokens_per_sample() or 0  # type: ignore[operator]
+            self._flops_per_sample = flops()
+            self._tokens_per_sample = getattr(pl_module, "tokens_per_sample", int)() or 0
             self._peak_flops = peak_flops(trainer.strategy.root_device, str(trainer.precision))
         self._began = self._mark = time.perf_counter()
 

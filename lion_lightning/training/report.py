@@ -12,8 +12,10 @@ import lightning.pytorch as pl
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from lion_lightning.command_line import command_name, typed
 from lion_lightning.training.checkpoint.files import weights_of, with_names_of
@@ -38,8 +40,8 @@ def show(console: Console, title: str, lines: Mapping[str, str]) -> None:
     table.add_column(overflow="fold")
     width = console.width - max(map(len, lines)) - BORDERS
     for name, value in lines.items():
-        table.add_row(name, " ".join(_in_pieces(word, width) for word in value.split(" ")))
-    console.print(Panel(table, title=title, title_align="left", expand=False), highlight=False)
+        table.add_row(name, Text(" ".join(_in_pieces(word, width) for word in value.split(" "))))
+    console.print(Panel(table, title=escape(title), title_align="left", expand=False), highlight=False)
 
 
 def _in_pieces(word: str, width: int) -> str:

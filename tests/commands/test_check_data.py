@@ -1,4 +1,4 @@
-"""The account of data that scripts/check_data.py prints without training."""
+"""The account of data that lion-check-data prints without training."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""scripts/compare.py on what people have: good runs, one run, unlike runs, killed and broken ones, nothing."""
+"""lion-compare on what people have: good runs, one run, unlike runs, killed and broken ones, nothing."""
 
 import os
 import subprocess

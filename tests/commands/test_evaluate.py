@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -63,16 +64,10 @@ def test_eval_on_the_command_line_takes_the_runs_configuration(
     digits: tuple[Path, float], root: Path, tmp_path: Path
 ) -> None:
     folder, best = digits
-    command = [sys.executable, str(root / "train.py"), "mode=eval", f"ckpt={folder}", "data.batch_size=7"]
-    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    answer = evaluated(root, tmp_path, f"ckpt={folder}")
     assert answer.returncode == 0, answer.stderr
     (kept,) = tmp_path.glob("outputs/eval/*/eval.json")
     assert json.loads(kept.read_text())["val/top1"] == pytest.approx(best)
-    other = subprocess.run(
-        [*command, "recipe=bert_mlm"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert other.returncode == 2
-    assert other.stderr.strip().splitlines()[-1].startswith("error: recipe=bert_mlm: ckpt=")
 
 
 def test_every_file_of_a_folder_is_predicted_or_told(
@@ -104,16 +99,24 @@ def test_texts_of_every_format_are_predicted_in_order(
     compose: Compose, masked: Path, tmp_path: Path, ending: str
 ) -> None:
     texts = [f"the {'[MASK]' if n % 5 else 'cat'} number {n} sat on [MASK]" for n in range(70)]
-    texts[3], texts[4] = "no mask", ""
-    table, file = Dataset.from_dict({"text": texts}), tmp_path / f"texts.{ending}"
+    texts[3], texts[4], file = "no mask", "", tmp_path / f"texts.{ending}"
+    texts[5] = "cat " * 600 + "[MASK]"
+    if ending != "txt":  # words that another reader takes for a missing value
+        texts[6] = "NA"
+    table = Dataset.from_dict({"text": texts})
     if ending == "txt":
         file.write_text("\n".join(texts))
     else:
         {"csv": table.to_csv, "jsonl": table.to_json, "parquet": table.to_parquet}[ending](str(file))  # type: ignore[operator]
-    assert predict(compose(f"ckpt={masked}", f"input={file}", f"run_dir={tmp_path}")) == pytest.approx(68 / 70)
+    share = predict(compose(f"ckpt={masked}", f"input={file}", f"run_dir={tmp_path}"))
     rows = rows_of(tmp_path)
-    assert [row["error"] for row in rows if "error" in row] == ["has no [MASK]", "row 5 has no text"]
-    assert [row["input"] for row in rows if "fills" in row] == [text for text in texts if "[MASK]" in text]
+    told = ["has no [MASK]", "row 5 has no text", "is longer than 32 tokens, and a [MASK] is cut off"]
+    told += ["has no [MASK]"] * (ending != "txt")
+    assert [row["error"] for row in rows if "error" in row] == told
+    assert share == pytest.approx((70 - len(told)) / 70)
+    assert [row["input"] for row in rows if "fills" in row] == [
+        text for text in texts if "[MASK]" in text and len(text) < 100
+    ]
     assert all(len(row["fills"]) == row["input"].count("[MASK]") for row in rows if "fills" in row)
 
 
@@ -132,12 +135,12 @@ def test_one_text_is_predicted_too(compose: Compose, masked: Path, tmp_path: Pat
         (["ckpt=/nowhere"], "ckpt=/nowhere: there is no such"),
         (["ckpt=https://host/x.ckpt"], "not a URL"),
         (["ckpt={folder}"], "holds no run"),
-        (["ckpt={folder}/damaged.ckpt"], "damaged.ckpt"),
+        (["ckpt={folder}/damaged.ckpt", "input={folder}/texts.txt"], "damaged.ckpt"),
         (["ckpt={run}"], "needs input=PATH"),
         (["ckpt={run}", "input=/nowhere"], "input=/nowhere: there is no such"),
         (["ckpt={run}", "input={folder}/texts.pdf"], r"\.txt, \.csv"),
         (["ckpt={run}", "input={folder}/other.csv"], "no column text; there are a, b"),
-        (["ckpt={run}", "input={folder}/torn.parquet"], "cannot be read"),
+        (["ckpt={run}", "input={folder}/torn.parquet"], "torn.parquet"),
     ],
 )
 def test_what_cannot_be_predicted_is_one_error(
@@ -145,6 +148,7 @@ def test_what_cannot_be_predicted_is_one_error(
 ) -> None:
     (tmp_path / "damaged.ckpt").write_bytes(b"no checkpoint")
     (tmp_path / "texts.pdf").write_bytes(b"%PDF")
+    (tmp_path / "texts.txt").write_text("the [MASK]")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
     given = [setting.format(folder=tmp_path, run=masked) for setting in settings]
@@ -162,3 +166,120 @@ def test_a_checkpoint_of_another_model_is_refused(compose: Compose, digits: tupl
     os.link(digits[0] / "config.yaml", folder / "config.yaml")
     with pytest.raises(ConfigError, match=r"ckpt=.*does not fit"):
         evaluate(compose(f"ckpt={folder}", f"run_dir={tmp_path}"))
+
+
+def evaluated(root: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(root / "train.py"), "mode=eval", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def pictures(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A run of the command line on a folder of pictures, whose path another key refers to; and its settings."""
+    folder = tmp_path_factory.mktemp("pictures")
+    draw = np.random.default_rng(0)
+    for place in ("first", "second"):
+        for number in range(60):
+            target = folder / place / ("dark", "light")[number % 2]
+            target.mkdir(parents=True, exist_ok=True)
+            level = 200 * (number % 2)
+            pixels = draw.integers(level, level + 50, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(target / f"{number}.png")
+    settings = ["recipe=image_classification", "data=image_files", "data.path=first", "data.image_size=8"]
+    settings += ["data.limit_train_samples=40", "data.batch_size=8"]
+    more = ["trainer.max_steps=4", "trainer.val_check_interval=2", "logger=none", "run_dir=run"]
+    command = [sys.executable, str(root / "train.py"), *settings, *more]
+    answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    assert answer.returncode == 0, answer.stderr
+    return folder, settings
+
+
+def test_a_new_path_reaches_every_key_that_refers_to_it(pictures: tuple[Path, list[str]], root: Path) -> None:
+    folder, _ = pictures
+    answer = evaluated(root, folder, "ckpt=run", "data.path=nowhere")
+    assert answer.returncode == 2
+    assert "data.path=nowhere" in answer.stderr
+    answer = evaluated(
+        root, folder, "ckpt=run", "data.path=second", "data.limit_train_samples=null", "--config-dir", "."
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "on image_files" in answer.stdout
+    other = evaluated(root, folder, "ckpt=run", "recipe=cifar10")
+    assert other.returncode == 2
+    assert "error: recipe=cifar10: ckpt=" in other.stderr
+
+
+def test_settings_of_a_run_without_its_command_line_cannot_change(pictures: tuple[Path, list[str]], root: Path) -> None:
+    folder, _ = pictures
+    (folder / "run" / "overrides.yaml").rename(folder / "run" / "away.yaml")
+    try:
+        answer = evaluated(root, folder, "ckpt=run", "data.batch_size=4")
+        assert answer.returncode == 2
+        assert "data.batch_size=4: " in answer.stderr
+        assert "lacks overrides.yaml" in answer.stderr
+        assert evaluated(root, folder, "ckpt=run").returncode == 0
+    finally:
+        (folder / "run" / "away.yaml").rename(folder / "run" / "overrides.yaml")
+
+
+def test_data_with_other_classes_is_refused(pictures: tuple[Path, list[str]], root: Path) -> None:
+    folder, _ = pictures
+    (folder / "second" / "dark").rename(folder / "second" / "dusky")
+    try:
+        answer = evaluated(root, folder, "ckpt=run", "data.path=second")
+        assert answer.returncode == 2
+        assert "other classes than the run had" in answer.stderr
+    finally:
+        (folder / "second" / "dusky").rename(folder / "second" / "dark")
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [("[1, 2]", "is not the configuration of a run"), ("a: [", "cannot be read"), ("a: 1", "is not the configuration")],
+)
+def test_a_foreign_configuration_is_one_line(
+    compose: Compose, digits: tuple[Path, float], tmp_path: Path, damage: str, told: str
+) -> None:
+    (tmp_path / "config.yaml").write_text(damage)
+    os.link(digits[0] / "checkpoints" / "best.ckpt", tmp_path / "best.ckpt")
+    with pytest.raises(ConfigError, match=told):
+        evaluate(compose(f"ckpt={tmp_path / 'best.ckpt'}", f"run_dir={tmp_path}"))
+
+
+def test_a_checkpoint_far_from_its_run_asks_for_the_run(
+    compose: Compose, digits: tuple[Path, float], tmp_path: Path
+) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    os.link(digits[0] / "checkpoints" / "best.ckpt", tmp_path / "a" / "b" / "best.ckpt")
+    with pytest.raises(ConfigError, match="give the folder of its run"):
+        evaluate(compose(f"ckpt={tmp_path / 'a' / 'b' / 'best.ckpt'}", f"run_dir={tmp_path}"))
+
+
+def test_code_beside_an_export_is_never_run(compose: Compose, masked: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    shutil.copytree(masked / "export", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.update(model_type="own", auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForMaskedLM": "own.Own"})
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (tmp_path / "t.txt").write_text("the [MASK] sat")
+    with pytest.raises(ConfigError, match="no export that can be opened"):
+        predict(compose(f"ckpt={folder}", f"input={tmp_path / 't.txt'}", f"run_dir={tmp_path}"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_brackets_in_a_text_are_shown_as_they_are(
+    compose: Compose, masked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "[a].txt"
+    file.write_text("[/quote] the [red] cat [MASK]")
+    assert predict(compose(f"ckpt={masked}", f"input='{file}'", f"run_dir={tmp_path}")) == 1
+    assert "[/quote] the [red] cat [MASK]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["ckpt", "input"])
+def test_settings_of_another_mode_do_not_start_a_training(root: Path, tmp_path: Path, name: str) -> None:
+    command = [sys.executable, str(root / "train.py"), f"{name}=RUN"]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert answer.returncode == 2
+    assert f"{name}=RUN belongs to mode=eval" in answer.stderr

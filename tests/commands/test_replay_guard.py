@@ -1,4 +1,4 @@
-"""scripts/replay_guard.py on a run with real faults: its own rules see what they saw then, others see other things."""
+"""lion-replay-guard on a run with real faults: its own rules see what they saw then, others see other things."""
 
 import shutil
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""scripts/tune.py on a made-up loss: equal budgets, searches that go on, winners that compose, an honest map."""
+"""lion-tune on a made-up loss: equal budgets, searches that go on, winners that compose, an honest map."""
 
 import math
 import sys

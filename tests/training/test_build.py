@@ -21,6 +21,13 @@ from lion_lightning.training.build import instantiate
 MASKING = "lion_lightning.recipes.bert_mlm.masking.Masking"
 
 
+@pytest.fixture(autouse=True)
+def no_memory_of_trust() -> Iterator[None]:
+    trusted.cache_clear()
+    yield
+    trusted.cache_clear()
+
+
 @pytest.fixture
 def aliases() -> Iterator[None]:
     """Dangerous functions under a name inside an allowed module, as an import there would leave them."""
@@ -159,6 +166,9 @@ def test_a_trusted_package_is_built_and_the_refusal_names_the_way(
         instantiate({"_target_": "own_things.Thing"})
     assert "own_things" not in sys.modules, "imported before it was trusted"
     monkeypatch.setenv(TRUST, "own_things")
+    with pytest.raises(ConfigError, match="not allowed"):
+        instantiate({"_target_": "own_things.Thing"})  # a configuration that sets the variable comes too late
+    trusted.cache_clear()
     assert instantiate({"_target_": "own_things.Thing", "size": 3}).size == 3
     with pytest.raises(ConfigError, match="not allowed"):
         instantiate({"_target_": "own_things.rmtree", "path": str(tmp_path)})
@@ -182,11 +192,47 @@ def test_trust_comes_from_the_command_line_and_never_from_a_configuration(
     cfg = OmegaConf.create({"trust": ["own_parts"], "part": {"_target_": "own_parts.Thing"}})
     with pytest.raises(ConfigError, match="not allowed"):
         instantiate(cfg.part)
-    assert take_trusted(["seed=2", "trust=[own_parts, other]", "optim=lion"]) == ["seed=2", "optim=lion"]
+    assert take_trusted(["seed=2", "++trust=[own_parts, other]", "optim=lion"]) == ["seed=2", "optim=lion"]
     assert trusted() == ("own_parts", "other")
     assert instantiate(cfg.part).size == 1
     with pytest.raises(ConfigError, match=r"trust=/tmp/x: not the name of a Python package"):
         take_trusted(["trust=/tmp/x"])
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "lion_lightning.command_line.take_trusted",
+        "lion_lightning.commands.evaluate._existing",
+        "lion_lightning.training.checkpoint.files._remove",
+        "lion_lightning.training.checkpoint.files.remove_marked",
+        "lion_lightning.optim.kernels.compile_cpu.compile_library",
+        "lion_lightning.recipes.image_classification.images.save",
+        "lion_lightning.examples.own_project.sines.optimizer.SignMomentum",
+        "lion_lightning.scripts.make_environment.main",
+        "lion_lightning.lion_lightning.optim.Lion",
+        "lion_lightning.outputs.run.file.Thing",
+    ],
+)
+def test_our_own_functions_and_folders_are_no_targets(target: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not allowed|cannot be imported"):
+        instantiate({"_target_": target})
+
+
+def test_a_configuration_cannot_grant_itself_trust(tmp_path: Path) -> None:
+    """Arguments are built before the call, so a nested node could have prepared the next one."""
+    grant = {"_target_": "lion_lightning.command_line.take_trusted", "arguments": ["trust=[subprocess]"]}
+    run = {"_target_": "subprocess.run", "args": ["touch", str(tmp_path / "made")]}
+    with pytest.raises(ConfigError, match="not allowed"):
+        instantiate({"_target_": "torch.nn.Sequential", "a": grant, "b": run})
+    assert not (tmp_path / "made").exists()
+    assert trusted() == ()
+
+
+def test_only_the_recipes_and_the_configuration_are_found_beside_the_package() -> None:
+    for name in ("scripts", "examples", "tests", "train"):
+        with pytest.raises(ImportError):
+            importlib.import_module(f"lion_lightning.{name}")
 
 
 def test_targets_of_saved_configurations_still_resolve() -> None:
