@@ -52,7 +52,7 @@ class Row:
 
 @functools.cache
 def clean_loss(optimizer: object, guarded: bool, seed: int) -> float:
-    return train(seed, LionGuard(warmup_steps=None) if guarded else None, optimizer=optimizer).loss
+    return train(seed, LionGuard() if guarded else None, optimizer=optimizer).loss
 
 
 def measure(arguments: tuple[int, int]) -> tuple[int, float, float, int | None, bool]:
@@ -84,13 +84,13 @@ def report(seeds: list[int], workers: int) -> list[Row]:
 
 
 def draw(path: Path, seed: int) -> None:
-    """Training loss of a run that one outlier hits: without the guard and its warm-up, with it, with its gate off."""
+    """Training loss of a run that one outlier hits: without the guard, with it, with its gate off."""
     case = next(case for case in CASES if case.name == "gradient x1e5")
     runs: dict[str, tuple[Outcome, str, float]] = {
-        "no fault, guard": (train(seed, LionGuard(warmup_steps=None)), "#cfd4d8", 5.0),
+        "no fault, guard": (train(seed, LionGuard()), "#cfd4d8", 5.0),
         "no guard": (train(seed, None, case.inject()), "#c0392b", 1.6),
         "guard, gate off: momentum zeroed": (train(seed, LionGuard(gate=False), case.inject()), "#e08e0b", 1.6),
-        "guard: step clipped": (train(seed, LionGuard(warmup_steps=None), case.inject()), "#2471a3", 1.2),
+        "guard: step clipped": (train(seed, LionGuard(), case.inject()), "#2471a3", 1.2),
     }
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for label, (outcome, color, width) in runs.items():

@@ -15,7 +15,9 @@ from typing import Any, cast
 import hydra
 import rich
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
@@ -200,8 +202,13 @@ def _composed(overrides: list[str]) -> dict[str, Any]:
     """What a command line means, in plain types and without what Hydra knows of its own process."""
     folders = [source for source in HydraConfig.get().runtime.config_sources if source.provider == "command-line"]
     more = [f"hydra.searchpath=[{','.join(f'file://{source.path}' for source in folders)}]"] if folders else []
-    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        cfg = hydra.compose("train", [*overrides, *more, "run_dir=none"])
+    ours = get_gh_backup()  # Hydra has one instance in a process, and that is the one of this command line
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+            cfg = hydra.compose("train", [*overrides, *more, "run_dir=none"])
+    finally:
+        restore_gh_from_backup(ours)
     return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
 
 

@@ -15,7 +15,7 @@ AT_MOST_LATE_STEPS = 15
 
 @cache
 def clean(optimizer: MakeOptimizer | None, guarded: bool) -> Outcome:
-    return train(SEED, LionGuard(warmup_steps=None) if guarded else None, optimizer=optimizer)
+    return train(SEED, LionGuard() if guarded else None, optimizer=optimizer)
 
 
 @pytest.mark.slow
