@@ -7,12 +7,18 @@ Prints the step of either kind, and the difference: that of the mean steps of ne
 quartiles over all pairs. A machine's speed drifts by more than the guard costs, but little from one block to the next.
 Everything else is the same: one process, one model, one optimizer. Without the guard means: none of its methods called,
 none of its hooks on the optimizer. The aim: under 1 % of a step of bert_mini and of a ResNet-18 on CIFAR-10.
+
+`--inside` profiles a run instead (cProfile) and prints the time between entering and leaving the guard's functions. On
+a CPU, where nothing is asynchronous, that is what it costs, but for caches; the profiler makes it an upper bound.
 """
 
 import argparse
+import cProfile
+import pstats
 import statistics
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,6 +29,7 @@ from typing_extensions import override
 
 from lion_lightning import LionGuard
 from lion_lightning.__main__ import CONFIG_FOLDER
+from lion_lightning.guard import preflight
 from lion_lightning.training.build import build_data, build_module, settle_precision
 
 SKIPPED_BLOCKS = 2
@@ -76,14 +83,52 @@ def measure(overrides: list[str], block_steps: int = 20, blocks: int = 16) -> di
         cfg = compose("train", [*overrides, f"run_dir={folder}", f"trainer.max_steps={steps}"])
         settle_precision(cfg)
         pl.seed_everything(cfg.seed, verbose=False)
-        return _fit(cfg, steps, block_steps)
+        guard = AlternatingGuard(block_steps)
+        _fit(cfg, steps, guard)
+    return guard.times
 
 
-def _fit(cfg: DictConfig, steps: int, block_steps: int) -> dict[int, list[float]]:
+def inside(overrides: list[str], steps: int) -> tuple[float, float]:
+    """Seconds of a step, and those of it that are spent in the guard."""
+    with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        cfg = compose("train", [*overrides, f"run_dir={folder}", f"trainer.max_steps={steps}"])
+        settle_precision(cfg)
+        pl.seed_everything(cfg.seed, verbose=False)
+        clock = Clock(cProfile.Profile())
+        _fit(cfg, steps, LionGuard(warmup_steps=0), clock)
+    folder_of_guard = str(Path(preflight.__file__).parent)
+    spent = 0.0
+    for (file, *_), (*_, callers) in pstats.Stats(clock.profile).stats.items():  # type: ignore[attr-defined]
+        if file.startswith(folder_of_guard):
+            outside = [times for (caller, *_), times in callers.items() if not caller.startswith(folder_of_guard)]
+            spent += sum(cumulative for _, _, _, cumulative in outside)
+    return clock.seconds / (steps - clock.SKIPPED), spent / (steps - clock.SKIPPED)
+
+
+class Clock(pl.Callback):
+    """Profiles a run from its third step on."""
+
+    SKIPPED = 2
+
+    def __init__(self, profile: cProfile.Profile) -> None:
+        self.profile, self.seconds = profile, 0.0
+
+    @override
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.SKIPPED:
+            self.seconds = -time.perf_counter()
+            self.profile.enable()
+
+    @override
+    def on_train_end(self, *_: Any) -> None:
+        self.profile.disable()
+        self.seconds += time.perf_counter()
+
+
+def _fit(cfg: DictConfig, steps: int, *callbacks: pl.Callback) -> None:
     data = build_data(cfg)
     with open_dict(cfg):
         module = build_module(cfg, data)
-    guard = AlternatingGuard(block_steps)
     trainer = pl.Trainer(
         accelerator=cfg.trainer.accelerator,
         devices=1,
@@ -95,10 +140,9 @@ def _fit(cfg: DictConfig, steps: int, block_steps: int) -> dict[int, list[float]
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[guard],
+        callbacks=list(callbacks),
     )
     trainer.fit(module, datamodule=data)
-    return guard.times
 
 
 def main() -> None:
@@ -106,7 +150,16 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", default=["recipe=image_classification"], help="as for train.py")
     parser.add_argument("--block-steps", type=int, default=20, help="steps of a block (default 20)")
     parser.add_argument("--blocks", type=int, default=16, help="blocks (default 16)")
+    parser.add_argument("--inside", action="store_true", help="profile the guard's functions instead")
     options = parser.parse_args()
+    if options.inside:
+        step, spent = inside(options.overrides, options.block_steps * options.blocks)
+        print(
+            f"{' '.join(options.overrides)}: {1000 * step:.3f} ms a step, {1000 * spent:.3f} ms of it in the guard, ",
+            end="",
+        )
+        print(f"{spent / step:.2%} ({torch.get_num_threads()} threads, {options.block_steps * options.blocks} steps)")
+        return
     times = measure(options.overrides, options.block_steps, options.blocks)
     means = {block: 1000 * statistics.fmean(steps) for block, steps in times.items()}
     pairs = [(means[block], means[block + 1]) for block in means if block % 2 == 0 and block + 1 in means]
