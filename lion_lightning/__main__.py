@@ -23,6 +23,8 @@ from lion_lightning.errors import ConfigError
 from lion_lightning.training.logging_setup import refuse_secrets_of_a_sweep
 
 EXIT_USAGE = 2
+OF_EVALUATION = ("mode", "ckpt", "input", "run_dir", "hydra")
+"""Settings of `mode=eval` and `mode=predict` that change nothing of the run."""
 BUSY = 1.5  # load per core
 UNWRITABLE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR
@@ -92,7 +94,11 @@ def main() -> None:
         given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
         more = []
         is_training = given.get("mode", "train") == "train"
-        if not is_training and "ckpt" in given:  # what its run was told comes first, so that its groups are chosen
+        settings = [word for word in sys.argv[1:] if word[:1] == "~" or ("=" in word and word[:1] != "-")]
+        names = [word.lstrip("+~").partition("=")[0].split(".")[0] for word in settings]
+        changes = [name for name in names if name not in OF_EVALUATION]
+        if not is_training and "ckpt" in given and changes:
+            # What the run was told comes first, so that its groups are chosen.
             more += [word for word in overrides_of(given["ckpt"]) or [] if word.partition("=")[0] not in given]
         folder = given.get("run_dir") or (None if is_training else "outputs/${mode}/${run_stamp:}")
         if folder and "hydra.run.dir" not in given:  # Hydra's log goes there too, and it makes no folder

@@ -24,7 +24,7 @@ from PIL import Image
 from transformers import AutoConfig, pipeline
 from yaml import YAMLError
 
-from lion_lightning.__main__ import CONFIG_FOLDER
+from lion_lightning.__main__ import CONFIG_FOLDER, OF_EVALUATION
 from lion_lightning.command_line import OVERRIDES_FILE, overrides_of
 from lion_lightning.errors import ConfigError
 from lion_lightning.recipes.files import conversion_of, is_hidden, list_files, one_line
@@ -44,8 +44,6 @@ TASKS = {
     "ForImageClassification": "image-classification",
     "ForSequenceClassification": "text-classification",
 }
-OF_THE_MODE = ("mode", "ckpt", "input", "run_dir", "hydra")
-"""Settings of the evaluation, which are not compared with those of the run."""
 Row = dict[str, Any]
 Input = tuple[Row, Any, str]
 """The row that it begins, what the model takes, and why it cannot be used: empty if it can."""
@@ -178,7 +176,7 @@ def _configuration_of(place: Path, cfg: DictConfig) -> DictConfig:
     if not isinstance(own, DictConfig) or not {"recipe", "data", "model", "trainer", "optim"} <= own.keys():
         raise ConfigError(f"{file} is not the configuration of a run of lion_lightning")
     given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    given = [word for word in given if word.lstrip("+~").partition("=")[0].split(".")[0] not in OF_THE_MODE]
+    given = [word for word in given if word.lstrip("+~").partition("=")[0].split(".")[0] not in OF_EVALUATION]
     kept = overrides_of(str(place))
     if given and given != kept:
         if kept is None:
