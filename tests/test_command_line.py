@@ -77,7 +77,7 @@ def test_keys_have_the_names_of_the_command_line():
 def test_explain_prints_default_and_comment_wherever_a_key_is_set():
     text = explain(["optim.lr", "checkpoint.keep"], CONFIG_FOLDER)
     assert "conf/optim/adamw.yaml: lr: 1e-3  # peak learning rate" in text
-    assert re.search(r"conf/tuned/: 2\d files, each for a recipe and an optimizer", text)
+    assert re.search(r"conf/tuned/: 2\d files, one for each recipe and optimizer", text)
     assert len(text.splitlines()) < 15
     assert "conf/train.yaml: keep: 2  # this many of the latest stay" in text
     assert "weight_decay" not in text

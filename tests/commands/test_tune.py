@@ -115,7 +115,10 @@ def test_each_seed_of_a_trial_is_run_and_the_mean_counts(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("optim", list(SPACES))
-def test_the_winner_composes_and_says_where_it_comes_from(optim: str, tmp_path: Path) -> None:
+def test_the_winner_composes_and_says_where_it_comes_from(
+    optim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/lion-tune"])
     seen: Runs = []
 
     def run(cfg: DictConfig, callbacks: object = ()) -> float:
@@ -132,9 +135,8 @@ def test_the_winner_composes_and_says_where_it_comes_from(optim: str, tmp_path: 
     assert text.startswith(
         "# @package _global_\n# image_classification, digits, vit_micro, batch 64, 100 steps, seed 1"
     )
-    assert "python scripts/tune.py recipe=image_classification trainer.max_steps=100" in " ".join(
-        text.replace("\n#", "").split()
-    )
+    command = f"lion-tune recipe=image_classification trainer.max_steps=100 --optim {optim}"
+    assert command in " ".join(text.replace("\n#", "").split())
     assert max(map(len, text.splitlines())) <= 120
     assert all(" # " in line for line in text.splitlines() if line.startswith("  "))
 

@@ -570,6 +570,7 @@ def test_a_step_refuses_state_on_another_device(key: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_model_that_moved_after_a_step_is_refused_and_a_load_moves_the_state() -> None:
     param = nn.Parameter(torch.ones(8))
     param.grad = torch.ones_like(param)

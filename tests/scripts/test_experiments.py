@@ -104,5 +104,5 @@ def test_the_page_names_every_experiment() -> None:
     page = (ROOT / "docs" / "experiments.md").read_text()
     for name in EXPERIMENTS:
         assert f"python scripts/experiments.py {name}" in page
-    for script in ("weight_noise.py", "sign_cosine.py", "tune.py", "compare.py"):
-        assert f"python scripts/{script}" in page
+    for command in ("python scripts/weight_noise.py", "python scripts/sign_cosine.py", "lion-tune", "lion-compare"):
+        assert command in page

@@ -285,7 +285,7 @@ def test_a_resumed_run_ends_bit_equal(go: Any, tmp_path: Path, capsys: pytest.Ca
     def weights(name: str) -> dict[str, torch.Tensor]:
         return torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
-    one = ["model.config.num_hidden_layers=1", "export=false", "schedule=constant"]
+    one = ["model.config.num_hidden_layers=1", "export=false", "schedule=constant", "guard.warmup_steps=2"]
     go(*one, "trainer.max_steps=12", f"run_dir={tmp_path}/whole")
     go(*one, "trainer.max_steps=6", f"run_dir={tmp_path}/parts")
     capsys.readouterr()
