@@ -69,7 +69,7 @@ def test_the_same_data_are_only_told_of_if_that_is_asked():
 @pytest.mark.slow
 def test_all_good_steps_after_a_nan_are_taken():
     outcome = train(SEED, LionGuard(), [NaNBatch([HIT])], steps=HIT + 129)
-    assert outcome.kinds() == ["nonfinite"]
+    assert outcome.kinds() == ["warmup", "nonfinite"]
 
 
 @pytest.mark.slow
