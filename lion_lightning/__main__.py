@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from lion_lightning.command_line import check_arguments, explain, overrides_of, suggestion, take_trusted
+from lion_lightning.command_line import check_arguments, explain, overrides_of, run_folder, suggestion, take_trusted
 from lion_lightning.errors import ConfigError
 from lion_lightning.training.logging_setup import refuse_secrets_of_a_sweep
 
@@ -68,9 +68,13 @@ def runner(cfg: DictConfig) -> Callable[[DictConfig], float]:
         return run
     if mode not in ("eval", "predict"):
         raise ConfigError(f"mode must be train, eval or predict, got {mode!r}")
-    from lion_lightning.commands import evaluate
+    if mode == "eval":
+        from lion_lightning.commands.evaluate import evaluate
 
-    return evaluate.evaluate if mode == "eval" else evaluate.predict
+        return evaluate
+    from lion_lightning.commands.predict import predict
+
+    return predict
 
 
 def main() -> None:
@@ -99,7 +103,8 @@ def main() -> None:
         changes = [name for name in names if name not in OF_EVALUATION]
         if not is_training and "ckpt" in given and changes:
             # What the run was told comes first, so that its groups are chosen.
-            more += [word for word in overrides_of(given["ckpt"]) or [] if word.partition("=")[0] not in given]
+            kept = overrides_of(run_folder(given["ckpt"].strip("'\""))) or []
+            more += [word for word in kept if word.partition("=")[0] not in given]
         folder = given.get("run_dir") or (None if is_training else "outputs/${mode}/${run_stamp:}")
         if folder and "hydra.run.dir" not in given:  # Hydra's log goes there too, and it makes no folder
             more.append(f"hydra.run.dir={folder}")

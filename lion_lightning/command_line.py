@@ -76,19 +76,23 @@ def trusted() -> tuple[str, ...]:
     return tuple(name.strip() for name in os.environ.get(TRUST, "").split(",") if name.strip())
 
 
-def overrides_of(ckpt: str) -> list[str] | None:
-    """The settings that the command line of a checkpoint's run had, without its place; None where they are not kept.
+def run_folder(ckpt: str | Path) -> Path | None:
+    """The folder of the run that `ckpt` means: itself, or the one it lies in; None where no `config.yaml` is kept."""
+    place = Path(ckpt).resolve()
+    return next((folder for folder in (place, *place.parents[:2]) if (folder / "config.yaml").is_file()), None)
+
+
+def overrides_of(folder: Path | None) -> list[str] | None:
+    """The settings that the command line of a run had, without its place; None where they are not kept.
 
     Args:
-        ckpt: the folder of a run, or a checkpoint in it.
+        folder: of the run.
     """
-    place = Path(ckpt.strip("'\"")).resolve()
-    for folder in (place, *place.parents[:2]):
-        if (folder / OVERRIDES_FILE).is_file():
-            kept = OmegaConf.to_container(OmegaConf.load(folder / OVERRIDES_FILE))
-            words = [str(word) for word in kept] if isinstance(kept, list) else []
-            return [word for word in words if not word.startswith(("run_dir=", "resume=", "hydra.", "hydra/"))]
-    return None
+    if folder is None or not (folder / OVERRIDES_FILE).is_file():
+        return None
+    kept = OmegaConf.to_container(OmegaConf.load(folder / OVERRIDES_FILE))
+    words = [str(word) for word in kept] if isinstance(kept, list) else []
+    return [word for word in words if not word.startswith(("run_dir=", "resume=", "hydra.", "hydra/"))]
 
 
 def check_arguments(arguments: Sequence[str], config: Path) -> None:

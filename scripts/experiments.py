@@ -19,8 +19,6 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the modules beside this one
-
 from lion_lightning.__main__ import CONFIG_FOLDER
 from lion_lightning.commands import compare
 from lion_lightning.tracking.runs import Run, find_runs, read_runs

@@ -1,11 +1,12 @@
 """`mode=eval` gives what the run's validation gave; `mode=predict` gives an answer or a reason for every input."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from datasets import Dataset
 from omegaconf import DictConfig
 from PIL import Image
 
-from lion_lightning.commands.evaluate import evaluate, predict
+from lion_lightning.commands.evaluate import evaluate
+from lion_lightning.commands.predict import predict
 from lion_lightning.errors import ConfigError
 from lion_lightning.training.run import run
 
@@ -209,28 +211,32 @@ def test_a_new_path_reaches_every_key_that_refers_to_it(pictures: tuple[Path, li
     assert "error: recipe=cifar10: ckpt=" in other.stderr
 
 
+@contextlib.contextmanager
+def renamed(place: Path, name: str) -> Iterator[None]:
+    """`place` has another name for a while."""
+    moved = place.rename(place.with_name(name))
+    try:
+        yield
+    finally:
+        moved.rename(place)
+
+
 def test_settings_of_a_run_without_its_command_line_cannot_change(pictures: tuple[Path, list[str]], root: Path) -> None:
     folder, _ = pictures
-    (folder / "run" / "overrides.yaml").rename(folder / "run" / "away.yaml")
-    try:
+    with renamed(folder / "run" / "overrides.yaml", "away.yaml"):
         answer = evaluated(root, folder, "ckpt=run", "data.batch_size=4")
         assert answer.returncode == 2
         assert "data.batch_size=4: " in answer.stderr
         assert "lacks overrides.yaml" in answer.stderr
         assert evaluated(root, folder, "ckpt=run").returncode == 0
-    finally:
-        (folder / "run" / "away.yaml").rename(folder / "run" / "overrides.yaml")
 
 
 def test_data_with_other_classes_is_refused(pictures: tuple[Path, list[str]], root: Path) -> None:
     folder, _ = pictures
-    (folder / "second" / "dark").rename(folder / "second" / "dusky")
-    try:
+    with renamed(folder / "second" / "dark", "dusky"):
         answer = evaluated(root, folder, "ckpt=run", "data.path=second")
         assert answer.returncode == 2
         assert "other classes than the run had" in answer.stderr
-    finally:
-        (folder / "second" / "dusky").rename(folder / "second" / "dark")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,204 @@
+"""`mode=predict`: what a trained model says of texts or pictures of one's own."""
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import rich
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+from transformers import AutoConfig, pipeline
+
+from lion_lightning.commands.evaluate import checkpoint_at, configuration_of, folder_of, is_export, trained
+from lion_lightning.errors import ConfigError
+from lion_lightning.recipes.files import conversion_of, is_hidden, list_files, one_line
+from lion_lightning.recipes.image_classification.images import read
+from lion_lightning.recipes.tables import READERS, Columns, columns_of, read_table, suffix_of
+from lion_lightning.training import build
+from lion_lightning.training.logging_setup import quiet_libraries
+from lion_lightning.training.report import near, show
+
+BATCH = 32  # inputs that are predicted at once
+CHOICES = 5  # likeliest answers that are kept of each
+SHOWN = 5  # predictions on the screen
+TASKS = {
+    "ForMaskedLM": "fill-mask",
+    "ForImageClassification": "image-classification",
+    "ForSequenceClassification": "text-classification",
+}
+Row = dict[str, Any]
+Input = tuple[Row, Any, str]
+"""The row that it begins, what the model takes, and why it cannot be used: empty if it can."""
+
+
+def predict(cfg: DictConfig) -> float:
+    """Predict what `input` holds, a line of `run_dir/predictions.jsonl` each; returns the share that could be used.
+
+    A Hugging Face pipeline predicts from the export, whose answers are those of validation (`tests/recipes`). Nothing
+    that comes with the model is run as code.
+
+    Args:
+        cfg: with `ckpt`, the folder of a run, a checkpoint or an export, and `input`: a `.txt` file with a text a line,
+            a table (`.csv`, `.tsv`, `.jsonl`, `.parquet`) with a column `text`, for text classification perhaps
+            `text_pair`, a picture, or a folder of pictures.
+
+    Raises:
+        ConfigError: there is no such checkpoint or input, or it is none of these.
+    """
+    if build.started_by_launcher():
+        raise ConfigError("mode=predict runs in one process; start it without torchrun or srun")
+    quiet_libraries()
+    place, source = checkpoint_at(cfg.ckpt), _existing(cfg.input)
+    with tempfile.TemporaryDirectory(prefix="lion_lightning-export-") as temporary:
+        folder = place if is_export(place) else _export_of(place, cfg, Path(temporary))
+        model, task = _pipeline(folder, cfg)
+        inputs = _pictures(source) if task == "image-classification" else _texts(source, task)
+        kept = Path(cfg.run_dir) / "predictions.jsonl"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        answered: list[Row] = []
+        failed: list[Row] = []
+        total = {True: 0, False: 0}
+        with kept.open("w", encoding="utf-8") as written:
+            while batch := list(islice(inputs, BATCH)):
+                for row in _predicted(model, batch, task):
+                    written.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    total["error" in row] += 1
+                    (failed if "error" in row else answered).append(row)
+                del answered[SHOWN:], failed[SHOWN:]
+    count = sum(total.values())
+    if not count:
+        kept.unlink()
+        raise ConfigError(f"input={cfg.input}: there is nothing in it")
+    lines = {"inputs": f"{count}: {total[False]} predicted, {total[True]} could not be used"}
+    for number, row in enumerate(answered, 1):
+        lines[f"prediction {number}"] = f"{row['input']} -> {_words(row)}"
+    for number, row in enumerate(failed, 1):
+        lines[f"not used {number}"] = f"{row['input']}: {row['error']}".removeprefix(": ")
+    show(rich.get_console(), f"{near(place)} on {cfg.input}", {**lines, "kept in": near(kept)})
+    return total[False] / count
+
+
+def _export_of(place: Path, cfg: DictConfig, temporary: Path) -> Path:
+    """The export of the run, if it is of this checkpoint, else a new one in `temporary`, which needs the data."""
+    export = folder_of(place) / "export"
+    weights = export / "model.safetensors"
+    is_best = place.name == "best.ckpt" and is_export(export) and weights.is_file()
+    if is_best and weights.stat().st_mtime >= place.stat().st_mtime:
+        return export
+    module = trained(place, configuration_of(place, cfg))[0]
+    if not hasattr(module, "export"):
+        raise ConfigError(
+            f"ckpt={place}: {type(module).__name__} has no export(folder, card), which mode=predict needs"
+        )
+    module.export(temporary, "")
+    return temporary
+
+
+def _pipeline(folder: Path, cfg: DictConfig) -> tuple[Any, str]:
+    """The pipeline of an export, and its task."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        architecture = (config.architectures or ["none"])[0]
+        task = next((task for ending, task in TASKS.items() if architecture.endswith(ending)), None)
+        if task is None:
+            raise ConfigError(f"ckpt={cfg.ckpt}: {architecture} is none of {', '.join(TASKS)}")
+        device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
+        return pipeline(cast(Any, task), model=str(folder), device=device, trust_remote_code=False), task
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"ckpt={folder} is no export that can be opened: {one_line(error)}") from error
+
+
+def _texts(file: Path, task: str) -> Iterator[Input]:
+    if not file.is_file() or (suffix_of(file) not in READERS and file.suffix.lower() != ".txt"):
+        raise ConfigError(f"input={file}: texts are a file that ends in .txt, {', '.join(READERS)}")
+    if file.suffix.lower() == ".txt":
+        try:
+            pairs: Iterator[tuple[Any, Any]] = ((line, None) for line in file.read_text(encoding="utf-8").splitlines())
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"input={file} is not UTF-8; {conversion_of(file)}") from error
+    else:
+        try:
+            header = columns_of(file)
+        except (ValueError, OSError, EOFError) as error:
+            raise ConfigError(f"input={file} cannot be read: {one_line(error)}") from error
+        if "text" not in header:
+            raise ConfigError(f"input={file}: there is no column text; there are {', '.join(map(str, header))}")
+        second = "text_pair" if "text_pair" in header and task == "text-classification" else None
+        pairs = ((row.text, row.second) for row in read_table(file, Columns("text", "text", second), by_name=False))
+    return _usable_texts(pairs)
+
+
+def _usable_texts(pairs: Iterator[tuple[Any, Any]]) -> Iterator[Input]:
+    for number, (text, pair) in enumerate(pairs, 1):
+        row = {"input": "" if text is None else str(text)}
+        if not row["input"].strip():
+            yield row, None, f"row {number} has no text"
+        elif pair is None:
+            yield row, row["input"], ""
+        else:
+            yield {**row, "pair": str(pair)}, {"text": row["input"], "text_pair": str(pair)}, ""
+
+
+def _pictures(root: Path) -> Iterator[Input]:
+    found = [file for file in list_files(root) if not is_hidden(file, root)] if root.is_dir() else [root]
+    for file in found:
+        try:
+            yield {"input": str(file)}, read({"bytes": None, "path": str(file)}), ""
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            yield {"input": str(file)}, None, one_line(error)
+
+
+def _existing(place: str | None) -> Path:
+    if place is None:
+        raise ConfigError("mode=predict needs input=PATH: a file with texts, a picture, or a folder of pictures")
+    if not Path(place).exists():
+        raise ConfigError(f"input={place}: there is no such file or folder")
+    return Path(place)
+
+
+def _predicted(model: Any, batch: Sequence[Input], task: str) -> Iterator[Row]:
+    """A row for each input of a batch, in order; the usable ones go through the pipeline together."""
+    if task == "fill-mask":
+        batch = [(row, value, why or _masks_lost(model.tokenizer, value)) for row, value, why in batch]
+    usable = [value for _, value, why in batch if not why]
+    options: Row = {"top_k": CHOICES}
+    if task == "fill-mask":
+        options["tokenizer_kwargs"] = {"truncation": True}
+    if task == "text-classification":
+        options["truncation"] = True
+    found = model(usable, batch_size=BATCH, **options) if usable else []
+    answers = iter([found] if task == "fill-mask" and len(usable) == 1 else found)  # it unpacks a list of one
+    for row, _, why in batch:
+        if why:
+            yield {**row, "error": why}
+            continue
+        answer = next(answers)
+        if task == "fill-mask":
+            masks = answer if isinstance(answer[0], list) else [answer]
+            yield {**row, "fills": [[(one["token_str"], one["score"]) for one in mask] for mask in masks]}
+        elif model.model.config.num_labels == 1:
+            yield {**row, "value": answer[0]["score"]}
+        else:
+            top = [(one["label"], one["score"]) for one in answer]
+            yield {**row, "label": top[0][0], "score": top[0][1], "top": top}
+
+
+def _masks_lost(tokenizer: Any, text: str) -> str:
+    """Why a text cannot be filled in: it has no mask, or one that is cut off; empty if it can."""
+    mask, written = tokenizer.mask_token, text.count(tokenizer.mask_token)
+    if not written:
+        return f"has no {mask}"
+    left = tokenizer(text, truncation=True)["input_ids"].count(tokenizer.mask_token_id)
+    return f"is longer than {tokenizer.model_max_length} tokens, and a {mask} is cut off" if left < written else ""
+
+
+def _words(row: Row) -> str:
+    if "fills" in row:
+        return "; ".join(", ".join(f"{word} {score:.0%}" for word, score in mask[:3]) for mask in row["fills"])
+    return f"{row['value']:.4g}" if "value" in row else f"{row['label']} {row['score']:.0%}"
