@@ -45,7 +45,8 @@ EXIT_USAGE = 2
 # The winners of an installed package go to the user's own conf/, under names that its conf/tuned does not have.
 PREFIX = "own_" if CONFIG_FOLDER.parent == Path(__file__).resolve().parents[1] else ""
 SQLITE = "sqlite:///"
-RANDOM_TRIALS = 8  # before TPE starts to choose, and before a trial can be ended early
+RANDOM_TRIALS = 8  # before TPE starts to choose
+WHOLE_TRIALS = 4  # before a trial can be ended early
 EDGE_SHARE = 0.25  # of the trials, the last ones, which look beyond a winner at the edge of what was tried
 FIRST_RUNG = 0.4  # share of the run; as long as the longest warm-up of the spaces
 HELD_OUT_EVERY, NEIGHBOURS = 20, 50
@@ -210,7 +211,7 @@ def _search_on(search: Search, run: Run, mode: Mode) -> Callable[[optuna.Study, 
     def step(study: optuna.Study, done: int) -> None:
         # The seed depends on the number of finished trials, so that a continued study does not repeat its first draws.
         study.sampler = optuna.samplers.TPESampler(seed=1000 + done, n_startup_trials=RANDOM_TRIALS)
-        study.pruner = optuna.pruners.MedianPruner(RANDOM_TRIALS, n_warmup_steps=first_rung - 1)
+        study.pruner = optuna.pruners.MedianPruner(WHOLE_TRIALS, n_warmup_steps=first_rung - 1)
         space, beyond = current_space(search, study)
         if beyond and done >= max(RANDOM_TRIALS, (1 - EDGE_SHARE) * search.wanted):
             key, value = next(iter(beyond.items()))
