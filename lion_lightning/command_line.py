@@ -76,6 +76,15 @@ def trusted() -> tuple[str, ...]:
     return tuple(name.strip() for name in os.environ.get(TRUST, "").split(",") if name.strip())
 
 
+def search_path(folder: str | None) -> list[str]:
+    """The override that adds the configurations of `--config-dir FOLDER` where Hydra does not read the command line."""
+    if folder is None:
+        return []
+    if not Path(folder).is_dir():
+        raise ConfigError(f"--config-dir {folder}: no such folder")
+    return [f"hydra.searchpath=[file://{Path(folder).resolve()}]"]
+
+
 def run_folder(ckpt: str | Path) -> Path | None:
     """The folder of the run that `ckpt` means: itself, or the one it lies in; None where no `config.yaml` is kept."""
     place = Path(ckpt).resolve()

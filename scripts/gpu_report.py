@@ -31,7 +31,7 @@ LEAST_SECONDS = 10
 CPU_FACTOR = 3
 """A part of a rehearsal may take so many times longer."""
 RECIPE_MODULES = ("lightning", "hydra", "transformers", "torchmetrics", "rich", "filelock", "charset_normalizer")
-MLM_MODULES = (*RECIPE_MODULES, "datasets", "PIL")
+MLM_MODULES = (*RECIPE_MODULES, "datasets", "PIL", "accelerate")  # the last for the Trainer of Hugging Face
 IMAGE_MODULES = (*RECIPE_MODULES, "kornia", "datasets", "PIL")
 DISTRIBUTIONS = {"hydra": "hydra-core", "charset_normalizer": "charset-normalizer", "PIL": "pillow"}
 PEERS = ("lion-pytorch", "torch-optimi", "pytorch-optimizer", "timm", "flashoptim")
@@ -311,8 +311,9 @@ def list_wheels(installed: Path | None) -> None:
     print(f"    {' '.join(name for name in names if name not in built)}")
     if built:
         print(f"python -m pip wheel --no-deps -w wheels {' '.join(built)}  # it has no wheel, and is pure Python")
-    print("# there:")
-    print("python -m pip install --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=$PWD/site")
+    print("# there (dill, which datasets hashes with, knows installed packages by the folder's name site-packages):")
+    print("python -m pip install --no-index --no-deps --target site-packages wheels/*.whl")
+    print("export PYTHONPATH=$PWD/site-packages")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -23,7 +23,7 @@ from torch.nn.functional import cosine_similarity
 from torch.optim import Optimizer
 
 from lion_lightning.__main__ import CONFIG_FOLDER
-from lion_lightning.tracking.plots import style_of
+from lion_lightning.tracking.plots import picture, style_of
 from lion_lightning.tracking.report import relative
 from lion_lightning.training.build import build_callbacks, build_data, build_module
 
@@ -103,27 +103,19 @@ def _flat(tensors: Sequence[Tensor | None]) -> Tensor:
 
 
 def _write(rows: list[dict[str, float]], output: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, ["step", *WITH])
         writer.writeheader()
         writer.writerows(rows)
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=150)
-    for number, (name, title) in enumerate(WITH.items()):
-        axes.plot([row["step"] for row in rows], [row[name] for row in rows], color=style_of(number)[0], label=title)
-    axes.axhline(
-        (2 / torch.pi) ** 0.5, color="grey", linestyle="--", linewidth=1, label="normal numbers and their sign"
-    )
-    axes.set(xlabel="optimizer steps", ylabel="cosine with AdamW's update", xscale="log", ylim=(0, 1.02))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize="small")
-    figure.savefig(output.with_suffix(".png"), bbox_inches="tight")
-    plt.close(figure)
+    title = f"{output.stem.removeprefix('sign_cosine-')}: AdamW's update beside sign vectors"
+    with picture(output.with_suffix(".png"), title, "optimizer steps", "cosine with AdamW's update") as axes:
+        steps = [row["step"] for row in rows]
+        for number, (name, label) in enumerate(WITH.items()):
+            axes.plot(steps, [row[name] for row in rows], color=style_of(number)[0], label=label)
+        expected = (2 / torch.pi) ** 0.5
+        axes.axhline(expected, color="grey", linestyle="--", linewidth=1, label="normal numbers and their sign")
+        axes.set(xscale="log", ylim=(0, 1.02))
     print(f"{relative(str(output.with_suffix('.png')))}, {output.with_suffix('.csv').name}")
 
 

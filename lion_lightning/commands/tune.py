@@ -29,13 +29,14 @@ import numpy as np
 import optuna
 import yaml
 from filelock import FileLock
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset
 
 from lion_lightning.__main__ import CONFIG_FOLDER
-from lion_lightning.command_line import command_name, take_trusted
+from lion_lightning.command_line import command_name, search_path, take_trusted
 from lion_lightning.commands.tune_report import draw_heat_map, flatness, tuned_file
-from lion_lightning.commands.tune_spaces import SPACES, Space, settings_of, short, untried
+from lion_lightning.commands.tune_spaces import SPACES, Space, settings_of, short, space_around, untried
 from lion_lightning.errors import ConfigError
 from lion_lightning.recipes.bert_mlm.data import BlockDataset, TextBlocks
 from lion_lightning.tracking.compare import Mode
@@ -68,7 +69,8 @@ class Search:
 
     @property
     def space(self) -> Space:
-        return SPACES[self.optim]
+        """Of `SPACES`, or around the settings in the file of an optimizer that is not there."""
+        return SPACES[self.optim] if self.optim in SPACES else space_around(compose(self, {}, self.seeds[0]).optim)
 
     @property
     def name(self) -> str:
@@ -364,11 +366,9 @@ def _report_heat_maps(studies: Sequence[tuple[Search, optuna.Study]], file: Path
 
 
 def _search(optim: str, options: argparse.Namespace) -> Search:
-    if optim not in SPACES:
-        raise ValueError(f"--optim must be of {', '.join(SPACES)}, got {optim!r}")
     storage = Path(options.storage)
     storage.parent.mkdir(parents=True, exist_ok=True)
-    return Search(
+    search = Search(
         optim=optim,
         recipe=options.recipe,
         overrides=tuple(options.overrides),
@@ -377,6 +377,12 @@ def _search(optim: str, options: argparse.Namespace) -> Search:
         storage=f"{SQLITE}{storage}",
         heat_map=options.heat_map,
     )
+    try:
+        search.space  # noqa: B018
+    except MissingConfigException as error:
+        others = "or an optimizer of --config-dir"
+        raise ValueError(f"--optim must be of {', '.join(SPACES)}, {others}, got {optim!r}") from error
+    return search
 
 
 def _words(params: dict[str, Any]) -> str:
@@ -402,9 +408,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", default=str("conf/tuned" if PREFIX else CONFIG_FOLDER / "tuned"), help="folder for the winners"
     )
+    parser.add_argument("--config-dir", metavar="FOLDER", help="more configurations, as lion-train takes them")
     parser.add_argument("--picture", help="the PNG of the heat map (default: docs/results/<recipe>-lr-decay.png)")
     options = parser.parse_intermixed_args(arguments)
-    options.overrides = take_trusted(options.overrides)
+    options.overrides = [*take_trusted(options.overrides), *search_path(options.config_dir)]
     recipes = [word.removeprefix("recipe=") for word in options.overrides if word.startswith("recipe=")]
     options.recipe = recipes[-1] if recipes else "bert_mlm"
     options.overrides = [word for word in options.overrides if not word.startswith("recipe=")]

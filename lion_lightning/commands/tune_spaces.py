@@ -124,6 +124,21 @@ SPACES: Mapping[str, Space] = MappingProxyType({
 })  # fmt: skip
 
 
+def space_around(settings: Mapping[str, Any]) -> Space:
+    """The ranges of an optimizer without an entry in `SPACES`: two decades of learning rates around its own.
+
+    Args:
+        settings: Of its file. Without `weight_decay` there is no decay to search.
+
+    Raises:
+        ValueError: no learning rate to search.
+    """
+    if not isinstance(settings.get("lr"), int | float):
+        raise ValueError(f"--optim {settings.get('name')}: its file has no number as lr, which a search begins from")
+    rate, decay = float(settings["lr"]), {DECAY_TIME: _DECAY} if "weight_decay" in settings else {}
+    return Space({"optim.lr": Range(rate / 10, rate * 10), **decay, WARM_UP: _WARM}, {})
+
+
 def rounded(params: Mapping[str, Any]) -> dict[str, Any]:
     """The values with three significant digits."""
     return {

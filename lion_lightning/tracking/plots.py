@@ -35,7 +35,7 @@ class Study(NamedTuple):
     """The result of each variant against the one numeric setting that varies most.
 
     Attributes:
-        key: The dotted key of the setting; None where no number varies.
+        key: The dotted key of the setting; None where no number that all variants have varies.
         lines: Values of the setting and results over seeds, in order, by optimizer and its other settings.
     """
 
@@ -61,14 +61,13 @@ def study_of(comparison: Comparison) -> Study | None:
         key: [variant.runs[0].setting(key) for variant in comparison.variants]
         for key in dict.fromkeys(key for variant in comparison.variants for key in variant.settings)
     }
-    numeric = {key: {value for value in own if is_number(value)} for key, own in values.items()}
+    numeric = {key: set(own) for key, own in values.items() if all(map(is_number, own))}  # or a variant is not drawn
     key = max(numeric, key=lambda key: len(numeric[key]), default=None)
     if key is None or len(numeric[key]) < 2:
         return Study(None, {})
     lines: dict[str, list[tuple[float, Spread]]] = {}
     for variant, value in zip(comparison.variants, values[key], strict=True):
-        if is_number(value):
-            lines.setdefault(variant.label_without(key), []).append((float(value), comparison.best(variant)))
+        lines.setdefault(variant.label_without(key), []).append((float(value), comparison.best(variant)))
     return Study(key, {label: sorted(line, key=lambda point: point[0]) for label, line in lines.items()})
 
 
@@ -151,7 +150,7 @@ def picture(
 
     figure, axes = plt.subplots(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
     axes.set(xlabel=x_title, ylabel=y_title)
-    axes.set_title(title, fontsize="medium", loc="left", wrap=True)
+    figure.suptitle(title, fontsize="medium", x=0.01, horizontalalignment="left")
     axes.ticklabel_format(useOffset=False, style="plain")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -74,7 +74,16 @@ class Variant:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a variant is on an architecture; `loaded` and `stored` are bytes a thread moves by 16 or more at a time."""
+    """What a variant is on an architecture.
+
+    Attributes:
+        registers: Vector registers of a thread.
+        spilled: Those kept in memory, and its bytes; 0 if everything fits.
+        occupancy: Share of a multiprocessor's threads for which there are registers.
+        loaded: Bytes that a thread loads by 16 or more at a time.
+        stored: Likewise.
+        inexact: Instructions that round otherwise than the other engines.
+    """
 
     registers: int
     spilled: int
@@ -135,8 +144,9 @@ def _nvidia(assembly: dict[str, Any]) -> Machine:
 
 
 def _amd(assembly: str) -> Machine:
-    used = {name: int(number) for name, number in re.findall(r"\.(vgpr_count|\w+_spill_count):\s+(\d+)", assembly)}
-    registers = used.pop("vgpr_count")
+    metadata = r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)"
+    used = {name: int(number) for name, number in re.findall(metadata, assembly)}
+    registers = used.pop("vgpr_count")  # scalar registers that do not fit go into lanes of these, not into memory
     waves = min(512 // (-(-registers // 8) * 8), 8)  # a SIMD has 512 registers a lane and room for 8 waves
     moved = _moved(assembly, r"\bbuffer_(load|store)_dword(x4)\b", {"x4": 16})
     return Machine(registers, sum(used.values()), waves / 8, moved["load"], moved["store"], 0)

@@ -141,6 +141,37 @@ def test_the_winner_composes_and_says_where_it_comes_from(
     assert all(" # " in line for line in text.splitlines() if line.startswith("  "))
 
 
+def test_an_optimizer_of_ones_own_is_searched_around_the_rate_of_its_file(tmp_path: Path) -> None:
+    own = Path(__file__).parents[2] / "examples" / "own_project" / "conf"
+    seen: Runs = []
+
+    def run(cfg: DictConfig, callbacks: object = ()) -> float:
+        seen.append(cfg)
+        return 0.5
+
+    assert call(tmp_path, run, "--optim", "sign_momentum", "--trials", "8", "--config-dir", str(own)) == 0
+    rates = [cfg.optim.lr for cfg in seen]
+    assert 1e-4 <= min(rates) < 5e-4
+    assert 2e-3 < max(rates) <= 1e-2
+    assert "weight_decay" not in seen[0].optim
+    written = OmegaConf.load(tmp_path / "image_classification_sign_momentum.yaml")
+    assert set(written.optim) == {"lr"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--optim", "lyon"], "--optim must be of lion, adamw"),
+        (["--optim", "lion", "--config-dir", "nowhere"], "--config-dir nowhere: no such folder"),
+    ],
+)
+def test_an_unknown_optimizer_or_folder_is_one_line(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(tmp_path, bowl([]), *words) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
 DATABASES = 5
 BESIDE_ANOTHER = f"""
 import sys

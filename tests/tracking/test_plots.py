@@ -108,6 +108,14 @@ def test_many_variants_without_a_number_are_a_ranking(make_run, tmp_path):
     assert [file.name for file in plots.write_pictures(comparison, tmp_path)] == ["val_loss-variants.png"]
 
 
+def test_a_variant_without_the_number_that_varies_is_not_left_out(make_run, tmp_path):
+    runs = [make_run("lion", 1, [3.0], config={"optim": {"name": "lion", "weight_bits": bits}}) for bits in range(8)]
+    runs.append(make_run("adamw", 1, [4.0]))
+    comparison = compare(runs)
+    assert plots.study_of(comparison).key is None
+    assert [file.name for file in plots.write_pictures(comparison, tmp_path)] == ["val_loss-variants.png"]
+
+
 def test_few_variants_are_curves(two):
     assert plots.study_of(compare(two)) is None
 
