@@ -16,6 +16,7 @@ from transformers import AutoConfig, pipeline
 from lion_lightning.commands.evaluate import checkpoint_at, configuration_of, folder_of, is_export, trained
 from lion_lightning.errors import ConfigError
 from lion_lightning.recipes.files import conversion_of, is_hidden, list_files, one_line
+from lion_lightning.recipes.image_classification import airbench, cifar_resnet  # noqa: F401 (tells transformers of them)
 from lion_lightning.recipes.image_classification.images import read
 from lion_lightning.recipes.tables import READERS, Columns, columns_of, read_table, suffix_of
 from lion_lightning.training import build

@@ -37,6 +37,7 @@ SHOWN_IMAGES, SHOWN_AT_ONCE = (
     1_000,
     100,
 )  # validation images classified for the showcase of a model that was never validated
+FITTED_IMAGES = 5_000
 TIMM = "timm_wrapper"  # `transformers`' name for a model that timm builds
 
 
@@ -86,6 +87,10 @@ class ImageClassifier(LionMixin, LightningModule):
         mean, std = data.pixel_statistics()
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        if fit_inputs := getattr(self.model, "fit_inputs", None):  # a first layer that is made from the data
+            samples = range(min(len(data.train_set), FITTED_IMAGES))  # type: ignore[arg-type]
+            pixels = data.train_set.__getitems__([(sample, sample) for sample in samples])["pixels"]  # type: ignore[attr-defined]
+            fit_inputs(self.normalize(pixels.float() / 255))
         self.augmentation = Augmentation(data.image_shape[-2:], seed, **augmentation)
         self.metrics = ValidationMetrics(len(data.classes))
         self.validated: Validated | None = None

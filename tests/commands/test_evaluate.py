@@ -16,10 +16,13 @@ import torch
 from datasets import Dataset
 from omegaconf import DictConfig
 from PIL import Image
+from transformers import AutoModelForImageClassification, CLIPImageProcessorPil
 
 from lion_lightning.commands.evaluate import evaluate
 from lion_lightning.commands.predict import predict
 from lion_lightning.errors import ConfigError
+from lion_lightning.recipes.image_classification.airbench import AirbenchConfig
+from lion_lightning.recipes.image_classification.cifar_resnet import CifarResNetConfig
 from lion_lightning.training.run import run
 
 Compose = Callable[..., DictConfig]
@@ -194,6 +197,31 @@ def pictures(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
     assert answer.returncode == 0, answer.stderr
     return folder, settings
+
+
+@pytest.mark.parametrize("net", ["airbench", "cifar_resnet"])
+def test_an_export_of_a_net_of_this_project_opens(net: str, root: Path, tmp_path: Path) -> None:
+    """In a process that has not trained: transformers does not know these by itself."""
+    configs = {
+        "airbench": AirbenchConfig(widths=[24, 24, 24], num_labels=2),
+        "cifar_resnet": CifarResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], num_labels=2),
+    }
+    AutoModelForImageClassification.from_config(configs[net]).save_pretrained(tmp_path / "export")
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path / "export")
+    Image.new("RGB", (40, 32)).save(tmp_path / "picture.png")
+    command = [
+        sys.executable,
+        "-m",
+        "lion_lightning",
+        "mode=predict",
+        "ckpt=export",
+        "input=picture.png",
+        "run_dir=out",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=300)
+    (row,) = rows_of(tmp_path / "out")
+    assert row["label"].startswith("LABEL_")
 
 
 def test_a_new_path_reaches_every_key_that_refers_to_it(pictures: tuple[Path, list[str]], root: Path) -> None:

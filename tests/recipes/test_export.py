@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from transformers import PretrainedConfig, TimmWrapperConfig, pipeline
 
+from lion_lightning.recipes.image_classification.airbench import AirbenchConfig
+from lion_lightning.recipes.image_classification.cifar_resnet import CifarResNetConfig
 from lion_lightning.recipes.image_classification.data import ImageArrays
 from lion_lightning.recipes.image_classification.images import square
 from lion_lightning.recipes.image_classification.module import ImageClassifier
@@ -41,6 +43,14 @@ def timm() -> PretrainedConfig:
     return TimmWrapperConfig(architecture="resnet10t")
 
 
+def cifar_resnet() -> PretrainedConfig:
+    return CifarResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
+
+
+def airbench() -> PretrainedConfig:
+    return AirbenchConfig(widths=[24, 24, 24])
+
+
 def said(module: ImageClassifier, pixels: np.ndarray) -> list[float]:
     """The share of each class, as validation computes it."""
     with torch.no_grad():
@@ -48,13 +58,15 @@ def said(module: ImageClassifier, pixels: np.ndarray) -> list[float]:
 
 
 @pytest.mark.parametrize("share", [1.0, 0.875])
-@pytest.mark.parametrize("make", [lambda: vit(patch_size=4), resnet, timm])
+@pytest.mark.parametrize(
+    ("make", "side"), [(lambda: vit(patch_size=4), 16), (resnet, 16), (timm, 16), (cifar_resnet, 16), (airbench, 28)]
+)
 def test_the_pipeline_says_of_any_picture_what_validation_says(
-    tmp_path: Path, make: Callable[[], PretrainedConfig], share: float
+    tmp_path: Path, make: Callable[[], PretrainedConfig], side: int, share: float
 ) -> None:
     config = make()
     files = write_noise(tmp_path / "pictures")
-    source = ImageFiles(str(tmp_path / "pictures"), image_size=16, val_share=share, max_broken=0)
+    source = ImageFiles(str(tmp_path / "pictures"), image_size=side, val_share=share, max_broken=0)
     on_access = {} if share == 1.0 else {"decoded_gib": 0.0}  # only then does validation see a part of the shorter side
     data = ImageArrays(source, batch_size=4, cache_dir=str(tmp_path / "cache"), **on_access)
     data.setup("fit")
@@ -62,7 +74,7 @@ def test_the_pipeline_says_of_any_picture_what_validation_says(
     module.export(tmp_path / "export", "card")
     classify = pipeline("image-classification", str(tmp_path / "export"))
     for file in files:
-        expected = said(module, square({"bytes": None, "path": str(file)}, 16, share))
+        expected = said(module, square({"bytes": None, "path": str(file)}, side, share))
         found = {answer["label"]: answer["score"] for answer in classify(str(file))}
         assert [found[name] for name in data.classes] == pytest.approx(expected, abs=1e-5), file.name
 

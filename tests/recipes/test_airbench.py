@@ -1,0 +1,70 @@
+"""`model=airbench`: size and cost of the published net, whitened inputs, an identity at the start, an exact export."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification
+
+from lion_lightning.errors import ConfigError
+from lion_lightning.recipes.image_classification.airbench import AirbenchConfig, AirbenchForImageClassification
+from lion_lightning.recipes.image_classification.module import forward_flops
+from lion_lightning.training.build import build_data, build_module
+
+
+def small() -> Any:
+    torch.manual_seed(0)
+    return AutoModelForImageClassification.from_config(AirbenchConfig(widths=[24, 32, 32], num_labels=10))
+
+
+def test_size_and_cost_are_those_of_the_published_net() -> None:
+    with torch.device("meta"):
+        model = AirbenchForImageClassification(AirbenchConfig(num_labels=10))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    # Convolutions, biases of the six batch norms and of the whitening, the linear layer.
+    assert trained == 9 * (24 * 64 + 64**2 + 64 * 256 + 3 * 256**2) + 2 * (64 + 256 + 256) + 24 + 2560
+    operations = 3 * 10 * 50_000 * forward_flops(model, (3, 32, 32))  # ten epochs, backward twice the forward
+    assert operations == pytest.approx(3.6e14, rel=0.03), "the paper's figure for 94 %"
+
+
+def test_the_first_layer_whitens_patches_of_the_images() -> None:
+    model, generator = small(), torch.Generator().manual_seed(1)
+    smooth = nn.functional.avg_pool2d(torch.randn(40, 3, 36, 36, generator=generator), 5, 1)
+    mixed = torch.einsum("oc,bchw->bohw", torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 0.5], [0.5, 0.0, 1.0]]), smooth)
+    images = 30 * mixed
+    model.fit_inputs(images)
+    answers = model.whitening(images).detach().double().transpose(0, 1).flatten(1)
+    assert torch.equal(answers[:12], -answers[12:])
+    second_moment = torch.cov(answers[:12], correction=0)
+    assert torch.allclose(second_moment, torch.eye(12, dtype=torch.double), atol=5e-3)
+    assert torch.cov(nn.functional.unfold(images, 2).transpose(0, 1).flatten(1)).diagonal().min() > 5, "was not white"
+
+
+def test_convolutions_begin_as_the_identity_and_the_whitening_is_not_trained() -> None:
+    model = small()
+    images = torch.randn(2, 24, 8, 8)
+    for convolution in (model.groups[0].pooled, model.groups[0].kept):
+        assert torch.allclose(convolution(images)[:, :24], images, atol=1e-6)
+    model(torch.randn(4, 3, 32, 32), labels=torch.arange(4)).loss.backward()
+    still = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    norms = {f"groups.{group}.{norm}.weight" for group in range(3) for norm in ("pooled_norm", "kept_norm")}
+    assert still == norms | {"whitening.weight"}
+
+
+def test_an_export_is_exact_and_has_no_code(tmp_path: Path) -> None:
+    model = small()
+    images = torch.randn(16, 3, 32, 32)
+    model.fit_inputs(images)
+    model.train()(images)  # moves the averages of the batch norms
+    model.eval().save_pretrained(tmp_path)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert not list(tmp_path.rglob("*.py"))
+    assert torch.equal(again(images).logits, model(images).logits)
+
+
+def test_images_of_eight_pixels_are_refused_in_one_line(compose: Any) -> None:
+    cfg = compose("recipe=image_classification", "model=airbench", "run_dir=out")
+    with pytest.raises(ConfigError, match="model=airbench needs images of at least 25 pixels, the data has 8"):
+        build_module(cfg, build_data(cfg))
