@@ -1,4 +1,7 @@
-"""Lion in a loop of Hugging Face Accelerate: `accelerate launch examples/accelerate_loop.py`, or with `python`."""
+"""Lion in a loop of Hugging Face Accelerate: `accelerate launch examples/accelerate_loop.py`, or with `python`.
+
+Needs `pip install accelerate`.
+"""
 
 import torch
 from accelerate import Accelerator

@@ -1,4 +1,7 @@
-"""Lion in the Trainer of Hugging Face transformers: `python examples/hf_trainer.py`."""
+"""Lion in the Trainer of Hugging Face transformers: `python examples/hf_trainer.py`.
+
+Needs `pip install accelerate`.
+"""
 
 import tempfile
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -189,10 +190,10 @@ def suggestion(error: Exception, config: Path) -> str:
 
 
 def explain(keys: Sequence[str], config: Path) -> str:
-    """Where settings are written, with default and comment: the lines of the files that have them.
+    """The value of settings in a run, and where they are written: the lines of the files that have them.
 
     Args:
-        keys: as the command line writes them: `optim.lr`, `seed`, or a group.
+        keys: as the command line writes them: `optim.lr`, `seed`, or a group; with `=` a setting of the run.
         config: the folder with train.yaml and its groups.
 
     Raises:
@@ -200,7 +201,16 @@ def explain(keys: Sequence[str], config: Path) -> str:
     """
     if not keys:
         raise ConfigError("--explain needs a setting, such as optim.lr; --cfg job lists all of a run")
-    return "\n\n".join("\n".join(_explanation(key, config)) for key in keys)
+    settings = [word for word in keys if "=" in word]
+    told = ["\n".join(_explanation(key, config)) for key in keys if key not in settings]
+    with hydra.initialize_config_dir(str(config), version_base="1.3"):
+        cfg = hydra.compose("train", settings)
+    run = " ".join(["a run", *(["with", *settings] if settings else [])])
+    for number, key in enumerate(key for key in keys if key not in settings):
+        value = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)  # Hydra's own are not there
+        if value is not None and not OmegaConf.is_config(value):
+            told[number] += f"\n  {run} has {value}"
+    return "\n\n".join(told)
 
 
 def _explanation(key: str, config: Path) -> list[str]:

@@ -89,5 +89,14 @@ def test_explain_prints_default_and_comment_wherever_a_key_is_set():
 
 
 def test_every_known_key_is_explained():
-    for key in known_keys(CONFIG_FOLDER):
-        assert explain([key], CONFIG_FOLDER).splitlines()[1:], key
+    keys = known_keys(CONFIG_FOLDER)
+    for key, told in zip(keys, explain(keys, CONFIG_FOLDER).split("\n\n"), strict=True):
+        assert told.splitlines()[0].removesuffix("=...") == key
+        assert told.splitlines()[1:], key
+
+
+def test_explain_says_what_a_run_has():
+    assert explain(["optim.lr", "recipe=image_classification", "optim=adamw"], CONFIG_FOLDER).endswith(
+        "\n  a run with recipe=image_classification optim=adamw has 0.00404"
+    )
+    assert "a run has" not in explain(["schedule"], CONFIG_FOLDER), "a group has files, not a value"

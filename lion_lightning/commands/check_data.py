@@ -53,6 +53,8 @@ def check(cfg: DictConfig, console: Console, samples: int, pictures: Path) -> No
         samples: decoded texts, or pictures, that are shown of each split.
         pictures: PNG file for the pictures.
     """
+    if "batch_size" in cfg.data:
+        cfg.data.batch_size, cfg.trainer.accumulate_grad_batches = 1, 1  # nothing is trained, so any amount is enough
     data: Any = build_data(cfg)
     show(console, f"data={cfg.data.name}", data.describe())
     if isinstance(data, ImageArrays):

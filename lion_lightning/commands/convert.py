@@ -99,6 +99,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(convert(options))
     except (ValueError, OSError) as error:
-        print(f"convert_checkpoint: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

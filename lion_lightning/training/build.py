@@ -325,7 +325,7 @@ def _build_strategy(cfg: DictConfig) -> Strategy | str:
 
 
 def _settings_source() -> str:
-    """The file that sets the optimizer's options, how many trials chose them, and the command line if it sets some."""
+    """The file that sets the optimizer's options, how many trials on what chose them, and whether the command line does."""
     hydra_config = HydraConfig.get()
     choices = hydra_config.runtime.choices
     names = [f"tuned/{choices.get('tuned')}.yaml", f"optim/{choices.get('optim')}.yaml"]
@@ -335,8 +335,10 @@ def _settings_source() -> str:
         return "the command line"
     comment = " ".join(line.lstrip("# ") for line in found.read_text(encoding="utf-8").splitlines() if line[:1] == "#")
     trials = re.search(r"best of \d+ trials", comment)
+    task = re.search(r"\w+, ([\w (),.]+), ([\w.-]+), batch \d", comment)  # as `lion-tune` writes it
+    searched = f" ({trials[0]}{f' with {task[2]} on {task[1]}' if task else ''})" if trials else ""
     ends = [", and the command line"] if any(item.startswith("optim.") for item in hydra_config.overrides.task) else []
-    return "".join([near(found), f" ({trials[0]})" if trials else "", *ends])
+    return "".join([near(found), searched, *ends])
 
 
 def describe(

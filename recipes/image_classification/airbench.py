@@ -80,7 +80,7 @@ class AirbenchForImageClassification(PreTrainedModel):
         self.whitening.weight.requires_grad_(False)
         inputs = (filters, *config.widths[:-1])
         self.groups = nn.ModuleList(map(ConvolutionGroup, inputs, config.widths))
-        self.classifier = nn.Linear(config.widths[-1], config.num_labels, bias=False)
+        self.classifier = nn.Linear(config.widths[-1], config.num_labels or 0, bias=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

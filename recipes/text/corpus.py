@@ -34,6 +34,7 @@ TEXT_ENDINGS = (".txt", ".md")
 TOPIC_PASSAGE_CHARACTERS = 2_000  # a few topics are very long; whole, they would decide the validation set alone
 MAX_PARAGRAPH_CHARACTERS = 2**22  # a file without an empty line is cut there, and never held in memory as a whole
 CHARACTERS_PER_READ = 2**20
+NAMED = 5  # of several files that are not UTF-8
 _PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
 ROWS_PER_READ = 1000
 FORMATS: dict[str, tuple[str, dict[str, str]]] = {  # of `datasets`, by the ending of a file
@@ -122,8 +123,11 @@ class TextFiles(Corpus):
     def documents(self) -> Iterator[str]:
         size = sum(file.stat().st_size for file in self.files) // MIN_PASSAGES
         size = min(PASSAGE_CHARACTERS, max(MIN_PASSAGE_CHARACTERS, size))
-        for file in self.files:
-            yield from passages(read_text(file), size)
+        for number, file in enumerate(self.files):
+            try:
+                yield from passages(_read(file), size)
+            except UnicodeDecodeError:
+                raise not_utf8(file, self.files[number + 1 :]) from None
 
 
 def find_files(path: str) -> tuple[list[Path], str]:
@@ -165,16 +169,30 @@ def read_text(file: Path) -> Iterator[str]:
     Raises:
         ConfigError: it is not UTF-8.
     """
+    try:
+        yield from _read(file)
+    except UnicodeDecodeError:
+        raise not_utf8(file) from None
+
+
+def _read(file: Path) -> Iterator[str]:
     with file.open(encoding="utf-8-sig") as text:
-        try:
-            while piece := text.read(CHARACTERS_PER_READ):
-                yield piece
-        except UnicodeDecodeError:
-            raise not_utf8(file) from None
+        while piece := text.read(CHARACTERS_PER_READ):
+            yield piece
 
 
-def not_utf8(file: Path) -> ConfigError:
-    """The error that names the first byte of `file` that is not UTF-8."""
+def _is_utf8(file: Path) -> bool:
+    try:
+        return all(_read(file))
+    except UnicodeDecodeError:
+        return False
+
+
+def not_utf8(file: Path, others: Sequence[Path] = ()) -> ConfigError:
+    """The error that names the first byte of `file` that is not UTF-8, and which of the others are not UTF-8 either."""
+    wrong = [other.name for other in others if not _is_utf8(other)]
+    more = f"; nor {'is' if len(wrong) == 1 else 'are'} {', '.join(wrong[:NAMED])}" if wrong else ""
+    more += f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
     decoder = codecs.getincrementaldecoder("utf-8")()
     done = 0
     with file.open("rb") as raw:
@@ -185,7 +203,7 @@ def not_utf8(file: Path) -> ConfigError:
                 decoder.decode(piece, final=not piece)
             except UnicodeDecodeError as error:
                 place, byte = done - begun + error.start, error.object[error.start]
-                return ConfigError(f"{file} is not UTF-8 (byte {place} is 0x{byte:02x}); {conversion_of(file)}")
+                return ConfigError(f"{file} is not UTF-8 (byte {place} is 0x{byte:02x}); {conversion_of(file)}{more}")
             if not piece:
                 return ConfigError(f"{file} changed while it was read")
             done += len(piece)

@@ -123,8 +123,7 @@ def existing(setting: str, place: str) -> str:
     Raises:
         ConfigError: it can only be meant as a folder, and there is none.
     """
-    folder = Path(place).expanduser()
-    by_default = "; data.tokenizer is model.pretrained by default" if setting == "data.tokenizer" else ""
+    folder, by_default = Path(place).expanduser(), _origin(setting)
     if folder.is_dir():
         if not any(any(folder.glob(name)) for name in HUGGING_FACE_FILES):
             inside = f", but {place}/export is one" if (folder / "export").is_dir() else ""
@@ -148,8 +147,13 @@ def opening(setting: str, place: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ConfigError(
-            f"{setting}={place} cannot be opened, as a folder or from the hub: {one_line(error)}"
+            f"{setting}={place} cannot be opened, as a folder or from the hub: {one_line(error)}{_origin(setting)}"
         ) from error
+
+
+def _origin(setting: str) -> str:
+    """Where a setting comes from that nobody may have typed."""
+    return "; data.tokenizer is model.pretrained by default" if setting == "data.tokenizer" else ""
 
 
 def identity(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -223,9 +223,8 @@ class RunCheckpoint(Checkpoint):
             log.warning("resume: the checkpoint has no state of %s, which start(s) afresh", ", ".join(fresh))
         self._restored = {name: len(checkpoint[name]) for name in (_OPTIMIZERS, _SCHEDULES) if name in checkpoint}
         kept = checkpoint[KEY]
-        for name, value in self.facts.items():
-            if kept[name] != value:
-                raise ConfigError(f"resume: {name} was {kept[name]!r} and is now {value!r}; a resumed run keeps it")
+        if differing := [text for name, value in self.facts.items() for text in _differences(name, kept[name], value)]:
+            raise ConfigError(f"resume: {'; '.join(differing)}; a resumed run keeps what it was")
         _recount(checkpoint, kept.get("accumulate_grad_batches"), trainer.accumulate_grad_batches)
 
     @override
@@ -422,3 +421,12 @@ def _largest(trainer: Trainer, *values: float) -> list[int]:
     shared = torch.tensor([int(value) for value in values], device=trainer.strategy.root_device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     return shared.tolist()
+
+
+def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
+    """A text for each value that differs, with its dotted name."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            yield from _differences(f"{name}.{key}", before.get(key), now.get(key))
+    elif before != now:
+        yield f"{name} was {before!r} and is now {now!r}"
