@@ -172,15 +172,16 @@ class Preset:
     source: str
 
 
-_PAPER = "Chen et al., 2023, arXiv:2302.06675, table 12"
+_QUOTED = "last page of Chen et al., 2023, arXiv:2302.06675, as quoted by Su, 2023, kexue.fm/archives/9473"
+_AUTHORS = "google/automl, lion/README.md, by the authors of Chen et al., 2023, arXiv:2302.06675"
 _AMOS = "Su, 2023, kexue.fm/archives/9473: the Amos rule with sigma = sqrt(1/768), alpha_0 = 1.11e-3"
 PRESETS = MappingProxyType(
     {
-        "base": Preset(3e-4, 0.01, (0.9, 0.99), _PAPER),
-        "base_language": Preset(3e-4, 0.01, (0.95, 0.98), _PAPER),
-        "billion_language": Preset(2e-4, 0.01, (0.95, 0.98), _PAPER),
+        "base": Preset(3e-4, 0.01, (0.9, 0.99), _QUOTED),
+        "base_language": Preset(3e-4, 0.01, (0.95, 0.98), _QUOTED),
+        "billion_language": Preset(2e-4, 0.01, (0.95, 0.98), _QUOTED),
         "bert_base_amos": Preset(4e-5, 0.015, (0.95, 0.98), _AMOS),
-        "vit_b16_imagenet": Preset(1e-4, 10.0, (0.9, 0.99), _PAPER),
+        "vit_b16_imagenet": Preset(1e-4, 10.0, (0.9, 0.99), _AUTHORS),
     }
 )
 
