@@ -325,7 +325,7 @@ def _build_strategy(cfg: DictConfig) -> Strategy | str:
 
 
 def _settings_source() -> str:
-    """The file that sets the optimizer's options, how many trials on what chose them, and whether the command line does."""
+    """The file with the optimizer's options, how many trials on what chose them, and if the command line sets some."""
     hydra_config = HydraConfig.get()
     choices = hydra_config.runtime.choices
     names = [f"tuned/{choices.get('tuned')}.yaml", f"optim/{choices.get('optim')}.yaml"]

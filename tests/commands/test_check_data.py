@@ -55,8 +55,24 @@ def test_labelled_texts(capsys: pytest.CaptureFixture[str], tmp_path: Path, monk
     assert "training 0: " in said
 
 
+def test_a_few_pictures_are_enough(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(12):
+        file = tmp_path / "pictures" / ("cat", "dog")[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(file)
+    settings = ["recipe=image_classification", "data=image_files", "data.path=pictures", "data.image_size=8"]
+    main([*settings, "data.cache_dir=cache", "data.batch_size=128"])
+    assert "2 classes, the rarest first" in capsys.readouterr().out
+
+
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["recipe=image_classification", "data=image_files", "data.path=/nowhere"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: data.path=/nowhere: there is no such file or folder\n"
+    with pytest.raises(SystemExit):
+        main(["--config-dir", "/nowhere"])
+    assert capsys.readouterr().err == "error: --config-dir /nowhere: no such folder\n"

@@ -72,4 +72,8 @@ def test_the_bar_counts_the_steps_of_the_whole_run_after_a_resume_too(root: Path
         counted = [int(found[1]) for line in bars if (found := re.search(rf"(\d+)/{steps} ", line))]
         assert set(counted) == set(range(first, steps + 1)), bars
         assert any(line.startswith(f"step {steps}/{steps}  train/loss") for line in lines), lines
+        panel = " ".join("".join(lines).replace("│", " ").split())
+        assert re.search(
+            r"conf/tuned/image_classification_lion\.yaml \(best of \d+ trials with vit_micro on digits\)", panel
+        )
     assert [entry.name for entry in folder.glob("*.log")] == ["image_classification.log"]

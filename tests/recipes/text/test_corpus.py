@@ -172,6 +172,17 @@ def test_one_enormous_line_is_cut_and_nothing_of_it_lost(tmp_path: Path, monkeyp
         assert max(map(len, found)) <= 20_000 + 1300
 
 
+def test_all_files_that_are_not_utf8_are_told_at_once(tmp_path: Path) -> None:
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_bytes(b"na\xefve" if number % 2 else b"good")
+    with pytest.raises(ConfigError, match=r"1\.txt is not UTF-8 .*; nor are 3\.txt, 5\.txt, 7\.txt$"):
+        read(tmp_path)
+    for number in range(20, 28):
+        (tmp_path / f"{number}.txt").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"; nor are 20\.txt, 21\.txt, .*, 24\.txt and 6 more$"):
+        read(tmp_path)
+
+
 def test_the_byte_is_counted_from_the_beginning_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus_module, "CHARACTERS_PER_READ", 64)
     for place in (0, 63, 64, 1000):
