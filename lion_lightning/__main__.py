@@ -84,13 +84,13 @@ def main() -> None:
     stopped the run; 74 a checkpoint could not be written; 130, 138, 143 SIGINT, SIGUSR1 or SIGTERM ended it, saved.
     """
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY * (os.cpu_count() or 1):
-        # torch's threads wait asleep: nearly twice as fast beside other programs, 4 to 20 % slower on a quiet machine.
+        # torch's threads wait asleep: several times as fast beside other programs, 4 to 20 % slower on a quiet one.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
     # Without this Hydra prints an excerpt of its own and hides the exception from us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         if sys.argv[1:2] == ["--explain"]:
-            print(explain(sys.argv[2:], CONFIG_FOLDER))
+            print(explain(take_trusted(sys.argv[2:]), CONFIG_FOLDER))
             return
         sys.argv[1:] = take_trusted(sys.argv[1:])
         refuse_secrets_of_a_sweep(sys.argv[1:])

@@ -77,13 +77,17 @@ def trusted() -> tuple[str, ...]:
     return tuple(name.strip() for name in os.environ.get(TRUST, "").split(",") if name.strip())
 
 
-def search_path(folder: str | None) -> list[str]:
-    """The override that adds the configurations of `--config-dir FOLDER` where Hydra does not read the command line."""
-    if folder is None:
-        return []
-    if not Path(folder).is_dir():
-        raise ConfigError(f"--config-dir {folder}: no such folder")
-    return [f"hydra.searchpath=[file://{Path(folder).resolve()}]"]
+def search_path(folders: Sequence[str | Path]) -> list[str]:
+    """The override that adds the configurations of `--config-dir FOLDER` where Hydra does not read the command line.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise ConfigError(f"--config-dir {folder}: no such folder")
+    quoted = ["'{}'".format(f"file://{Path(folder).resolve()}".replace("'", "\\'")) for folder in folders]
+    return [f"hydra.searchpath=[{','.join(quoted)}]"] if quoted else []
 
 
 def run_folder(ckpt: str | Path) -> Path | None:
@@ -199,16 +203,17 @@ def explain(keys: Sequence[str], config: Path) -> str:
     Raises:
         ConfigError: no key is given, or a file has none of that name.
     """
+    settings = [word for word in keys if "=" in word]
+    keys = [word for word in keys if word not in settings]
     if not keys:
         raise ConfigError("--explain needs a setting, such as optim.lr; --cfg job lists all of a run")
-    settings = [word for word in keys if "=" in word]
-    told = ["\n".join(_explanation(key, config)) for key in keys if key not in settings]
+    told = ["\n".join(_explanation(key, config)) for key in keys]
     with hydra.initialize_config_dir(str(config), version_base="1.3"):
         cfg = hydra.compose("train", settings)
     run = " ".join(["a run", *(["with", *settings] if settings else [])])
-    for number, key in enumerate(key for key in keys if key not in settings):
+    for number, key in enumerate(keys):
         value = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)  # Hydra's own are not there
-        if value is not None and not OmegaConf.is_config(value):
+        if value is not None and not OmegaConf.is_dict(value):
             told[number] += f"\n  {run} has {value}"
     return "\n\n".join(told)
 

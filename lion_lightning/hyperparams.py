@@ -179,7 +179,7 @@ PRESETS = MappingProxyType(
     {
         "base": Preset(3e-4, 0.01, (0.9, 0.99), _QUOTED),
         "base_language": Preset(3e-4, 0.01, (0.95, 0.98), _QUOTED),
-        "billion_language": Preset(2e-4, 0.01, (0.95, 0.98), _QUOTED),
+        "billion_language": Preset(2e-4, 0.01, (0.95, 0.98), f"learning rate: {_QUOTED}; betas and decay: {_AUTHORS}"),
         "bert_base_amos": Preset(4e-5, 0.015, (0.95, 0.98), _AMOS),
         "vit_b16_imagenet": Preset(1e-4, 10.0, (0.9, 0.99), _AUTHORS),
     }

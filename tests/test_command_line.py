@@ -84,8 +84,9 @@ def test_explain_prints_default_and_comment_wherever_a_key_is_set():
     assert re.search(r"  wsd +The peak, then", explain(["schedule"], CONFIG_FOLDER))
     with pytest.raises(ConfigError, match=r"optim\.lrr: no file in conf/ has it; did you mean optim\.lr\?"):
         explain(["optim.lrr"], CONFIG_FOLDER)
-    with pytest.raises(ConfigError, match="needs a setting"):
-        explain([], CONFIG_FOLDER)
+    for no_key in ([], ["optim.lr=1e-3"]):
+        with pytest.raises(ConfigError, match="needs a setting"):
+            explain(no_key, CONFIG_FOLDER)
 
 
 def test_every_known_key_is_explained():
@@ -99,4 +100,5 @@ def test_explain_says_what_a_run_has():
     assert explain(["optim.lr", "recipe=image_classification", "optim=adamw"], CONFIG_FOLDER).endswith(
         "\n  a run with recipe=image_classification optim=adamw has 0.00404"
     )
+    assert explain(["optim.betas"], CONFIG_FOLDER).endswith("]")
     assert "a run has" not in explain(["schedule"], CONFIG_FOLDER), "a group has files, not a value"

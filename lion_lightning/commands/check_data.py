@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return 0; a mistake in the settings or the data exits with one line and code 2."""
     options, overrides = _parser().parse_known_args(arguments)
     try:
-        overrides = [*take_trusted(overrides), *search_path(options.config_dir)]
+        overrides = [*take_trusted(overrides), *search_path(options.config_dir or ())]
         with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
             cfg = hydra.compose("train", [*overrides, "run_dir=none"])
         check(cfg, Console(), options.samples, options.pictures)
@@ -53,8 +53,10 @@ def check(cfg: DictConfig, console: Console, samples: int, pictures: Path) -> No
         samples: decoded texts, or pictures, that are shown of each split.
         pictures: PNG file for the pictures.
     """
-    if "batch_size" in cfg.data:
-        cfg.data.batch_size, cfg.trainer.accumulate_grad_batches = 1, 1  # nothing is trained, so any amount is enough
+    for key, value in {"batch_size": 1, "batch_schedule": None}.items():  # nothing is trained: any amount is enough
+        if key in cfg.data:
+            cfg.data[key] = value
+    cfg.trainer.accumulate_grad_batches = 1
     data: Any = build_data(cfg)
     show(console, f"data={cfg.data.name}", data.describe())
     if isinstance(data, ImageArrays):
@@ -152,5 +154,5 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=3, help="texts or pictures shown of each split (default: 3)")
     parser.add_argument("--pictures", type=Path, default=Path("samples.png"), help="PNG file for pictures")
-    parser.add_argument("--config-dir", metavar="FOLDER", help="more configurations, as lion-train takes them")
+    parser.add_argument("--config-dir", nargs=1, metavar="FOLDER", help="more configurations, as lion-train takes them")
     return parser

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lion_lightning.__main__ import CONFIG_FOLDER, OF_EVALUATION
-from lion_lightning.command_line import OVERRIDES_FILE, overrides_of, run_folder
+from lion_lightning.command_line import OVERRIDES_FILE, overrides_of, run_folder, search_path
 from lion_lightning.errors import ConfigError
 from lion_lightning.recipes.files import one_line
 from lion_lightning.training import build
@@ -133,7 +133,7 @@ def configuration_of(place: Path, cfg: DictConfig) -> DictConfig:
 def _composed(overrides: list[str]) -> dict[str, Any]:
     """What a command line means, in plain types and without what Hydra knows of its own process."""
     folders = [source for source in HydraConfig.get().runtime.config_sources if source.provider == "command-line"]
-    more = [f"hydra.searchpath=[{','.join(f'file://{source.path}' for source in folders)}]"] if folders else []
+    more = search_path([source.path for source in folders])
     ours = get_gh_backup()  # Hydra has one instance in a process, and that is the one of this command line
     GlobalHydra.instance().clear()
     try:

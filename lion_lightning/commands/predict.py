@@ -39,8 +39,8 @@ Input = tuple[Row, Any, str]
 def predict(cfg: DictConfig) -> float:
     """Predict what `input` holds, a line of `run_dir/predictions.jsonl` each; returns the share that could be used.
 
-    A Hugging Face pipeline predicts from the export, whose answers are those of validation (`tests/recipes`). Nothing
-    that comes with the model is run as code.
+    A Hugging Face pipeline predicts from the export, whose answers are those of validation (`tests/recipes`) without
+    `test_time_flip`. Nothing that comes with the model is run as code.
 
     Args:
         cfg: with `ckpt`, the folder of a run, a checkpoint or an export, and `input`: a `.txt` file with a text a line,

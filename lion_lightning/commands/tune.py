@@ -29,12 +29,13 @@ import numpy as np
 import optuna
 import yaml
 from filelock import FileLock
-from hydra.errors import MissingConfigException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch.utils.data import Dataset
 
-from lion_lightning.__main__ import CONFIG_FOLDER
-from lion_lightning.command_line import command_name, search_path, take_trusted
+from lion_lightning.__main__ import CONFIG_FOLDER, report_error
+from lion_lightning.command_line import command_name, search_path, take_trusted, trusted
 from lion_lightning.commands.tune_report import draw_heat_map, flatness, tuned_file
 from lion_lightning.commands.tune_spaces import SPACES, Space, settings_of, short, space_around, untried
 from lion_lightning.errors import ConfigError
@@ -44,7 +45,7 @@ from lion_lightning.tracking.report import relative
 
 EXIT_USAGE = 2
 # The winners of an installed package go to the user's own conf/, under names that its conf/tuned does not have.
-PREFIX = "own_" if CONFIG_FOLDER.parent == Path(__file__).resolve().parents[1] else ""
+IS_INSTALLED = CONFIG_FOLDER.parent == Path(__file__).resolve().parents[1]
 SQLITE = "sqlite:///"
 RANDOM_TRIALS = 8  # before TPE starts to choose
 WHOLE_TRIALS = 4  # before a trial can be ended early
@@ -158,6 +159,8 @@ def main(arguments: Sequence[str] | None = None, run: Run | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except (HydraException, OmegaConfBaseException) as error:
+        report_error(error)
     studies = [(search, explore(search, run or train)) for search in searches]
     if options.heat_map:
         _report_heat_maps(studies, Path(options.picture or f"docs/results/{options.recipe}-lr-decay.png"))
@@ -319,12 +322,15 @@ def compose(search: Search, params: dict[str, Any], seed: int, folder: str = "ou
 def _write_winner(search: Search, study: optuna.Study, folder: Path) -> None:
     best = study.best_trial
     cfg = compose(search, best.params, search.seeds[0])
-    file = folder / f"{PREFIX}{search.recipe}_{search.optim}.yaml"
+    is_own = IS_INSTALLED or any(word.startswith("hydra.searchpath") for word in search.overrides)
+    name = f"{search.recipe}_{search.optim}.yaml"
+    file = folder / ("own_" * (is_own and (CONFIG_FOLDER / "tuned" / name).is_file()) + name)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(tuned_file(best.params, cfg.trainer.max_steps, _evidence(search, study, cfg)), encoding="utf-8")
     print(f"{search.optim}: {cfg.recipe.monitor} {best.value:.4f} with {_words(best.params)} -> {relative(str(file))}")
-    if PREFIX:
-        chosen = f"recipe={search.recipe} optim={search.optim} tuned={file.stem}"
+    if is_own:
+        trust = [f"'trust=[{','.join(trusted())}]'"] if trusted() else []
+        chosen = " ".join([*trust, f"recipe={search.recipe} optim={search.optim} tuned={file.stem}"])
         print(f"lion-train --config-dir {relative(str(folder.parent))} {chosen} trains with it")
 
 
@@ -380,6 +386,8 @@ def _search(optim: str, options: argparse.Namespace) -> Search:
     try:
         search.space  # noqa: B018
     except MissingConfigException as error:
+        if f"optim/{optim}" not in str(error):
+            raise
         others = "or an optimizer of --config-dir"
         raise ValueError(f"--optim must be of {', '.join(SPACES)}, {others}, got {optim!r}") from error
     return search
@@ -406,12 +414,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--heat-map", action="store_true", help="walk learning rate x decay, and draw it")
     parser.add_argument("--storage", default="outputs/tuning/trials.db", help="SQLite file (default: %(default)s)")
     parser.add_argument(
-        "--output", default=str("conf/tuned" if PREFIX else CONFIG_FOLDER / "tuned"), help="folder for the winners"
+        "--output", help="folder for the winners (default: conf/tuned, or tuned in the folder of --config-dir)"
     )
-    parser.add_argument("--config-dir", metavar="FOLDER", help="more configurations, as lion-train takes them")
+    parser.add_argument("--config-dir", nargs=1, metavar="FOLDER", help="more configurations, as lion-train takes them")
     parser.add_argument("--picture", help="the PNG of the heat map (default: docs/results/<recipe>-lr-decay.png)")
     options = parser.parse_intermixed_args(arguments)
-    options.overrides = [*take_trusted(options.overrides), *search_path(options.config_dir)]
+    own = Path(*(options.config_dir or ["conf"])) if IS_INSTALLED or options.config_dir else CONFIG_FOLDER
+    options.output = options.output or str(own / "tuned")
+    options.overrides = [*take_trusted(options.overrides), *search_path(options.config_dir or ())]
     recipes = [word.removeprefix("recipe=") for word in options.overrides if word.startswith("recipe=")]
     options.recipe = recipes[-1] if recipes else "bert_mlm"
     options.overrides = [word for word in options.overrides if not word.startswith("recipe=")]

@@ -1,11 +1,11 @@
-"""A small convolutional net that reaches 94 % on CIFAR-10 in ten epochs, after Jordan (2024, arXiv:2404.00498).
+"""A small convolutional net for CIFAR-10 after airbench94 (Jordan, 2024, arXiv:2404.00498).
 
-Its first layer is not learned: it whitens 2x2 patches of the training images, so that the filters behind it see
-uncorrelated inputs of equal size. Like `cifar_resnet`, an exported folder contains no code: `from_pretrained` opens it
-in a process that has imported this module.
+The weights of its first layer are not learned: it whitens 2x2 patches of the training images, so that the filters
+behind it see uncorrelated inputs of equal size. Like `cifar_resnet`, an exported folder contains no code:
+`from_pretrained` opens it in a process that has imported this module.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ PATCH = 2  # pixels on each side
 WHITENING_EPSILON = 5e-4  # added to the variances, so that noise is not blown up
 BATCH_NORM_MOMENTUM = 0.4  # share of the new batch, as a run has few steps
 LOGIT_SCALE = 1 / 9
-SMALLEST_IMAGE = 25  # pixels on each side: less leaves nothing of the last pooling
+SMALLEST_IMAGE = 9  # pixels on each side: less leaves nothing of the third pooling
 
 
 class AirbenchConfig(PretrainedConfig):
@@ -27,7 +27,7 @@ class AirbenchConfig(PretrainedConfig):
 
     Args:
         widths: Channels of the three groups of convolutions.
-        image_size: Pixels on each side, at least 25.
+        image_size: Pixels on each side, at least 9.
         num_channels: Of an image.
     """
 
@@ -87,16 +87,23 @@ class AirbenchForImageClassification(PreTrainedModel):
         """Nothing: each module has set its own."""
 
     @torch.no_grad()
-    def fit_inputs(self, images: Tensor) -> None:
+    def fit_inputs(self, batches: Iterable[Tensor]) -> None:
         """Set the whitening filters: the principal components of patches over their deviation, and their negatives.
 
         Args:
-            images: (images, channels, height, width), as `forward` takes them, of the training data.
+            batches: Images of the training data as `forward` takes them, (batch, channels, height, width) each.
         """
-        patches = images.unfold(2, PATCH, 1).unfold(3, PATCH, 1).transpose(1, 3).flatten(0, 2)
-        covariance = torch.cov(patches.flatten(1).double().T, correction=0)
-        variances, components = torch.linalg.eigh(covariance)
-        filters = (components / (variances + WHITENING_EPSILON).sqrt()).T.flip(0).reshape(-1, *patches.shape[1:])
+        count, total, products = 0, torch.zeros(()), torch.zeros(())
+        for images in batches:
+            patches = nn.functional.unfold(images.double(), PATCH).transpose(0, 1).flatten(1)  # (values, patches)
+            count, total, products = count + patches.shape[1], total + patches.sum(1), products + patches @ patches.T
+        mean = total / count
+        variances, components = torch.linalg.eigh(products / count - torch.outer(mean, mean))
+        filters = (
+            (components / (variances + WHITENING_EPSILON).sqrt())
+            .T.flip(0)
+            .reshape(-1, *self.whitening.weight.shape[1:])
+        )
         self.whitening.weight.copy_(torch.cat([filters, -filters]))
         self.whitening.bias.zero_()  # type: ignore[union-attr]
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -37,7 +38,7 @@ SHOWN_IMAGES, SHOWN_AT_ONCE = (
     1_000,
     100,
 )  # validation images classified for the showcase of a model that was never validated
-FITTED_IMAGES = 5_000
+FITTED_IMAGES = 2_000
 TIMM = "timm_wrapper"  # `transformers`' name for a model that timm builds
 
 
@@ -88,9 +89,7 @@ class ImageClassifier(LionMixin, LightningModule):
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
         if fit_inputs := getattr(self.model, "fit_inputs", None):  # a first layer that is made from the data
-            samples = range(min(len(data.train_set), FITTED_IMAGES))  # type: ignore[arg-type]
-            pixels = data.train_set.__getitems__([(sample, sample) for sample in samples])["pixels"]  # type: ignore[attr-defined]
-            fit_inputs(self.normalize(pixels.float() / 255))
+            fit_inputs(self.normalize(pixels.float() / 255) for pixels in _spread(data.train_set))
         self.augmentation = Augmentation(data.image_shape[-2:], seed, **augmentation)
         self.metrics = ValidationMetrics(len(data.classes))
         self.validated: Validated | None = None
@@ -101,8 +100,8 @@ class ImageClassifier(LionMixin, LightningModule):
         return self.model(pixel_values=self.normalize(pixels.float() / 255)).logits
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Zero mean and unit deviation per channel, from images in [0, 1]."""
-        return (images - self.mean) / self.std
+        """Zero mean and unit deviation per channel, from images in [0, 1], in the model's dtype."""
+        return ((images - self.mean) / self.std).to(self.model.dtype)
 
     @override
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -143,7 +142,10 @@ class ImageClassifier(LionMixin, LightningModule):
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start of a run."""
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        return {"model": f"{type(self.model).__name__}, {parameters / 1e6:.2f} M parameters"}
+        lines = {"model": f"{type(self.model).__name__}, {parameters / 1e6:.2f} M parameters"}
+        if self.test_time_flip:
+            lines["validation"] = "takes the mean over an image and its mirror image; the export takes the image alone"
+        return lines
 
     def tokens_per_sample(self) -> int | None:
         return None
@@ -220,6 +222,13 @@ class ImageClassifier(LionMixin, LightningModule):
                 shares = self(batch["pixels"].to(self.device)).softmax(-1)
             worst.update(shares, batch["labels"].to(self.device), batch["sample"])
         return count, worst.compute()
+
+
+def _spread(images: Any) -> Iterator[Tensor]:
+    """Pixels of up to `FITTED_IMAGES` images of a data set, evenly spread, as it may be in the order of its classes."""
+    places = np.linspace(0, len(images) - 1, min(len(images), FITTED_IMAGES)).astype(int).tolist()
+    for start in range(0, len(places), SHOWN_AT_ONCE):
+        yield images.__getitems__([(place, place) for place in places[start : start + SHOWN_AT_ONCE]])["pixels"]
 
 
 def build_model(config: PretrainedConfig, data: ImageArrays) -> Any:

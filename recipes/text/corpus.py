@@ -11,6 +11,7 @@ import glob
 import hashlib
 import importlib
 import logging
+import os
 import re
 import sys
 import sysconfig
@@ -186,11 +187,13 @@ def _is_utf8(file: Path) -> bool:
         return all(_read(file))
     except UnicodeDecodeError:
         return False
+    except OSError:  # not what is told here
+        return True
 
 
 def not_utf8(file: Path, others: Sequence[Path] = ()) -> ConfigError:
     """The error that names the first byte of `file` that is not UTF-8, and which of the others are not UTF-8 either."""
-    wrong = [other.name for other in others if not _is_utf8(other)]
+    wrong = [os.path.relpath(other, file.parent) for other in others if not _is_utf8(other)]
     more = f"; nor {'is' if len(wrong) == 1 else 'are'} {', '.join(wrong[:NAMED])}" if wrong else ""
     more += f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
     decoder = codecs.getincrementaldecoder("utf-8")()

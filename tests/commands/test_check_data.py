@@ -55,6 +55,14 @@ def test_labelled_texts(capsys: pytest.CaptureFixture[str], tmp_path: Path, monk
     assert "training 0: " in said
 
 
+def test_a_schedule_of_batch_sizes_does_not_matter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "words.txt"
+    text.write_text("\n\n".join(f"the cat number {n} sat on mat {n % 7} and slept" for n in range(500)))
+    settings = ["data=text_files", f"data.path={text}", "data.sequence_length=32", "data.vocab_size=300"]
+    main([*settings, "data.batch_schedule=[[0,16],[200,64]]", f"data.cache_dir={tmp_path / 'cache'}"])
+    assert "texts with the same tokens" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_few_pictures_are_enough(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

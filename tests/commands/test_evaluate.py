@@ -199,7 +199,7 @@ def pictures(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return folder, settings
 
 
-@pytest.mark.parametrize("net", ["airbench", "cifar_resnet"])
+@pytest.mark.parametrize("net", ["airbench", pytest.param("cifar_resnet", marks=pytest.mark.slow)])
 def test_an_export_of_a_net_of_this_project_opens(net: str, root: Path, tmp_path: Path) -> None:
     """In a process that has not trained: transformers does not know these by itself."""
     configs = {

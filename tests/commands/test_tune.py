@@ -1,5 +1,6 @@
 """lion-tune on a made-up loss: equal budgets, searches that go on, winners that compose, an honest map."""
 
+import contextlib
 import math
 import sys
 from collections.abc import Callable
@@ -141,6 +142,18 @@ def test_the_winner_composes_and_says_where_it_comes_from(
     assert all(" # " in line for line in text.splitlines() if line.startswith("  "))
 
 
+def test_the_winner_of_ones_own_folder_does_not_hide_behind_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two files of one name Hydra takes the package's."""
+    own = tmp_path / "jürgen's (own), #1" / "conf"
+    own.mkdir(parents=True)
+    storage = ["--storage", str(tmp_path / "trials.db"), "--seeds", "1", "--trials", "1"]
+    assert tune.main([RECIPE, "--optim", "lion", "--config-dir", str(own), *storage], bowl([])) == 0
+    assert (own / "tuned" / "own_image_classification_lion.yaml").is_file()
+    assert "tuned=own_image_classification_lion trains with it" in capsys.readouterr().out
+
+
 def test_an_optimizer_of_ones_own_is_searched_around_the_rate_of_its_file(tmp_path: Path) -> None:
     own = Path(__file__).parents[2] / "examples" / "own_project" / "conf"
     seen: Runs = []
@@ -163,13 +176,19 @@ def test_an_optimizer_of_ones_own_is_searched_around_the_rate_of_its_file(tmp_pa
     [
         (["--optim", "lyon"], "--optim must be of lion, adamw"),
         (["--optim", "lion", "--config-dir", "nowhere"], "--config-dir nowhere: no such folder"),
+        (["--optim", "stable_adamw", "recipe=cifar"], "Could not find 'recipe/cifar'"),
+        (["--optim", "stable_adamw", "optim.foo=1"], "Could not override 'optim.foo'"),
     ],
 )
 def test_an_unknown_optimizer_or_folder_is_one_line(
     words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(tmp_path, bowl([]), *words) == 2
-    assert capsys.readouterr().err.startswith(f"error: {message}")
+    with contextlib.suppress(SystemExit):
+        assert call(tmp_path, bowl([]), *words) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
 
 
 DATABASES = 5

@@ -32,7 +32,7 @@ def call(project: Path, root: Path, *command: str) -> subprocess.CompletedProces
     )
 
 
-@pytest.mark.parametrize("optim", ["lion", "sign_momentum"])
+@pytest.mark.parametrize("optim", [pytest.param("lion", marks=pytest.mark.slow), "sign_momentum"])
 def test_the_recipe_trains_and_is_validated(project: Path, root: Path, optim: str) -> None:
     answer = call(project, root, *TRAIN, "trust=[sines]", "recipe=sines", f"optim={optim}", "run_dir=run", *SHORT)
     assert answer.returncode == 0, answer.stderr

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 from lion_lightning.errors import ConfigError
+from lion_lightning.recipes.image_classification import module as recipe
 from lion_lightning.recipes.image_classification.airbench import AirbenchConfig, AirbenchForImageClassification
 from lion_lightning.recipes.image_classification.module import forward_flops
 from lion_lightning.training.build import build_data, build_module
@@ -34,7 +35,7 @@ def test_the_first_layer_whitens_patches_of_the_images() -> None:
     smooth = nn.functional.avg_pool2d(torch.randn(40, 3, 36, 36, generator=generator), 5, 1)
     mixed = torch.einsum("oc,bchw->bohw", torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 0.5], [0.5, 0.0, 1.0]]), smooth)
     images = 30 * mixed
-    model.fit_inputs(images)
+    model.fit_inputs(images.split(7))
     answers = model.whitening(images).detach().double().transpose(0, 1).flatten(1)
     assert torch.equal(answers[:12], -answers[12:])
     second_moment = torch.cov(answers[:12], correction=0)
@@ -56,7 +57,7 @@ def test_convolutions_begin_as_the_identity_and_the_whitening_is_not_trained() -
 def test_an_export_is_exact_and_has_no_code(tmp_path: Path) -> None:
     model = small()
     images = torch.randn(16, 3, 32, 32)
-    model.fit_inputs(images)
+    model.fit_inputs([images])
     model.train()(images)  # moves the averages of the batch norms
     model.eval().save_pretrained(tmp_path)
     again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
@@ -64,7 +65,28 @@ def test_an_export_is_exact_and_has_no_code(tmp_path: Path) -> None:
     assert torch.equal(again(images).logits, model(images).logits)
 
 
+def test_the_first_layer_sees_images_of_all_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data that are in the order of their classes, more of them than are looked at."""
+    monkeypatch.setattr(recipe, "FITTED_IMAGES", 10)
+
+    class Ordered:
+        def __len__(self) -> int:
+            return 1000
+
+        def __getitems__(self, pairs: list[tuple[int, int]]) -> dict[str, list[int]]:
+            return {"pixels": [index // 100 for _, index in pairs]}
+
+    assert [label for part in recipe._spread(Ordered()) for label in part] == [*range(9), 9]
+
+
+def test_a_step_in_bf16_gets_pixels_in_bf16(compose: Any) -> None:
+    small = ["model.config.hidden_sizes=[4,8,8,8]", "model.config.embedding_size=4"]
+    cfg = compose("recipe=image_classification", "model=resnet18_cifar", *small, "run_dir=out")
+    module = build_module(cfg, build_data(cfg)).bfloat16()
+    assert module(torch.zeros(2, *module.data.image_shape, dtype=torch.uint8)).dtype == torch.bfloat16
+
+
 def test_images_of_eight_pixels_are_refused_in_one_line(compose: Any) -> None:
     cfg = compose("recipe=image_classification", "model=airbench", "run_dir=out")
-    with pytest.raises(ConfigError, match="model=airbench needs images of at least 25 pixels, the data has 8"):
+    with pytest.raises(ConfigError, match="model=airbench needs images of at least 9 pixels, the data has 8"):
         build_module(cfg, build_data(cfg))

@@ -181,6 +181,7 @@ def test_a_resumed_run_has_what_it_had(bert: Go, tmp_path: Path) -> None:
     changes = {
         "seed=2": "seed was 1 and is now 2",
         "optim.lr=1e-9": r"optim\.lr was 0\.\d+ and is now 1e-09",
+        "optim.cautious_decay=true": r"optim\.cautious_decay was False and is now True",
         "data.batch_size=8": "effective batch size was 16 and is now 8",
     }
     for change, named in changes.items():

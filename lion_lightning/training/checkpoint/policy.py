@@ -427,6 +427,9 @@ def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
     """A text for each value that differs, with its dotted name."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*before, *now]):
-            yield from _differences(f"{name}.{key}", before.get(key), now.get(key))
+            if key in before and key in now:
+                yield from _differences(f"{name}.{key}", before[key], now[key])
+            else:
+                yield f"{name}.{key} was {before.get(key, 'missing')} and is now {now.get(key, 'missing')}"
     elif before != now:
         yield f"{name} was {before!r} and is now {now!r}"
