@@ -41,8 +41,8 @@ class History:
 
     def __init__(self, kinds: int, size: int) -> None:
         self.kinds, self.size = kinds, size
-        self._values = torch.full((kinds, size), torch.inf)
-        self.count = torch.zeros(kinds, dtype=torch.int64)
+        self._values = torch.full((kinds, size), torch.inf, device="cpu")
+        self.count = torch.zeros(kinds, dtype=torch.int64, device="cpu")
         """Values stored so far, shape (kinds,)."""
 
     def to(self, device: torch.device) -> None:
@@ -68,10 +68,11 @@ class History:
         return [{"values": values, "count": count} for values, count in rows]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        values = torch.tensor([row["values"] for row in state], dtype=torch.float32)
+        values = torch.tensor([row["values"] for row in state], dtype=torch.float32, device="cpu")
         if values.shape != (self.kinds, self.size):
             raise ValueError(f"thresholds.window={self.size} does not fit the checkpoint's {values.shape[-1]}")
-        self._values, self.count = values, torch.tensor([row["count"] for row in state], dtype=torch.int64)
+        self._values = values
+        self.count = torch.tensor([row["count"] for row in state], dtype=torch.int64, device="cpu")
 
 
 @dataclass(slots=True)
@@ -104,13 +105,13 @@ class Gate:
     ) -> None:
         self.thresholds, self.skips_bad_losses = thresholds, skips_bad_losses
         self.clips_outliers, self.skips_nonfinite = "outlier" not in disabled, "nonfinite" not in disabled
-        self._outliers = torch.full((2, KEPT_OUTLIERS), -torch.inf)
-        self._outlier_steps = torch.full((2, KEPT_OUTLIERS), -(10**9))
+        self._outliers = torch.full((2, KEPT_OUTLIERS), -torch.inf, device="cpu")
+        self._outlier_steps = torch.full((2, KEPT_OUTLIERS), -(10**9), device="cpu")
         self._step = 0
         self._history = History(2, thresholds.window)
-        self._limits = torch.tensor([thresholds.outlier_z, thresholds.loss_z])
-        self._least = torch.tensor([LEAST_LOG_NORM_DEVIATION, 0.0])
-        self._least_share = torch.tensor([0.0, LEAST_LOSS_DEVIATION_SHARE])
+        self._limits = torch.tensor([thresholds.outlier_z, thresholds.loss_z], device="cpu")
+        self._least = torch.tensor([LEAST_LOG_NORM_DEVIATION, 0.0], device="cpu")
+        self._least_share = torch.tensor([0.0, LEAST_LOSS_DEVIATION_SHARE], device="cpu")
 
     def judge(self, norm: Tensor, loss: Tensor) -> Verdict:
         """Judges one step and stores its values.

@@ -73,7 +73,7 @@ class ReplayedRules(GatedRules):
         reading = self.readings.get(step)
         if reading is None:
             return
-        vector = torch.zeros(len(SUMS) + len(UPDATE_SUMS) + 1, dtype=torch.float64)
+        vector = torch.zeros(len(SUMS) + len(UPDATE_SUMS) + 1, dtype=torch.float64, device="cpu")
         vector[SQUARES], vector[BACKWARD_LOSS] = reading.grad_norm**2, reading.backward_loss
         facts = (step, reading.batch_size, reading.micro_batch_size)
         self.judge(vector, self.clip_val, facts)

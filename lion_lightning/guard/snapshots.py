@@ -234,4 +234,5 @@ def _to_host(value: Any) -> Any:
     tensor = layout.local(value.detach())
     if tensor.device.type != "cuda":
         return tensor.to("cpu", copy=True)
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)

@@ -45,7 +45,8 @@ class AsyncReadback:
         """
         event = None
         if vector.device.type == "cuda":
-            vector = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True).copy_(vector, non_blocking=True)
+            pinned = torch.empty(vector.shape, dtype=vector.dtype, device="cpu", pin_memory=True)
+            vector = pinned.copy_(vector, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
 
@@ -73,7 +74,7 @@ class AsyncReadback:
     def load_state_dict(self, state: list[list[float]]) -> None:
         self.clear()
         for values in state:
-            self.post(torch.tensor(values, dtype=torch.float64))
+            self.post(torch.tensor(values, dtype=torch.float64, device="cpu"))
 
 
 @dataclass(slots=True)

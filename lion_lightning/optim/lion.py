@@ -131,7 +131,7 @@ class Lion(Optimizer):
     @property
     def nonfinite_count(self) -> Tensor:
         """Gradient elements that were not finite since the optimizer was made: int64 of shape (), on the device."""
-        counts = list(self._nonfinite.values()) or [torch.zeros((), dtype=torch.int64)]
+        counts = list(self._nonfinite.values()) or [torch.zeros((), dtype=torch.int64, device="cpu")]
         return torch.stack([count.to(counts[0].device, non_blocking=True) for count in counts]).sum()
 
     @property

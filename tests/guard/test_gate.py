@@ -287,3 +287,22 @@ def test_it_judges_on_a_device_whose_values_nobody_can_read():
         assert {value.device.type for value in astuple(verdict)} == {"meta"}
     with pytest.raises(RuntimeError, match="meta"):
         float(verdict.factor)
+
+
+def test_a_default_device_changes_nothing() -> None:
+    """A tensor made on the default device, which is `meta` here, would have no numbers."""
+    draw = torch.Generator("cpu").manual_seed(0)
+    norms = torch.randn(80, generator=draw, device="cpu").exp()
+    norms[60] = 1e4
+
+    def judged(device: str) -> list[float]:
+        with torch.device(device):
+            gate = Gate(Thresholds())
+            factors = [float(gate.judge(norm, norm.log()).factor) for norm in norms[:50]]
+            again = Gate(Thresholds())
+            again.load_state_dict(gate.state_dict())
+            return factors + [float(again.judge(norm, norm.log()).factor) for norm in norms[50:]]
+
+    there = judged("meta")
+    assert there == judged("cpu")
+    assert max(there) > 1, "nothing was clipped"

@@ -50,8 +50,8 @@ class EagerEngine:
         known: dict[tuple[torch.dtype, int], Scratch] = self._local.__dict__.setdefault("scratch", {})
         dtype = torch.float64 if param_dtype == torch.float64 else torch.float32
         if (dtype, elements) not in known:
-            weight, momentum, grad, change = (torch.empty(elements, dtype=dtype) for _ in range(4))
-            known[dtype, elements] = Scratch(weight, momentum, grad, change, torch.ones((), dtype=dtype))
+            weight, momentum, grad, change = (torch.empty(elements, dtype=dtype, device="cpu") for _ in range(4))
+            known[dtype, elements] = Scratch(weight, momentum, grad, change, torch.ones((), dtype=dtype, device="cpu"))
         return known[dtype, elements]
 
 
