@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return 0; a mistake in the settings or the data exits with one line and code 2."""
     options, overrides = _parser().parse_known_args(arguments)
     try:
-        overrides = [*take_trusted(overrides), *search_path(options.config_dir or ())]
+        overrides = [*take_trusted(overrides), *search_path(options.config_dir)]
         with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
             cfg = hydra.compose("train", [*overrides, "run_dir=none"])
         check(cfg, Console(), options.samples, options.pictures)
@@ -154,5 +154,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=3, help="texts or pictures shown of each split (default: 3)")
     parser.add_argument("--pictures", type=Path, default=Path("samples.png"), help="PNG file for pictures")
-    parser.add_argument("--config-dir", nargs=1, metavar="FOLDER", help="more configurations, as lion-train takes them")
+    parser.add_argument(
+        "--config-dir",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="more configurations, as lion-train takes them",
+    )
     return parser

@@ -416,12 +416,18 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", help="folder for the winners (default: conf/tuned, or tuned in the folder of --config-dir)"
     )
-    parser.add_argument("--config-dir", nargs=1, metavar="FOLDER", help="more configurations, as lion-train takes them")
+    parser.add_argument(
+        "--config-dir",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="more configurations, as lion-train takes them",
+    )
     parser.add_argument("--picture", help="the PNG of the heat map (default: docs/results/<recipe>-lr-decay.png)")
     options = parser.parse_intermixed_args(arguments)
-    own = Path(*(options.config_dir or ["conf"])) if IS_INSTALLED or options.config_dir else CONFIG_FOLDER
-    options.output = options.output or str(own / "tuned")
-    options.overrides = [*take_trusted(options.overrides), *search_path(options.config_dir or ())]
+    ours = "conf" if IS_INSTALLED else CONFIG_FOLDER
+    options.output = options.output or str(Path(*options.config_dir[:1] or [ours]) / "tuned")
+    options.overrides = [*take_trusted(options.overrides), *search_path(options.config_dir)]
     recipes = [word.removeprefix("recipe=") for word in options.overrides if word.startswith("recipe=")]
     options.recipe = recipes[-1] if recipes else "bert_mlm"
     options.overrides = [word for word in options.overrides if not word.startswith("recipe=")]

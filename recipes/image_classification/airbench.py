@@ -49,18 +49,18 @@ class ConvolutionGroup(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.pooled = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        self.pooled_norm = _batch_norm(outputs)
-        self.kept = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.kept_norm = _batch_norm(outputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.norm1 = _batch_norm(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = _batch_norm(outputs)
         with torch.no_grad():
-            for convolution in (self.pooled, self.kept):
+            for convolution in (self.conv1, self.conv2):
                 nn.init.dirac_(convolution.weight[: convolution.in_channels])
 
     def forward(self, images: Tensor) -> Tensor:
         """From (batch, inputs, height, width) to (batch, outputs, height // 2, width // 2)."""
-        images = nn.functional.gelu(self.pooled_norm(nn.functional.max_pool2d(self.pooled(images), 2)))
-        return nn.functional.gelu(self.kept_norm(self.kept(images)))
+        images = nn.functional.gelu(self.norm1(nn.functional.max_pool2d(self.conv1(images), 2)))
+        return nn.functional.gelu(self.norm2(self.conv2(images)))
 
 
 class AirbenchForImageClassification(PreTrainedModel):
@@ -99,11 +99,8 @@ class AirbenchForImageClassification(PreTrainedModel):
             count, total, products = count + patches.shape[1], total + patches.sum(1), products + patches @ patches.T
         mean = total / count
         variances, components = torch.linalg.eigh(products / count - torch.outer(mean, mean))
-        filters = (
-            (components / (variances + WHITENING_EPSILON).sqrt())
-            .T.flip(0)
-            .reshape(-1, *self.whitening.weight.shape[1:])
-        )
+        scaled = components / (variances + WHITENING_EPSILON).sqrt()
+        filters = scaled.T.flip(0).reshape(-1, *self.whitening.weight.shape[1:])
         self.whitening.weight.copy_(torch.cat([filters, -filters]))
         self.whitening.bias.zero_()  # type: ignore[union-attr]
 

@@ -1,5 +1,6 @@
 """Images for classification, as a LightningDataModule: decoded once where they fit, or each time on access."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from .sources import ImageSource
 FORMAT_VERSION = 4  # raise it when what is written to the cache changes
 BYTES_PER_GIB = 2**30
 STATISTICS_FROM_ARRAYS, STATISTICS_FROM_PICTURES = 10_000, 512
+SAMPLED_AT_ONCE = 100
 ON_THE_HOST = ("sample", "unreadable")  # read by the host only: on the device, reading them would synchronise
 
 
@@ -194,11 +196,26 @@ class ImageArrays(StreamDataModule):
         if hasattr(self, "splits"):
             pixels = self.splits.train.pixels[:STATISTICS_FROM_ARRAYS]
         else:
-            numbers = np.linspace(0, len(self._for_statistics) - 1, STATISTICS_FROM_PICTURES).astype(int).tolist()
-            batch = self._for_statistics.__getitems__([(number, number) for number in dict.fromkeys(numbers)])
-            pixels = batch["pixels"][~batch["unreadable"]].numpy()
+            pixels = np.concatenate(list(self.sample_pixels(STATISTICS_FROM_PICTURES)))
         sample = pixels.astype(np.float32) / 255
         return sample.mean((0, 2, 3)).tolist(), sample.std((0, 2, 3)).clip(min=1e-3).tolist()
+
+    def sample_pixels(self, count: int) -> Iterator[np.ndarray]:
+        """Training images that are readable, evenly spread over the data, which may be in the order of its classes.
+
+        Args:
+            count: at most so many.
+
+        Returns:
+            uint8 (images, channels, height, width), up to 100 images at a time, decoded as for validation.
+        """
+        is_decoded = hasattr(self, "splits")
+        images: Any = ImageDataset(self.splits.train) if is_decoded else self._for_statistics
+        places = list(dict.fromkeys(np.linspace(0, len(images) - 1, count).astype(int).tolist()))
+        for start in range(0, len(places), SAMPLED_AT_ONCE):
+            batch = images.__getitems__([(place, place) for place in places[start : start + SAMPLED_AT_ONCE]])
+            pixels = batch["pixels"] if is_decoded else batch["pixels"][~batch["unreadable"]]
+            yield pixels.numpy()
 
 
 class _TooLarge(Exception):

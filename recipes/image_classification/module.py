@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -89,7 +88,8 @@ class ImageClassifier(LionMixin, LightningModule):
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
         if fit_inputs := getattr(self.model, "fit_inputs", None):  # a first layer that is made from the data
-            fit_inputs(self.normalize(pixels.float() / 255) for pixels in _spread(data.train_set))
+            samples = data.sample_pixels(FITTED_IMAGES)
+            fit_inputs(self.normalize(torch.from_numpy(pixels).float() / 255) for pixels in samples)
         self.augmentation = Augmentation(data.image_shape[-2:], seed, **augmentation)
         self.metrics = ValidationMetrics(len(data.classes))
         self.validated: Validated | None = None
@@ -222,13 +222,6 @@ class ImageClassifier(LionMixin, LightningModule):
                 shares = self(batch["pixels"].to(self.device)).softmax(-1)
             worst.update(shares, batch["labels"].to(self.device), batch["sample"])
         return count, worst.compute()
-
-
-def _spread(images: Any) -> Iterator[Tensor]:
-    """Pixels of up to `FITTED_IMAGES` images of a data set, evenly spread, as it may be in the order of its classes."""
-    places = np.linspace(0, len(images) - 1, min(len(images), FITTED_IMAGES)).astype(int).tolist()
-    for start in range(0, len(places), SHOWN_AT_ONCE):
-        yield images.__getitems__([(place, place) for place in places[start : start + SHOWN_AT_ONCE]])["pixels"]
 
 
 def build_model(config: PretrainedConfig, data: ImageArrays) -> Any:

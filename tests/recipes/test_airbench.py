@@ -3,15 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from transformers import AutoModelForImageClassification
 
 from lion_lightning.errors import ConfigError
-from lion_lightning.recipes.image_classification import module as recipe
 from lion_lightning.recipes.image_classification.airbench import AirbenchConfig, AirbenchForImageClassification
+from lion_lightning.recipes.image_classification.data import ImageArrays
 from lion_lightning.recipes.image_classification.module import forward_flops
+from lion_lightning.recipes.image_classification.sources import ImageFiles
 from lion_lightning.training.build import build_data, build_module
 
 
@@ -46,11 +49,11 @@ def test_the_first_layer_whitens_patches_of_the_images() -> None:
 def test_convolutions_begin_as_the_identity_and_the_whitening_is_not_trained() -> None:
     model = small()
     images = torch.randn(2, 24, 8, 8)
-    for convolution in (model.groups[0].pooled, model.groups[0].kept):
+    for convolution in (model.groups[0].conv1, model.groups[0].conv2):
         assert torch.allclose(convolution(images)[:, :24], images, atol=1e-6)
     model(torch.randn(4, 3, 32, 32), labels=torch.arange(4)).loss.backward()
     still = {name for name, parameter in model.named_parameters() if parameter.grad is None}
-    norms = {f"groups.{group}.{norm}.weight" for group in range(3) for norm in ("pooled_norm", "kept_norm")}
+    norms = {f"groups.{group}.{norm}.weight" for group in range(3) for norm in ("norm1", "norm2")}
     assert still == norms | {"whitening.weight"}
 
 
@@ -65,18 +68,26 @@ def test_an_export_is_exact_and_has_no_code(tmp_path: Path) -> None:
     assert torch.equal(again(images).logits, model(images).logits)
 
 
-def test_the_first_layer_sees_images_of_all_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data that are in the order of their classes, more of them than are looked at."""
-    monkeypatch.setattr(recipe, "FITTED_IMAGES", 10)
-
-    class Ordered:
-        def __len__(self) -> int:
-            return 1000
-
-        def __getitems__(self, pairs: list[tuple[int, int]]) -> dict[str, list[int]]:
-            return {"pixels": [index // 100 for _, index in pairs]}
-
-    assert [label for part in recipe._spread(Ordered()) for label in part] == [*range(9), 9]
+@pytest.mark.parametrize("decoded_gib", [16.0, 0.0])
+def test_the_first_layer_sees_readable_images_of_all_classes(decoded_gib: float, tmp_path: Path) -> None:
+    """Of a folder the images are in the order of their classes, and more of them than are looked at."""
+    for number in range(60):
+        file = tmp_path / "pictures" / ("bright", "dark")[number // 30] / f"{number:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (200 - number, 0, 0)).save(file)
+    (tmp_path / "pictures" / "dark" / "broken.png").write_bytes(b"no picture")
+    source = ImageFiles(str(tmp_path / "pictures"), image_size=16)
+    data = ImageArrays(source, batch_size=4, cache_dir=str(tmp_path / "cache"), decoded_gib=decoded_gib)
+    data.setup("fit")
+    for count in (6, 1000):
+        pixels = np.concatenate(list(data.sample_pixels(count)))
+        assert pixels.dtype == np.uint8
+        assert pixels.shape[1:] == (3, 16, 16)
+        red = pixels[:, 0, 0, 0]
+        assert red.min() <= 170, "none of the second class"
+        assert red.max() > 190, "none of the first class"
+        assert pixels[:, 1:].max() == 0, "a picture that cannot be read was taken as pixels"
+    assert len(pixels) == len(np.unique(red)), "an image was taken twice"
 
 
 def test_a_step_in_bf16_gets_pixels_in_bf16(compose: Any) -> None:
