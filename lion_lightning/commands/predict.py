@@ -11,7 +11,7 @@ import rich
 import torch
 from omegaconf import DictConfig
 from PIL import Image
-from transformers import AutoConfig, pipeline
+from transformers import AutoConfig, AutoImageProcessor, pipeline
 
 from lion_lightning.commands.evaluate import checkpoint_at, configuration_of, folder_of, is_export, trained
 from lion_lightning.errors import ConfigError
@@ -108,7 +108,10 @@ def _pipeline(folder: Path, cfg: DictConfig) -> tuple[Any, str]:
         if task is None:
             raise ConfigError(f"ckpt={cfg.ckpt}: {architecture} is none of {', '.join(TASKS)}")
         device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
-        return pipeline(cast(Any, task), model=str(folder), device=device, trust_remote_code=False), task
+        options: Row = {"model": str(folder), "device": device, "trust_remote_code": False}
+        if task == "image-classification":  # torchvision, if it is installed, resizes otherwise than training did
+            options["image_processor"] = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        return pipeline(cast(Any, task), **options), task
     except (ValueError, OSError, KeyError, ImportError) as error:
         if isinstance(error, ConfigError):
             raise

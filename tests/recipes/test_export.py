@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import PretrainedConfig, TimmWrapperConfig, pipeline
+from transformers import AutoImageProcessor, PretrainedConfig, TimmWrapperConfig, pipeline
 
 from lion_lightning.recipes.image_classification.airbench import AirbenchConfig
 from lion_lightning.recipes.image_classification.cifar_resnet import CifarResNetConfig
@@ -72,11 +72,18 @@ def test_the_pipeline_says_of_any_picture_what_validation_says(
     data.setup("fit")
     module = build(config, data)
     module.export(tmp_path / "export", "card")
-    classify = pipeline("image-classification", str(tmp_path / "export"))
+    exact = AutoImageProcessor.from_pretrained(tmp_path / "export", backend="pil")
+    classify = pipeline("image-classification", str(tmp_path / "export"), image_processor=exact)
+    by_default = pipeline("image-classification", str(tmp_path / "export"))
+    tolerance = (
+        1e-3 if find_spec("torchvision") else 1e-5
+    )  # torchvision, if it is installed, resizes a little otherwise
     for file in files:
         expected = said(module, square({"bytes": None, "path": str(file)}, side, share))
         found = {answer["label"]: answer["score"] for answer in classify(str(file))}
         assert [found[name] for name in data.classes] == pytest.approx(expected, abs=1e-5), file.name
+        found = {answer["label"]: answer["score"] for answer in by_default(str(file))}
+        assert [found[name] for name in data.classes] == pytest.approx(expected, abs=tolerance), file.name
 
 
 def test_the_text_pipeline_says_what_validation_says(tmp_path: Path) -> None:
