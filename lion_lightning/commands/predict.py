@@ -108,10 +108,10 @@ def _pipeline(folder: Path, cfg: DictConfig) -> tuple[Any, str]:
         if task is None:
             raise ConfigError(f"ckpt={cfg.ckpt}: {architecture} is none of {', '.join(TASKS)}")
         device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
-        options: Row = {"model": str(folder), "device": device, "trust_remote_code": False}
+        options: Row = {"model": str(folder), "device": device}
         if task == "image-classification":  # torchvision, if it is installed, resizes otherwise than training did
             options["image_processor"] = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        return pipeline(cast(Any, task), **options), task
+        return pipeline(cast(Any, task), trust_remote_code=False, **options), task
     except (ValueError, OSError, KeyError, ImportError) as error:
         if isinstance(error, ConfigError):
             raise
