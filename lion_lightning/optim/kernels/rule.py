@@ -139,15 +139,15 @@ def ruled(weight: Tensor, grad: Tensor, momentum: Tensor, settings: Settings) ->
     Returns:
         New weight, new momentum, and u after caution, of shape (n,).
     """
-    mixed = momentum * settings.beta1 + grad * (1 - settings.beta1)
+    mixed = (momentum * settings.beta1).add_(grad * (1 - settings.beta1))
     update = torch.where(mixed.isnan(), mixed, mixed.sign())  # torch's sign of NaN is 0
     if settings.cautious:
         update = caution(update, grad)
     decay = weight * settings.weight_decay
     if settings.cautious_decay:
         decay = torch.where(update * weight < settings.decay_threshold, 0.0, decay)
-    new_weight = weight - (decay + update) * settings.lr
-    new_momentum = momentum * settings.beta2 + grad * (1 - settings.beta2)
+    new_weight = weight - decay.add_(update).mul_(settings.lr)
+    new_momentum = (momentum * settings.beta2).add_(grad * (1 - settings.beta2))
     return new_weight, new_momentum, update
 
 
