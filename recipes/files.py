@@ -64,6 +64,14 @@ def fingerprint_of(files: Iterable[Path]) -> str:
     return " ".join(f"{file}>{target}:{stat.st_size}:{stat.st_mtime_ns}" for file, target, stat in stats)
 
 
+def existing(path: str | Path, setting: str) -> Path:
+    """The file or folder at `path`, which `setting` gave; ConfigError if there is none."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise ConfigError(f"{setting}={path}: there is no such file or folder")
+    return place
+
+
 def existing_file(path: str, setting: str, suffixes: Iterable[str]) -> Path:
     """The file at `path`.
 
@@ -75,10 +83,8 @@ def existing_file(path: str, setting: str, suffixes: Iterable[str]) -> Path:
     Raises:
         ConfigError: there is no file, or it has another ending.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ConfigError(f"{setting}={path}: there is no such file or folder")
-    if not file.name.lower().endswith(tuple(suffixes)):
+    file = existing(path, setting)
+    if not file.is_file() or not file.name.lower().endswith(tuple(suffixes)):
         raise ConfigError(f"{setting}={path} must be a file of {', '.join(suffixes)}")
     return file
 

@@ -87,9 +87,10 @@ def precision(overrides: list[str]) -> Variants:
 
 def batch_size(overrides: list[str]) -> Variants:
     """Batches of 8 to 1,024 over the same number of samples; the learning rate scales with the root of the batch."""
+    usual = {optim: _composed([f"optim={optim}", *overrides]) for optim in ("lion", "adamw")}
     return {
-        f"{optim}-{size}": [f"optim={optim}", *_of_batch_size(_composed([f"optim={optim}", *overrides]), size)]
-        for optim in ("lion", "adamw")
+        f"{optim}-{size}": [f"optim={optim}", *_of_batch_size(cfg, size)]
+        for optim, cfg in usual.items()
         for size in BATCH_SIZES
     }
 
@@ -111,6 +112,7 @@ def _of_batch_size(cfg: DictConfig, size: int) -> list[str]:
 
 def warm_up(overrides: list[str]) -> Variants:
     """Warm-up x learning rate, without conf/tuned: betas and decay of Wen et al. (2025, arXiv:2509.02046)."""
+    steps = _composed(overrides).trainer.max_steps
     fixed = {
         "lion": ["optim.betas=[0.9,0.95]", "optim.weight_decay=0.7"],
         "adamw": ["optim.betas=[0.9,0.98]", "optim.weight_decay=0.1"],
@@ -118,7 +120,7 @@ def warm_up(overrides: list[str]) -> Variants:
     return {
         f"{optim}-lr{lr:g}-w{share:g}": [
             f"optim={optim}", "~tuned", *fixed[optim], f"optim.lr={lr:g}", "guard.on_divergence=warn",
-            f"guard.warmup_steps={round(share * _composed(overrides).trainer.max_steps)}",
+            f"guard.warmup_steps={round(share * steps)}",
         ]
         for optim, rates in RATES.items() for lr in rates for share in WARM_UPS
     }  # fmt: skip

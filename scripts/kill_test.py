@@ -29,8 +29,14 @@ from typing import Any
 import hydra
 import torch
 
-from lion_lightning.training.checkpoint.files import TEMPORARY_PREFIX, CheckpointFailed, load, sweep_temporaries, verify
-from lion_lightning.training.checkpoint.policy import newest_valid
+from lion_lightning.training.checkpoint.files import (
+    TEMPORARY_PREFIX,
+    CheckpointFailed,
+    load,
+    newest_valid,
+    sweep_temporaries,
+    verify,
+)
 from lion_lightning.training.run import run
 
 # What a run imports by name, imported here once instead of in every attempt.

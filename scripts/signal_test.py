@@ -32,8 +32,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import lion_lightning.training.run as run_module
-from lion_lightning.training.checkpoint.files import TEMPORARY_PREFIX, load, verify
-from lion_lightning.training.checkpoint.policy import newest_valid
+from lion_lightning.training.checkpoint.files import TEMPORARY_PREFIX, load, newest_valid, verify
 from lion_lightning.training.signals import EXIT_CODE_OFFSET
 
 # What a run imports by name, imported here once instead of in every attempt.

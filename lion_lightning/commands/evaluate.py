@@ -26,7 +26,7 @@ from lion_lightning.errors import ConfigError
 from lion_lightning.recipes.files import one_line
 from lion_lightning.training import build
 from lion_lightning.training.checkpoint import files
-from lion_lightning.training.checkpoint.policy import newest_valid, restoring
+from lion_lightning.training.checkpoint.resume import restoring
 from lion_lightning.training.logging_setup import quiet_libraries
 from lion_lightning.training.report import near, show
 
@@ -67,7 +67,7 @@ def checkpoint_at(ckpt: str | None) -> Path:
         place = Path(files.refuse_url(ckpt))
         if (place / "checkpoints").is_dir():
             best = place / "checkpoints" / "best.ckpt"
-            newest = best if best.exists() else newest_valid(place / "checkpoints")[0]
+            newest = best if best.exists() else files.newest_valid(place / "checkpoints")[0]
             if newest is None:
                 raise ConfigError(f"ckpt={ckpt}: this run has no valid checkpoint")
             place = newest

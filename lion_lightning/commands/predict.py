@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor, pipeline
 
 from lion_lightning.commands.evaluate import checkpoint_at, configuration_of, folder_of, is_export, trained
 from lion_lightning.errors import ConfigError
-from lion_lightning.recipes.files import conversion_of, is_hidden, list_files, one_line
+from lion_lightning.recipes.files import conversion_of, existing, is_hidden, list_files, one_line
 from lion_lightning.recipes.image_classification import airbench, cifar_resnet  # noqa: F401 (tells transformers of them)
 from lion_lightning.recipes.image_classification.images import read
 from lion_lightning.recipes.tables import READERS, Columns, columns_of, read_table, suffix_of
@@ -161,9 +161,7 @@ def _pictures(root: Path) -> Iterator[Input]:
 def _existing(place: str | None) -> Path:
     if place is None:
         raise ConfigError("mode=predict needs input=PATH: a file with texts, a picture, or a folder of pictures")
-    if not Path(place).exists():
-        raise ConfigError(f"input={place}: there is no such file or folder")
-    return Path(place)
+    return existing(place, "input")
 
 
 def _predicted(model: Any, batch: Sequence[Input], task: str) -> Iterator[Row]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lion_lightning.guard.gate import Gate, Verdict
+from lion_lightning.guard.lr_warmup import LinearWarmup, WarmupHook
 from lion_lightning.guard.rules import (
     FACTS,
     SUMS,
@@ -23,7 +24,6 @@ from lion_lightning.guard.rules import (
     unpack,
 )
 from lion_lightning.guard.sampled_coordinates import SampledCoordinates
-from lion_lightning.guard.warmup import LinearWarmup, WarmupHook
 from lion_lightning.optim import Lion, layout
 
 Reduce = Callable[[Tensor], Tensor]

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lion_lightning.training import build
 from lion_lightning.training.callbacks import ReplicaCheck, SmoothedLoss, StepSeed, ValidateAtEnd, progress
-from lion_lightning.training.checkpoint.policy import AUTO, resolve
+from lion_lightning.training.checkpoint.resume import AUTO, checkpoint_to_resume
 from lion_lightning.training.checkpoint.sharded import ShardedStrategy
 from lion_lightning.training.logging_setup import closing, log_config, quiet_libraries
 from lion_lightning.training.performance import Throughput
@@ -35,7 +35,7 @@ def run(cfg: DictConfig, more_callbacks: Sequence[pl.Callback] = ()) -> float:
     """
     build.check(cfg)
     folder = Path(cfg.run_dir)
-    resumed = resolve(cfg.resume, folder / "checkpoints")
+    resumed = checkpoint_to_resume(cfg.resume, folder / "checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
     quiet_libraries()
     console = rich.get_console()  # Lightning's progress bar is on it too, so lines are printed above the bar

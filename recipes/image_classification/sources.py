@@ -16,7 +16,7 @@ from pyarrow.parquet import read_schema
 
 from lion_lightning.errors import ConfigError
 
-from ..files import account, fingerprint_of, is_hidden, list_files
+from ..files import account, existing, fingerprint_of, is_hidden, list_files
 from ..tables import Columns, columns_of, label_name, read_table
 from .images import Images, ImageSplits, held_out
 from .labels import LABEL_NAMES, Part, Parts, PictureSplits, pictures_of
@@ -109,8 +109,7 @@ class ImageFiles:
         self._find_files()
 
     def _find_files(self) -> None:
-        if not self.path.exists():
-            raise ConfigError(f"data.path={self.path}: there is no such file or folder")
+        existing(self.path, "data.path")
         if self.path.is_file() and self.path.suffix.lower() != ".parquet":
             raise ConfigError(
                 f"data.path={self.path} is no .parquet file; give that, or a folder with one folder of images per class"

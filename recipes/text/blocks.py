@@ -7,7 +7,6 @@ of the text, and an interrupted preparation continues after the last complete sh
 """
 
 import json
-import math
 import os
 import sys
 from array import array
@@ -25,7 +24,7 @@ from lion_lightning.data.cache import cached_folder, release_freed_memory
 from lion_lightning.errors import ConfigError
 
 from ..files import without_surrogates
-from .corpus import Corpus, digest
+from .corpus import Corpus, digest, held_out_below
 from .tokenizer import SPECIAL_TOKENS, as_transformers, identity, load_masking_tokenizer, train_tokenizer
 
 SAMPLE_CHARACTERS = 2**27  # what a tokenizer is trained on at most
@@ -80,7 +79,7 @@ def scan_corpora(corpora: Sequence[Corpus], val_fraction: float) -> CorpusScan:
     """
     digests, given, lengths, characters = array("Q"), array("B"), array("L"), 0
     sample, whole = _Sample(SAMPLE_CHARACTERS), _Whole(SAMPLE_CHARACTERS)
-    threshold = math.ceil(val_fraction * 2**64)
+    threshold = held_out_below(val_fraction)
     for source, role, document in read_documents(corpora):
         known = digest(document) if document.strip() else _EMPTY
         digests.append(known)

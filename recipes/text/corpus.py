@@ -11,6 +11,7 @@ import glob
 import hashlib
 import importlib
 import logging
+import math
 import os
 import re
 import sys
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lion_lightning.errors import ConfigError
 
-from ..files import account, conversion_of, fingerprint_of, is_hidden, list_files, one_line
+from ..files import account, conversion_of, existing, fingerprint_of, is_hidden, list_files, one_line
 
 if TYPE_CHECKING:
     import datasets
@@ -264,9 +265,14 @@ def digest(document: str) -> int:
     return int.from_bytes(hashlib.blake2b(document.encode(), digest_size=8).digest(), "big")
 
 
+def held_out_below(fraction: float) -> int:
+    """The digest below which a document is for validation."""
+    return math.ceil(fraction * 2**64)
+
+
 def is_held_out(document: str, fraction: float) -> bool:
     """Whether `document` is for validation: decided by its content alone, independent of order and seed."""
-    return digest(document) < fraction * 2**64
+    return digest(document) < held_out_below(fraction)
 
 
 class HubText(Corpus):
@@ -358,8 +364,8 @@ def load(path: str, config: str | None, split: str, column: str, revision: str |
         datasets.disable_progress_bars()
     name = ", ".join(str(part) for part in (path, config, split, revision) if part)
     place = Path(path).expanduser()
-    if path.startswith((".", "/", "~")) and not place.exists():
-        raise ConfigError(f"data.path={path}: there is no such file or folder")
+    if path.startswith((".", "/", "~")):
+        existing(path, "data.path")
     try:
         source, files = str(place) if place.exists() else path, None
         options: dict[str, str] = {}

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lion_lightning import LionGuard, LionMixin
 from lion_lightning.guard.callback import TrainingStopped
-from lion_lightning.guard.warmup import warmup_length
+from lion_lightning.guard.lr_warmup import warmup_length
 from tests.guard.memory_logger import MemoryLogger
 
 

@@ -20,10 +20,10 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lion_lightning import Lion, LionGuard, LionMixin
+from lion_lightning.guard.lr_warmup import LinearWarmup
 from lion_lightning.guard.recovery import Recovery
 from lion_lightning.guard.rules import Reading, Thresholds
 from lion_lightning.guard.step_monitor import Losses, StepMonitor
-from lion_lightning.guard.warmup import LinearWarmup
 from lion_lightning.hyperparams import linear
 
 

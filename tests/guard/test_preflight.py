@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from lion_lightning import Lion
+from lion_lightning.guard.lr_warmup import warmup_length
 from lion_lightning.guard.preflight import RunSettings, inspect, turnover
-from lion_lightning.guard.warmup import warmup_length
 from lion_lightning.hyperparams import from_adamw
 from lion_lightning.training.build import build_data, build_module, effective_batch_size, instantiate, max_steps
 

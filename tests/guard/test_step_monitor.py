@@ -9,11 +9,11 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from lion_lightning import Lion
+from lion_lightning.guard.lr_warmup import LinearWarmup
 from lion_lightning.guard.recovery import Recovery, Remedy
 from lion_lightning.guard.rules import Symptom, Thresholds
 from lion_lightning.guard.snapshots import Snapshot
 from lion_lightning.guard.step_monitor import AsyncReadback, Losses, StepMonitor
-from lion_lightning.guard.warmup import LinearWarmup
 
 OPTIMIZERS = {
     "lion": partial(Lion, lr=1e-2),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 
-from lion_lightning.guard.warmup import LinearWarmup, WarmupHook
+from lion_lightning.guard.lr_warmup import LinearWarmup, WarmupHook
 from lion_lightning.optim import Lion, Signum
 from lion_lightning.optim.gradient_release import Release, release_gradients
 

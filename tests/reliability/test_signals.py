@@ -13,8 +13,14 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 
 import lion_lightning.training.run as run_module
-from lion_lightning.training.checkpoint.files import CheckpointFailed, DurableCheckpointIO, load, verify
-from lion_lightning.training.checkpoint.policy import newest_valid, step_files
+from lion_lightning.training.checkpoint.files import (
+    CheckpointFailed,
+    DurableCheckpointIO,
+    load,
+    newest_valid,
+    step_files,
+    verify,
+)
 from lion_lightning.training.signals import StopFlag, TrainingInterrupted
 
 DIGITS = (

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lion_lightning.training.checkpoint.files import load, verify
-from lion_lightning.training.checkpoint.policy import newest_valid
+from lion_lightning.training.checkpoint.files import load, newest_valid, verify
 from tests.processes import torchrun
 from tests.reliability import ranks
 

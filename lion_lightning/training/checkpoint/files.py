@@ -36,6 +36,7 @@ NO_HARD_LINKS = (errno.EPERM, errno.EXDEV, errno.EOPNOTSUPP, errno.EMLINK, errno
 COMPILED_PREFIX = "_orig_mod."
 _PLAIN_TYPES = (str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.device, torch.Size)
 _PARTS = ("callbacks", "global_step", "loops", "lr_schedulers")  # Lightning passes over some that are missing
+_STEP_FILE = re.compile(r"step-(\d+)\.ckpt")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 
 
@@ -102,6 +103,35 @@ class DurableCheckpointIO(CheckpointIO):
     @override
     def remove_checkpoint(self, path: _PATH) -> None:
         remove_marked(Path(path))
+
+
+def step_path(folder: Path, global_step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"step-{global_step:09d}.ckpt"
+
+
+def step_files(folder: Path) -> list[Path]:
+    """The step files of `folder`, oldest first, including those of which only a marker is left; not verified."""
+    names = {path.name.removesuffix(".json") for path in folder.glob("step-*")}
+    return [folder / name for name in sorted(names) if _STEP_FILE.fullmatch(name)]
+
+
+def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of `folder` that is whole, and what is wrong with those that are newer.
+
+    Step files come first; `last.ckpt` and `best.ckpt` are names of such files and are used where those are gone.
+    """
+    wrong: list[str] = []
+    names = [folder / "last.ckpt", folder / "best.ckpt"]
+    there = [name for name in names if name.exists() or marker_of(name).exists()]
+    for path in [*reversed(step_files(folder)), *there]:
+        try:
+            verify(path)
+        except InvalidCheckpoint as error:
+            wrong.append(str(error))
+        else:
+            return path, wrong
+    return None, wrong
 
 
 def load(path: Path) -> dict[str, Any]:

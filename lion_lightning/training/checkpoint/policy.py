@@ -1,13 +1,7 @@
-"""When a run is saved, which checkpoint is `best` and `last`, and how a run resumes from one or says why it cannot.
-
-A resume passes three places: `resolve` picks the checkpoint, `DurableCheckpointIO` (or `ShardedStrategy`) reads it, and
-`RunCheckpoint` checks that it fits the run while Lightning restores its parts.
-"""
+"""When a run is saved, which of its checkpoints are kept, and which one is `best` and `last`."""
 
 import logging
 import math
-import pickle
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,118 +17,25 @@ from typing_extensions import override
 from lion_lightning import __version__
 from lion_lightning.errors import ConfigError
 from lion_lightning.training.checkpoint import files
-from lion_lightning.training.checkpoint.files import CheckpointFailed, DurableCheckpointIO, InvalidCheckpoint
+from lion_lightning.training.checkpoint.files import (
+    CheckpointFailed,
+    DurableCheckpointIO,
+    InvalidCheckpoint,
+    step_files,
+    step_path,
+)
+from lion_lightning.training.checkpoint.resume import (
+    LOAD_FAILURES,
+    convert_loop_counters,
+    differences,
+    expect_validation,
+    restoring,
+)
 from lion_lightning.training.signals import StopFlag, TrainingInterrupted
 
 log = logging.getLogger(__name__)
-AUTO = "auto"
 KEY = "lion_lightning"  # our part of a checkpoint: facts of the run, and the version that wrote it
-WAY_OUT = (
-    f"go on with the settings and the version of lion_lightning that wrote it (this is {__version__}), "
-    "or start afresh with resume=null in another run_dir="
-)
-_BATCHES, _VALIDATION = "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"  # of Lightning's fit loop
 _OPTIMIZERS, _SCHEDULES = "optimizer_states", "lr_schedulers"  # Lightning restores as many as both sides have
-_STEP_FILE = re.compile(r"step-(\d+)\.ckpt")
-_LOAD_FAILURES = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, pickle.UnpicklingError)
-# Other kinds of RuntimeError are faults of the machine, such as memory that ran out or a lost rank.
-_MISFITS = re.compile(r"Error\(s\) in loading state_dict|cannot be loaded")
-_MAX_CHARACTERS = 300
-
-
-def step_path(folder: Path, global_step: int) -> Path:
-    """Where the checkpoint of a step is."""
-    return folder / f"step-{global_step:09d}.ckpt"
-
-
-def step_files(folder: Path) -> list[Path]:
-    """The step files of `folder`, oldest first, including those of which only a marker is left; not verified."""
-    names = {path.name.removesuffix(".json") for path in folder.glob("step-*")}
-    return [folder / name for name in sorted(names) if _STEP_FILE.fullmatch(name)]
-
-
-def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of `folder` that is whole, and what is wrong with those that are newer.
-
-    Step files come first; `last.ckpt` and `best.ckpt` are names of such files and are used where those are gone.
-    """
-    wrong: list[str] = []
-    names = [folder / "last.ckpt", folder / "best.ckpt"]
-    there = [name for name in names if name.exists() or files.marker_of(name).exists()]
-    for path in [*reversed(step_files(folder)), *there]:
-        try:
-            files.verify(path)
-        except InvalidCheckpoint as error:
-            wrong.append(str(error))
-        else:
-            return path, wrong
-    return None, wrong
-
-
-def resolve(resume: str | None, folder: Path) -> Path | None:
-    """The checkpoint that `resume` means for a run that keeps its own in `folder`; None to start afresh.
-
-    Args:
-        resume: `auto` for the newest valid one of `folder`, a path, or None.
-        folder: the run's checkpoints; need not exist.
-
-    Raises:
-        ConfigError: a URL; no such file; a file that is not what was written; or `folder` belongs to a run already.
-    """
-    if resume == AUTO:
-        path, wrong = newest_valid(folder)
-        for line in wrong:
-            log.warning("resume=auto skips %s", line)
-        if path is None and wrong:
-            raise ConfigError(f"resume=auto: none of the checkpoints in {folder} is valid: {'; '.join(wrong)}")
-        if path is None:
-            log.info("resume=auto: no checkpoint in %s, so the run starts afresh", folder)
-        return path
-    if existing := step_files(folder):
-        raise ConfigError(
-            f"{folder} holds checkpoints of a run up to {existing[-1].name}: "
-            "resume=auto goes on with it, another run_dir= starts afresh"
-        )
-    if resume is None:
-        return None
-    try:
-        path = Path(files.refuse_url(resume))
-        if files.marker_of(path).is_file():
-            files.verify(path)
-    except ValueError as error:
-        raise ConfigError(f"resume={error}") from error
-    if not path.exists():
-        raise ConfigError(f"resume={resume}: there is no such checkpoint file; auto is the newest one of run_dir")
-    if path.is_dir() and step_files(path / "checkpoints"):
-        raise ConfigError(f"resume={resume} is the folder of a run: run_dir={resume} resume=auto goes on with it")
-    if path.is_dir() and not (path / ".metadata").is_file():
-        raise ConfigError(f"resume={resume} is a folder that holds no checkpoint; name the .ckpt itself")
-    return path
-
-
-@contextmanager
-def restoring(path: object, setting: str = "resume") -> Iterator[None]:
-    """Turn a failure to restore a run from the checkpoint at `path`, which `setting` names, into one line.
-
-    Raises:
-        ConfigError: names the file, what of it is missing or does not fit, and the way out.
-    """
-    try:
-        yield
-    except ConfigError:
-        raise
-    except _LOAD_FAILURES as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, RuntimeError) and not _MISFITS.search(text):
-            raise
-        if isinstance(error, pickle.UnpicklingError):
-            told = "it is no checkpoint, or one that holds more than tensors and plain values; it was not loaded"
-        elif isinstance(error, KeyError):
-            told = f"the checkpoint lacks {error.args[0]!r}"
-        else:
-            told = f"the checkpoint does not fit ({text[:_MAX_CHARACTERS]}{' ...' * (len(text) > _MAX_CHARACTERS)})"
-        way_out = f"; {WAY_OUT}" if setting == "resume" else ""
-        raise ConfigError(f"{setting}={path}: {told}{way_out}") from error
 
 
 class RunCheckpoint(Checkpoint):
@@ -208,7 +109,7 @@ class RunCheckpoint(Checkpoint):
         """A context for `Trainer.fit`: `restoring` between reading a checkpoint and the first step."""
         try:
             yield
-        except _LOAD_FAILURES as error:
+        except LOAD_FAILURES as error:
             if self._has_begun or self._io.loaded is None:
                 raise
             with restoring(self._io.loaded):
@@ -223,9 +124,9 @@ class RunCheckpoint(Checkpoint):
             log.warning("resume: the checkpoint has no state of %s, which start(s) afresh", ", ".join(fresh))
         self._restored = {name: len(checkpoint[name]) for name in (_OPTIMIZERS, _SCHEDULES) if name in checkpoint}
         kept = checkpoint[KEY]
-        if differing := [text for name, value in self.facts.items() for text in _differences(name, kept[name], value)]:
+        if differing := [text for name, value in self.facts.items() for text in differences(name, kept[name], value)]:
             raise ConfigError(f"resume: {'; '.join(differing)}; a resumed run keeps what it was")
-        _recount(checkpoint, kept.get("accumulate_grad_batches"), trainer.accumulate_grad_batches)
+        convert_loop_counters(checkpoint, kept.get("accumulate_grad_batches"), trainer.accumulate_grad_batches)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -376,7 +277,7 @@ class RunCheckpoint(Checkpoint):
         accumulate = {"accumulate_grad_batches": trainer.accumulate_grad_batches}
         checkpoint[KEY] = {**self.facts, **accumulate, "version": __version__}
         if self._validation_due:
-            _expect_validation(checkpoint)
+            expect_validation(checkpoint)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -387,33 +288,6 @@ class RunCheckpoint(Checkpoint):
         self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
 
 
-def _expect_validation(checkpoint: dict[str, Any]) -> None:
-    """Make a run resumed from `checkpoint` begin with the validation that its last step should have ended with.
-
-    Lightning skips that validation where a checkpoint was written before it. It repeats one that was interrupted, so
-    the loop counters are set to: the step is complete, and the first validation batch has been started.
-    """
-    state = checkpoint["loops"]["fit_loop"]
-    for counts in (state[_BATCHES]["total"], state[_BATCHES]["current"]):
-        counts["completed"] = counts["processed"]
-    for counts in (state[_VALIDATION]["total"], state[_VALIDATION]["current"]):
-        counts.update(ready=1, started=1, processed=0, completed=0)
-    state[_VALIDATION]["is_last_batch"] = False
-
-
-def _recount(checkpoint: dict[str, Any], before: int | None, now: int) -> None:
-    """Convert the loop counters to micro-batches of the resumed run, which may accumulate another number of them."""
-    if before in (None, now):
-        return
-    assert before is not None
-    state = checkpoint["loops"]["fit_loop"][_BATCHES]
-    for counts in (state["total"], state["current"]):
-        unfinished = counts["processed"] - counts["completed"]
-        for name in ("ready", "started", "processed"):
-            counts[name] = counts[name] // before * now
-        counts["completed"] = counts["processed"] - unfinished
-
-
 def _largest(trainer: Trainer, *values: float) -> list[int]:
     """The largest of each value over all ranks."""
     if trainer.world_size == 1:
@@ -421,15 +295,3 @@ def _largest(trainer: Trainer, *values: float) -> list[int]:
     shared = torch.tensor([int(value) for value in values], device=trainer.strategy.root_device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     return shared.tolist()
-
-
-def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
-    """A text for each value that differs, with its dotted name."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in dict.fromkeys([*before, *now]):
-            if key in before and key in now:
-                yield from _differences(f"{name}.{key}", before[key], now[key])
-            else:
-                yield f"{name}.{key} was {before.get(key, 'missing')} and is now {now.get(key, 'missing')}"
-    elif before != now:
-        yield f"{name} was {before!r} and is now {now!r}"

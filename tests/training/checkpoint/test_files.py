@@ -25,11 +25,14 @@ from lion_lightning.training.checkpoint.files import (
     InvalidCheckpoint,
     load,
     marker_of,
+    newest_valid,
     plain,
+    step_files,
+    step_path,
     verify,
     write,
 )
-from lion_lightning.training.checkpoint.policy import newest_valid, resolve, step_files, step_path
+from lion_lightning.training.checkpoint.resume import checkpoint_to_resume
 
 
 def state(step: int, **more: Any) -> dict[str, Any]:
@@ -74,18 +77,18 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(
 ) -> None:
     act, told = DAMAGE[damage]
     newest = step_path(folder, 3)
-    assert resolve("auto", folder) == newest
+    assert checkpoint_to_resume("auto", folder) == newest
     act(newest)
     with pytest.raises(InvalidCheckpoint, match=told) as error:
         verify(newest)
     assert str(newest) in str(error.value)
-    assert resolve("auto", folder) == step_path(folder, 2)
+    assert checkpoint_to_resume("auto", folder) == step_path(folder, 2)
     assert f"resume=auto skips {newest}" in caplog.text
     act(step_path(folder, 2))
-    assert resolve("auto", folder) == step_path(folder, 1)
+    assert checkpoint_to_resume("auto", folder) == step_path(folder, 1)
     act(step_path(folder, 1))
     with pytest.raises(ConfigError, match=r"none of the checkpoints .* is valid") as refused:
-        resolve("auto", folder)
+        checkpoint_to_resume("auto", folder)
     assert "\n" not in str(refused.value)
 
 
@@ -113,32 +116,32 @@ def test_last_stands_in_where_the_step_files_are_gone(folder: Path) -> None:
 
 def test_an_empty_folder_starts_afresh_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    assert resolve("auto", tmp_path / "nothing") is None
+    assert checkpoint_to_resume("auto", tmp_path / "nothing") is None
     assert "starts afresh" in caplog.text
-    assert resolve(None, tmp_path) is None
+    assert checkpoint_to_resume(None, tmp_path) is None
 
 
 def test_a_new_run_is_not_started_where_another_one_was(folder: Path) -> None:
     for resume in (None, str(step_path(folder, 1))):
         with pytest.raises(ConfigError, match=r"step-000000003\.ckpt: resume=auto goes on with it"):
-            resolve(resume, folder)
+            checkpoint_to_resume(resume, folder)
 
 
 def test_a_given_file_is_checked_too(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     elsewhere = tmp_path_factory.mktemp("another") / "checkpoints"
     path = step_path(folder, 3)
-    assert resolve(str(path), elsewhere) == path
+    assert checkpoint_to_resume(str(path), elsewhere) == path
     flip_a_byte(path)
     with pytest.raises(ConfigError, match="have changed"):
-        resolve(str(path), elsewhere)
+        checkpoint_to_resume(str(path), elsewhere)
     with pytest.raises(ConfigError, match="no such checkpoint file"):
-        resolve("/nowhere.ckpt", elsewhere)
+        checkpoint_to_resume("/nowhere.ckpt", elsewhere)
 
 
 @pytest.mark.parametrize("url", ["https://example.org/a.ckpt", "http://x/a", "s3://bucket/a.ckpt", "file:///a", "hf:a"])
 def test_a_url_is_no_checkpoint(url: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must be a file on this machine, not a URL"):
-        resolve(url, tmp_path)
+        checkpoint_to_resume(url, tmp_path)
     with pytest.raises(ValueError, match="not a URL"):
         DurableCheckpointIO().load_checkpoint(url)
 
@@ -195,7 +198,7 @@ def test_a_malicious_checkpoint_is_refused_and_runs_nothing(tmp_path: Path, monk
     path = tmp_path / "step-000000001.ckpt"
     torch.save({**state(1), "x": Exploit(owned)}, path)
     files.mark(path, 1)
-    assert resolve(str(path), tmp_path / "run") == path, "its bytes are what was written"
+    assert checkpoint_to_resume(str(path), tmp_path / "run") == path, "its bytes are what was written"
     for read in (load, DurableCheckpointIO().load_checkpoint, lambda p: DurableCheckpointIO().load_checkpoint(p, weights_only=False)):  # noqa: E501  # fmt: skip
         with pytest.raises(pickle.UnpicklingError):
             read(path)

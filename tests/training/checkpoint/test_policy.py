@@ -13,7 +13,8 @@ import torch.distributed.checkpoint as dcp
 
 from lion_lightning.errors import ConfigError
 from lion_lightning.training.checkpoint.files import load
-from lion_lightning.training.checkpoint.policy import KEY, WAY_OUT, restoring
+from lion_lightning.training.checkpoint.policy import KEY
+from lion_lightning.training.checkpoint.resume import WAY_OUT, restoring
 from lion_lightning.training.checkpoint.sharded_state import load_sharded
 from lion_lightning.training.performance import Throughput
 from lion_lightning.training.run import run

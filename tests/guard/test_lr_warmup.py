@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from lion_lightning.guard.warmup import LinearWarmup, WarmupHook
+from lion_lightning.guard.lr_warmup import LinearWarmup, WarmupHook
 
 STEPS, WARMUP = 12, 5
 SCHEDULERS = {
