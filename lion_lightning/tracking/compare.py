@@ -159,10 +159,39 @@ class Comparison:
         return _spread(variant.counted, lambda run: run.last(self.goal.metric))
 
     def against_baseline(self, variant: Variant) -> Welch | None:
-        """The test of a variant's best values against the baseline's; None for the baseline itself."""
-        if variant is self.baseline:
-            return None
-        return welch(self.best(variant).values, self.best(self.baseline).values)
+        """The test of a variant's best values against the baseline's, with p corrected for the number of variants.
+
+        None for the baseline itself, and where one of both has fewer than two seeds.
+        """
+        return self._tests.get(variant.label)
+
+    @cached_property
+    def _tests(self) -> dict[str, Welch]:
+        """By label, the tests of all variants but the baseline."""
+        reference = self.best(self.baseline).values
+        others = [variant for variant in self.variants if variant is not self.baseline]
+        tests = {one.label: test for one in others if (test := welch(self.best(one).values, reference))}
+        corrected = holm([test.p for test in tests.values()])
+        return {label: test._replace(p=p) for (label, test), p in zip(tests.items(), corrected, strict=True)}
+
+    def paired_error(self, variant: Variant) -> float:
+        """Half the 95 % interval of the mean difference to the baseline, seed by seed.
+
+        Runs of one seed share initialisation, data and their order, so that this can be narrower than Welch's interval.
+        NaN for the baseline itself, with other seeds than the baseline's, and with fewer than two.
+        """
+        ours, theirs = self._best_by_seed(variant), self._best_by_seed(self.baseline)
+        if variant is self.baseline or ours.keys() != theirs.keys() or len(ours) < MIN_SEEDS_FOR_A_TEST:
+            return math.nan
+        from scipy.stats import t
+
+        differences = [ours[seed] - theirs[seed] for seed in ours]
+        quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1))
+        return quantile * statistics.stdev(differences) / math.sqrt(len(differences))
+
+    def _best_by_seed(self, variant: Variant) -> dict[Any, float]:
+        best = {run.setting("seed"): self.goal.best(run.curve(self.goal.metric)[1]) for run in variant.counted}
+        return {seed: value for seed, value in best.items() if seed is not None and math.isfinite(value)}
 
     def to_target(self, variant: Variant, axis: str) -> list[float]:
         """The places on `axis` at which the counted runs first reached `target`; runs that never did are left out."""
@@ -265,6 +294,16 @@ def welch(values: Sequence[float], reference: Sequence[float]) -> Welch | None:
         test = ttest_ind(values, reference, equal_var=False)
         interval = test.confidence_interval(CONFIDENCE)
     return Welch(float(interval.low), float(interval.high), float(test.pvalue))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The values of p, corrected for their number (Holm, 1979, Scandinavian Journal of Statistics 6); NaN stays."""
+    tested = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
+    corrected, largest = list(p_values), 0.0
+    for rank, (p, place) in enumerate(tested):
+        largest = max(largest, min(1.0, p * (len(tested) - rank)))
+        corrected[place] = largest
+    return corrected
 
 
 def guess_mode(metric: str) -> Mode:

@@ -46,9 +46,11 @@ def tables(comparison: Comparison) -> tuple[tuple[str, Rows], tuple[str, Rows]]:
     """The table of results and the table of costs, each with its caption."""
     goal, baseline = comparison.goal, comparison.baseline.label
     target = _number(comparison.target) if math.isfinite(comparison.target) else "not there yet"
+    several = len(comparison.ranking) > 2  # noqa: PLR2004
     result = (
-        f"{goal.metric}, best and last, mean ± standard deviation over seeds; "
-        f"p: Welch's two-sided test of the best against {baseline}, not corrected for several comparisons."
+        f"{goal.metric}, best and last, mean ± standard deviation over seeds; difference to {baseline} ± half its 95 % "
+        f"interval, paired by seed; p: Welch's two-sided test of the best against {baseline}"
+        f"{', corrected for their number (Holm)' if several else ''}."
     )
     cost = f"What it took to reach {baseline}'s best ({target}), mean of the runs that reached it."
     return (result, _result_rows(comparison)), (cost, _cost_rows(comparison))
@@ -150,6 +152,8 @@ def _result_rows(comparison: Comparison) -> Rows:
         seeds = [str(len(best.values)), *(f"{states.count(state)} {state}" for state in dict.fromkeys(states))]
         gap = best.mean - comparison.target
         difference = NONE if variant is comparison.baseline or math.isnan(gap) else f"{gap:+.{_decimals(gap)}f}"
+        error = comparison.paired_error(variant)
+        difference += "" if math.isnan(error) else f" ± {error:.{_decimals(gap)}f}"
         p = _p(test.p).removeprefix("p = ").removeprefix("p ") if test else NONE
         rows.append([
             variant.label, " + ".join(seeds), _spread(best), _spread(comparison.final(variant)), difference, p

@@ -24,6 +24,7 @@ from lion_lightning.errors import ConfigError
 from lion_lightning.recipes.image_classification.airbench import AirbenchConfig
 from lion_lightning.recipes.image_classification.cifar_resnet import CifarResNetConfig
 from lion_lightning.training.run import run
+from tests.processes import run_python
 
 Compose = Callable[..., DictConfig]
 
@@ -174,8 +175,7 @@ def test_a_checkpoint_of_another_model_is_refused(compose: Compose, digits: tupl
 
 
 def evaluated(root: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(root / "train.py"), "mode=eval", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    return run_python([str(root / "train.py"), "mode=eval", *words], folder)
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +193,7 @@ def pictures(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     settings = ["recipe=image_classification", "data=image_files", "data.path=first", "data.image_size=8"]
     settings += ["data.limit_train_samples=40", "data.batch_size=8"]
     more = ["trainer.max_steps=4", "trainer.val_check_interval=2", "logger=none", "run_dir=run"]
-    command = [sys.executable, str(root / "train.py"), *settings, *more]
-    answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    answer = run_python([str(root / "train.py"), *settings, *more], folder)
     assert answer.returncode == 0, answer.stderr
     return folder, settings
 
@@ -313,7 +312,6 @@ def test_brackets_in_a_text_are_shown_as_they_are(
 
 @pytest.mark.parametrize("name", ["ckpt", "input"])
 def test_settings_of_another_mode_do_not_start_a_training(root: Path, tmp_path: Path, name: str) -> None:
-    command = [sys.executable, str(root / "train.py"), f"{name}=RUN"]
-    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    answer = run_python([str(root / "train.py"), f"{name}=RUN"], tmp_path)
     assert answer.returncode == 2
     assert f"{name}=RUN belongs to mode=eval" in answer.stderr

@@ -3,11 +3,11 @@
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run_python
 
 LIGHTNING_CLI = ("examples/lightning_cli.py", "fit", "--config", "examples/lightning_cli.yaml")
 CLI_NEEDS = "jsonargparse typeshed_client"
@@ -26,15 +26,7 @@ def run(root: Path, folder: Path, *command: str, needs: str = "torch") -> str:
         "KERAS_HOME": str(folder),
     }
     command = tuple(str(root / word) if word.startswith("examples/") else word for word in command)
-    answer = subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    answer = run_python(command, folder, environment, limit_seconds=500)
     assert answer.returncode == 0, answer.stderr[-3000:]
     return answer.stdout
 

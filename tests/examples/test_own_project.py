@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import run_python
+
 TRAIN = ("-m", "lion_lightning", "--config-dir", "conf")
 SHORT = ("logger=none", "trainer.max_steps=60", "trainer.val_check_interval=30")
 
@@ -18,18 +20,12 @@ def project(root: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(root / "examples" / "own_project", tmp_path / "project"))
 
 
+def environment_of(root: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(root), "LION_LIGHTNING_TRUST": ""}
+
+
 def call(project: Path, root: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    environment.pop("LION_LIGHTNING_TRUST", None)
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=project,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return run_python(command, project, environment_of(root))
 
 
 @pytest.mark.parametrize("optim", [pytest.param("lion", marks=pytest.mark.slow), "sign_momentum"])
@@ -63,7 +59,8 @@ def test_a_command_of_its_own_extends_the_configuration(project: Path, root: Pat
 def test_a_folder_named_recipes_beside_the_script_does_no_harm(project: Path, root: Path) -> None:
     (project / "recipes").mkdir()
     (project / "recipes" / "__init__.py").write_text("raise RuntimeError('not this one')\n")
-    answer = call(
-        project, root, "-m", "lion_lightning", "recipe=image_classification", "trainer.max_steps=2", "logger=none"
+    command = [sys.executable, "-m", "lion_lightning", "recipe=image_classification", "trainer.max_steps=2"]
+    answer = subprocess.run(
+        [*command, "logger=none"], cwd=project, env=environment_of(root), capture_output=True, text=True, timeout=300
     )
     assert answer.returncode == 0, answer.stderr
