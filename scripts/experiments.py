@@ -24,6 +24,7 @@ from lion_lightning.commands import compare
 from lion_lightning.tracking.runs import Run, find_runs, read_runs
 
 EXIT_FAILED = 1
+EXIT_USAGE = 2
 EXIT_OF_THE_GUARD = 42  # a run that the guard ended is a result and is not repeated
 BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 REFERENCE_BATCH_SIZE = 64
@@ -144,16 +145,21 @@ EXPERIMENTS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0, or 1 if a run failed other than by the guard."""
+    """Run the command line; returns 0, 1 if a run failed other than by the guard, or 2 for a mistake."""
     options = _options(arguments)
     experiment = EXPERIMENTS[options.name]
     recipe = _composed(options.overrides).recipe.name
     folder = options.folder / f"{options.name}-{recipe}"
+    variants = experiment.variants(options.overrides)
+    if unknown := [name for name in options.only or () if name not in variants]:
+        print(f"error: --only {unknown[0]}: no such variant; there are {', '.join(variants)}", file=sys.stderr)
+        return EXIT_USAGE
     runs = [
         (run_dir := folder / f"{variant}-s{seed}",
          ["train.py", *options.overrides, *own, f"seed={seed}", f"run_dir={run_dir}", "resume=auto"])
         for seed in options.seeds
-        for variant, own in experiment.variants(options.overrides).items()
+        for variant, own in variants.items()
+        if options.only is None or variant in options.only
     ]  # fmt: skip
     if options.dry_run:
         for _, command in runs:
@@ -211,6 +217,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides for every run, such as recipe=bert_mlm")
     seeds: dict[str, Any] = {"type": lambda text: [int(seed) for seed in text.split(",")], "default": [1, 2, 3]}
     parser.add_argument("--seeds", **seeds, help="default: 1,2,3")
+    only: dict[str, Any] = {"type": lambda text: text.split(","), "metavar": "VARIANT,..."}
+    parser.add_argument("--only", **only, help="variants to run, by their names in --dry-run (default: all)")
     parser.add_argument("--folder", type=Path, default=Path("outputs/experiments"), help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder of the comparison (default: beside the runs)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; more than 1: one thread each (default: 1)")

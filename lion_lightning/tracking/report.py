@@ -46,11 +46,11 @@ def tables(comparison: Comparison) -> tuple[tuple[str, Rows], tuple[str, Rows]]:
     """The table of results and the table of costs, each with its caption."""
     goal, baseline = comparison.goal, comparison.baseline.label
     target = _number(comparison.target) if math.isfinite(comparison.target) else "not there yet"
-    several = len(comparison.ranking) > 2  # noqa: PLR2004
+    several = len(comparison.ranking) > 2
     result = (
-        f"{goal.metric}, best and last, mean ± standard deviation over seeds; difference to {baseline} ± half its 95 % "
-        f"interval, paired by seed; p: Welch's two-sided test of the best against {baseline}"
-        f"{', corrected for their number (Holm)' if several else ''}."
+        f"{goal.metric}, best and last: mean ± standard deviation over seeds. vs {baseline}: difference of the best ± "
+        "half its 95 % interval, paired by seed. p: Welch's two-sided test"
+        f"{', corrected for several comparisons (Holm)' if several else ''}."
     )
     cost = f"What it took to reach {baseline}'s best ({target}), mean of the runs that reached it."
     return (result, _result_rows(comparison)), (cost, _cost_rows(comparison))

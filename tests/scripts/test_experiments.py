@@ -59,6 +59,15 @@ def test_a_dry_run_prints_what_would_run(capsys: pytest.CaptureFixture[str], tmp
     assert sum("seed=7" in line for line in lines) == 3
 
 
+def test_some_variants_of_an_experiment_can_be_run_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = ["optimizers", "recipe=bert_mlm", "--seeds", "7", "--dry-run", "--folder", str(tmp_path)]
+    assert main([*command, "--only", "lion,adamw"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("optim=")[1].split()[0] for line in lines] == ["lion", "adamw"]
+    assert main([*command, "--only", "lion,lino"]) == 2
+    assert "--only lino: no such variant; there are lion, adamw" in capsys.readouterr().err
+
+
 def log_run(command: list[str], code: int = 0) -> None:
     """What a training process leaves, without the training."""
     settings = dict(word.split("=", 1) for word in command if "=" in word)

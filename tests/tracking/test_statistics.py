@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lion_lightning.tracking.compare import Incomparable, compare, guess_mode, welch
+from lion_lightning.tracking.compare import Incomparable, compare, guess_mode, holm, welch
 
 
 @pytest.fixture
@@ -66,6 +66,28 @@ def test_welch_against_the_textbook():
     test = welch(first, second)
     assert test.p == pytest.approx(0.07939, abs=5e-6)
     assert (test.low, test.high) == (pytest.approx(-3.3654832), pytest.approx(0.2054832))
+
+
+def test_the_difference_by_seed_against_the_textbook(make_run):
+    """The same data, paired: R prints the interval -2.4598858 to -0.7001142."""
+    first = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+    second = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+    runs = [make_run("lion", seed, [value]) for seed, value in reversed(list(enumerate(first)))]
+    runs += [make_run("adamw", seed, [value]) for seed, value in enumerate(second)]
+    comparison = compare(runs)
+    assert comparison.paired_error(comparison.variant("lion")) == pytest.approx((2.4598858 - 0.7001142) / 2)
+    assert math.isnan(comparison.paired_error(comparison.baseline))
+    comparison = compare(runs[1:])
+    assert math.isnan(comparison.paired_error(comparison.variant("lion"))), "other seeds"
+
+
+def test_p_is_corrected_for_the_number_of_comparisons(make_run):
+    assert holm([0.01, 0.04, math.nan, 0.03, 0.005])[:2] == pytest.approx([0.03, 0.06])
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02]), "as R's p.adjust"
+    bests = {"lion": (1.0, 1.1, 1.2), "sgd": (1.3, 1.5, 1.9), "adamw": (1.4, 1.6, 1.8)}
+    comparison = compare([make_run(name, seed, [best]) for name, own in bests.items() for seed, best in enumerate(own)])
+    test = comparison.against_baseline(comparison.variant("lion"))
+    assert test.p == pytest.approx(2 * welch(bests["lion"], bests["adamw"]).p)
 
 
 def test_one_seed_cannot_be_tested(make_run):
