@@ -22,8 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     folder = tempfile.mkdtemp(prefix="lion_lightning-tests-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-    if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):  # every process would compile every library anew
-        os.environ["PYTHONPYCACHEPREFIX"] = f"{folder}/bytecode"
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every process would compile every library anew
     for name in [name for name in os.environ if name.startswith(("WANDB_", "HYDRA_"))]:
         del os.environ[name]
     os.environ.update(

@@ -25,7 +25,8 @@ def run_python(
 ) -> subprocess.CompletedProcess[str]:
     """What `python WORDS...` does in `folder`, without the ten seconds that its imports would take.
 
-    It runs in a fork of a server process that has made them. Not for tests of what is imported, or from where.
+    It runs in a fork of a server process that has made them, and ends without exit handlers. Not for tests of what of
+    this package is imported, or from where.
 
     Args:
         words: a script and its arguments, or `-m`, a module and its arguments.
@@ -39,11 +40,16 @@ def run_python(
         pipes = [Path(place) / name for name in ("stdout", "stderr")]
         variables = dict(os.environ if environment is None else environment)
         process = server.Process(target=_run, args=(list(words), folder, variables, pipes), name="MainProcess")
+        for pipe in pipes:
+            pipe.touch()
         process.start()
-        process.join(limit_seconds)
-        if process.exitcode is None:
+        try:
+            process.join(limit_seconds)
+            if process.is_alive():
+                raise TimeoutError(f"{' '.join(words)} has not ended after {limit_seconds} s")
+        finally:
             process.kill()
-            raise TimeoutError(f"{' '.join(words)} has not ended after {limit_seconds} s")
+            process.join()
         output, errors = (pipe.read_text(encoding="utf-8") for pipe in pipes)
     return subprocess.CompletedProcess(list(words), process.exitcode, output, errors)
 
@@ -51,7 +57,7 @@ def run_python(
 def _run(words: list[str], folder: Path, environment: dict[str, str], pipes: list[Path]) -> None:
     """Become the process that `python WORDS...` would be."""
     for number, pipe in enumerate(pipes, 1):
-        os.dup2(os.open(pipe, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(pipe, os.O_WRONLY), number)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -60,6 +66,7 @@ def _run(words: list[str], folder: Path, environment: dict[str, str], pipes: lis
     sys.path[:0] = [str(folder if is_module else Path(words[0]).resolve().parent), *paths]
     sys.argv = words[is_module:]
     if is_module:
+        sys.modules.pop(f"{words[1]}.__main__", None)  # it warns of a module that is there already
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(words[0], run_name="__main__")

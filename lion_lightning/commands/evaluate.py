@@ -23,7 +23,7 @@ from yaml import YAMLError
 from lion_lightning.__main__ import CONFIG_FOLDER, OF_EVALUATION
 from lion_lightning.command_line import OVERRIDES_FILE, overrides_of, run_folder, search_path
 from lion_lightning.errors import ConfigError
-from lion_lightning.recipes.files import one_line
+from lion_lightning.recipes.files import existing, one_line
 from lion_lightning.training import build
 from lion_lightning.training.checkpoint import files
 from lion_lightning.training.checkpoint.resume import restoring
@@ -64,7 +64,7 @@ def checkpoint_at(ckpt: str | None) -> Path:
     if ckpt is None:
         raise ConfigError("mode=eval and mode=predict need ckpt=PATH: the folder of a run, or a checkpoint")
     try:
-        place = Path(files.refuse_url(ckpt))
+        place = Path(files.refuse_url(ckpt)).expanduser()
         if (place / "checkpoints").is_dir():
             best = place / "checkpoints" / "best.ckpt"
             newest = best if best.exists() else files.newest_valid(place / "checkpoints")[0]
@@ -75,8 +75,7 @@ def checkpoint_at(ckpt: str | None) -> Path:
             files.verify(place)
     except ValueError as error:
         raise error if isinstance(error, ConfigError) else ConfigError(f"ckpt={error}") from error
-    if not place.exists():
-        raise ConfigError(f"ckpt={ckpt}: there is no such file or folder")
+    existing(place, "ckpt")
     if place.is_dir() and not (is_export(place) or (place / ".metadata").is_file()):
         raise ConfigError(f"ckpt={ckpt} is a folder that holds no run, no checkpoint and no export")
     return place

@@ -165,6 +165,11 @@ class Comparison:
         """
         return self._tests.get(variant.label)
 
+    @property
+    def tests(self) -> int:
+        """The number of variants that are tested against the baseline."""
+        return len(self._tests)
+
     @cached_property
     def _tests(self) -> dict[str, Welch]:
         """By label, the tests of all variants but the baseline."""
@@ -177,17 +182,18 @@ class Comparison:
     def paired_error(self, variant: Variant) -> float:
         """Half the 95 % interval of the mean difference to the baseline, seed by seed.
 
-        Runs of one seed share initialisation, data and their order, so that this can be narrower than Welch's interval.
-        NaN for the baseline itself, with other seeds than the baseline's, and with fewer than two.
+        Runs of a recipe that share a seed share initialisation and order of the data, so that this can be narrower than
+        Welch's interval. NaN for the baseline itself, with other seeds than the baseline's, and where nothing varies.
         """
         ours, theirs = self._best_by_seed(variant), self._best_by_seed(self.baseline)
-        if variant is self.baseline or ours.keys() != theirs.keys() or len(ours) < MIN_SEEDS_FOR_A_TEST:
+        are_all = len(ours) == len(self.best(variant).values) and len(theirs) == len(self.best(self.baseline).values)
+        if variant is self.baseline or ours.keys() != theirs.keys() or len(ours) < MIN_SEEDS_FOR_A_TEST or not are_all:
             return math.nan
         from scipy.stats import t
 
         differences = [ours[seed] - theirs[seed] for seed in ours]
         quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1))
-        return quantile * statistics.stdev(differences) / math.sqrt(len(differences))
+        return quantile * statistics.stdev(differences) / math.sqrt(len(differences)) or math.nan
 
     def _best_by_seed(self, variant: Variant) -> dict[Any, float]:
         best = {run.setting("seed"): self.goal.best(run.curve(self.goal.metric)[1]) for run in variant.counted}

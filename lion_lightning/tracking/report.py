@@ -39,18 +39,18 @@ def verdict(comparison: Comparison) -> str:
     gap = _number(abs(best.mean - comparison.best(other).mean))
     role = "the next, " if wins_as_baseline else "the baseline "
     test = comparison.against_baseline(other if wins_as_baseline else first)
-    return f"{opening}, {gap} ahead of {role}{other.label}; {_significance(test)}."
+    return f"{opening}, {gap} ahead of {role}{other.label}; {_significance(test, comparison.tests > 1)}."
 
 
 def tables(comparison: Comparison) -> tuple[tuple[str, Rows], tuple[str, Rows]]:
     """The table of results and the table of costs, each with its caption."""
     goal, baseline = comparison.goal, comparison.baseline.label
     target = _number(comparison.target) if math.isfinite(comparison.target) else "not there yet"
-    several = len(comparison.ranking) > 2
+    paired = any(math.isfinite(comparison.paired_error(variant)) for variant in comparison.variants)
     result = (
-        f"{goal.metric}, best and last: mean ± standard deviation over seeds. vs {baseline}: difference of the best ± "
-        "half its 95 % interval, paired by seed. p: Welch's two-sided test"
-        f"{', corrected for several comparisons (Holm)' if several else ''}."
+        f"{goal.metric}, best and last: mean ± standard deviation over seeds. vs {baseline}: difference of the best"
+        f"{' ± half its 95 % interval, paired by seed' if paired else ''}. p: Welch's two-sided test"
+        f"{', corrected for several comparisons (Holm)' if comparison.tests > 1 else ''}."
     )
     cost = f"What it took to reach {baseline}'s best ({target}), mean of the runs that reached it."
     return (result, _result_rows(comparison)), (cost, _cost_rows(comparison))
@@ -177,15 +177,16 @@ def _cost_rows(comparison: Comparison) -> Rows:
     return header, rows
 
 
-def _significance(test: Welch | None) -> str:
+def _significance(test: Welch | None, is_corrected: bool) -> str:
     if test is None:
         return "with fewer than two seeds on a side chance cannot be excluded"
     if math.isnan(test.p):
         return "its seeds do not vary, so there is nothing to test"
     low, high = sorted((abs(test.low), abs(test.high)))
+    told = f"Welch's {_p(test.p)}{' after Holm' if is_corrected else ''}"
     if test.p < SIGNIFICANCE:
-        return f"Welch's {_p(test.p)}, 95 % interval {_number(low)} to {_number(high)}"
-    return f"that may be chance (Welch's {_p(test.p)})"
+        return f"{told}, 95 % interval {_number(low)} to {_number(high)}"
+    return f"that may be chance ({told})"
 
 
 def _progress(run: Run, metric: str) -> str:

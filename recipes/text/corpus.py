@@ -363,9 +363,8 @@ def load(path: str, config: str | None, split: str, column: str, revision: str |
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     name = ", ".join(str(part) for part in (path, config, split, revision) if part)
-    place = Path(path).expanduser()
-    if path.startswith((".", "/", "~")):
-        existing(path, "data.path")
+    is_local = path.startswith((".", "/", "~"))
+    place = existing(path, "data.path") if is_local else Path(path)
     try:
         source, files = str(place) if place.exists() else path, None
         options: dict[str, str] = {}

@@ -12,6 +12,9 @@ from lion_lightning.optim.kernels.rule import TensorUpdate
 CHUNK_ELEMENTS = 40_960
 """Largest chunk for each thread: what a step of it reads, computes and writes is about 1.5 MB, which a cache holds."""
 
+DEVICE_CHUNK_ELEMENTS = 2**24
+"""Largest chunk on other devices, which bounds the memory of a step: about half a gigabyte."""
+
 
 class EagerEngine:
     """Supports every update on every device; the fallback if no other engine supports it."""
@@ -22,8 +25,9 @@ class EagerEngine:
         return None
 
     def step(self, updates: Sequence[TensorUpdate], nonfinite: Tensor) -> None:
-        limit = CHUNK_ELEMENTS * torch.get_num_threads()
         for update in updates:
+            on_cpu = update.param.device.type == "cpu"
+            limit = CHUNK_ELEMENTS * torch.get_num_threads() if on_cpu else DEVICE_CHUNK_ELEMENTS
             for chunk in chunks(update, limit):
                 _step(chunk, nonfinite)
 
@@ -57,7 +61,7 @@ def _step(update: TensorUpdate, nonfinite: Tensor) -> None:
 
 
 def _are_surely_moderate(values: Tensor) -> bool:
-    """Whether all numbers are known to be finite and below 1e19; on a GPU, to ask would synchronise."""
+    """Whether all are known to be finite, and their squares too; on a GPU, to ask would synchronise."""
     return values.device.type == "cpu" and math.isfinite(torch.dot(values, values).item())
 
 
