@@ -1,8 +1,9 @@
 """The same search for every optimizer: `lion-tune recipe=image_classification --optim lion,adamw`.
 
 Each optimizer gets the same number of trials, over its own ranges of learning rate, decay, warm-up and betas
-(`SPACES`), chosen by Optuna's TPE; the ends of a range move outwards while the best trial lies near them, and the last
-trials look beyond a winner that is the largest or smallest value tried. A trial is a run of full length on each seed.
+(`SPACES`), chosen by Optuna's TPE, after settings that were published where there are some; the ends of a range move
+outwards while the best trial lies near them, and the last trials look beyond a winner that is the largest or smallest
+value tried. A trial is a run of full length on each seed.
 Two rules end one early: from 40 % of the run on it is worse at a validation than the median of the trials before it,
 or its first seed is, at the end. Validation is on a twentieth of the training data (`SearchSplit`), and not on the data
 that a comparison uses. Trials are stored in an SQLite file, so an interrupted search continues. The winner goes to
@@ -220,7 +221,10 @@ def _search_on(search: Search, run: Run, mode: Mode) -> Callable[[optuna.Study, 
         study.sampler = optuna.samplers.TPESampler(seed=1000 + done, n_startup_trials=RANDOM_TRIALS)
         study.pruner = optuna.pruners.MedianPruner(WHOLE_TRIALS, n_warmup_steps=first_rung - 1)
         space, beyond = current_space(search, study)
-        if beyond and done >= max(RANDOM_TRIALS, (1 - EDGE_SHARE) * search.wanted):
+        published = space.published_trial(cfg.trainer.max_steps)
+        if published and published not in [trial.params for trial in finished(study)]:
+            study.enqueue_trial(published)
+        elif beyond and done >= max(RANDOM_TRIALS, (1 - EDGE_SHARE) * search.wanted):
             key, value = next(iter(beyond.items()))
             study.enqueue_trial({**study.best_params, key: value})
         study.optimize(lambda trial: _value_of_trial(run, search, space, trial, mode, cfg), n_trials=1)

@@ -61,10 +61,12 @@ class Space:
     Attributes:
         ranges: Numeric keys; the first two, learning rate and decay or their equivalents, are the axes of the heat map.
         choices: Keys with a list of values.
+        published: Settings that a publication found best, with `optim.weight_decay`; None if there are none.
     """
 
     ranges: Mapping[str, Range]
     choices: Mapping[str, tuple[str, ...]]
+    published: Mapping[str, Any] | None = None
 
     @property
     def plane(self) -> tuple[str, str]:
@@ -76,6 +78,22 @@ class Space:
         """Values for every key, chosen by the study's sampler."""
         numbers = {key: trial.suggest_float(key, span.low, span.high, log=True) for key, span in self.ranges.items()}
         return {**numbers, **{key: trial.suggest_categorical(key, values) for key, values in self.choices.items()}}
+
+    def published_trial(self, max_steps: int) -> dict[str, Any]:
+        """The published settings as the values of a trial.
+
+        Args:
+            max_steps: of the run.
+
+        Returns:
+            Empty if there are none, or if the run is so short that their decay would be outside its range.
+        """
+        if self.published is None:
+            return {}
+        params = dict(self.published)
+        time = 1.0 / (params["optim.lr"] * params.pop("optim.weight_decay") * max_steps)
+        span = self.ranges[DECAY_TIME]
+        return {**params, DECAY_TIME: time} if span.low <= time <= span.high else {}
 
     def around(self, best: Mapping[str, Any]) -> "Space":
         """This space, with its ranges widened where the best values lie near an end; see `Range.around`."""
@@ -105,14 +123,22 @@ _DECAY, _WARM = Range(0.03, 30), Range(0.03, 0.3, most=0.4)
 _LIONS_PAIRS = ("[0.9,0.9]", "[0.9,0.95]", "[0.9,0.99]", "[0.95,0.98]")
 
 
-def _space(low: float, key: str, choices: tuple[str, ...]) -> Space:
+def _space(low: float, key: str, choices: tuple[str, ...], published: Mapping[str, Any] | None = None) -> Space:
     """Learning rates from `low` on over two decades, the usual ranges of decay and warm-up, and one choice."""
-    return Space({"optim.lr": Range(low, 100 * low), DECAY_TIME: _DECAY, WARM_UP: _WARM}, {f"optim.{key}": choices})
+    ranges = {"optim.lr": Range(low, 100 * low), DECAY_TIME: _DECAY, WARM_UP: _WARM}
+    return Space(ranges, {f"optim.{key}": choices}, published)
+
+
+def _wen(lr: float, weight_decay: float, betas: str) -> dict[str, Any]:
+    """The best of Wen et al. (2025, arXiv:2509.02046) for their smallest model, of 130 M parameters."""
+    return {"optim.lr": lr, "optim.weight_decay": weight_decay, WARM_UP: 0.2, "optim.betas": betas}
 
 
 SPACES: Mapping[str, Space] = MappingProxyType({
-    "lion": _space(1e-4, "betas", _LIONS_PAIRS),
-    "adamw": _space(3e-4, "betas", ("[0.9,0.95]", "[0.9,0.98]", "[0.9,0.99]", "[0.9,0.999]")),
+    "lion": _space(1e-4, "betas", _LIONS_PAIRS, _wen(2e-3, 0.7, "[0.9,0.95]")),
+    "adamw": _space(
+        3e-4, "betas", ("[0.9,0.95]", "[0.9,0.98]", "[0.9,0.99]", "[0.9,0.999]"), _wen(8e-3, 0.1, "[0.9,0.98]")
+    ),
     "signum": _space(1e-4, "momentum", ("0.8", "0.9", "0.95", "0.99")),
     "adafactor": _space(1e-3, "beta2_decay", ("-0.5", "-0.65", "-0.8", "-1.0")),
     "muon": _space(3e-4, "momentum", ("0.8", "0.9", "0.95", "0.98")),

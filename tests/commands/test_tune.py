@@ -72,6 +72,16 @@ def test_a_search_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(seen) == 6, "runs of another length are another search"
 
 
+@pytest.mark.parametrize(("optim", "lr", "decay"), [("lion", 2e-3, 0.7), ("adamw", 8e-3, 0.1)])
+def test_published_settings_are_tried_once(tmp_path: Path, optim: str, lr: float, decay: float) -> None:
+    seen: Runs = []
+    call(tmp_path, bowl(seen), "--optim", optim, "--trials", "2")
+    call(tmp_path, bowl(seen), "--optim", optim, "--trials", "3")
+    assert (seen[0].optim.lr, seen[0].optim.weight_decay) == (lr, pytest.approx(decay))
+    assert seen[0].guard.warmup_steps == 0.2 * seen[0].trainer.max_steps
+    assert [cfg.optim.lr for cfg in seen].count(lr) == 1
+
+
 def test_a_trial_that_was_killed_is_made_up_for(tmp_path: Path) -> None:
     seen: Runs = []
 
