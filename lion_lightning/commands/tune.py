@@ -35,6 +35,7 @@ from filelock import FileLock
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from optuna.trial import TrialState
 from torch.utils.data import Dataset
 
 from lion_lightning.__main__ import CONFIG_FOLDER, report_error
@@ -187,7 +188,7 @@ def explore(search: Search, run: Run) -> optuna.Study:
     while (done := len(finished(study))) < search.wanted:
         step(study, done)
         last = study.trials[-1]
-        result = "ended early" if last.value is None else f"{last.value:.4f}"
+        result = f"{last.value:.4f}{' when it was ended early' if last.state == TrialState.PRUNED else ''}"
         print(f"{search.optim} {done + 1}/{search.wanted}: {result} with {_words(last.params)}", flush=True)
     return study
 
@@ -234,8 +235,7 @@ def _search_on(search: Search, run: Run, mode: Mode) -> Callable[[optuna.Study, 
 
 def current_space(search: Search, study: optuna.Study) -> tuple[Space, dict[str, float]]:
     """The space around the best trial so far, and by key a value beyond it where it is the extreme of those tried."""
-    trials = [trial for trial in finished(study) if trial.value is not None and math.isfinite(trial.value)]
-    if not trials:
+    if not any(map(math.isfinite, whole_values(study))):
         return search.space, {}
     space = search.space.around(study.best_params)
     return space, untried(study.best_params, [trial.params for trial in finished(study)], space)
@@ -299,8 +299,12 @@ def train(cfg: DictConfig, callbacks: Sequence[pl.Callback]) -> float:
 
 def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     """The trials that have a value or were ended early, in order."""
-    states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    return study.get_trials(deepcopy=False, states=states)
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+
+def whole_values(study: optuna.Study) -> list[float]:
+    """The values of the trials that were not ended early, sorted; Optuna gives the others their last report."""
+    return sorted(trial.values[0] for trial in finished(study) if trial.state == TrialState.COMPLETE)
 
 
 def _rest_of_winner(search: Search) -> dict[str, Any]:
@@ -349,7 +353,7 @@ def _write_winner(search: Search, study: optuna.Study, folder: Path) -> None:
 def _evidence(search: Search, study: optuna.Study, cfg: DictConfig) -> str:
     """What was tried, on what, with what result, by which command."""
     trials = finished(study)
-    values = sorted(trial.value for trial in trials if trial.value is not None)
+    values = whole_values(study)
     numbers = [value for value in values if math.isfinite(value)]
     seeds = f"seed{'s' if len(search.seeds) > 1 else ''} {', '.join(map(str, search.seeds))}"
     command = [*command_name().split(), f"recipe={search.recipe}", *search.overrides, "--optim", search.optim]
