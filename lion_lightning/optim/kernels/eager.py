@@ -9,8 +9,8 @@ from torch import Tensor
 from lion_lightning.optim.kernels import rule, storage_formats
 from lion_lightning.optim.kernels.rule import TensorUpdate
 
-CHUNK_ELEMENTS = 40_960
-"""Largest chunk for each thread: what a step of it reads, computes and writes is about 1.5 MB, which a cache holds."""
+CHUNK_ELEMENTS = 81_920
+"""Largest chunk for each thread: half as large was half as fast on an AMD EPYC with a cache of 0.5 MB a core."""
 
 DEVICE_CHUNK_ELEMENTS = 2**24
 """Largest chunk on other devices, which bounds the memory of a step: about half a gigabyte."""
