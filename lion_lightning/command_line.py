@@ -1,5 +1,6 @@
 """The command line beside Hydra: its name, trusted packages, checks, suggestions for errors, and `--explain KEY`."""
 
+import argparse
 import difflib
 import functools
 import os
@@ -75,6 +76,12 @@ def take_trusted(arguments: Sequence[str]) -> list[str]:
 def trusted() -> tuple[str, ...]:
     """The packages that the user trusts, as the environment had them when this was first asked."""
     return tuple(name.strip() for name in os.environ.get(TRUST, "").split(",") if name.strip())
+
+
+def add_config_dir(parser: argparse.ArgumentParser) -> None:
+    """Add `--config-dir FOLDER`, which can be given several times; see `search_path`."""
+    told = "more configurations, as lion-train takes them"
+    parser.add_argument("--config-dir", action="append", default=[], metavar="FOLDER", help=told)
 
 
 def search_path(folders: Sequence[str | Path]) -> list[str]:

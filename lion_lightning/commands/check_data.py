@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lion_lightning.__main__ import CONFIG_FOLDER, report_error
-from lion_lightning.command_line import search_path, take_trusted
+from lion_lightning.command_line import add_config_dir, search_path, take_trusted
 from lion_lightning.recipes.bert_mlm.data import TextBlocks
 from lion_lightning.recipes.image_classification.data import ImageArrays
 from lion_lightning.recipes.image_classification.plots import draw_mistakes
@@ -154,11 +154,5 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=3, help="texts or pictures shown of each split (default: 3)")
     parser.add_argument("--pictures", type=Path, default=Path("samples.png"), help="PNG file for pictures")
-    parser.add_argument(
-        "--config-dir",
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="more configurations, as lion-train takes them",
-    )
+    add_config_dir(parser)
     return parser

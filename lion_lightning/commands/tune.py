@@ -39,7 +39,7 @@ from optuna.trial import TrialState
 from torch.utils.data import Dataset
 
 from lion_lightning.__main__ import CONFIG_FOLDER, report_error
-from lion_lightning.command_line import command_name, search_path, take_trusted, trusted
+from lion_lightning.command_line import add_config_dir, command_name, search_path, take_trusted, trusted
 from lion_lightning.commands.tune_report import draw_heat_map, flatness, tuned_file
 from lion_lightning.commands.tune_spaces import SPACES, Space, settings_of, short, space_around, untried
 from lion_lightning.errors import ConfigError
@@ -432,13 +432,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", help="folder for the winners (default: conf/tuned, or tuned in the folder of --config-dir)"
     )
-    parser.add_argument(
-        "--config-dir",
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="more configurations, as lion-train takes them",
-    )
+    add_config_dir(parser)
     parser.add_argument("--picture", help="the PNG of the heat map (default: docs/results/<recipe>-lr-decay.png)")
     options = parser.parse_intermixed_args(arguments)
     ours = "conf" if IS_INSTALLED else CONFIG_FOLDER

@@ -61,7 +61,7 @@ class Space:
     Attributes:
         ranges: Numeric keys; the first two, learning rate and decay or their equivalents, are the axes of the heat map.
         choices: Keys with a list of values.
-        published: Settings that a publication found best, with `optim.weight_decay`; None if there are none.
+        published: Settings of a publication, with `optim.weight_decay`; None if there are none.
     """
 
     ranges: Mapping[str, Range]
@@ -130,7 +130,11 @@ def _space(low: float, key: str, choices: tuple[str, ...], published: Mapping[st
 
 
 def _wen(lr: float, weight_decay: float, betas: str) -> dict[str, Any]:
-    """The best of Wen et al. (2025, arXiv:2509.02046) for their smallest model, of 130 M parameters."""
+    """The settings of Wen et al. (2025, arXiv:2509.02046) for 130 M parameters, with a warm-up of 20 % of the run.
+
+    Read in github.com/marin-community/marin, experiments/optimizer_sweep/Analysis/PhaseI/tex (1x Chinchilla data). The
+    runs there warm up over 2,000 steps.
+    """
     return {"optim.lr": lr, "optim.weight_decay": weight_decay, WARM_UP: 0.2, "optim.betas": betas}
 
 

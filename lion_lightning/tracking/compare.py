@@ -166,7 +166,7 @@ class Comparison:
         return self._tests.get(variant.label)
 
     @property
-    def tests(self) -> int:
+    def test_count(self) -> int:
         """The number of variants that are tested against the baseline."""
         return len(self._tests)
 

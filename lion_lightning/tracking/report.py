@@ -39,7 +39,7 @@ def verdict(comparison: Comparison) -> str:
     gap = _number(abs(best.mean - comparison.best(other).mean))
     role = "the next, " if wins_as_baseline else "the baseline "
     test = comparison.against_baseline(other if wins_as_baseline else first)
-    return f"{opening}, {gap} ahead of {role}{other.label}; {_significance(test, comparison.tests > 1)}."
+    return f"{opening}, {gap} ahead of {role}{other.label}; {_significance(test, comparison.test_count > 1)}."
 
 
 def tables(comparison: Comparison) -> tuple[tuple[str, Rows], tuple[str, Rows]]:
@@ -50,7 +50,7 @@ def tables(comparison: Comparison) -> tuple[tuple[str, Rows], tuple[str, Rows]]:
     result = (
         f"{goal.metric}, best and last: mean ± standard deviation over seeds. vs {baseline}: difference of the best"
         f"{' ± half its 95 % interval, paired by seed' if paired else ''}. p: Welch's two-sided test"
-        f"{', corrected for several comparisons (Holm)' if comparison.tests > 1 else ''}."
+        f"{', corrected for several comparisons (Holm)' if comparison.test_count > 1 else ''}."
     )
     cost = f"What it took to reach {baseline}'s best ({target}), mean of the runs that reached it."
     return (result, _result_rows(comparison)), (cost, _cost_rows(comparison))

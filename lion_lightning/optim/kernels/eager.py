@@ -10,7 +10,7 @@ from lion_lightning.optim.kernels import rule, storage_formats
 from lion_lightning.optim.kernels.rule import TensorUpdate
 
 CHUNK_ELEMENTS = 81_920
-"""Largest chunk for each thread: half as large was half as fast on an AMD EPYC with a cache of 0.5 MB a core."""
+"""Largest chunk for each thread. Half as large took 1.2 to 1.8 times as long for BERT-base on an AMD EPYC."""
 
 DEVICE_CHUNK_ELEMENTS = 2**24
 """Largest chunk on other devices, which bounds the memory of a step: about half a gigabyte."""
@@ -52,7 +52,7 @@ def _step(update: TensorUpdate, nonfinite: Tensor) -> None:
     grad = update.grad.to(weight.dtype)
     grad = grad if isinstance(factor, float) and factor == 1.0 else grad * factor
     new_weight, new_momentum, _ = rule.ruled(weight, grad, momentum, settings)
-    if settings.found_inf is not None or not _are_surely_moderate(grad):
+    if settings.found_inf is not None or not _are_known_finite(grad):
         nonfinite += grad.isfinite().logical_not().sum()
         mask = rule.update_mask(grad, settings)
         new_weight = torch.where(mask, new_weight, weight)
@@ -60,8 +60,8 @@ def _step(update: TensorUpdate, nonfinite: Tensor) -> None:
     _store(update, new_weight, new_momentum)
 
 
-def _are_surely_moderate(values: Tensor) -> bool:
-    """Whether all are known to be finite, and their squares too; on a GPU, to ask would synchronise."""
+def _are_known_finite(values: Tensor) -> bool:
+    """Whether the sum of squares is finite, and so every number; False on a GPU, where asking would synchronise."""
     return values.device.type == "cpu" and math.isfinite(torch.dot(values, values).item())
 
 
@@ -69,7 +69,7 @@ def _store(update: TensorUpdate, weight: Tensor, momentum: Tensor) -> None:
     """Stores weight and momentum, in the precision of the arithmetic, in place; overwrites `weight`."""
     random = update.random_bits()
     if update.param.dtype == torch.bfloat16:
-        stored = weight if _are_surely_moderate(weight) else storage_formats.ordinary(weight)
+        stored = weight if _are_known_finite(weight) else storage_formats.ordinary(weight)
         words = stored.view(torch.int32)
         storage_formats.store_words(words, update.param, update.weight_remainder, update.settings.weight_bits, random)
     else:
