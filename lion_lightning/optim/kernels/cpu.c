@@ -27,7 +27,7 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { BLOCK = 256, HALF = BLOCK / 2, CHUNK = 262144, AHEAD = 4, CACHE_LINE_BYTES = 64 };
+enum { BLOCK = 256, HALF = BLOCK / 2, CHUNK = 262144, AHEAD = 2, CACHE_LINE_BYTES = 64 };
 enum { FLOAT32, FLOAT64, BFLOAT16, INT8 };
 enum { CAUTIOUS = 1, SKIP_NONFINITE = 2 };
 
@@ -218,11 +218,21 @@ INLINE uint32_t noisy_ratio(float momentum, float inverse, uint32_t random) {
     return pattern(ratio) + (lower_half(random) | (4u - ONE_PATTERN));
 }
 
-/* `quantize` of storage_formats.py; `peak` is the pattern of the largest |m|. No level exceeds 127: the largest ratio
+/* The largest magnitude of a block, as a pattern. */
+INLINE uint32_t largest_magnitude(const float *value) {
+    uint32_t largest = 0;
+    for (int i = 0; i < BLOCK; i++) {
+        uint32_t magnitude = pattern(value[i]) & ~SIGN_BIT;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest;
+}
+
+/* `quantize` of storage_formats.py. No level exceeds 127: the largest ratio
    is 248 and at most three units in the last place, and the random bits are at most 2^19 - 4. */
-INLINE void quantize(const Block *block, int count, const float *momentum, uint32_t peak, const uint32_t *random) {
+INLINE void quantize(const Block *block, int count, const float *momentum, const uint32_t *random) {
     int8_t *level = (int8_t *)block->exp_avg;
-    float scale = number(peak) / LARGEST_LEVEL;
+    float scale = number(largest_magnitude(momentum)) / LARGEST_LEVEL;
     if (!(scale < INFINITY)) {
         *block->scale = NAN;
         memset(level, 0, (size_t)count);
@@ -303,32 +313,29 @@ INLINE void copy_block(const Task *task, int count, Block *target, const Block *
 DEFINE_RULE(float, rule_float)
 DEFINE_RULE(double, rule_double)
 
-/* The rule for finite numbers and without caution. Returns an upper bound of all magnitudes, as a pattern. The largest
-   magnitude of the new momentum is left in `peak`. */
+/* The rule for finite numbers and without caution. Returns an upper bound of all magnitudes, as a pattern. */
 INLINE uint32_t rule_plain(const Task *task, const float *weight, const float *grad, const float *momentum,
-                           float *new_weight, float *new_momentum, uint32_t *peak) {
+                           float *new_weight, float *new_momentum) {
     const float lr = (float)task->lr, decay = (float)task->weight_decay, least = (float)task->decay_threshold;
     const float beta1 = (float)task->beta1, rest1 = (float)task->rest1;
     const float beta2 = (float)task->beta2, rest2 = (float)task->rest2;
-    uint32_t largest = 0, tallest = 0;
+    const int always_decays = least == -INFINITY; /* known before the loop, which then has no comparison */
+    uint32_t largest = 0;
     for (int i = 0; i < BLOCK; i++) {
         float mixed = beta1 * momentum[i] + rest1 * grad[i];
         float update = mixed == 0 ? 0 : number((pattern(mixed) & SIGN_BIT) | ONE_PATTERN);
-        float shrink = update * weight[i] < least ? 0 : decay * weight[i];
+        float shrink = !always_decays && update * weight[i] < least ? 0 : decay * weight[i];
         new_weight[i] = weight[i] - lr * (shrink + update);
         new_momentum[i] = beta2 * momentum[i] + rest2 * grad[i];
         uint32_t magnitude = (pattern(mixed) | pattern(new_weight[i])) & ~SIGN_BIT; /* not below either */
-        uint32_t height = pattern(new_momentum[i]) & ~SIGN_BIT;
         largest = magnitude > largest ? magnitude : largest;
-        tallest = height > tallest ? height : tallest;
     }
-    *peak = tallest;
     return largest;
 }
 
 /* Computes a block with caution or with numbers that are not finite. Returns the number of gradients not finite. */
 INLINE int step_carefully(const Task *task, int count, float *weight, const float *grad, const float *momentum,
-                          float *new_weight, float *new_momentum, uint32_t *peak) {
+                          float *new_weight, float *new_momentum) {
     const int joined = task->param_type == BFLOAT16 && task->weight_bits != 16;
     int nonfinite = 0;
     for (int i = 0; i < BLOCK; i++) {
@@ -342,11 +349,6 @@ INLINE int step_carefully(const Task *task, int count, float *weight, const floa
                 new_weight[i] = weight[i], new_momentum[i] = momentum[i];
     if (task->param_type == BFLOAT16)
         for (int i = 0; i < BLOCK; i++) new_weight[i] = number(ordinary(pattern(new_weight[i])));
-    *peak = 0;
-    for (int i = 0; i < BLOCK; i++) {
-        uint32_t height = pattern(new_momentum[i]) & ~SIGN_BIT;
-        *peak = height > *peak ? height : *peak;
-    }
     return nonfinite;
 }
 
@@ -367,11 +369,10 @@ INLINE int block_float(const Task *task, const Block *block, const Block *next, 
         grad = grads;
     }
     int nonfinite = 0;
-    uint32_t peak;
-    uint32_t largest = rule_plain(task, weight, grad, momentum, new_weight, new_momentum, &peak);
+    uint32_t largest = rule_plain(task, weight, grad, momentum, new_weight, new_momentum);
     int careful = largest > BFLOAT16_MAX_PATTERN || task->flags & CAUTIOUS;
     if (careful)
-        nonfinite = step_carefully(task, count, weight, grad, momentum, new_weight, new_momentum, &peak);
+        nonfinite = step_carefully(task, count, weight, grad, momentum, new_weight, new_momentum);
     if ((task->param_type == BFLOAT16 && task->weight_bits != 32) || task->exp_avg_type == INT8)
         draw(task, start, random);
     prefetch(next->exp_avg, BYTES[task->exp_avg_type] * BLOCK);
@@ -382,7 +383,7 @@ INLINE int block_float(const Task *task, const Block *block, const Block *next, 
     else if (task->exp_avg_type == BFLOAT16)
         encode_bfloat16(block->exp_avg, new_momentum, careful);
     else
-        quantize(block, count, new_momentum, peak, random);
+        quantize(block, count, new_momentum, random);
     return nonfinite;
 }
 
