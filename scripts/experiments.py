@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from lion_lightning.__main__ import CONFIG_FOLDER
 from lion_lightning.commands import compare
+from lion_lightning.errors import ConfigError
 from lion_lightning.tracking.runs import Run, find_runs, read_runs
 
 EXIT_FAILED = 1
@@ -99,7 +100,7 @@ def batch_size(overrides: list[str]) -> Variants:
 def _of_batch_size(cfg: DictConfig, size: int) -> list[str]:
     """Overrides for a batch of `size`; the root suits sign-like updates (Malladi et al., 2022, arXiv:2205.10287)."""
     ratio = size / REFERENCE_BATCH_SIZE
-    samples = cfg.trainer.max_steps * cfg.data.batch_size
+    samples = _max_steps(cfg) * cfg.data.batch_size
     steps = max(VALIDATIONS, round(samples / size))
     return [
         f"data.batch_size={size}",
@@ -113,7 +114,7 @@ def _of_batch_size(cfg: DictConfig, size: int) -> list[str]:
 
 def warm_up(overrides: list[str]) -> Variants:
     """Warm-up x learning rate, without conf/tuned: betas and decay of Wen et al. (2025, arXiv:2509.02046)."""
-    steps = _composed(overrides).trainer.max_steps
+    steps = _max_steps(_composed(overrides))
     fixed = {
         "lion": ["optim.betas=[0.9,0.95]", "optim.weight_decay=0.7"],
         "adamw": ["optim.betas=[0.9,0.98]", "optim.weight_decay=0.1"],
@@ -125,6 +126,20 @@ def warm_up(overrides: list[str]) -> Variants:
         ]
         for optim, rates in RATES.items() for lr in rates for share in WARM_UPS
     }  # fmt: skip
+
+
+def _max_steps(cfg: DictConfig) -> int:
+    """Optimizer steps of a run, whose warm-up and batches an experiment sets in steps.
+
+    Raises:
+        ConfigError: the length is given in passes over the data.
+    """
+    if cfg.trainer.max_epochs is not None:
+        raise ConfigError(
+            f"this experiment counts in steps, and trainer.max_epochs is {cfg.trainer.max_epochs}; "
+            "add trainer.max_epochs=null trainer.max_steps=STEPS"
+        )
+    return int(cfg.trainer.max_steps)
 
 
 EXPERIMENTS = {
@@ -150,7 +165,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     experiment = EXPERIMENTS[options.name]
     recipe = _composed(options.overrides).recipe.name
     folder = options.folder / f"{options.name}-{recipe}"
-    variants = experiment.variants(options.overrides)
+    try:
+        variants = experiment.variants(options.overrides)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
     if unknown := [name for name in options.only or () if name not in variants]:
         print(f"error: --only {unknown[0]}: no such variant; there are {', '.join(variants)}", file=sys.stderr)
         return EXIT_USAGE

@@ -406,6 +406,11 @@ def _search(optim: str, options: argparse.Namespace) -> Search:
             raise
         others = "or an optimizer of --config-dir"
         raise ValueError(f"--optim must be of {', '.join(SPACES)}, {others}, got {optim!r}") from error
+    if (epochs := compose(search, {}, search.seeds[0]).trainer.max_epochs) is not None:
+        raise ValueError(
+            f"trainer.max_epochs must be null in a search, which counts in steps, got {epochs}; "
+            "add trainer.max_epochs=null trainer.max_steps=STEPS"
+        )
     return search
 
 

@@ -399,6 +399,11 @@ def test_an_unknown_optimizer_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     assert "--optim must be of lion, adamw" in capsys.readouterr().err
 
 
+def test_a_length_in_passes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main(["recipe=cifar10", "--optim", "lion", "--trials", "1"]) == 2
+    assert "trainer.max_epochs must be null in a search, which counts in steps, got 30" in capsys.readouterr().err
+
+
 def test_the_real_thing_trains(tmp_path: Path) -> None:
     storage = ["--storage", str(tmp_path / "trials.db"), "--output", str(tmp_path)]
     assert tune.main([RECIPE, *SHORT, "--optim", "lion", "--trials", "1", *storage]) == 0

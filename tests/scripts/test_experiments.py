@@ -68,6 +68,12 @@ def test_some_variants_of_an_experiment_can_be_run_alone(capsys: pytest.CaptureF
     assert "--only lino: no such variant; there are lion, adamw" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["batch_size", "warm_up"])
+def test_an_experiment_in_steps_refuses_a_length_in_passes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "recipe=cifar10", "--dry-run"]) == 2
+    assert "trainer.max_epochs is 30; add trainer.max_epochs=null" in capsys.readouterr().err
+
+
 def log_run(command: list[str], code: int = 0) -> None:
     """What a training process leaves, without the training."""
     settings = dict(word.split("=", 1) for word in command if "=" in word)
