@@ -139,7 +139,7 @@ def for_batch_size(options: Mapping[str, Any], old: int, new: int) -> dict[str, 
         new: those of the run to come.
 
     Returns:
-        A copy with other `lr`, `betas` and `weight_decay`, of those that are there.
+        A copy in which `lr`, `betas` and `weight_decay` are scaled, as far as they are given.
 
     Raises:
         ValueError: a batch size is not above 0, or a beta would fall below 0.
@@ -266,7 +266,7 @@ def lion_amos(groups: Iterable[dict[str, Any]], alpha_0: float = AMOS_ALPHA_0, q
 
 
 def scale(parameter: torch.Tensor) -> float:
-    """The root mean square of a parameter: of a matrix as it is initialised, its standard deviation."""
+    """The root mean square of a parameter; for a freshly initialised matrix, its standard deviation."""
     return float(parameter.detach().float().pow(2).mean().sqrt()) if parameter.numel() else 0.0
 
 

@@ -187,8 +187,7 @@ def check(trainer: Trainer, pl_module: LightningModule) -> None:
             f"accumulate_grad_batches={trainer.accumulate_grad_batches} is not allowed with GradientRelease, because "
             "each gradient is gone before the next batch: use 1 and a larger batch"
         )
-    algorithm = trainer.gradient_clip_algorithm or "norm"
-    if trainer.gradient_clip_val and str(getattr(algorithm, "value", algorithm)).lower() != "value":
+    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value":
         raise ValueError(
             f"gradient_clip_val={trainer.gradient_clip_val} by norm is not allowed with GradientRelease, because the "
             'norm is unknown when the first parameter steps: use gradient_clip_algorithm="value" or None'

@@ -98,7 +98,7 @@ class LionGuard(Callback):
         telemetry_every: optimizer steps between `lion/*` samples; 0 for none.
         checkpoint_snapshots: whether checkpoints include the snapshots (a model and its optimizer state each), so
             that a rewind right after a resume goes back as far as it would have without.
-        samples: from a batch to its number of samples, where its structure does not determine it.
+        samples: a function from a batch to its number of samples, for batches whose structure does not tell.
         manual_optimization: under manual optimization, or with several optimizers, only "watch" and warn, or "act" too.
         trace: a CSV file for every step's readings, input of `lion-replay-guard`; None for none.
 
@@ -200,7 +200,8 @@ class LionGuard(Callback):
         plain = len(optimizers) == 1 and pl_module.automatic_optimization
         acts = self.acts and (plain or self.manual_optimization == "act")
         self.recovery.acts = acts
-        length = warmup_length(self.warmup_steps, total_steps(trainer))
+        steps = total_steps(trainer)
+        length = warmup_length(self.warmup_steps, steps)
         self.warmup = LinearWarmup(length)
         self.steps = self.warmup.step = trainer.global_step
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
@@ -238,8 +239,9 @@ class LionGuard(Callback):
                     monitor.rate.warmup_steps = length
         elif self.monitors:
             if loaded is None and self.steps:
-                report(f"LionGuard starts at step {self.steps} without a state of its own, with its warm-up behind it.")
-            run = preflight.run_settings(trainer, self.warmup.warmup_steps, self.gates, self.min_batch_size)
+                report(f"LionGuard starts at step {self.steps} without a state of its own; warm-up counts from step 0.")
+            size, clip = preflight.batch_size(trainer), trainer.gradient_clip_val
+            run = preflight.RunSettings(steps, self.warmup.warmup_steps, size, clip, self.gates, self.min_batch_size)
             for finding in [found for optimizer in optimizers for found in preflight.inspect(optimizer, run)]:
                 self._report_once(trainer, finding.kind, finding.message)
         if self.monitors:
@@ -468,14 +470,14 @@ class LionGuard(Callback):
             self._loaded = state_dict  # others were saved before training, as tuners do
 
     def _restore(self, state: dict[str, Any]) -> bool:
-        """Takes over a state; False if it does not fit: the guard then is as it was before, and says so."""
+        """Takes over a state. If it does not fit, reports that, puts the guard back as it was and returns False."""
         before = self.state_dict()
         try:
             self._take_over(state)
         except Exception as error:  # whatever somebody's checkpoint holds
             self._take_over(before)
             report(
-                f"LionGuard starts afresh at step {self.steps}, with the warm-up up to there behind it: its state "
+                f"LionGuard starts afresh at step {self.steps}; its warm-up counts from step 0. Its state "
                 f"in the checkpoint does not fit ({type(error).__name__}: {error})."
             )
             return False

@@ -1,6 +1,6 @@
 """The gate: decides, from gradient norm and loss, whether a step is taken, clipped or skipped.
 
-Lion moves every weight by lr whatever the gradient's size, so a constant factor means nothing to it. One outlier means
+Lion moves every weight by lr whatever the gradient's size, so a constant factor changes nothing. One outlier changes
 much: it fills the momentum and sets the direction for hundreds of steps. So the norm is compared with its own history,
 not with a fixed limit. What recurs is data, not a fault: rare classes and heavy tails have outliers too. The gate acts
 on an outlier only if it is isolated, and every finite value enters the history, whatever was done about it. Everything
@@ -139,10 +139,8 @@ class Gate:
 
     def _isolated(self, values: Tensor, center: Tensor) -> Tensor:
         """Whether no outlier of the same kind came within `thresholds.horizon` steps before, bool of shape (2,)."""
-        same_norm, same_loss = (
-            values[0] - math.log(SAME_KIND_RATIO),
-            center[1] + (values[1] - center[1]) / SAME_KIND_RATIO,
-        )
+        same_norm = values[0] - math.log(SAME_KIND_RATIO)
+        same_loss = center[1] + (values[1] - center[1]) / SAME_KIND_RATIO
         similar = self._outliers >= torch.stack([same_norm, same_loss]).unsqueeze(1)
         recent = self._step - self._outlier_steps <= self.thresholds.horizon
         return ~(similar & recent).any(1)

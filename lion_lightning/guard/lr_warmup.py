@@ -18,7 +18,7 @@ WARMUP_SHARE, MAX_WARMUP_STEPS = 0.3, 2000
 """Of the default warm-up. The share did least harm over all learning rates in runs of 300 steps
 (docs/experiments.md#warm_up); the steps are those of Wen et al. (2025, arXiv:2509.02046) in long ones."""
 UNKNOWN_LENGTH_STEPS = 200
-"""The default where the length of the run is not known: Lion's momentum has filled, 2 / (1 - 0.99)."""
+"""The default where the length of the run is not known: Lion's momentum fills within 2 / (1 - 0.99) steps."""
 REWARM_START = 0.1
 LEAST_REWARM_STEPS = 10
 
@@ -70,18 +70,15 @@ class LinearWarmup(Stateful):
     def factor(self) -> float:
         """The factor of the coming step, in (0, 1]."""
         warm = 1.0 if self.step >= self.warmup_steps else (self.step + 1) / self.warmup_steps
-        return warm * self._rewarm_factor() * self.scale
+        if self.rewarmed_at is not None:
+            share = (self.step - self.rewarmed_at) / max(LEAST_REWARM_STEPS, self.warmup_steps)
+            warm *= min(1.0, REWARM_START + (1 - REWARM_START) * share)
+        return warm * self.scale
 
     def rewarm(self, scale: float = 1.0) -> None:
         """Starts again at a tenth of the rate, for a run that was rewound; `scale` lowers the rate for good."""
         self.rewarmed_at = self.step
         self.scale *= scale
-
-    def _rewarm_factor(self) -> float:
-        if self.rewarmed_at is None:
-            return 1.0
-        share = (self.step - self.rewarmed_at) / max(LEAST_REWARM_STEPS, self.warmup_steps)
-        return min(1.0, REWARM_START + (1 - REWARM_START) * share)
 
 
 class WarmupHook:

@@ -12,7 +12,6 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
 from lion_lightning.guard.rules import Average, Stateful, Symptom
-from lion_lightning.lightning import total_steps
 from lion_lightning.optim import Lion, layout
 
 MIN_BATCH_SIZE = 64
@@ -37,7 +36,7 @@ NO_WARMUP_STEPS = 10
 """A shorter run has no step to warm up in."""
 HALF_SPACING_BF16 = 2.0**-9
 """Half the distance of neighbouring bf16 numbers, relative to their size (at its largest)."""
-# What a run does that settings cannot tell.
+# Messages about what shows only in training.
 NO_GRADIENTS = (
     "there are no gradients when the optimizer steps (are they released in backward?): the guard sees the loss alone, "
     "and cannot gate steps"
@@ -62,6 +61,7 @@ class RunSettings:
         batch_size: samples of an optimizer step; None if it is known only in training.
         gradient_clip_val: the Trainer's.
         gate: whether the guard clips outliers.
+        min_batch_size: of the guard.
     """
 
     total_steps: float
@@ -70,12 +70,6 @@ class RunSettings:
     gradient_clip_val: float | None = None
     gate: bool = True
     min_batch_size: int = MIN_BATCH_SIZE
-
-
-def run_settings(trainer: Trainer, warmup_steps: int, gate: bool, min_batch_size: int) -> RunSettings:
-    """Settings of a run that is about to start; see `RunSettings` for the arguments."""
-    clip_val = trainer.gradient_clip_val
-    return RunSettings(total_steps(trainer), warmup_steps, batch_size(trainer), clip_val, gate, min_batch_size)
 
 
 def inspect(optimizer: Optimizer, run: RunSettings) -> list[Symptom]:
@@ -88,7 +82,9 @@ def inspect(optimizer: Optimizer, run: RunSettings) -> list[Symptom]:
     Returns:
         Of the kinds lr, decay, warmup, bf16, betas, batch_size and clipping.
     """
-    messages = {"bf16": _bf16(optimizer), "batch_size": _batch_size(run)}
+    batch = EffectiveBatch(run.min_batch_size)
+    batch.last = run.batch_size or 0
+    messages = {"bf16": _bf16(optimizer), "batch_size": batch.advice() if batch.is_small else None}
     if isinstance(optimizer, Lion):
         messages |= {
             "lr": _lr(optimizer, run),
@@ -193,16 +189,6 @@ def _betas(optimizer: Optimizer) -> str | None:
         if not (BETA1_RANGE[0] <= beta1 <= BETA1_RANGE[1] and BETA2_RANGE[0] <= beta2 <= BETA2_RANGE[1]):
             return f"betas=({beta1:g}, {beta2:g}) are unusual; try (0.9, 0.99), or (0.95, 0.98) for text"
     return None
-
-
-def _batch_size(run: RunSettings) -> str | None:
-    if run.batch_size is None or run.batch_size >= run.min_batch_size:
-        return None
-    return (
-        f"an optimizer step sees {run.batch_size} samples: Lion's published advantage over AdamW was measured at "
-        f"{run.min_batch_size} and more; raise the batch or the accumulation "
-        f"{-(-run.min_batch_size // max(1, run.batch_size))} times"
-    )
 
 
 def _clipping(run: RunSettings) -> str | None:
@@ -321,7 +307,7 @@ class EffectiveBatch(Stateful):
         accumulate = -(-self.min_batch_size // max(1, self.last))
         return (
             f"the effective batch is {self.last} samples, below {self.min_batch_size}: Lion's sign makes small batches "
-            f"noisier, and its published advantage over AdamW starts at {self.min_batch_size}; accumulate "
+            f"noisier, and its published advantage over AdamW was measured at {MIN_BATCH_SIZE} and more; accumulate "
             f"{accumulate} times as many batches or raise the batch size"
         )
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 from torch.optim import Optimizer
 
-from lion_lightning.guard.rules import RULES, Reading, Stateful, Symptom, Thresholds
+from lion_lightning.guard.rules import RULES, Reading, Stateful, StuckMomentum, Symptom, Thresholds
 from lion_lightning.guard.snapshots import Snapshot, SnapshotRing, repair, restore
 from lion_lightning.guard.step_monitor import GatedRules
 
@@ -54,7 +54,7 @@ class EscalationPolicy(Stateful):
 
     Args:
         thresholds: `proven_after`, `horizon`.
-        on_divergence: "recover" escalates, "stop" stops at the first divergence, "warn" only notes it, "ignore" too.
+        on_divergence: "recover" escalates, "stop" stops at the first divergence, "warn" and "ignore" only note it.
     """
 
     STATE = ("level", "last_escalation", "last_reset", "last_repair", "undone", "last_undone")
@@ -158,8 +158,8 @@ class Trial:
         """From what `state_dict` returned; raises TypeError, KeyError or ValueError for anything else."""
         found = cls(**{**state, "newer": Snapshot.from_state(state["newer"])})
         found.losses = [float(loss) for loss in found.losses]
-        known = range(len(found.rates))[found.monitor]  # there is such a monitor, and all others are numbers
-        float(found.middle + found.deviation + found.level + known)
+        known = range(len(found.rates))[found.monitor]  # raises if there is no such monitor
+        float(found.middle + found.deviation + found.level + known)  # raises if one is not a number
         return found
 
 
@@ -214,7 +214,7 @@ class Recovery:
         symptoms = monitor.rules.observe(reading)
         count, limits = monitor.rules.nonfinite_in_a_row, self.thresholds
         if count == limits.nonfinite_limit:
-            message = f"no gradient was finite for {count} steps, though the weights are"
+            message = f"no gradient was finite for {count} steps, though the weights are finite"
             symptoms.append(Symptom("nonfinite_limit", message))
         elif count and count % limits.nonfinite_steps == 0 and not reading.is_finite and not is_finite():
             message = "weights or optimizer state are no longer finite: every further step is lost"
@@ -243,7 +243,9 @@ class Recovery:
             return
         left = _named(restore(trial.newer, self.module, self.optimizers))
         for monitor, rules, rate in zip(self.monitors, trial.newer.rules, trial.rates, strict=True):
-            monitor.undo_rewind(rules, rate)
+            monitor.return_to(rules)
+            monitor.rules.divergence.take_level()
+            monitor.rate.load_state_dict({**rate, "step": monitor.rate.step})  # the rewind has started it again
         self.policy.undo(reading.step, trial.level)
         message = (
             f"the older weights have a loss of {loss:.4g} now, those before the rewind had {trial.raised:.4g}: "
@@ -265,8 +267,10 @@ class Recovery:
             return Treated(symptom, remedy, f"nothing was done (would be: {said})")
         if remedy is Remedy.ZERO_MOMENTUM:
             monitor.zero_momentum()
-        elif remedy in (Remedy.REBASELINE, Remedy.NEW_LEVEL):
-            monitor.rebaseline(symptom.kind)
+        elif remedy is Remedy.REBASELINE:
+            monitor.rules.stuck_momentum = StuckMomentum(self.thresholds)
+        elif remedy is Remedy.NEW_LEVEL:
+            monitor.rules.divergence.take_level()
         elif remedy is Remedy.REPAIR and kept is not None:
             repair(kept, self.module, self.optimizers)
             monitor.rules.nonfinite_in_a_row = 0
@@ -285,7 +289,7 @@ class Recovery:
             level: number of escalations before; None if the rewind is not to be put on trial.
 
         Returns:
-            The end of the sentence that says so: what was not restored.
+            The end of the event's message: the tensors that were not restored.
         """
         raised, deviation = monitor.rules.divergence.fast.value, monitor.rules.divergence.deviation
         rules = [each.rules_state() for each in self.monitors]
@@ -295,17 +299,15 @@ class Recovery:
         left = restore(kept, self.module, self.optimizers, buffers=level is None)
         scale = HALF_RATE if remedy is Remedy.REWIND_AT_HALF_RATE else 1.0
         for each, kept_rules in zip(self.monitors, kept.rules, strict=True):
-            each.rewind(kept_rules, scale)
+            each.return_to(kept_rules)
+            each.rate.rewarm(scale)
         returned = monitor.rules.divergence.fast.value
         number = [each is monitor for each in self.monitors].index(True)
         if not returned < raised:  # not known of the weights that training started from
             returned = raised
         elif returned > 0:  # the noise of a loss grows with its level
             deviation *= math.sqrt(raised / returned)
-        if level is not None:
-            self.trial = Trial(newer, rates, level, number, returned, raised, deviation)
-        else:
-            self.trial = None
+        self.trial = None if level is None else Trial(newer, rates, level, number, returned, raised, deviation)
         return _named(left)
 
     def keep(self, step: int, trusted: bool = False) -> None:
@@ -342,9 +344,9 @@ class Recovery:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` returned; raises for what does not fit, before a rewind would.
+        """Takes over what `state_dict` returned. What does not fit raises here, not in a later rewind.
 
-        All rules and rates in it are tried on the monitors, whose own state is therefore to be loaded afterwards.
+        To find out, all rules and rates are loaded into the monitors: load the monitors' own state afterwards.
         """
         self.policy.load_state_dict(state["policy"])
         self.ring.load_state_dict(state["snapshots"])

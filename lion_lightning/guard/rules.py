@@ -126,8 +126,7 @@ class Symptom:
     """Something that a rule has seen.
 
     Attributes:
-        kind: outlier, bad_loss, bad_losses, nonfinite, nonfinite_loss, poison, divergence, raised_loss, dead,
-            unmoved, near_bound or cosine.
+        kind: its name; docs/how-to/guard-messages.md lists all.
         message: what was seen and why it matters.
     """
 
@@ -423,7 +422,7 @@ class RuleSet(Stateful):
         )
 
     def _gated(self, reading: Reading) -> list[Symptom]:
-        """Records what the gate did to a step that it did not let pass unchanged."""
+        """Counts and describes a step that was clipped or skipped, or whose loss or gradient was not finite."""
         self.skipped += reading.skipped
         self.clipped += reading.factor > 1
         ranks = ", ".join(map(str, reading.bad_ranks))
@@ -436,7 +435,7 @@ class RuleSet(Stateful):
             message = f"the gradient is not finite{where}: one such step would stay in the momentum for ever"
         elif reading.skipped:
             kind, seen = "bad_loss", f"{reading.backward_loss:.4g} is far out of line (robust z {reading.loss_z:.0f})"
-            message = f"the loss {seen}: the batch would teach something else than all others"
+            message = f"the loss {seen}: this batch would teach something that the others do not"
         else:
             kind, seen = "outlier", f"{reading.grad_norm:.3g} is an outlier (robust z {reading.norm_z:.0f})"
             message = f"the gradient norm {seen}: in the momentum it would set the direction for hundreds of steps"

@@ -46,7 +46,7 @@ class SampledCoordinates:
         if known is None:
             self._signs = None
             return ()
-        # A parameter that has no gradient or momentum counts as one at rest: it has no sign.
+        # A parameter that has no gradient or momentum counts as one that does not move: its signs are 0.
         rest = [known.new_zeros(stop - start) for *_, start, stop in self.slices]
         filled = [piece or (zeros, zeros) for piece, zeros in zip(pieces, rest, strict=True)]
         grad, momentum = torch.cat([piece[0] for piece in filled]), torch.cat([piece[1] for piece in filled])

@@ -106,9 +106,7 @@ class SnapshotRing:
         return [dict(vars(kept)) for kept in self.ring]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        snapshots = [Snapshot.from_state(kept) for kept in state]
-        self.ring.clear()
-        self.ring.extend(snapshots)
+        self.ring = deque(map(Snapshot.from_state, state), self.ring.maxlen)
 
 
 @torch.no_grad()

@@ -12,17 +12,7 @@ from torch.optim import Optimizer
 
 from lion_lightning.guard.gate import Gate, Verdict
 from lion_lightning.guard.lr_warmup import LinearWarmup, WarmupHook
-from lion_lightning.guard.rules import (
-    FACTS,
-    SUMS,
-    UPDATE_SUMS,
-    VERDICT,
-    Reading,
-    RuleSet,
-    StuckMomentum,
-    Thresholds,
-    unpack,
-)
+from lion_lightning.guard.rules import FACTS, SUMS, UPDATE_SUMS, VERDICT, Reading, RuleSet, Thresholds, unpack
 from lion_lightning.guard.sampled_coordinates import SampledCoordinates
 from lion_lightning.optim import Lion, layout
 
@@ -61,18 +51,12 @@ class AsyncReadback:
         """Removes and returns the oldest vector, if there is a newer one or if `flush`; else None."""
         return self._queue.popleft()() if len(self._queue) >= (1 if flush else 2) else None
 
-    def waiting(self) -> list[list[float]]:
+    def state_dict(self) -> list[list[float]]:
         """All vectors, oldest first, which stay in the queue; waits for the newest."""
         return [arrived() for arrived in self._queue]
 
-    def clear(self) -> None:
-        self._queue.clear()
-
-    def state_dict(self) -> list[list[float]]:
-        return self.waiting()
-
     def load_state_dict(self, state: list[list[float]]) -> None:
-        self.clear()
+        self._queue.clear()
         for values in state:
             self.post(torch.tensor(values, dtype=torch.float64, device="cpu"))
 
@@ -107,7 +91,7 @@ class Losses:
         Args:
             loss: any shape; its mean is taken.
             comparable: whether its size may be compared from step to step.
-            accumulate: what Lightning divided it by; also where a step at the end of an epoch has fewer micro-batches.
+            accumulate: what Lightning divided the loss by, also in a shorter last step of an epoch.
         """
         value = loss.detach().float().mean()
         if comparable:
@@ -173,7 +157,7 @@ class GatedRules:
 
     def unread(self) -> list[Reading]:
         """Readings that `read` has yet to return; waits for the latest."""
-        return [unpack(values, self.world_size) for values in self.readback.waiting()]
+        return [unpack(values, self.world_size) for values in self.readback.state_dict()]
 
     def is_latest_finite(self) -> bool:
         """Whether the latest step was finite; waits for it."""
@@ -182,13 +166,6 @@ class GatedRules:
     def is_suspicious(self, ignore_divergence: bool) -> bool:
         """Whether a rule is counting steps towards a symptom, or the latest, unread step was not finite."""
         return not self.is_latest_finite() or self.rules.is_suspicious(ignore_divergence)
-
-    def rebaseline(self, kind: str) -> None:
-        """Starts the history of the rule that saw `kind` anew."""
-        if kind == "poison":
-            self.rules.stuck_momentum = StuckMomentum(self.rules.thresholds)
-        else:
-            self.rules.divergence.take_level()
 
     def zero_momentum(self) -> None:
         self.rules.stuck_momentum.low_steps = 0
@@ -201,30 +178,10 @@ class GatedRules:
         self.gate.load_state_dict(state["gate"])
         self.rules.load_state_dict(state["rules"])
 
-    def rewind(self, rules: dict[str, Any], scale: float) -> None:
-        """Restores the rules' state of a snapshot and drops the measurements made since.
-
-        Args:
-            rules: from `rules_state`.
-            scale: factor on the learning rate of a run.
-        """
-        self._return_to(rules)
-        self.rate.rewarm(scale)
-
-    def undo_rewind(self, rules: dict[str, Any], rate: dict[str, Any]) -> None:
-        """Returns to the state before a rewind, with the raised loss as the new level.
-
-        Args:
-            rules: what `rules_state` returned before the rewind.
-            rate: state of `rate` before the rewind, which has started it again.
-        """
-        self._return_to(rules)
-        self.rules.divergence.take_level()
-        self.rate.load_state_dict({**rate, "step": self.rate.step})
-
-    def _return_to(self, rules: dict[str, Any]) -> None:
+    def return_to(self, rules: dict[str, Any]) -> None:
+        """Restores the rules' state of a snapshot, as `rules_state` gave it, and drops the measurements made since."""
         self.load_rules_state(rules)
-        self.readback.clear()
+        self.readback.load_state_dict([])
         if self.sample is not None:
             self.sample.forget()
 
@@ -239,7 +196,7 @@ class StepMonitor(GatedRules):
     Args:
         optimizer: of torch or ours.
         thresholds: of gate and rules.
-        warmup: its own, though all of a run are alike.
+        warmup: of this optimizer alone; all optimizers of a run warm up over the same number of steps.
         rank, world_size: of this process.
         reduce: sums a vector over all ranks; the one communication of a step.
         acts: whether the gate's verdicts are carried out.
@@ -287,7 +244,7 @@ class StepMonitor(GatedRules):
         self._hidden: dict[Tensor, Tensor] = {}
 
     def begin_batch(self) -> None:
-        """A step of an earlier batch that ended in an exception is over."""
+        """Forgets a step that an exception ended in an earlier batch."""
         self.is_measured = self._is_in_step = False
 
     def remove(self) -> None:
@@ -360,7 +317,7 @@ class StepMonitor(GatedRules):
 
     def _gate(self, verdict: Verdict, still_to_clip: Tensor, grads: list[Tensor]) -> None:
         """Passes the verdict to the optimizer, or carries it out on gradients that the Trainer has yet to clip."""
-        self._skips = False  # a GradScaler may not have made the step before
+        self._skips = False  # still set if a GradScaler left out the last step
         if self._takes_scalars:
             self.optimizer.found_inf = verdict.skip  # type: ignore[attr-defined]
             self.optimizer.grad_scale = verdict.factor  # type: ignore[attr-defined]

@@ -143,7 +143,7 @@ def check_grad(grad: Tensor, param: Tensor) -> None:
 
 
 def saved(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group as a checkpoint keeps it: plain numbers and names, and no `fused`, which is the machine's."""
+    """A group as a checkpoint keeps it: plain numbers and names, without `fused`, which depends on the machine."""
     dtype = momentum_dtype(group["momentum_dtype"])
     options = {key: value if key == "params" else plain(value) for key, value in group.items()}
     name = None if dtype is None else str(dtype).removeprefix("torch.")

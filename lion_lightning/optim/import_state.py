@@ -179,8 +179,6 @@ def _translated_options(peer: str, group: Entry) -> dict[str, Any]:
 
 
 SOURCES = (*PEERS, "lion_lightning")
-PLAIN = ("lion-pytorch", "timm", "pytorch_optimizer")
-"""Peers whose state and options load unchanged."""
 OTHER_OPTIONS = {
     *("eps", "amsgrad", "momentum", "dampening", "nesterov", "alpha", "centered", "momentum_decay", "lr_decay"),
     *("lambd", "t0", "rho", "etas", "step_sizes", "beta2_decay", "ns_steps", "max_iter"),
@@ -269,7 +267,7 @@ def check_loadable(state_dict: Any) -> None:
         except ValueError as error:  # an option that Lion does not have
             lost.append(str(error))
         lost += [name for name, ours in PEERS[source].names.items() if name != ours and group.get(name)]
-    if lost or source not in PLAIN or not tensors <= {"exp_avg"}:
+    if lost or PEERS[source].moments is not _plain or not tensors <= {"exp_avg"}:
         raise ValueError(
             f"state_dict is of {source}{''.join(f', with {option}' for option in lost)}: load it by "
             "lion_lightning.optim.import_state.import_state(state_dict, optimizer), or convert the file by "

@@ -82,7 +82,7 @@ class Lion(Optimizer):
     ) -> None:
         defaults = dict(
             lr=lr,
-            betas=tuple(betas) if hasattr(betas, "__iter__") else betas,  # one number: refused by its name below
+            betas=tuple(betas) if hasattr(betas, "__iter__") else betas,  # `check` refuses a single number
             weight_decay=weight_decay,
             weight_bits=weight_bits,
             momentum_dtype=group_options.momentum_dtype(momentum_dtype),

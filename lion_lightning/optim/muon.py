@@ -125,7 +125,8 @@ class MuonWithLion(Optimizer):
         loaded = list(self.param_groups)
         fresh: dict[Tensor, Any] = {}
         for part in (self._parts[kind] for kind in (Lion, Muon) if kind in self._parts):  # Lion checks first
-            positions = self._positions(part)
+            numbers = [id(group) for group in self.param_groups]
+            positions = [numbers.index(id(group)) for group in part.param_groups]
             ids = {key for position in positions for key in groups[position]["params"]}
             part.load_state_dict(
                 {
@@ -139,11 +140,6 @@ class MuonWithLion(Optimizer):
         self.__setstate__({"state": type(self.state)(dict, fresh), "param_groups": loaded})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _positions(self, part: Optimizer) -> list[int]:
-        """The numbers that a part's groups have in `param_groups`."""
-        ids = [id(group) for group in self.param_groups]
-        return [ids.index(id(group)) for group in part.param_groups]
 
     @override
     def __getstate__(self) -> dict[str, Any]:

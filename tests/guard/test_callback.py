@@ -80,7 +80,7 @@ def test_a_small_batch_is_warned_about_once_with_what_to_do(tmp_path, caplog):
         _, rows = fit(Regression(), guard, tmp_path, samples=96, batch_size=16)
     warnings = [record.message for record in caplog.records if "batch_size" in record.message]
     assert len(warnings) == 1
-    assert "sees 16 samples" in warnings[0]
+    assert "16 samples, below 64" in warnings[0]
     assert "4 times" in warnings[0]
     assert rows[-1]["guard/effective_batch_size"] == 16
     assert [event.kind for event in guard.events if event.kind == "batch_size"] == ["batch_size"]

@@ -69,11 +69,11 @@ def test_the_queue_is_one_step_late():
         queue.post(torch.tensor([float(step)]), (step * 10,))
         arrivals.append(queue.take())
     assert arrivals == [None, [0.0, 0], [1.0, 10], [2.0, 20]]
-    assert queue.waiting() == [[3.0, 30]]
+    assert queue.state_dict() == [[3.0, 30]]
     assert queue.take() is None
     assert queue.take(flush=True) == [3.0, 30]
     assert queue.take(flush=True) is None
-    assert queue.waiting() == []
+    assert queue.state_dict() == []
 
 
 def test_unread_vectors_survive_a_checkpoint():
@@ -81,11 +81,11 @@ def test_unread_vectors_survive_a_checkpoint():
     for step in range(2):
         queue.post(torch.tensor([0.1, float(step)]), (step,))
     again.load_state_dict(queue.state_dict())
-    assert again.waiting() == queue.waiting()
+    assert again.state_dict() == queue.state_dict()
     assert again.take() == queue.take() == [pytest.approx(0.1), 0.0, 0]
     assert again.take(flush=True) == queue.take(flush=True)
     again.post(torch.zeros(1))
-    again.clear()
+    again.load_state_dict([])
     assert again.take(flush=True) is None
 
 

@@ -266,8 +266,8 @@ def test_the_latest_readings_are_waited_for_only_where_a_snapshot_is_due(monkeyp
     params, optimizer, monitor = made("lion")
     recovery, module = Recovery(Thresholds(), "recover", acts=True, gates=True), nn.ParameterList(params)
     recovery.monitors, recovery.module, recovery.optimizers = [monitor], module, [optimizer]
-    looked, waiting = [], AsyncReadback.waiting
-    monkeypatch.setattr(AsyncReadback, "waiting", lambda self: looked.append(number) or waiting(self))
+    looked, waiting = [], AsyncReadback.state_dict
+    monkeypatch.setattr(AsyncReadback, "state_dict", lambda self: looked.append(number) or waiting(self))
     for number in range(250):
         step(params, optimizer, monitor, number)
         monitor.read()

@@ -95,11 +95,7 @@ class TritonEngine:
             tiles.append(-(-update.param.numel() // kernels.TILE_ELEMENTS))
             first_tile += tiles[-1]
         tensor_of_tile = self._tables.find(
-            tuple(tiles),
-            lambda: torch.arange(len(tiles), dtype=torch.int32, device="cpu").repeat_interleave(
-                torch.tensor(tiles, device="cpu")
-            ),
-            device,
+            tuple(tiles), lambda: torch.repeat_interleave(torch.tensor(tiles, dtype=torch.int32, device="cpu")), device
         )
         dtypes = (getattr(kernels.tl, str(dtype).removeprefix("torch.")) for dtype in constants[:3])
         kernels.lion_kernel[(first_tile,)](
