@@ -7,7 +7,7 @@ before there is something to run, so `--help`, `--cfg` and tab completion answer
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -56,6 +56,12 @@ def train(cfg: DictConfig) -> float:
         report_error(error)
 
 
+def composed(settings: Sequence[str]) -> DictConfig:
+    """The configuration that a command line with these settings has."""
+    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        return hydra.compose("train", list(settings))
+
+
 def runner(cfg: DictConfig) -> Callable[[DictConfig], float]:
     """What runs a configuration, by its `mode`; ConfigError for a `mode` that is none, and for settings of another."""
     mode = cfg.mode
@@ -84,7 +90,7 @@ def main() -> None:
     stopped the run; 74 a checkpoint could not be written; 130, 138, 143 SIGINT, SIGUSR1 or SIGTERM ended it, saved.
     """
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY * (os.cpu_count() or 1):
-        # torch's threads wait asleep: several times as fast beside other programs, 4 to 20 % slower on a quiet one.
+        # torch's threads sleep while they wait: several times as fast on a busy machine, 4 to 20 % slower alone.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
     # Without this Hydra prints an excerpt of its own and hides the exception from us.
     os.environ["HYDRA_FULL_ERROR"] = "1"

@@ -1,4 +1,4 @@
-"""The command line beside Hydra: its name, trusted packages, checks, suggestions for errors, and `--explain KEY`."""
+"""What Hydra leaves to us: the command's name, trusted packages, checks, suggestions for errors, `--explain KEY`."""
 
 import argparse
 import difflib
@@ -117,7 +117,7 @@ def overrides_of(folder: Path | None) -> list[str] | None:
 
 
 def check_arguments(arguments: Sequence[str], config: Path) -> None:
-    """Refuses what Hydra would take in silence or answer with its usage.
+    """Refuses what Hydra would accept silently or answer with its usage text.
 
     Args:
         arguments: of the command line, before Hydra reads them.
@@ -135,7 +135,9 @@ def check_arguments(arguments: Sequence[str], config: Path) -> None:
         if argument.startswith("--") and name.split(".")[0] in groups | keys:
             value = value if equals else next(iter(arguments[position + 1 :]), "VALUE")
             raise ConfigError(f"{argument}: settings have no dashes; write {name}={value}")
-        if not argument.startswith("-") and (position == 0 or _may_follow(arguments[position - 1])):
+        before = arguments[position - 1] if position else ""
+        is_value_of_flag = before.startswith("-") and "=" not in before and before not in FLAGS_WITHOUT_VALUE
+        if not argument.startswith("-") and not is_value_of_flag:
             _check_syntax(argument, config)
         if name.lstrip("+") == "tuned" and not extends:
             _check_tuned(value, config / "tuned")
@@ -144,11 +146,6 @@ def check_arguments(arguments: Sequence[str], config: Path) -> None:
         raise ConfigError(
             "resume=auto continues the newest checkpoint of run_dir, and without run_dir=FOLDER every run has a new one"
         )
-
-
-def _may_follow(argument: str) -> bool:
-    """Whether the next argument is a setting, and not the value of a flag."""
-    return not argument.startswith("-") or "=" in argument or argument in FLAGS_WITHOUT_VALUE
 
 
 def _check_syntax(argument: str, config: Path) -> None:
@@ -191,12 +188,12 @@ def suggestion(error: Exception, config: Path) -> str:
         known = known_keys(config)
         if name not in known or not (config / group).is_dir():
             return _meant(name, known)
-        # The key is right, the choice is not; or the choice has it further down, where it is no reference to the key.
+        # The key exists, but not in the chosen file; or that file has it one level deeper.
         owners = re.findall(rf"conf/{group}/(\w+)\.yaml", "".join(_explanation(name, config)))
         below = [other for other in known if re.fullmatch(rf"{group}\.\w+\.{key}", other)]
         below = [other for other in below if "${" not in "".join(_explanation(other, config))]
         told = f"; did you mean {' or '.join(below)}?" if below else ""
-        return f": the chosen {group} has no such setting; with it: {group}={'|'.join(owners)}{told}"
+        return f": the chosen {group} has no such setting; these have it: {group}={'|'.join(owners)}{told}"
     return ""
 
 

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
-from lion_lightning.__main__ import CONFIG_FOLDER
+from lion_lightning.__main__ import composed
 from lion_lightning.commands import compare
 from lion_lightning.errors import ConfigError
-from lion_lightning.tracking.runs import Run, find_runs, read_runs
+from lion_lightning.tracking.runs import Run, find_runs, read_file
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -220,13 +219,12 @@ def is_done(run_dir: Path) -> bool:
     """Whether a run of `run_dir` has finished, or was ended by the guard."""
     if not run_dir.is_dir():
         return False
-    runs = [run for run in read_runs(find_runs(run_dir)) if isinstance(run, Run)]
+    runs = [run for run in map(read_file, find_runs(run_dir)) if isinstance(run, Run)]
     return any(run.state == "finished" or run.exit_code == EXIT_OF_THE_GUARD for run in runs)
 
 
 def _composed(overrides: list[str]) -> DictConfig:
-    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        return hydra.compose("train", [*overrides, "run_dir=outputs"])
+    return composed([*overrides, "run_dir=outputs"])
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

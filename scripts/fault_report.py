@@ -3,8 +3,8 @@
     python scripts/fault_report.py --seeds 5 --output docs/guard
 
 Each ratio is the final test loss over that of the clean run of the same seed: without the guard over the clean run
-without it, with the guard over the clean run with it. Delay counts steps from the fault until the event that names it
-is there.
+without it, with the guard over the clean run with it. Delay is the number of steps from the fault to the event
+that names it.
 """
 
 import argparse
@@ -17,11 +17,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -63,10 +60,8 @@ def measure(arguments: tuple[int, int]) -> tuple[int, float, float, int | None, 
     bare = train(seed, None, case.inject(), optimizer=case.optimizer)
     guarded = train(seed, LionGuard(**case.guard), case.inject(), optimizer=case.optimizer)
     named = guarded.first(case.seen_as, after=HIT)
-    without, with_guard = (
-        bare.loss / clean_loss(case.optimizer, False, seed),
-        guarded.loss / clean_loss(case.optimizer, True, seed),
-    )
+    without = bare.loss / clean_loss(case.optimizer, False, seed)
+    with_guard = guarded.loss / clean_loss(case.optimizer, True, seed)
     return number, without, with_guard, None if named is None else named[1] - HIT, guarded.stopped is not None
 
 
@@ -92,7 +87,8 @@ def draw(path: Path, seed: int) -> None:
         "guard, gate off: momentum zeroed": (train(seed, LionGuard(gate=False), case.inject()), "#e08e0b", 1.6),
         "guard: step clipped": (train(seed, LionGuard(), case.inject()), "#2471a3", 1.2),
     }
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
     for label, (outcome, color, width) in runs.items():
         axes.plot(_smooth(outcome.losses), label=label, color=color, lw=width)
     axes.axvline(HIT, color="black", lw=0.8, ls=":")

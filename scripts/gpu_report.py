@@ -1,6 +1,6 @@
 """Everything that is worth measuring on a GPU, in order of value, within a time budget: docs/benchmarks/gpu.md.
 
-    python scripts/gpu_report.py --budget 600 --output outputs/gpu          # once more goes on where it stopped
+    python scripts/gpu_report.py --budget 600 --output outputs/gpu          # run it again to continue
     python scripts/gpu_report.py --parts tests large --output outputs/gpu
     python scripts/gpu_report.py --rehearsal --output outputs/rehearsal     # on a CPU, tiny, in Triton's interpreter
     python scripts/gpu_report.py --list-wheels --installed freeze.txt       # what to carry to a bare machine
@@ -162,11 +162,6 @@ class Outcome:
     status: str
     seconds: float = 0.0
 
-    @property
-    def is_final(self) -> bool:
-        """Whether another run with the same output leaves the part as it is."""
-        return self.status == "done"
-
 
 def reason_to_skip(part: Part, rehearsal: bool, left: float, cifar10: Path | None) -> str | None:
     """Why a part is not begun, if so."""
@@ -241,7 +236,7 @@ def write(options: argparse.Namespace, outcomes: dict[str, Outcome]) -> None:
             shown = text if text.startswith(("|", "`")) or "\n| ---" in text else f"```\n{text[-4000:]}\n```"
             lines += ["", f"## {part.title}", "", f"`{command}`", "", shown]
             errors = (options.output / f"{name}.err").read_text(encoding="utf-8", errors="replace").strip()
-            if errors and not outcomes[name].is_final:
+            if errors and outcomes[name].status != "done":
                 lines += ["", f"{outcomes[name].status}; the end of what it wrote to stderr:", ""]
                 lines += [f"```\n{errors[-2000:]}\n```"]
     new = options.output / "report.md.new"
@@ -340,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     outcomes, end = earlier(options), time.monotonic() + options.budget
     for name in options.parts or PARTS:
         part, left = PARTS[name], end - time.monotonic()
-        if name in outcomes and outcomes[name].is_final:
+        if name in outcomes and outcomes[name].status == "done":
             continue
         limit = min(part.seconds * (CPU_FACTOR if options.rehearsal else 1), left)
         reason = reason_to_skip(part, options.rehearsal, left, options.cifar10)

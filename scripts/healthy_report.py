@@ -70,10 +70,9 @@ def read_runs(path: Path) -> dict[tuple[str, str, int, str], Run]:
 
 
 def append_run(path: Path, run: Run) -> None:
-    is_new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        if is_new:
+        if not file.tell():
             writer.writerow(RUN_COLUMNS)
         writer.writerow([*run.key, *(json.dumps(value) for value in asdict(run.outcome).values())])
 

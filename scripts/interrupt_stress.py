@@ -117,43 +117,31 @@ def stress(interrupts: int, seed: int, threads: int) -> dict[str, int]:
         for number, (dtype, options) in enumerate(MODES.values()):
             share = interrupts // len(MODES) + (number < interrupts % len(MODES))
             used = 1 if options.get("fused") is False else threads
-            _stress_mode(dtype, options, share, moments, timer, counts, used)
+            params, optimizer = made(dtype, options, moments.randrange(2**31))
+            start = time.perf_counter()
+            optimizer.step()
+            optimizer.step()
+            usual = (time.perf_counter() - start) / 2
+            for _ in range(share):
+                if moments.random() < FRESH_SHARE:
+                    params, optimizer = made(dtype, options, moments.randrange(2**31))
+                torch.set_num_threads(used)
+                try:
+                    timer.arm(1e-5 + moments.random() * usual)
+                    while True:
+                        optimizer.step()
+                except KeyboardInterrupt:
+                    pass
+                timer.disarm()
+                torch.set_num_threads(1)
+                counts["came"] += 1
+                before = contents(params, optimizer)
+                time.sleep(REST_SECONDS)
+                counts["moved"] += not alike(before, contents(params, optimizer))
+                counts["wrong"] += not next_step_is_exact(params, optimizer, options)
     finally:
         timer.restore()
     return counts
-
-
-def _stress_mode(
-    dtype: torch.dtype,
-    options: dict[str, Any],
-    interrupts: int,
-    moments: random.Random,
-    timer: Timer,
-    counts: dict[str, int],
-    threads: int,
-) -> None:
-    params, optimizer = made(dtype, options, moments.randrange(2**31))
-    start = time.perf_counter()
-    optimizer.step()
-    optimizer.step()
-    usual = (time.perf_counter() - start) / 2
-    for _ in range(interrupts):
-        if moments.random() < FRESH_SHARE:
-            params, optimizer = made(dtype, options, moments.randrange(2**31))
-        torch.set_num_threads(threads)
-        try:
-            timer.arm(1e-5 + moments.random() * usual)
-            while True:
-                optimizer.step()
-        except KeyboardInterrupt:
-            pass
-        timer.disarm()
-        torch.set_num_threads(1)
-        counts["came"] += 1
-        before = contents(params, optimizer)
-        time.sleep(REST_SECONDS)
-        counts["moved"] += not alike(before, contents(params, optimizer))
-        counts["wrong"] += not next_step_is_exact(params, optimizer, options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,6 @@ small (needs the right to mount; else the kernel's limit on the size of files st
 """
 
 import argparse
-import importlib
 import os
 import random
 import resource
@@ -26,9 +25,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
+import transformers.models.vit  # noqa: F401 (a run imports these three by name; here once for all attempts)
 
+import lion_lightning.guard.callback
+import lion_lightning.recipes.image_classification.module  # noqa: F401
+from lion_lightning.__main__ import composed
 from lion_lightning.training.checkpoint.files import (
     TEMPORARY_PREFIX,
     CheckpointFailed,
@@ -39,15 +41,6 @@ from lion_lightning.training.checkpoint.files import (
 )
 from lion_lightning.training.run import run
 
-# What a run imports by name, imported here once instead of in every attempt.
-for library in (
-    "lion_lightning.guard.callback",
-    "lion_lightning.recipes.image_classification.module",
-    "transformers.models.vit",
-):
-    importlib.import_module(library)
-
-ROOT = Path(__file__).resolve().parent.parent
 OTHER_FILE_SYSTEM = Path("/dev/shm")
 SETTINGS = (
     "recipe=image_classification", "logger=none", "export=false", "data.batch_size=16", "trainer.val_check_interval=50",
@@ -61,8 +54,7 @@ LONGEST_DELAY_SECONDS, LONGEST_SAVE_SECONDS = 0.25, 0.01
 def train(folder: Path, steps: int) -> None:
     """One attempt, quiet; ends with 74 where a checkpoint cannot be written."""
     torch.set_num_threads(1)
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = hydra.compose("train", [*SETTINGS, f"run_dir={folder}", f"trainer.max_steps={steps}", "resume=auto"])
+    cfg = composed([*SETTINGS, f"run_dir={folder}", f"trainer.max_steps={steps}", "resume=auto"])
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             run(cfg)

@@ -205,15 +205,13 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def draw(cells: Sequence[Cell], file: Path) -> None:
     """A panel per rate: how far the loss falls, a bar per variant with its 95 % interval."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     rates = list(dict.fromkeys(cell.rate for cell in cells))
     names = list(dict.fromkeys(cell.variant for cell in cells))[::-1]
-    figure, panels = plt.subplots(1, len(rates), figsize=(9, 3.2), dpi=150, sharey=True, squeeze=False)
+    figure = Figure(figsize=(9, 3.2), dpi=150)
+    panels = figure.subplots(1, len(rates), sharey=True, squeeze=False)
     for axes, rate in zip(panels[0], rates, strict=True):
         falls = [interval([fall for fall, _ in _paired(cells, name, rate)]) for name in names]
         colors = [COLORS[_storage(name)] for name in names]
@@ -228,7 +226,6 @@ def draw(cells: Sequence[Cell], file: Path) -> None:
     figure.legend(handles=patches, loc="lower center", ncols=len(patches), frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(file)
-    plt.close(figure)
 
 
 def _storage(variant: str) -> str:

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from lion_lightning.tracking.compare import Incomparable, compare
 from lion_lightning.tracking.plots import write_picture
-from lion_lightning.tracking.runs import AXES, Run, UnreadableRun, find_runs, read_runs
+from lion_lightning.tracking.runs import AXES, Run, UnreadableRun, find_runs, read_file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 with a message of one line."""
     options = _options(arguments)
     try:
-        read = read_runs([file for place in options.folders for file in find_runs(place)])
+        read = [read_file(file) for place in options.folders for file in find_runs(place)]
         runs = [run for run in read if isinstance(run, Run)]
         comparison = compare(runs, metric=options.metric, unlike=options.unlike)
     except (Incomparable, UnreadableRun) as error:

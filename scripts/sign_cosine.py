@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import Callback
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from torch.optim import Optimizer
 
-from lion_lightning.__main__ import CONFIG_FOLDER
+from lion_lightning.__main__ import composed
 from lion_lightning.tracking.plots import picture, style_of
 from lion_lightning.tracking.report import relative
 from lion_lightning.training.build import build_callbacks, build_data, build_module
@@ -71,8 +70,7 @@ def measure(overrides: Sequence[str], steps: int) -> list[dict[str, float]]:
     """Train `steps` optimizer steps of AdamW, and return the cosines at each."""
     # A constant rate: what is left of an update when the rate nears 0 is rounding.
     fixed = ["optim=adamw", "optim.weight_decay=0", "schedule=constant", "guard.gate=false", "guard.trace=null"]
-    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        cfg = hydra.compose("train", [*overrides, *fixed, "logger=none", "run_dir=outputs/sign_cosine"])
+    cfg = composed([*overrides, *fixed, "logger=none", "run_dir=outputs/sign_cosine"])
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data = build_data(cfg)
     module = build_module(cfg, data)

@@ -9,7 +9,6 @@ they are forked from this one, which has the libraries loaded, and talk by gloo.
 """
 
 import argparse
-import importlib
 import os
 import random
 import shutil
@@ -24,26 +23,20 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
+import transformers.models.vit  # noqa: F401 (a run imports these three by name; here once for all attempts)
 from lightning.pytorch import Callback, Trainer
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-import lion_lightning.training.run as run_module
+import lion_lightning.guard.callback
+import lion_lightning.recipes.image_classification.module  # noqa: F401
+from lion_lightning.__main__ import composed
 from lion_lightning.training.checkpoint.files import TEMPORARY_PREFIX, load, newest_valid, verify
+from lion_lightning.training.run import run
 from lion_lightning.training.signals import EXIT_CODE_OFFSET
 
-# What a run imports by name, imported here once instead of in every attempt.
-for library in (
-    "lion_lightning.guard.callback",
-    "lion_lightning.recipes.image_classification.module",
-    "transformers.models.vit",
-):
-    importlib.import_module(library)
-
-ROOT = Path(__file__).resolve().parent.parent
 LIMIT_SECONDS, STARTUP_SECONDS = 10.0, 60.0
 SETTINGS = (
     "recipe=image_classification", "logger=none", "export=false", "data.batch_size=16", "trainer.val_check_interval=20",
@@ -71,12 +64,9 @@ class Marks(Callback):
 def rank(folder: Path, steps: int) -> None:
     """One rank, quiet."""
     torch.set_num_threads(1)
-    build = run_module.progress
-    run_module.progress = lambda *arguments: [Marks(folder), *build(*arguments)]
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = hydra.compose("train", [*SETTINGS, f"run_dir={folder}", f"trainer.max_steps={steps}", "resume=auto"])
+    cfg = composed([*SETTINGS, f"run_dir={folder}", f"trainer.max_steps={steps}", "resume=auto"])
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        run_module.run(cfg)
+        run(cfg, [Marks(folder)])
 
 
 def agent(folder: Path, steps: int) -> None:

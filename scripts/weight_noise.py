@@ -37,21 +37,20 @@ Losses = dict[float, list[float]]
 @contextmanager
 def noisy(model: nn.Module, share: float, seed: int) -> Iterator[None]:
     """`model` with normal noise on its matrices, of `share` of each one's root mean square; undone at the end."""
-    kept: dict[str, Tensor] = {}
+    kept: list[tuple[Tensor, Tensor]] = []
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             if weight.ndim >= 2:
-                kept[name] = weight.detach().clone()
+                kept.append((weight, weight.detach().clone()))
                 noise = torch.randn(weight.shape, generator=generator).to(weight)
                 weight.add_(noise * share * weight.square().mean().sqrt())
     try:
         yield
     finally:
         with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if name in kept:
-                    weight.copy_(kept[name])
+            for noised, before in kept:
+                noised.copy_(before)
 
 
 def labels_of(folders: Sequence[Path]) -> dict[Path, str]:
@@ -128,11 +127,7 @@ def _write(by_optimizer: dict[str, list[dict[float, float]]], shares: Sequence[f
             for share in shares
         )
     seeds = max(map(len, by_optimizer.values()))
-    title = (
-        f"{METRIC} under noise on the weights, mean of {seeds} runs"
-        if seeds > 1
-        else f"{METRIC} under noise on the weights"
-    )
+    title = f"{METRIC} under noise on the weights{f', mean of {seeds} runs' if seeds > 1 else ''}"
     x_title = "noise, as a share of a matrix' root mean square"
     with picture(output.with_suffix(".png"), title, x_title, f"rise of {METRIC} (nats)") as axes:
         for number, (optim, runs) in enumerate(by_optimizer.items()):

@@ -34,24 +34,44 @@ def run_python(
         environment: instead of this process's; variables that libraries read when they are imported have no effect.
         limit_seconds: the process is killed, and the test fails, after this time.
     """
+    (answer,) = run_python_together([words], folder, [environment], limit_seconds)
+    return answer
+
+
+def run_python_together(
+    commands: Sequence[Sequence[str]],
+    folder: Path,
+    environments: Sequence[Mapping[str, str] | None],
+    limit_seconds: float,
+) -> list[subprocess.CompletedProcess[str]]:
+    """Several of `run_python` at the same time."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(IMPORTED)
     with tempfile.TemporaryDirectory() as place:
-        pipes = [Path(place) / name for name in ("stdout", "stderr")]
-        variables = dict(os.environ if environment is None else environment)
-        process = server.Process(target=_run, args=(list(words), folder, variables, pipes), name="MainProcess")
-        for pipe in pipes:
-            pipe.touch()
-        process.start()
+        started = []
         try:
-            process.join(limit_seconds)
-            if process.is_alive():
-                raise TimeoutError(f"{' '.join(words)} has not ended after {limit_seconds} s")
+            for number, (words, environment) in enumerate(zip(commands, environments, strict=True)):
+                pipes = [Path(place) / f"{name}-{number}" for name in ("stdout", "stderr")]
+                for pipe in pipes:
+                    pipe.touch()
+                variables = dict(os.environ if environment is None else environment)
+                process = server.Process(target=_run, args=(list(words), folder, variables, pipes), name="MainProcess")
+                process.start()
+                started.append((words, process, pipes))
+            for words, process, _ in started:
+                process.join(limit_seconds)
+                if process.is_alive():
+                    raise TimeoutError(f"{' '.join(words)} has not ended after {limit_seconds} s")
         finally:
-            process.kill()
-            process.join()
-        output, errors = (pipe.read_text(encoding="utf-8") for pipe in pipes)
-    return subprocess.CompletedProcess(list(words), process.exitcode, output, errors)
+            for _, process, _ in started:
+                process.kill()
+                process.join()
+        return [
+            subprocess.CompletedProcess(
+                list(words), process.exitcode, *(pipe.read_text(encoding="utf-8") for pipe in pipes)
+            )
+            for words, process, pipes in started
+        ]
 
 
 def _run(words: list[str], folder: Path, environment: dict[str, str], pipes: list[Path]) -> None:

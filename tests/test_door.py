@@ -10,33 +10,11 @@ import pytest
 
 from lion_lightning import __main__
 
-ENTRIES = {"train.py": ["train.py"], "the package": ["-m", "lion_lightning"]}
 
-
-def call(
-    root: Path, folder: Path, arguments: Sequence[str], entry: str = "train.py"
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *ENTRIES[entry], *arguments, f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
+def call(root: Path, folder: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "train.py", *arguments, f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
     environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
-
-
-def assert_one_line(answer: subprocess.CompletedProcess[str], *named: str) -> None:
-    lines = answer.stderr.strip().splitlines()
-    assert len(lines) == 1, answer.stderr
-    assert lines[0].startswith("error: ")
-    for name in named:
-        assert name in lines[0], lines[0]
-    assert answer.returncode == 2
-    assert "Traceback" not in answer.stdout
-
-
-def test_a_setting_that_cannot_work_is_named_by_the_package_too(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "fonts"))  # as on a machine that matplotlib does not know yet
-    answer = call(root, tmp_path, ["data=text_files", "data.path=/nowhere"], "the package")
-    assert_one_line(answer, "data.path=/nowhere", "no such file")
 
 
 # Each line of the input is a command line that `main` runs, all of them in one process.

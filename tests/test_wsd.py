@@ -16,7 +16,7 @@ SMALL = (
     "recipe=image_classification", "schedule=wsd", "logger=none", "export=false", "data.limit_train_samples=64",
     "data.batch_size=16", "model.config.num_hidden_layers=1", "model.config.hidden_size=32",
     "model.config.num_attention_heads=2", "model.config.intermediate_size=32", "trainer.val_check_interval=4",
-    "guard.warmup_steps=3", "checkpoint.keep=9",
+    "guard.warmup_steps=3", "checkpoint.keep=9", "data.source.val_fraction=0.05",
 )  # fmt: skip
 
 

@@ -11,14 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 from omegaconf import DictConfig
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from lion_lightning.__main__ import CONFIG_FOLDER, report_error
+from lion_lightning.__main__ import composed, report_error
 from lion_lightning.command_line import add_config_dir, search_path, take_trusted
 from lion_lightning.recipes.bert_mlm.data import TextBlocks
 from lion_lightning.recipes.image_classification.data import ImageArrays
@@ -36,8 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = _parser().parse_known_args(arguments)
     try:
         overrides = [*take_trusted(overrides), *search_path(options.config_dir)]
-        with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-            cfg = hydra.compose("train", [*overrides, "run_dir=none"])
+        cfg = composed([*overrides, "run_dir=none"])
         check(cfg, Console(), options.samples, options.pictures)
     except Exception as error:
         report_error(error)
@@ -132,8 +130,8 @@ def _duplicates(console: Console, what: str, splits: Sequence[Iterable[np.ndarra
     seen = set(train)
     shared = sum(row in seen for row in val)
     console.print(
-        f"{what}: {len(train) - len(seen):,} twice in training, {len(val) - len(set(val)):,} twice in validation, "
-        f"{shared:,} of validation ({shared / max(1, len(val)):.2%}) in training too",
+        f"{what}: {len(train) - len(seen):,} repeated in training, {len(val) - len(set(val)):,} repeated in "
+        f"validation; {shared:,} of the validation set ({shared / max(1, len(val)):.2%}) also in training",
         highlight=False,
     )
 

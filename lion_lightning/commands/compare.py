@@ -19,7 +19,7 @@ from lion_lightning.command_line import command_name
 from lion_lightning.tracking import plots, report
 from lion_lightning.tracking.compare import Comparison, Incomparable, compare
 from lion_lightning.tracking.page import write_page
-from lion_lightning.tracking.runs import Run, UnreadableRun, fetch_runs, find_runs, read_runs
+from lion_lightning.tracking.runs import Run, UnreadableRun, fetch_runs, find_runs, read_file
 
 EXIT_USAGE = 2
 
@@ -48,7 +48,7 @@ def gather(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
     files = [file for folder in options.folders for file in find_runs(folder)]
     if options.folders and not files and not options.wandb:
         raise Incomparable(f"no W&B run in {', '.join(map(str, options.folders))}")
-    read = read_runs(list(dict.fromkeys(files)))
+    read = [read_file(file) for file in dict.fromkeys(files)]
     runs = [run for run in read if isinstance(run, Run)]
     errors = [str(error).partition(": ") for error in read if isinstance(error, UnreadableRun)]
     unreadable = [f"not read: {report.relative(file)}: {reason}" for file, _, reason in errors]

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import hydra
 import rich
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lion_lightning.__main__ import CONFIG_FOLDER, OF_EVALUATION
+from lion_lightning.__main__ import OF_EVALUATION, composed
 from lion_lightning.command_line import OVERRIDES_FILE, overrides_of, run_folder, search_path
 from lion_lightning.errors import ConfigError
 from lion_lightning.recipes.files import existing, one_line
@@ -136,8 +135,7 @@ def _composed(overrides: list[str]) -> dict[str, Any]:
     ours = get_gh_backup()  # Hydra has one instance in a process, and that is the one of this command line
     GlobalHydra.instance().clear()
     try:
-        with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-            cfg = hydra.compose("train", [*overrides, *more, "run_dir=none"])
+        cfg = composed([*overrides, *more, "run_dir=none"])
     finally:
         restore_gh_from_backup(ours)
     return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
@@ -172,7 +170,7 @@ def trained(place: Path, cfg: DictConfig) -> tuple[Any, Any]:
 
 
 def _check_same_meaning(then: Path, now: Path) -> None:
-    """ConfigError if the data of today gives other tokens or classes than the run had: shapes alone would not tell."""
+    """ConfigError if the data now gives other tokens or classes than in the run, which shapes would not show."""
     tokenizers = [(folder / "tokenizer.json") for folder in (then, now)]
     if all(file.is_file() for file in tokenizers):
         vocabularies = [json.loads(file.read_text(encoding="utf-8"))["model"].get("vocab") for file in tokenizers]

@@ -1,4 +1,4 @@
-"""`mode=predict`: what a trained model says of texts or pictures of one's own."""
+"""`mode=predict`: a trained model's predictions for texts or pictures of your own."""
 
 import json
 import tempfile
@@ -33,7 +33,7 @@ TASKS = {
 }
 Row = dict[str, Any]
 Input = tuple[Row, Any, str]
-"""The row that it begins, what the model takes, and why it cannot be used: empty if it can."""
+"""The start of its output row, the model's input, and why it cannot be used (empty if it can)."""
 
 
 def predict(cfg: DictConfig) -> float:
@@ -53,7 +53,10 @@ def predict(cfg: DictConfig) -> float:
     if build.started_by_launcher():
         raise ConfigError("mode=predict runs in one process; start it without torchrun or srun")
     quiet_libraries()
-    place, source = checkpoint_at(cfg.ckpt), _existing(cfg.input)
+    place = checkpoint_at(cfg.ckpt)
+    if cfg.input is None:
+        raise ConfigError("mode=predict needs input=PATH: a file with texts, a picture, or a folder of pictures")
+    source = existing(cfg.input, "input")
     with tempfile.TemporaryDirectory(prefix="lion_lightning-export-") as temporary:
         folder = place if is_export(place) else _export_of(place, cfg, Path(temporary))
         model, task = _pipeline(folder, cfg)
@@ -156,12 +159,6 @@ def _pictures(root: Path) -> Iterator[Input]:
             yield {"input": str(file)}, read({"bytes": None, "path": str(file)}), ""
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             yield {"input": str(file)}, None, one_line(error)
-
-
-def _existing(place: str | None) -> Path:
-    if place is None:
-        raise ConfigError("mode=predict needs input=PATH: a file with texts, a picture, or a folder of pictures")
-    return existing(place, "input")
 
 
 def _predicted(model: Any, batch: Sequence[Input], task: str) -> Iterator[Row]:

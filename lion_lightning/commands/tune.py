@@ -3,12 +3,11 @@
 Each optimizer gets the same number of trials, over its own ranges of learning rate, decay, warm-up and betas
 (`SPACES`), chosen by Optuna's TPE, after settings that were published where there are some; the ends of a range move
 outwards while the best trial lies near them, and the last trials look beyond a winner that is the largest or smallest
-value tried. A trial is a run of full length on each seed.
-Two rules end one early: from 40 % of the run on it is worse at a validation than the median of the trials before it,
-or its first seed is, at the end. Validation is on a twentieth of the training data (`SearchSplit`), and not on the data
-that a comparison uses. Trials are stored in an SQLite file, so an interrupted search continues. The winner goes to
-conf/tuned/<recipe>_<optim>.yaml with the evidence. `--heat-map` trains a grid of learning rate and decay with the
-winner's other settings instead, and draws it.
+value tried. A trial is a run of full length on each seed. It ends early if, after 40 % of the run, a validation is
+worse than the median of the trials before it, or if its first seed ends worse than that median. Validation is on a
+twentieth of the training data (`SearchSplit`), and not on the data that a comparison uses. Trials are stored in an
+SQLite file, so an interrupted search continues. The winner goes to conf/tuned/<recipe>_<optim>.yaml with the evidence.
+`--heat-map` trains a grid of learning rate and decay with the winner's other settings instead, and draws it.
 """
 
 import argparse
@@ -26,7 +25,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import hydra
 import lightning.pytorch as pl
 import numpy as np
 import optuna
@@ -38,7 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 from optuna.trial import TrialState
 from torch.utils.data import Dataset
 
-from lion_lightning.__main__ import CONFIG_FOLDER, report_error
+from lion_lightning.__main__ import CONFIG_FOLDER, composed, report_error
 from lion_lightning.command_line import add_config_dir, command_name, search_path, take_trusted, trusted
 from lion_lightning.commands.tune_report import draw_heat_map, flatness, tuned_file
 from lion_lightning.commands.tune_spaces import SPACES, Space, settings_of, short, space_around, untried
@@ -121,7 +119,7 @@ class SearchSplit(pl.Callback):
         is_held = groups % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         if is_text:
             if len(data.ready.rows) > 1:
-                raise ConfigError("tune.py searches on one source of text; the data has several")
+                raise ConfigError("lion-tune searches on one source of text; data.sources has several")
             train = data.ready.train
             kept = train[~is_held]
             data.blocks = replace(data.ready, train=kept, val=train[is_held], rows=(len(kept),))
@@ -263,16 +261,11 @@ def _walk(search: Search, run: Run, mode: Mode) -> Callable[[optuna.Study, int],
 
     def step(study: optuna.Study, done: int) -> None:
         cell = search.space.grid()[done]
-        value = _mean(run, search, {**fixed, **cell}, mode)
+        values = [_value(run, search, {**fixed, **cell}, seed, mode) for seed in search.seeds]
+        value = sum(values) / len(values)
         study.add_trial(optuna.trial.create_trial(params=cell, distributions=distributions, value=value))
 
     return step
-
-
-def _mean(run: Run, search: Search, params: dict[str, Any], mode: Mode) -> float:
-    """The mean of the metric over the search's seeds."""
-    values = [_value(run, search, params, seed, mode) for seed in search.seeds]
-    return sum(values) / len(values)
 
 
 def _value(
@@ -331,8 +324,7 @@ def compose(search: Search, params: dict[str, Any], seed: int, folder: str = "ou
 def _composed(search: Search) -> DictConfig:
     """What the trials of a search share; Hydra takes a quarter of a second for it."""
     fixed = [f"recipe={search.recipe}", f"optim={search.optim}", "~tuned", "logger=none", "export=false"]
-    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        return hydra.compose("train", [*fixed, *search.overrides])
+    return composed([*fixed, *search.overrides])
 
 
 def _write_winner(search: Search, study: optuna.Study, folder: Path) -> None:

@@ -14,6 +14,7 @@ from lion_lightning.tracking.compare import Mode
 LINE_WIDTH = 118
 NEAR_THE_BEST = 0.05  # relative distance, of the error where more is better
 Cells = Mapping[tuple[float, float], float]
+LABEL = {"boxstyle": "round,pad=0.15", "facecolor": (0, 0, 0, 0.45), "edgecolor": "none"}
 COMMENTS = {
     "lr": "peak learning rate",
     "weight_decay": "decoupled; coupled for sgd",
@@ -74,17 +75,14 @@ def draw_heat_map(
         planes: The keys of the two axes, by optimizer.
         file: The PNG.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     finite = [value for cells in results.values() for value in cells.values() if math.isfinite(value)]
     # The worst fifth shares a colour, so that nearly diverged cells do not compress the scale of the others.
     low, high = np.quantile(finite, (0.2, 1.0) if mode == "max" else (0.0, 0.8))
-    figure, panels = plt.subplots(
-        1, len(results), figsize=(1.5 + 3.6 * len(results), 3.6), dpi=150, squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(1.5 + 3.6 * len(results), 3.6), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(results), squeeze=False)
     for axes, (optim, cells) in zip(panels[0], results.items(), strict=True):
         rates, decays = (sorted({cell[place] for cell in cells}) for place in (0, 1))
         table = np.array([[cells.get((rate, decay), math.nan) for rate in rates] for decay in decays])
@@ -94,8 +92,11 @@ def draw_heat_map(
         )
         for (row, column), value in np.ndenumerate(table):
             text = f"{value:.3f}" if math.isfinite(value) else "div."
-            axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color="white", bbox=_LABEL)
-        _frame_best(axes, table, mode)
+            axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color="white", bbox=LABEL)
+        if np.isfinite(table).any():
+            best = np.nanargmax(table) if mode == "max" else np.nanargmin(table)
+            y, x = np.unravel_index(best, table.shape)
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=1.5))
         axes.set_xticks(range(len(rates)), [f"{rate:.2g}" for rate in rates], rotation=45, fontsize=7)
         axes.set_yticks(range(len(decays)), [f"{decay:.2g}" for decay in decays], fontsize=7)
         rate, decay = (key.removeprefix("optim.").replace("_", " ") for key in planes[optim])
@@ -104,16 +105,3 @@ def draw_heat_map(
     figure.colorbar(image, ax=panels[0].tolist(), label=metric)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, bbox_inches="tight")
-    plt.close(figure)
-
-
-_LABEL = {"boxstyle": "round,pad=0.15", "facecolor": (0, 0, 0, 0.45), "edgecolor": "none"}
-
-
-def _frame_best(axes: Any, table: np.ndarray, mode: Mode) -> None:
-    from matplotlib.patches import Rectangle
-
-    if np.isfinite(table).any():
-        place = np.nanargmax(table) if mode == "max" else np.nanargmin(table)
-        row, column = np.unravel_index(place, table.shape)
-        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=1.5))

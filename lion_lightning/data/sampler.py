@@ -110,6 +110,8 @@ class StreamOrder:
     """
 
     def __init__(self, sizes: Sequence[int], seed: int, weights: Sequence[float] | None = None) -> None:
+        if min(sizes) < 1:
+            raise ValueError(f"every source must have at least 1 item, got {list(sizes)}")
         self.sizes, self.seed = list(sizes), seed
         self.turns = SourceTurns([1.0] * len(self.sizes) if weights is None else weights)
         self.begins = [0, *accumulate(self.sizes)]
@@ -133,36 +135,30 @@ class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
     `[b * batch_size * world_size, (b + 1) * batch_size * world_size)`.
 
     Args:
-        dataset_size: number of items in the dataset.
-        batch_size: samples per batch on this rank; may differ from batch to batch.
+        order: which item comes at which position.
+        batch_sizes: samples of each batch on this rank.
         num_batches: batches on this rank from position 0 to the end of the run.
-        seed: keys every permutation.
         rank, world_size: which part of each global batch belongs to this rank.
         start: samples of the whole run, over all ranks, that are already consumed.
-        order: replaces the one of `dataset_size` and `seed`.
     """
 
     def __init__(
         self,
-        dataset_size: int,
-        batch_size: int | StepValues,
+        order: StreamOrder,
+        batch_sizes: StepValues,
         num_batches: int,
-        seed: int,
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,
-        order: StreamOrder | None = None,
     ) -> None:
-        for name, value in (("dataset_size", dataset_size), ("batch_size", batch_size), ("num_batches", num_batches)):
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        if num_batches < 1:
+            raise ValueError(f"num_batches must be at least 1, got {num_batches}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
         if start < 0:
             raise ValueError(f"start must not be negative, got {start}")
-        self.batch_sizes = StepValues(((0, batch_size),)) if isinstance(batch_size, int) else batch_size
+        self.order, self.batch_sizes = order, batch_sizes
         self.num_batches, self.rank, self.world_size, self.start = num_batches, rank, world_size, start
-        self.order = order or StreamOrder([dataset_size], seed)
         self.first_batch = self.batch_sizes.steps_in(start // world_size)  # batches of this rank already consumed
 
     def __len__(self) -> int:

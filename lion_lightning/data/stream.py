@@ -25,7 +25,7 @@ class StreamDataModule(pl.LightningDataModule):
         batch_size: samples per micro-batch and rank.
         num_workers: processes that load; 0 loads in the main process, the fastest for memory-mapped data.
         seed: keys the order of the training samples.
-        limit_train_samples: train on the first so many samples only; None for all.
+        limit_train_samples: train on only this many samples, the first ones; None for all.
         batch_schedule: (first optimizer step, samples per micro-batch and rank) from step 0 on, up to `batch_size`;
             None for `batch_size` from the start.
     """
@@ -75,14 +75,12 @@ class StreamDataModule(pl.LightningDataModule):
         trainer = self._trainer()
         num_batches = trainer.max_steps * trainer.accumulate_grad_batches
         sampler = StreamBatchSampler(
-            dataset_size=self.num_train_samples,
-            batch_size=self._batch_sizes(),
-            num_batches=num_batches,
-            seed=self.seed,
+            self._order(),
+            self._batch_sizes(),
+            num_batches,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             start=self.samples_before(trainer.global_step),  # above 0 when a run is resumed
-            order=self._order(),
         )
         return StreamLoader(self.train_set, batch_sampler=sampler, num_batches=num_batches, **self._options())
 

@@ -387,7 +387,7 @@ class LionGuard(Callback):
             self.event_log.add(Event(self.steps, kind, Remedy.NOTE.value, message), trainer.loggers)
 
     def _log_metrics(self, trainer: Trainer) -> None:
-        """Passes metrics straight to the loggers, with Lightning's step: `log_dict` takes milliseconds for so many."""
+        """Passes metrics straight to the loggers, with Lightning's step: `log_dict` takes milliseconds for them."""
         found = {
             **metrics(self.monitors, self._latest),
             **{name: value for name, value in self._lion_metrics.items() if name not in NOT_LOGGED},

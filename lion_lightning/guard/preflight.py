@@ -29,7 +29,7 @@ ADAMW_LR, ADAMW_DECAY = 1e-3, 0.1
 LEAST_DECAY = 0.005
 """Share of itself that a weight should lose to decay over a run, if decay is asked for at all."""
 SHORT_RUN_STEPS = 1000
-"""Runs of up to so many steps are trials: they tolerate a higher rate, and their decay is judged as if they were this
+"""Runs of up to this many steps are trials: they tolerate a higher rate, and their decay is judged as if they were this
 long."""
 BETA1_RANGE, BETA2_RANGE = (0.8, 0.99), (0.9, 0.9999)
 NO_WARMUP_STEPS = 10

@@ -41,7 +41,7 @@ class Thresholds:
     """Half-lives of the two averages of the loss, in steps."""
     divergence_sigmas: float = 4.0
     divergence_share: float = 0.1
-    """The fast average diverges above the best slow one by the larger of so many deviations and this share of it ..."""
+    """The fast average diverges above the best slow one by the larger of these deviations and this share of it ..."""
     divergence_steps: int = 20
     """... for this many steps in a row."""
     divergence_norm_z: float = 3.0
@@ -52,7 +52,7 @@ class Thresholds:
     proven_after: int = 100
     """Healthy steps after a snapshot before a run may be rewound to it."""
     trial_steps: int = 10
-    """At most so many steps after a rewind tell, by their median loss, whether the loss has returned."""
+    """At most this many steps after a rewind tell, by their median loss, whether the loss has returned."""
     horizon: int = 1000
     """Healthy steps after which earlier recoveries are forgotten."""
     dead: float = 0.10

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
 AXIS_TITLES = {"steps": "optimizer steps", "samples": "samples seen", "tokens": "tokens seen"}
-MAGNITUDES = ((1e9, "billion "), (1e6, "million "), (1e4, "thousand "))
+MAGNITUDES = ((1e9, 1e9, "billion "), (1e6, 1e6, "million "), (1e4, 1e3, "thousand "), (0, 1.0, ""))
 DURATIONS = ((3 * 3600, 3600.0, "hours"), (3 * 60, 60.0, "minutes"), (0, 1.0, "seconds"))
 SIZE_INCHES, DOTS_PER_INCH = (7, 4.2), 150
 MAX_CURVES = 6  # of more variants the results are drawn, not the curves
@@ -24,7 +24,7 @@ MAX_SINGLE_CURVES = 5
 MAX_POINTS_WITH_MARKERS = 12
 MAX_TICKS = 10
 LEGEND_CHARACTERS = 84  # in a line below a picture
-DIVERGED = 2.0  # a curve has diverged if it got worse than its start by so many times what the best one gained
+DIVERGED = 2.0  # a curve has diverged if it got worse than its start by this many times what the best one gained
 MARGIN = 0.1  # of that gain
 DECADE = 10
 SHARES = ("accuracy", "top1", "top5", "ece")
@@ -61,7 +61,8 @@ def study_of(comparison: Comparison) -> Study | None:
         key: [variant.runs[0].setting(key) for variant in comparison.variants]
         for key in dict.fromkeys(key for variant in comparison.variants for key in variant.settings)
     }
-    numeric = {key: set(own) for key, own in values.items() if all(map(is_number, own))}  # or a variant is not drawn
+    # A variant that has no number there could not be drawn.
+    numeric = {key: set(own) for key, own in values.items() if set(map(type, own)) <= {int, float}}
     key = max(numeric, key=lambda key: len(numeric[key]), default=None)
     if key is None or len(numeric[key]) < 2:
         return Study(None, {})
@@ -69,10 +70,6 @@ def study_of(comparison: Comparison) -> Study | None:
     for variant, value in zip(comparison.variants, values[key], strict=True):
         lines.setdefault(variant.label_without(key), []).append((float(value), comparison.best(variant)))
     return Study(key, {label: sorted(line, key=lambda point: point[0]) for label, line in lines.items()})
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def write_pictures(comparison: Comparison, folder: Path) -> list[Path]:
@@ -143,12 +140,10 @@ def picture(
         title, x_title, y_title: The titles of the picture and of its axes.
         size: Width and height in inches.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
+    figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
+    axes = figure.subplots()
     axes.set(xlabel=x_title, ylabel=y_title)
     figure.suptitle(title, fontsize="medium", x=0.01, horizontalalignment="left")
     axes.ticklabel_format(useOffset=False, style="plain")
@@ -161,7 +156,6 @@ def picture(
         figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
-    plt.close(figure)
 
 
 def style_of(number: int) -> tuple[str, str]:
@@ -173,11 +167,9 @@ def axis_unit(comparison: Comparison, axis: str) -> tuple[float, str]:
     """What the places on `axis` are divided by so that their numbers are short, and the title that says so."""
     runs = [run for run in comparison.runs if run.history and run.has_axis(axis)]
     largest = max((float(run.place([run.last_step], axis)[0]) for run in runs), default=0)
-    if axis == "seconds":
-        factor, unit = next((factor, unit) for least, factor, unit in DURATIONS if not largest < least)
-        return factor, f"{unit} of training and validation"
-    factor, magnitude = next((found for found in MAGNITUDES if largest >= found[0]), (1.0, ""))
-    return (1e3 if magnitude == "thousand " else factor), magnitude + AXIS_TITLES[axis]
+    units = DURATIONS if axis == "seconds" else MAGNITUDES
+    factor, unit = next((factor, unit) for least, factor, unit in units if not largest < least)
+    return factor, f"{unit} of training and validation" if axis == "seconds" else unit + AXIS_TITLES[axis]
 
 
 def _title_of(metric: str) -> str:

@@ -170,11 +170,6 @@ def find_runs(folder: Path) -> list[Path]:
     return sorted(files.values(), key=lambda file: (file.parent.name, str(file)))
 
 
-def read_runs(files: Sequence[Path]) -> list[Run | UnreadableRun]:
-    """Read `.wandb` files with W&B's own reader; a file that cannot be read yields its error in its place."""
-    return [_from_file(file) for file in files]
-
-
 def read_run(place: Path) -> Run:
     """Read one run from a `.wandb` file or from the folder of one run.
 
@@ -184,7 +179,7 @@ def read_run(place: Path) -> Run:
     files = find_runs(place)
     if len(files) != 1:
         raise UnreadableRun(f"{place}: {len(files)} runs where one was expected")
-    (run,) = read_runs(files)
+    run = read_file(files[0])
     if isinstance(run, UnreadableRun):
         raise run
     return run
@@ -227,7 +222,8 @@ def _from_server(run: "ServerRun") -> Run:
     )
 
 
-def _from_file(file: Path) -> Run | UnreadableRun:
+def read_file(file: Path) -> Run | UnreadableRun:
+    """Read a `.wandb` file with W&B's own reader; the error in the run's place if it cannot be read."""
     from wandb.util import get_core_path
 
     # What `wandb leet inspect --json` starts; its command line would take seconds to load.

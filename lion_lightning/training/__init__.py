@@ -12,7 +12,7 @@ from lion_lightning.command_line import command_name
 
 NO_RUN_ID = ("", "none")  # what torchrun passes on where it was given neither --standalone nor --rdzv-id
 INTERACTIVE_JOBS = ("bash", "interactive")  # a shell in which many runs are started one after another
-# Settings that are named in a group unless they are null or have a usual value, and how.
+# Settings that become part of a group's name unless they are null or usual: their usual values, and a prefix.
 UNUSUAL = {
     "trainer.precision": (("auto", "32-true"), ""),
     "model.pretrained": ((), "from-"),

@@ -77,7 +77,7 @@ OWN_TRAINER_KEYS = (
 )  # fmt: skip
 
 
-def instantiate(node: DictConfig | Mapping[str, Any], **overrides: Any) -> Any:
+def instantiate(node: Any, **overrides: Any) -> Any:
     """Build what `node["_target_"]` names, with the node's other keys and `overrides` as keyword arguments.
 
     Args:
@@ -87,25 +87,23 @@ def instantiate(node: DictConfig | Mapping[str, Any], **overrides: Any) -> Any:
     Raises:
         ConfigError: a target that does not exist, is not on the allowlist, or does not take one of the arguments.
     """
-    return _build(OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node), overrides)
-
-
-def _build(value: Any, overrides: Mapping[str, Any] | None = None) -> Any:
-    if isinstance(value, list):
-        return [_build(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "_target_" not in value:
-        return {key: _build(item) for key, item in value.items()}
-    target, partial = resolve(value["_target_"]), bool(value.get("_partial_"))
-    arguments = {key: _build(item) for key, item in value.items() if key not in ("_target_", "_partial_", LABEL)}
-    arguments.update(overrides or {})
+    if isinstance(node, DictConfig):
+        node = OmegaConf.to_container(node, resolve=True)
+    if isinstance(node, list):
+        return [instantiate(item) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    if "_target_" not in node:
+        return {key: instantiate(item) for key, item in node.items()}
+    target, partial = resolve(node["_target_"]), bool(node.get("_partial_"))
+    arguments = {key: instantiate(item) for key, item in node.items() if key not in ("_target_", "_partial_", LABEL)}
+    arguments.update(overrides)
     signature = inspect.signature(target)
     try:
         signature.bind_partial(**arguments) if partial else signature.bind(**arguments)
     except TypeError as error:
         allowed = ", ".join(name for name in signature.parameters if name != "self")
-        raise ConfigError(f"{value['_target_']}: {error}; it takes {allowed}") from error
+        raise ConfigError(f"{node['_target_']}: {error}; it takes {allowed}") from error
     return functools.partial(target, **arguments) if partial else target(**arguments)
 
 
@@ -361,7 +359,7 @@ def describe(
         share = float(cfg.optim.lr) * float(cfg.optim.weight_decay)
         lines["decay"] = f"lr x weight_decay: a step at the peak rate takes {100 * share:.2g} % off a weight"
     if os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE":
-        lines["threads"] = "of torch wait asleep (OMP_WAIT_POLICY=PASSIVE), which is faster beside other programs"
+        lines["threads"] = "sleep while they wait (OMP_WAIT_POLICY=PASSIVE), which is faster on a busy machine"
     micro = (
         f"{cfg.data.batch_size} x {cfg.trainer.accumulate_grad_batches} micro-batches x {trainer.world_size} devices"
     )

@@ -5,7 +5,6 @@ from typing import Any
 
 import rich
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
@@ -129,7 +128,7 @@ class ReplicasDiffer(RuntimeError):
 
 
 class ReplicaCheck(Callback):
-    """Compares the replicas of data-parallel ranks every so many optimizer steps, by a hash; skips sharded tensors.
+    """Compares the replicas of data-parallel ranks by a hash, at intervals; skips sharded tensors.
 
     Reads all weights and optimizer state once and sends 8 bytes a rank.
 
@@ -150,13 +149,10 @@ class ReplicaCheck(Callback):
         self._step = step
         if trainer.world_size == 1 or not self.every_n_steps or step == before or step % self.every_n_steps:
             return
-        mine = replica_hash(trainer).view(1)
-        hashes = [torch.empty_like(mine) for _ in range(trainer.world_size)]
-        dist.all_gather(hashes, mine)
-        values = [int(value) for value in hashes]
-        if len(set(values)) > 1:
-            usual = max(values, key=values.count)
-            odd = ", ".join(str(rank) for rank, value in enumerate(values) if value != usual)
+        hashes = trainer.strategy.all_gather(replica_hash(trainer).view(1)).flatten().tolist()
+        if len(set(hashes)) > 1:
+            usual = max(hashes, key=hashes.count)
+            odd = ", ".join(str(rank) for rank, value in enumerate(hashes) if value != usual)
             raise ReplicasDiffer(
                 f"after step {step} the weights or the optimizer state of rank {odd} differ from those "
                 "of the other ranks; the checkpoints from before the last check are alike on all ranks"
@@ -211,9 +207,9 @@ class AverageWeights(WeightAveraging):
     """Keeps an exponential moving average of the weights, used by validation, checkpoints' `state_dict` and the export.
 
     After n updates the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow's ExponentialMovingAverage. Buffers
-    are averaged as the weights are, whole numbers taken over. On top of Lightning's callback, this one also saves the
-    right weights when a signal ends the run in the middle of a validation, where the two are exchanged. A rewind by
-    the guard restores the weights, but not their average.
+    are averaged like the weights; integer ones are copied. Unlike Lightning's callback, this one also saves the right
+    weights when a signal ends the run during a validation, while weights and average are swapped. A rewind by the
+    guard restores the weights, but not their average.
 
     Args:
         decay: share of the average that stays at each optimizer step, in [0, 1).

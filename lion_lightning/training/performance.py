@@ -28,8 +28,8 @@ SIDE, REPEATS = 1024, 4  # of the matrix products that measure a CPU
 SHORT_SIDE = 256  # of those that choose a precision: some CPUs take seconds for a large product in bf16
 TURNS = 5  # of fp32 and bf16; the best of each counts
 PRECISION_VARIABLE = "LION_LIGHTNING_PRECISION"
-WORTHWHILE = 1.3  # times that bf16 must be faster; a run also has work that it does not speed up
-STEADY = 0.8  # the peaks measured before and after a run, as a ratio, where the machine was undisturbed
+WORTHWHILE = 1.3  # how many times faster bf16 must be: it does not speed up all of a run
+STEADY = 0.8  # least ratio of the peaks before and after a run at which the machine counts as undisturbed
 
 
 def choose_precision(accelerator: str, is_alone: bool) -> tuple[str, str]:

@@ -18,11 +18,11 @@ from lion_lightning.errors import ConfigError
 from ..files import check_fraction
 from ..text.blocks import Blocks, BlockSettings, prepare_blocks
 from ..text.corpus import Corpus, Mixture, Source, mixture_of
-from ..text.tokenizer import replacement_ids, special_tokens, starts_word
+from ..text.tokenizer import special_tokens
 
 MIN_VOCAB_SIZE, MIN_SEQUENCE_LENGTH = 256, 8
-COUNTED_BLOCKS = 4096  # at once: numpy counts in a copy of eight bytes a token
-SUB_BLOCK = 2**40  # the parts of a cut block are numbered far from all whole ones
+COUNTED_BLOCKS = 4096  # counted at once, since numpy makes a copy that takes eight bytes a token
+SUB_BLOCK = 2**40  # added to a block's number for each further part: no whole block has so high a number
 
 
 class BlockDataset(Dataset):
@@ -30,7 +30,7 @@ class BlockDataset(Dataset):
 
     Args:
         blocks: integer (blocks, length).
-        lengths: tokens of the blocks at each position of the run, where they begin shorter than they are.
+        lengths: tokens per block at each position of the run, where it begins with shorter blocks; None for whole ones.
     """
 
     def __init__(self, blocks: np.ndarray, lengths: StepValues | None = None) -> None:
@@ -46,10 +46,10 @@ class BlockDataset(Dataset):
 
 
 def as_batch(blocks: np.ndarray, positions: Sequence[int], lengths: StepValues | None = None) -> dict[str, Tensor]:
-    """A batch of `blocks`, whole or each cut into as many shorter ones as it is longer.
+    """A batch of `blocks`, each whole or cut into parts of the length that `lengths` gives.
 
     A part begins with the token that its block begins with, `[CLS]`, which takes the place of one token of the text;
-    so the number of tokens in a batch stays.
+    so the number of tokens in a batch stays the same.
     """
     tokens, samples = torch.from_numpy(blocks.astype(np.int64)), torch.tensor(positions)
     length = tokens.shape[1] if lengths is None else lengths.at(positions[0])
@@ -76,7 +76,7 @@ class TextBlocks(StreamDataModule):
             cut into shorter ones at the beginning of a run; None for whole blocks from the start.
         batch_size, num_workers, seed, limit_train_samples, batch_schedule: see `StreamDataModule`.
         cache_dir: where blocks are kept; None for `lion_lightning` in the user's cache folder.
-        path: what the corpus reads, for the summary.
+        path: argument of the corpus.
     """
 
     def __init__(
@@ -116,13 +116,12 @@ class TextBlocks(StreamDataModule):
                 )
         self.settings = BlockSettings(sequence_length, vocab_size, check_fraction(val_fraction), lowercase, tokenizer)
         self.cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
-        self.path = path
         self.blocks: Blocks | None = None
 
     def prepare_data(self) -> None:
         self.setup("fit")
 
-    @isolate_rng(include_cuda=False)  # the first start prepares and later ones do not: neither may draw random numbers
+    @isolate_rng(include_cuda=False)  # only a first start prepares data, which must not change a run's random numbers
     def setup(self, stage: str) -> None:
         if self.blocks is None:
             corpora = [source.corpus for source in self.sources]
@@ -150,18 +149,6 @@ class TextBlocks(StreamDataModule):
             raise RuntimeError("call setup('fit') first")
         return self.blocks
 
-    def special_tokens(self) -> Tensor:
-        """Which tokens are never hidden: bool (vocabulary,)."""
-        return special_tokens(self.ready.tokenizer)
-
-    def replacement_ids(self) -> Tensor:
-        """The tokens that a random one may be: int64."""
-        return replacement_ids(self.ready.tokenizer)
-
-    def starts_word(self) -> Tensor:
-        """Which tokens begin a word: bool (vocabulary,)."""
-        return starts_word(self.ready.tokenizer)
-
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start of a run."""
         blocks = self.ready
@@ -175,7 +162,7 @@ class TextBlocks(StreamDataModule):
             "blocks": f"{len(blocks.train):,} + {len(blocks.val):,} of {self.settings.sequence_length} tokens",
             "vocabulary": f"{len(blocks.tokenizer):,} {'tokens' if self.settings.tokenizer else 'WordPieces'}",
             "a sample": f"{sample[:120]} ...",
-            "unigram entropy": f"{self.unigram_entropy():.3f} nats, what val/loss has to get under",
+            "unigram entropy": f"{self.unigram_entropy():.3f} nats, which val/loss has to fall below",
         }
 
     def _files(self) -> dict[str, str]:
@@ -205,7 +192,7 @@ class TextBlocks(StreamDataModule):
     def _text_counts(self, blocks: np.ndarray) -> np.ndarray:
         """How often each token occurs, special tokens excluded: float64 (vocabulary,)."""
         counts = token_counts(blocks, len(self.ready.tokenizer)).astype(np.float64)
-        counts[self.special_tokens().numpy()] = 0
+        counts[special_tokens(self.ready.tokenizer).numpy()] = 0
         return counts
 
 

@@ -108,7 +108,12 @@ def mask_tokens(
         kept = ~special.gather(1, positions)  # a special token is chosen only where there is almost nothing else
         how = how.gather(1, positions)
     else:
-        unit = _units(input_ids, sample, special, starts_word, masking, seed)
+        if starts_word is None:
+            raise ValueError(f"unit={masking.unit!r} needs starts_word: which tokens begin a word")
+        unit = word_numbers(input_ids, special, starts_word)
+        if masking.unit == "span":
+            drawn = uniform(seed, _STREAM_SPAN_LENGTH, sample, length)
+            unit = span_numbers(unit, drawn, masking.span_p, masking.span_max)
         key = uniform(seed, _STREAM_WHICH, sample, length).gather(1, unit)
         positions, kept = whole_units(unit, key, special, hidden, cut=masking.unit == "span")
         how = how.gather(1, unit.gather(1, positions) if masking.unit == "span" else positions)
@@ -121,26 +126,14 @@ def mask_tokens(
     return MaskedBatch(input_ids.scatter(1, positions, replaced), positions, targets.masked_fill(~kept, IGNORED))
 
 
-def _units(
-    input_ids: Tensor, sample: Tensor, special: Tensor, starts_word: Tensor | None, masking: Masking, seed: int
-) -> Tensor:
-    """The number of each token's word or span in its block: int64 (batch, length)."""
-    if starts_word is None:
-        raise ValueError(f"unit={masking.unit!r} needs starts_word: which tokens begin a word")
-    words = word_numbers(input_ids, special, starts_word)
-    if masking.unit == "word":
-        return words
-    drawn = uniform(seed, _STREAM_SPAN_LENGTH, sample, input_ids.shape[1])
-    return span_numbers(words, drawn, masking.span_p, masking.span_max)
-
-
 def uniform(seed: int, stream: int, sample: Tensor, length: int) -> Tensor:
     """Counter-based uniform numbers in [0, 1): float32 (batch, length), a function of the arguments alone.
 
     The mixing is MurmurHash3's 32-bit finaliser (Appleby, public domain), carried out in int64.
     """
     position = torch.arange(length, device=sample.device)
-    counter = _mix(sample & _MASK32) ^ _mix((sample >> 32) ^ _scramble(seed, stream))
+    key = (seed * 0x9E3779B1 + stream * 0x7F4A7C15 + (seed >> 32)) & _MASK32
+    counter = _mix(sample & _MASK32) ^ _mix((sample >> 32) ^ key)
     bits = _mix(_mix(counter.unsqueeze(1) ^ (position * 0x9E3779B1 & _MASK32)))
     return (bits >> 8).float() * 2.0**-24
 
@@ -149,10 +142,6 @@ def _mix(x: Tensor) -> Tensor:
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK32
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK32
     return x ^ (x >> 16)
-
-
-def _scramble(seed: int, stream: int) -> int:
-    return (seed * 0x9E3779B1 + stream * 0x7F4A7C15 + (seed >> 32)) & _MASK32
 
 
 def word_numbers(input_ids: Tensor, special: Tensor, starts_word: Tensor) -> Tensor:

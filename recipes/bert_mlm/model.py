@@ -1,8 +1,9 @@
 """The masked language model: built for the data, with scores and loss on hidden tokens alone.
 
 Torch's cross-entropy keeps the scores, their log-probabilities and two gradients of that size: four times 38 MiB for 64
-blocks of 128 tokens and 8,192 words. `mean_cross_entropy` needs one of them on a CPU, and its numbers equal those of
-torch's function bit for bit: it calls the same kernels on a few rows at a time, and each row is computed separately.
+blocks of 128 tokens and 8,192 words. On a CPU `mean_cross_entropy` needs only one of the four, and its numbers equal
+those of torch's function bit for bit: it calls the same kernels on a few rows at a time, and each row is computed
+separately.
 """
 
 from typing import Any
@@ -60,36 +61,34 @@ def hidden_logits(model: Any, input_ids: Tensor, positions: Tensor, separator: i
 def hidden_loss(model: Any, input_ids: Tensor, positions: Tensor, targets: Tensor, separator: int | None) -> Tensor:
     """Mean cross-entropy in nats of the hidden tokens, whose `targets` are int64 (batch, hidden)."""
     logits = hidden_logits(model, input_ids, positions, separator)
-    return mean_cross_entropy(logits.float(), targets.flatten(), IGNORED)
+    return mean_cross_entropy(logits.float(), targets.flatten())
 
 
-def mean_cross_entropy(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
-    """Mean cross-entropy in nats of the rows whose target is not `ignored`.
+def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of the rows whose target is not `IGNORED`.
 
     On a CPU the memory of `logits` is overwritten: they cannot be read afterwards, and a second backward is an error.
 
     Args:
         logits: float32 (rows, vocabulary), no leaf.
         targets: int64 (rows,).
-        ignored: the target of rows that do not count.
     """
     if torch.compiler.is_compiling() or logits.device.type != "cpu" or not logits.requires_grad or logits._is_view():
-        return cross_entropy(logits, targets, ignore_index=ignored)
-    loss, _ = _MeanCrossEntropy.apply(logits, targets, ignored)
+        return cross_entropy(logits, targets, ignore_index=IGNORED)
+    loss, _ = _MeanCrossEntropy.apply(logits, targets)
     return loss
 
 
-def row_cross_entropy(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
-    """Cross-entropy in nats of each row, 0 where the target is `ignored`: float32 (rows,).
+def row_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats of each row, 0 where the target is `IGNORED`: float32 (rows,).
 
     Args:
         logits: floating-point (rows, vocabulary); no gradient goes back to them.
         targets: int64 (rows,).
-        ignored: see `mean_cross_entropy`.
     """
     size = _rows_at_once(logits) if logits.device.type == "cpu" else len(logits)
     parts = zip(logits.split(size), targets.split(size), strict=True)
-    losses = [cross_entropy(rows.float(), wanted, ignore_index=ignored, reduction="none") for rows, wanted in parts]
+    losses = [cross_entropy(rows.float(), wanted, ignore_index=IGNORED, reduction="none") for rows, wanted in parts]
     return torch.cat(losses)
 
 
@@ -97,25 +96,24 @@ class _MeanCrossEntropy(torch.autograd.Function):
     """Turns the scores into log-probabilities in place, and these into the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         for rows in logits.split(_rows_at_once(logits)):
             rows.copy_(torch.log_softmax(rows, 1))
-        loss, count = torch.ops.aten.nll_loss_forward(logits, targets, None, _MEAN, ignored)
+        loss, count = torch.ops.aten.nll_loss_forward(logits, targets, None, _MEAN, IGNORED)
         ctx.mark_dirty(logits)
         ctx.save_for_backward(logits, targets, count)
-        ctx.ignored = ignored
         ctx.set_materialize_grads(False)
         return loss, logits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_loss: Tensor, _: None) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, of_loss: Tensor, _: None) -> tuple[Tensor, None]:
         logs, targets, count = ctx.saved_tensors
         size = _rows_at_once(logs)
         for rows, wanted in zip(logs.split(size), targets.split(size), strict=True):
-            of_logs = torch.ops.aten.nll_loss_backward(of_loss, rows, wanted, None, _MEAN, ctx.ignored, count)
+            of_logs = torch.ops.aten.nll_loss_backward(of_loss, rows, wanted, None, _MEAN, IGNORED, count)
             rows.copy_(torch.ops.aten._log_softmax_backward_data(of_logs, rows, 1, rows.dtype))
-        return logs, None, None
+        return logs, None
 
 
 def _rows_at_once(logits: Tensor) -> int:

@@ -13,6 +13,7 @@ from lion_lightning.hyperparams import Schedule
 from lion_lightning.lightning import LionMixin, OptimizerFactory
 
 from ..text.model import ModelOptions, model_flops
+from ..text.tokenizer import replacement_ids, special_tokens, starts_word
 from .data import TextBlocks
 from .masking import IGNORED, MaskedBatch, Masking, mask_tokens
 from .model import build_model, hidden_logits, hidden_loss, row_cross_entropy
@@ -54,20 +55,17 @@ class BertMLM(LionMixin, LightningModule):
         self.masking, self.seed, self.data = masking, seed, data
         self.model = build_model(config, data, options)
         # Not persistent: they derive from the tokenizer, and the keys of checkpoints stay the same.
-        self.register_buffer("special_tokens", data.special_tokens(), persistent=False)
-        self.register_buffer("replacement_ids", data.replacement_ids(), persistent=False)
-        words = None if masking.unit == "token" else data.starts_word()
+        tokenizer = data.ready.tokenizer
+        self.register_buffer("special_tokens", special_tokens(tokenizer), persistent=False)
+        self.register_buffer("replacement_ids", replacement_ids(tokenizer), persistent=False)
+        words = None if masking.unit == "token" else starts_word(tokenizer)
         self.register_buffer("starts_word", words, persistent=False)
-        self.separator = data.ready.tokenizer.sep_token_id if options.within_documents else None
+        self.separator = tokenizer.sep_token_id if options.within_documents else None
         # Two functions, so that each has its own graphs: training one for each shape, validation one for its full
         # batches and one for all others.
         self._loss = options.compiled(hidden_loss, dynamic=False)
         self._logits = options.compiled(hidden_logits)
         self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
-
-    def hidden_logits(self, batch: MaskedBatch) -> Tensor:
-        """Scores of the hidden tokens: float (batch * hidden, vocabulary)."""
-        return hidden_logits(self.model, batch.input_ids, batch.positions, self.separator)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         masked = self._mask(batch, self.masking, self.seed)
@@ -80,7 +78,7 @@ class BertMLM(LionMixin, LightningModule):
         targets = masked.targets.flatten()
         kept = targets != IGNORED
         logits = self._logits(self.model, masked.input_ids, masked.positions, self.separator)
-        self.val_loss.update(row_cross_entropy(logits, targets, IGNORED)[kept])
+        self.val_loss.update(row_cross_entropy(logits, targets)[kept])
         self.val_accuracy.update((logits.argmax(-1) == targets)[kept].float())
 
     def on_validation_epoch_end(self) -> None:
@@ -111,9 +109,8 @@ class BertMLM(LionMixin, LightningModule):
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start of a run."""
         config = self.model.config
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
         shape = f"{config.num_hidden_layers} layers of width {config.hidden_size}"
-        return {"model": f"{type(self.model).__name__}, {parameters / 1e6:.1f} M parameters, {shape}"}
+        return {"model": f"{type(self.model).__name__}, {self.model.num_parameters() / 1e6:.1f} M parameters, {shape}"}
 
     def tokens_per_sample(self) -> int:
         return self.data.settings.sequence_length
@@ -149,8 +146,9 @@ class BertMLM(LionMixin, LightningModule):
             answer = str(tokenizer.convert_ids_to_tokens(int(tokens[place])))
             hidden = tokens.clone()
             hidden[place] = tokenizer.mask_token_id
-            batch = MaskedBatch(hidden[None].to(self.device), torch.tensor([[place]], device=self.device), tokens[None])
-            best = self.hidden_logits(batch)[0].topk(3).indices.tolist()
+            places = torch.tensor([[place]], device=self.device)
+            scores = hidden_logits(self.model, hidden[None].to(self.device), places, self.separator)
+            best = scores[0].topk(3).indices.tolist()
             text = str(tokenizer.decode(hidden[1:].tolist())).replace("[SEP]", "/")
             fills.append((text, answer, ", ".join(tokenizer.convert_ids_to_tokens(best))))
         return fills

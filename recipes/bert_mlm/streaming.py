@@ -1,21 +1,22 @@
 """Text that is tokenised while it is trained on: never whole on disk, never whole in memory.
 
-A source is cut into chunks. The chunks come in an order that (seed, position) alone decides, epoch after epoch; so many
-of them make a pool, whose blocks are shuffled; pools go to the ranks in turn, and to the loading processes of a rank.
-So the order of a rank's blocks is a function of (seed, rank, number of ranks), and where a rank is in it is two whole
-numbers for each source: which pool, which block of it. Those are what a checkpoint keeps.
+A source is cut into chunks. The chunks come in an order that (seed, position) alone decides, epoch after epoch. A fixed
+number of them make a pool, whose blocks are shuffled; pools go to the ranks in turn, and to the loading processes of a
+rank. So the order of a rank's blocks is a function of (seed, rank, number of ranks), and the rank's place in it is two
+whole numbers for each source: the pool, and the block in it. Those are what a checkpoint keeps.
 """
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
 
 from lion_lightning.data.sampler import SourceTurns, StepValues, StreamOrder
 from lion_lightning.errors import ConfigError
@@ -31,25 +32,16 @@ class Pools(Dataset):
 
     Args:
         chunks: the text.
-        tokenizer: without truncation or padding.
-        start, separator: ids of the tokens that begin a block and end a document.
+        tokenizer: its [CLS] begins a block, its [SEP] ends a document.
         length: tokens in a block.
         held_out: digests of documents that are not trained on.
         key: of the order of chunks and blocks.
     """
 
     def __init__(
-        self,
-        chunks: TextChunks,
-        tokenizer: Tokenizer,
-        start: int,
-        separator: int,
-        length: int,
-        held_out: frozenset[int],
-        key: int,
+        self, chunks: TextChunks, tokenizer: PreTrainedTokenizerBase, length: int, held_out: frozenset[int], key: int
     ) -> None:
-        self.chunks, self.tokenizer = chunks, tokenizer
-        self.start, self.separator, self.length = start, separator, length
+        self.chunks, self.tokenizer, self.length = chunks, tokenizer, length
         self.held_out, self.key = held_out, key
         self.order = StreamOrder([len(chunks)], key)
 
@@ -59,14 +51,14 @@ class Pools(Dataset):
         A ConfigError is returned, since one that is raised in a loading process arrives wrapped in a traceback.
         """
         if get_worker_info() is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked process has none of its threads
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
         try:
-            texts = list(encode(self._documents(pool), self.tokenizer, self.separator))
+            texts = list(encode(self._documents(pool), self.tokenizer))
         except ConfigError as error:
             return error
         if not texts:
             return np.empty((0, self.length), np.uint16)
-        blocks = pack_all(np.concatenate(texts), self.length, self.start)
+        blocks = pack_all(np.concatenate(texts), self.length, self.tokenizer.cls_token_id)
         generator = torch.Generator().manual_seed((self.key << 20) + pool & 2**63 - 1)
         return blocks[torch.randperm(len(blocks), generator=generator).numpy()]
 
@@ -116,7 +108,7 @@ class SourceStream:
 
     def _next_pool(self) -> None:
         if self._rest is None:
-            mine = _Every(self.pool * self.world_size + self.rank, self.world_size)
+            mine = count(self.pool * self.world_size + self.rank, self.world_size)
             loader: DataLoader = DataLoader(self.pools, batch_size=None, sampler=mine, **self.options)
             self._rest = iter(loader)
         else:
@@ -125,19 +117,6 @@ class SourceStream:
         if isinstance(found, ConfigError):
             raise found
         self._current = found
-
-
-class _Every:
-    """Whole numbers from `first` on, `step` apart, without end."""
-
-    def __init__(self, first: int, step: int) -> None:
-        self.first, self.step = first, step
-
-    def __iter__(self) -> Iterator[int]:
-        number = self.first
-        while True:
-            yield number
-            number += self.step
 
 
 class StreamedBatches:
@@ -171,21 +150,18 @@ class StreamedBatches:
         return self.num_batches
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        position = self.start
         try:
-            yield from self._batches()
+            for batch in range(self.batch_sizes.steps_in(self.start // self.world_size), self.num_batches):
+                size = self.batch_sizes.at(batch)
+                first = self.batch_sizes.before(batch)  # of this rank's own samples
+                blocks = [self.sources[self.turns.at(number)[0]].take() for number in range(first, first + size)]
+                mine = position + self.rank * size
+                yield as_batch(np.stack(blocks), range(mine, mine + size), self.lengths)
+                position += size * self.world_size
         finally:  # also when iteration stops early: Lightning ends only the loading processes of a DataLoader
             for source in self.sources:
                 source.close()
-
-    def _batches(self) -> Iterator[dict[str, Tensor]]:
-        position = self.start
-        for batch in range(self.batch_sizes.steps_in(self.start // self.world_size), self.num_batches):
-            size = self.batch_sizes.at(batch)
-            first = self.batch_sizes.before(batch)  # of this rank's own samples
-            blocks = [self.sources[self.turns.at(number)[0]].take() for number in range(first, first + size)]
-            mine = position + self.rank * size
-            yield as_batch(np.stack(blocks), range(mine, mine + size), self.lengths)
-            position += size * self.world_size
 
     def state_dict(self) -> dict[str, Any]:
         """The positions of all ranks; a collective call."""
@@ -216,7 +192,7 @@ class StreamedText(TextBlocks):
     Args:
         path: UTF-8 text: a file, a folder of .txt and .md files, or a glob.
         hub: a dataset on the hub, or a folder in its format, in place of `path`; with `config`, `split`, `column`,
-            `revision` and `document_start` as for `hub.HubText`.
+            `revision` and `document_start` as for `HubText`.
         sources: several, in place of both: `path` or `hub` of each with its arguments, and `weight`, its share of the
             training tokens.
         others: see `TextBlocks`.
@@ -248,7 +224,7 @@ class StreamedText(TextBlocks):
         samples = [ChunkSample(chunks) for chunks in self.chunks]
         weights = [check_weight(source) for source in given]
         mixture = Mixture(tuple(map(Source, labels, samples, weights)))
-        super().__init__(mixture, path=", ".join(labels), **others)
+        super().__init__(mixture, **others)
 
     @property
     def num_train_samples(self) -> int:
@@ -288,15 +264,9 @@ class StreamedText(TextBlocks):
         return {**super()._options(), "num_workers": 0, "persistent_workers": False}
 
     def _pools(self, number: int) -> Pools:
-        tokenizer = self.ready.tokenizer
-        backend = tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
         return Pools(
             self.chunks[number],
-            backend,
-            tokenizer.cls_token_id,
-            tokenizer.sep_token_id,
+            self.ready.tokenizer,
             self.settings.sequence_length,
             self.ready.held_out(),
             key=self.seed + (number << 32),

@@ -16,10 +16,10 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from lion_lightning.errors import ConfigError
 
 PATCH = 2  # pixels on each side
-WHITENING_EPSILON = 5e-4  # added to the variances, so that noise is not blown up
+WHITENING_EPSILON = 5e-4  # added to the variances, so that noise is not amplified
 BATCH_NORM_MOMENTUM = 0.4  # share of the new batch, as a run has few steps
 LOGIT_SCALE = 1 / 9
-SMALLEST_IMAGE = 9  # pixels on each side: less leaves nothing of the third pooling
+SMALLEST_IMAGE = 9  # pixels on each side; the third pooling would leave nothing of a smaller one
 
 
 class AirbenchConfig(PretrainedConfig):

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from lion_lightning.errors import ConfigError
 
 SEED_STRIDE = 1_000_003
-PARTS = 16  # of a batch, each with operations of its own: per image they would be launched one by one
+PARTS = 16  # of a batch, each with operations of its own; choosing for each image would launch them image by image
 GREY = 0.5
 LUMA = (0.299, 0.587, 0.114)
 LEVELS = 256
@@ -70,9 +70,11 @@ class Augmentation:
             if not 0 <= alpha < math.inf:
                 raise ConfigError(f"recipe.module.{name} must be a number of at least 0, got {alpha}")
         self.seed, self.mixup, self.cutmix = seed, mixup, cutmix
-        self.simple = _sequence(size, crop_padding, flip)
+        steps: list[Any] = [RandomCrop((size[0], size[1]), padding=crop_padding)] if crop_padding else []
+        steps += [RandomHorizontalFlip(p=0.5)] if flip else []
+        self.simple = AugmentationSequential(*steps) if steps else None
         self.randaugment = RandAugment(randaugment_layers, randaugment_magnitude) if randaugment_layers else None
-        self.erasing = _together(RandomErasing(p=random_erasing)) if random_erasing else None
+        self.erasing = AugmentationSequential(RandomErasing(p=random_erasing)) if random_erasing else None
 
     def __call__(self, images: Tensor, first_sample: int) -> tuple[Tensor, float]:
         """Augmented images in [0, 1], and the share that each has of its own class.
@@ -128,19 +130,6 @@ def _span(side: int, share: float) -> tuple[int, int]:
     """Ends of a stretch around a random point, cut off at the border."""
     middle, half = int(torch.randint(side, ())), round(side * share) / 2
     return max(0, math.floor(middle - half)), min(side, math.floor(middle + half))
-
-
-def _sequence(size: Sequence[int], crop_padding: int, flip: bool) -> AugmentationSequential | None:
-    steps: list[Any] = []
-    if crop_padding:
-        steps.append(RandomCrop((size[0], size[1]), padding=crop_padding))
-    if flip:
-        steps.append(RandomHorizontalFlip(p=0.5))
-    return _together(*steps) if steps else None
-
-
-def _together(*steps: Any) -> AugmentationSequential:
-    return AugmentationSequential(*steps, data_keys=["input"])
 
 
 class RandAugment:

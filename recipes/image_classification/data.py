@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -91,16 +90,14 @@ class ImageArrays(StreamDataModule):
     def prepare_data(self) -> None:
         self.setup("fit")
 
-    @isolate_rng(include_cuda=False)  # the first start prepares and later ones do not: neither may draw random numbers
+    @isolate_rng(include_cuda=False)  # only a first start prepares data, which must not change a run's random numbers
     @override
     def setup(self, stage: str) -> None:
         if self.classes:
             return
         key = f"{FORMAT_VERSION} {self.source.fingerprint()}"
-        self.cache.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(self.cache / "images.lock"):  # one rank of a machine decodes, the others wait
-                folder, reused = cached_folder(self.cache, key, self._write)
+            folder, reused = cached_folder(self.cache, key, self._write)
         except _TooLarge as found:
             self._decode_on_access(found.splits)
         else:
@@ -204,7 +201,7 @@ class ImageArrays(StreamDataModule):
         """Training images that are readable, evenly spread over the data, which may be in the order of its classes.
 
         Args:
-            count: at most so many.
+            count: at most this many.
 
         Returns:
             uint8 (images, channels, height, width), up to 100 images at a time, decoded as for validation.

@@ -180,26 +180,25 @@ class Pictures:
     """Encoded pictures and the class of each.
 
     Attributes:
-        rows: the dataset, memory-mapped; its column `column` is not decoded.
+        rows: the dataset, memory-mapped; its column `image` is not decoded.
         labels: int64 (count,).
     """
 
     rows: Rows
-    column: str
     labels: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, indices: Sequence[int]) -> list[Mapping[str, Any] | None]:
-        return self.rows[list(indices)][self.column]
+        return self.rows[list(indices)]["image"]
 
     def subset(self, indices: np.ndarray) -> "Pictures":
-        return Pictures(self.rows.select(indices), self.column, self.labels[indices])
+        return Pictures(self.rows.select(indices), self.labels[indices])
 
 
 def decode(pictures: Pictures, file: Path, size: int, max_broken: int) -> tuple[np.ndarray, Broken]:
-    """Decode `pictures` into the .npy file `file`, uint8 (count, 3, size, size), as all cores go through them.
+    """Decode `pictures` on all cores into the .npy file `file`, uint8 (count, 3, size, size).
 
     Returns:
         The labels of those that could be decoded, and number and error of those that could not: they are left out.

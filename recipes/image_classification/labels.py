@@ -24,7 +24,7 @@ class PictureSplits:
 
     Attributes:
         size: pixels on each side once they are.
-        max_broken: so many that cannot be decoded are left out; more are an error.
+        max_broken: pictures that cannot be decoded and are left out; more are an error.
         share: of the shorter side that validation sees, where pictures are decoded on access.
         notes: remarks about the data, for the summary.
     """
@@ -44,7 +44,7 @@ class Part:
 
     Attributes:
         data: the dataset, or the pictures alone.
-        files: so many files it was read from.
+        files: how many files it was read from.
         names: the class of each picture, where no column of `data` has it.
     """
 
@@ -90,7 +90,7 @@ def pictures_of(
     kinds = {found.kind for of_split in read.values() for found in of_split}
     if {"declared", "number"} <= kinds:
         raise ConfigError(
-            "some files declare names for the numbers of their classes and others do not; which are which?"
+            "some files declare names for the numbers of their classes and others do not; declare them in all or none"
         )
     classes = _classes(read["train"], read.get("val", []))
     train = _pictures(read["train"], classes, "train")
@@ -112,7 +112,7 @@ class _Labelled:
     """Pictures and the names of their classes.
 
     Attributes:
-        kind: how the file gives classes: `declared` numbers, bare `number`s, or their `name`s.
+        kind: how classes are given: `declared` numbers, bare `number`s or `name`s in a column, or by the `folder`.
         declared: the names in their order, where it declares them.
     """
 
@@ -169,7 +169,7 @@ def _pictures(parts: Sequence[_Labelled], classes: Sequence[str], split: str) ->
     rows = parts[0].rows if len(parts) == 1 else concatenate_datasets([part.rows for part in parts])
     if len(rows) != len(labels):
         raise RuntimeError(f"{len(rows)} pictures and {len(labels)} labels of {split}")
-    return Pictures(rows, "image", labels)
+    return Pictures(rows, labels)
 
 
 def find_columns(dataset: Dataset, label: str | None = None) -> tuple[str, str]:

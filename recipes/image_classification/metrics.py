@@ -13,7 +13,7 @@ from .images import UNREADABLE
 
 WORST = 20  # mistakes that are kept
 CALIBRATION_BINS = 15
-MAX_CONFUSION_CLASSES = 1_000  # a larger matrix is no picture any more
+MAX_CONFUSION_CLASSES = 1_000  # a larger matrix would be too large to draw
 
 
 class Mistake(NamedTuple):
@@ -44,13 +44,9 @@ class WorstMistakes(Metric):
     def update(self, shares: Tensor, labels: Tensor, indices: Tensor) -> None:
         """Shares of the classes (batch, classes), labels and numbers of the images (batch,)."""
         share, guess = shares.max(-1)
-        share = share * ((guess != labels) & (labels != UNREADABLE))
-        self._keep(share, {"image": indices.to(share.device), "label": labels, "guess": guess})
-
-    def _keep(self, share: Tensor, about: dict[str, Tensor]) -> None:
-        everything = torch.cat([self.share, share])
-        best = everything.topk(min(self.count, len(everything))).indices
-        for name, values in about.items():
+        everything = torch.cat([self.share, share * ((guess != labels) & (labels != UNREADABLE))])
+        best = everything.topk(self.count).indices
+        for name, values in (("image", indices.to(share.device)), ("label", labels), ("guess", guess)):
             setattr(self, name, torch.cat([getattr(self, name), values])[best])
         self.share = everything[best]
 

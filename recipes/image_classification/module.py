@@ -33,10 +33,8 @@ from .metrics import Mistake, ValidationMetrics, WorstMistakes
 from .plots import draw_confusion, draw_mistakes
 
 BACKWARD_AND_FORWARD = 3  # times the operations of the forward pass: two more matrix products for each
-SHOWN_IMAGES, SHOWN_AT_ONCE = (
-    1_000,
-    100,
-)  # validation images classified for the showcase of a model that was never validated
+SHOWN_IMAGES = 1_000  # validation images classified for the showcase of a model that was never validated
+SHOWN_AT_ONCE = 100
 FITTED_IMAGES = 2_000
 TIMM = "timm_wrapper"  # `transformers`' name for a model that timm builds
 
@@ -144,8 +142,7 @@ class ImageClassifier(LionMixin, LightningModule):
 
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start of a run."""
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        lines = {"model": f"{type(self.model).__name__}, {parameters / 1e6:.2f} M parameters"}
+        lines = {"model": f"{type(self.model).__name__}, {self.model.num_parameters() / 1e6:.2f} M parameters"}
         if self.test_time_flip:
             lines["validation"] = "takes the mean over an image and its mirror image; the export takes the image alone"
         return lines
@@ -259,13 +256,7 @@ def _timm(config: PretrainedConfig) -> Any:
         raise ConfigError(f"model=timm needs {' and '.join(missing)}: pip install 'lion-lightning[timm]'")
     try:
         return AutoModelForImageClassification.from_config(config)
-    except (
-        ImportError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        AssertionError,
-    ) as error:  # what timm makes of a name or an argument
+    except (ImportError, RuntimeError, TypeError, ValueError, AssertionError) as error:  # timm: bad name or argument
         raise ConfigError(f"model.architecture={config.architecture}: {error}".splitlines()[0]) from error
 
 

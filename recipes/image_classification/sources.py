@@ -21,7 +21,6 @@ from ..tables import Columns, columns_of, label_name, read_table
 from .images import Images, ImageSplits, held_out
 from .labels import LABEL_NAMES, Part, Parts, PictureSplits, pictures_of
 
-HERE = Path(__file__).parent
 IMAGE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS) | {".avif"}
 SPLITS = {
     "train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val",
@@ -57,7 +56,7 @@ class Digits:
         return f"digits {self.val_fraction}"
 
     def open(self) -> ImageSplits:
-        with np.load(HERE / "digits.npz") as stored:
+        with np.load(Path(__file__).with_name("digits.npz")) as stored:
             # As RGB, since that is what the models' image processors make of any picture.
             pixels, labels = np.repeat(stored["pixels"][:, None], 3, axis=1), stored["labels"].astype(np.int64)
         kept, held = held_out(len(labels), self.val_fraction)
@@ -78,7 +77,7 @@ class ImageFiles:
         path: the folder, or one parquet file.
         image_size: pictures are resized to this many pixels on the shorter side, and the middle square is taken.
         val_fraction: share held out where there is no validation set.
-        max_broken: so many pictures that cannot be decoded are left out; more are an error.
+        max_broken: pictures that cannot be decoded and are left out; more are an error.
         label: the label column; None finds it.
         val_share: of the shorter side that validation sees, where pictures are decoded on access.
         split_folders: whether the folders in `path` are splits (true) or classes (false); None decides by their names.
@@ -110,33 +109,31 @@ class ImageFiles:
 
     def _find_files(self) -> None:
         existing(self.path, "data.path")
-        if self.path.is_file() and self.path.suffix.lower() != ".parquet":
+        is_file = self.path.is_file()  # which was named: it is read whatever its name means in a folder
+        if is_file and self.path.suffix.lower() != ".parquet":
             raise ConfigError(
                 f"data.path={self.path} is no .parquet file; give that, or a folder with one folder of images per class"
             )
-        self.folder = self.path if self.path.is_dir() else self.path.parent
-        self.found = list_files(self.path) if self.path.is_dir() else [self.path]
-        hidden = {file for file in self.found if is_hidden(file, self.folder)}
-        visible = [file for file in self.found if file not in hidden]
-        lost = {file for file in visible if not file.exists()}
+        self.folder = self.path.parent if is_file else self.path
+        self.found = [self.path] if is_file else list_files(self.path)
+        hidden = {file for file in self.found if not is_file and is_hidden(file, self.folder)}
+        lost = {file for file in self.found if file not in hidden and not file.exists()}
+        there = [file for file in self.found if file not in hidden and file not in lost]
         self.labels_from: set[Path] = set()
-        self.metadata = [file for file in visible if file.name in METADATA and file not in lost]
-        images = [file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES and file not in lost]
-        parquet = [
-            file for file in visible if file.suffix.lower() == ".parquet" and file not in {*self.metadata, *lost}
-        ]
-        self.is_parquet = bool(parquet) or self.path.is_file()
-        self.files = parquet or (self.found if self.path.is_file() else images)
+        self.metadata = [file for file in there if not is_file and file.name in METADATA]
+        images = [file for file in there if file.suffix.lower() in IMAGE_SUFFIXES]
+        parquet = [file for file in there if file.suffix.lower() == ".parquet" and file.name not in METADATA]
+        self.is_parquet = bool(parquet) or is_file
+        self.files = parquet or (self.found if is_file else images)
         if not self.files:
             raise ConfigError(f"data.path={self.path}: no parquet file and no image in it")
-        known = {*self.files, *self.metadata, *hidden, *lost}
+        known = {*self.files, *images, *self.metadata}
         self.unused = {
             "hidden": sorted(hidden),
             "a link without a target": sorted(lost),
             "images beside parquet files": images if self.is_parquet else [],
+            "no images": [file for file in there if file not in known],
         }
-        known |= set(self.unused["images beside parquet files"])
-        self.unused["no images"] = [file for file in visible if file not in known]
 
     def fingerprint(self) -> str:
         settings = f"{self.image_size} {self.val_fraction} {self.max_broken} {self.label} {self.split_folders}"
@@ -352,4 +349,4 @@ def _root_cause(error: BaseException) -> str:
     """The first line of the innermost cause, which the libraries wrap in general messages."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (f"{type(error).__name__}: {error}".splitlines() or [type(error).__name__])[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0]

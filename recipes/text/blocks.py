@@ -8,7 +8,6 @@ of the text, and an interrupted preparation continues after the last complete sh
 
 import json
 import os
-import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,24 +16,22 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from tokenizers import Tokenizer
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
 from lion_lightning.data.cache import cached_folder, release_freed_memory
 from lion_lightning.errors import ConfigError
 
 from ..files import without_surrogates
-from .corpus import Corpus, digest, held_out_below
-from .tokenizer import SPECIAL_TOKENS, as_transformers, identity, load_masking_tokenizer, train_tokenizer
+from .corpus import Corpus, digest, grouped, held_out_below
+from .tokenizer import as_transformers, identity, load_masking_tokenizer, train_tokenizer
 
-SAMPLE_CHARACTERS = 2**27  # what a tokenizer is trained on at most
+SAMPLE_CHARACTERS = 2**27  # a tokenizer is trained on at most this many
 LEFT_OUT, TRAIN, VAL = 0, 1, 2
 BY_CONTENT = LEFT_OUT  # the source leaves the role to the document's digest
 _EMPTY = 0  # stands for the digest of a document without text
 SHARD_CHARACTERS = 2**24  # about 4 M tokens, a few seconds of work
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**21, 512  # a token takes 100 bytes while it is an `Encoding`
 SPLITS = {"train": TRAIN, "val": VAL}
-__all__ = ["SPECIAL_TOKENS", "BlockSettings", "Blocks", "prepare_blocks"]
 FORMAT_VERSION = 5  # raise it when what is written to the cache changes
 TOKENIZER_DONE, HELD_OUT = "tokenizer.done", "held_out.npy"
 
@@ -48,8 +45,8 @@ class CorpusScan:
         held_out: uint64, the digests of those that are VAL.
         characters: of all documents.
         empty, duplicates: documents that are left out.
-        sample: documents to train a tokenizer on; a hash picks them where all are too many.
-        whole: all documents in the order of `read_documents`, or None where they are too many to be held.
+        sample: documents to train a tokenizer on; a hash picks them where there are too many for all.
+        whole: (source, text) of all documents in the order of `read_documents`; None where there are too many to hold.
     """
 
     roles: np.ndarray
@@ -78,7 +75,8 @@ def scan_corpora(corpora: Sequence[Corpus], val_fraction: float) -> CorpusScan:
     validation set, or else a share of its documents, by their content.
     """
     digests, given, lengths, characters = array("Q"), array("B"), array("L"), 0
-    sample, whole = _Sample(SAMPLE_CHARACTERS), _Whole(SAMPLE_CHARACTERS)
+    sample = _Sample(SAMPLE_CHARACTERS)
+    whole: list[tuple[int, str]] | None = []
     threshold = held_out_below(val_fraction)
     for source, role, document in read_documents(corpora):
         known = digest(document) if document.strip() else _EMPTY
@@ -86,7 +84,10 @@ def scan_corpora(corpora: Sequence[Corpus], val_fraction: float) -> CorpusScan:
         given.append(role)
         lengths.append(len(document))
         characters += len(document)
-        whole.add((source, document))
+        if characters > SAMPLE_CHARACTERS:
+            whole = None
+        if whole is not None:
+            whole.append((source, document))
         if known != _EMPTY and (role or (VAL if known < threshold else TRAIN)) == TRAIN:
             sample.add(known, document)
     numbers = np.frombuffer(digests, np.uint64)
@@ -109,14 +110,14 @@ def scan_corpora(corpora: Sequence[Corpus], val_fraction: float) -> CorpusScan:
         empty=int(empty.sum()),
         duplicates=int((~empty & ~first).sum()),
         sample=list(sample.kept.values()),
-        whole=whole.kept,
+        whole=whole,
     )
 
 
 def _held_out_too(
     roles: np.ndarray, digests: np.ndarray, lengths: np.ndarray, by_content: np.ndarray, val_fraction: float
 ) -> list[int]:
-    """Documents to hold out as well, by digest, where chance holds out less than half of the share, or nothing.
+    """Further documents to hold out, smallest digests first, where chance holds out less than half of the share.
 
     Args:
         roles, digests, lengths: of each document, (documents,).
@@ -155,27 +156,11 @@ class _Sample:
             self.characters = sum(map(len, self.kept.values()))
 
 
-class _Whole:
-    """All documents, or None once they exceed `most` characters."""
-
-    def __init__(self, most: int) -> None:
-        self.left = most
-        self.kept: list[tuple[int, str]] | None = []
-
-    def add(self, document: tuple[int, str]) -> None:
-        self.left -= len(document[1])
-        if self.left < 0:
-            self.kept = None
-        if self.kept is not None:
-            self.kept.append(document)
-
-
 def tokenize_shards(
     documents: Iterable[tuple[int, str]],
     roles: np.ndarray,
     characters: int,
-    tokenizer: Tokenizer,
-    separator: int,
+    tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> None:
     """Write the tokens of `documents`, shard by shard; existing shards are kept.
@@ -184,16 +169,17 @@ def tokenize_shards(
         documents: (number of the source, text), source after source.
         roles: TRAIN, VAL or LEFT_OUT for each document.
         characters: of all documents, for the progress bar.
-        tokenizer: its `encode_batch_fast` runs on all cores.
-        separator: id of the token that ends a document.
+        tokenizer: see `encode`.
         folder: `shard-<source>-<number>.npz` come here, with arrays `train` and `val` of `token_dtype`.
     """
-    with _progress() as progress:
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("tokenising", total=characters)
         for number, (source, shard, read) in enumerate(_shards(documents, roles)):
             file = folder / f"shard-{source:03}-{number:06}.npz"
             if not file.exists():
-                save_shard(file, _tokens(shard, tokenizer, separator))
+                save_shard(file, _tokens(shard, tokenizer))
             progress.advance(task, read)
 
 
@@ -209,30 +195,20 @@ def read_shards(folder: Path, split: str, source: int | None = None) -> Iterator
             yield shard[split]
 
 
-def encode(documents: Iterable[str], tokenizer: Tokenizer, separator: int) -> Iterator[np.ndarray]:
-    """The tokens of each document, `separator` at the end, by batches on all cores."""
-    dtype = token_dtype(tokenizer.get_vocab_size())
-    for batch in _batches(documents):
-        tokenizer.encode_special_tokens = True  # a [MASK] in the text is text
+def encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+    """The tokens of each document, [SEP] at the end, by batches on all cores."""
+    dtype = token_dtype(len(tokenizer))
+    backend, separator = tokenizer.backend_tokenizer, tokenizer.sep_token_id
+    backend.no_truncation()
+    backend.no_padding()
+    for batch in grouped(documents, BATCH_CHARACTERS, BATCH_DOCUMENTS):
+        backend.encode_special_tokens = True  # a [MASK] in the text is text
         try:
-            encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+            encodings = backend.encode_batch_fast(batch, add_special_tokens=False)
         finally:
-            tokenizer.encode_special_tokens = False
+            backend.encode_special_tokens = False
         for encoding in encodings:
             yield np.array([*encoding.ids, separator], dtype)
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    length = 0
-    for document in documents:
-        batch.append(document)
-        length += len(document)
-        if length >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
-            yield batch
-            batch, length = [], 0
-    if batch:
-        yield batch
 
 
 def _shards(
@@ -251,12 +227,12 @@ def _shards(
     yield current, shard, read
 
 
-def _tokens(shard: list[tuple[int, str]], tokenizer: Tokenizer, separator: int) -> dict[str, np.ndarray]:
+def _tokens(shard: list[tuple[int, str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, np.ndarray]:
     pieces: dict[int, list[np.ndarray]] = {role: [] for role in SPLITS.values()}
-    encoded = encode((document for _, document in shard), tokenizer, separator)
+    encoded = encode((document for _, document in shard), tokenizer)
     for (role, _), tokens in zip(shard, encoded, strict=True):
         pieces[role].append(tokens)
-    none = np.empty(0, token_dtype(tokenizer.get_vocab_size()))
+    none = np.empty(0, token_dtype(len(tokenizer)))
     return {split: np.concatenate([none, *pieces[role]]) for split, role in SPLITS.items()}
 
 
@@ -266,12 +242,6 @@ def save_shard(file: Path, arrays: dict[str, np.ndarray]) -> None:
     with temporary.open("wb") as out:
         np.savez(out, **arrays)  # type: ignore[arg-type]  # names, which it takes for options
     os.replace(temporary, file)
-
-
-def _progress() -> Progress:
-    console = Console(file=sys.stderr)
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
 @dataclass(frozen=True)
@@ -347,16 +317,16 @@ def _write(
         "empty documents": found.empty,
     }
     tokenizer = named or _trained(found.sample, settings, folder)
-    _tokenise(corpora, found, tokenizer, folder)
-    trained = [Split("train", source) for source in range(len(corpora))]
-    rows, left = _pack(folder, trained, settings, tokenizer, counts)
-    _, left_of_val = _pack(folder, [Split("val", None)], settings, tokenizer, counts)
+    documents = found.whole or ((source, document) for source, _, document in read_documents(corpora))
+    tokenize_shards(documents, found.roles, found.characters, tokenizer, folder)
+    rows, left = _pack(folder, "train", range(len(corpora)), settings, tokenizer, counts)
+    _, left_of_val = _pack(folder, "val", [None], settings, tokenizer, counts)
     counts["tokens that fill no block"] = left + left_of_val
     (folder / "report.json").write_text(json.dumps({"rows": rows, "counts": counts}))
     np.save(folder / HELD_OUT, found.held_out)
     for file in (*folder.glob("shard-*"), folder / TOKENIZER_DONE):
         file.unlink(missing_ok=True)
-    del found  # all documents, where they are few
+    del found, documents  # they hold all text, where it is short
     release_freed_memory()
 
 
@@ -370,47 +340,31 @@ def _trained(sample: list[str], settings: BlockSettings, folder: Path) -> PreTra
     return tokenizer
 
 
-def _tokenise(corpora: Sequence[Corpus], found: CorpusScan, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    documents = found.whole or ((source, document) for source, _, document in read_documents(corpora))
-    tokenize_shards(documents, found.roles, found.characters, backend, tokenizer.sep_token_id, folder)
-
-
-@dataclass(frozen=True)
-class Split:
-    """Which shards make one run of blocks: those of `train` or `val`, of one source or (None) of all."""
-
-    name: str
-    source: int | None
-
-
 def _pack(
     folder: Path,
-    splits: Sequence[Split],
+    split: str,
+    sources: Sequence[int | None],
     settings: BlockSettings,
     tokenizer: PreTrainedTokenizerBase,
     counts: dict[str, int],
 ) -> tuple[list[int], int]:
-    """Write the blocks of `splits`, one after the other, and return how many each has, and tokens that fill none."""
+    """Write the blocks of `split`, source by source (None: all); return how many each has, and tokens of no block."""
     width = settings.sequence_length - 1
-    totals = [sum(map(len, read_shards(folder, split.name, split.source))) for split in splits]
+    totals = [sum(map(len, read_shards(folder, split, source))) for source in sources]
     rows = [total // width for total in totals]
-    name = splits[0].name
     if not all(rows):
-        documents = counts["documents" if name == "train" else "held-out documents"]
-        source = f" of source {rows.index(0) + 1}" if len(splits) > 1 else ""
+        documents = counts["documents" if split == "train" else "held-out documents"]
+        which = f" of source {rows.index(0) + 1}" if len(sources) > 1 else ""
         raise ConfigError(
-            f"the {name} split{source} has {documents} documents and fills no block of {settings.sequence_length} "
+            f"the {split} split{which} has {documents} documents and fills no block of {settings.sequence_length} "
             "tokens; give more text, or lower data.sequence_length or raise data.val_fraction"
         )
     shape = sum(rows), settings.sequence_length
-    blocks = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", token_dtype(len(tokenizer)), shape)
+    blocks = np.lib.format.open_memmap(folder / f"{split}.npy", "w+", token_dtype(len(tokenizer)), shape)
     blocks[:, 0] = tokenizer.cls_token_id
     ends = np.cumsum(rows)
-    for split, count, end in zip(splits, rows, ends, strict=True):
-        fill(blocks[end - count : end, 1:], read_shards(folder, split.name, split.source))
+    for source, count, end in zip(sources, rows, ends, strict=True):
+        fill(blocks[end - count : end, 1:], read_shards(folder, split, source))
     blocks.flush()
     return rows, sum(totals) - width * sum(rows)
 

@@ -36,7 +36,7 @@ TEXT_ENDINGS = (".txt", ".md")
 TOPIC_PASSAGE_CHARACTERS = 2_000  # a few topics are very long; whole, they would decide the validation set alone
 MAX_PARAGRAPH_CHARACTERS = 2**22  # a file without an empty line is cut there, and never held in memory as a whole
 CHARACTERS_PER_READ = 2**20
-NAMED = 5  # of several files that are not UTF-8
+NAMED = 5  # most files that an error names, besides the first, as not UTF-8 either
 _PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
 ROWS_PER_READ = 1000
 FORMATS: dict[str, tuple[str, dict[str, str]]] = {  # of `datasets`, by the ending of a file
@@ -59,7 +59,7 @@ class Corpus(Protocol):
         ...
 
     def held_out(self) -> Iterator[str] | None:
-        """The documents of a validation set that comes with the source; None: a share of the documents serves."""
+        """The documents of a validation set that comes with the source; None to hold out a share of the documents."""
         return None
 
     def account(self) -> str | None:
@@ -165,18 +165,6 @@ def find_files(path: str) -> tuple[list[Path], str]:
     return files, account(len(found), {"read": len(files)}, unused, place)
 
 
-def read_text(file: Path) -> Iterator[str]:
-    """The text of `file`, a megabyte at a time.
-
-    Raises:
-        ConfigError: it is not UTF-8.
-    """
-    try:
-        yield from _read(file)
-    except UnicodeDecodeError:
-        raise not_utf8(file) from None
-
-
 def _read(file: Path) -> Iterator[str]:
     with file.open(encoding="utf-8-sig") as text:
         while piece := text.read(CHARACTERS_PER_READ):
@@ -188,7 +176,7 @@ def _is_utf8(file: Path) -> bool:
         return all(_read(file))
     except UnicodeDecodeError:
         return False
-    except OSError:  # not what is told here
+    except OSError:  # reported when the file itself is read
         return True
 
 
@@ -232,16 +220,21 @@ def passages(text: str | Iterable[str], size: int = PASSAGE_CHARACTERS) -> Itera
 
 def _joined(parts: Iterable[str], separator: str, size: int) -> Iterator[str]:
     """As many of the parts at a time as have `size` characters, joined."""
-    kept: list[str] = []
+    return (separator.join(group) for group in grouped(parts, size))
+
+
+def grouped(texts: Iterable[str], characters: int, most: int | None = None) -> Iterator[list[str]]:
+    """The texts in groups; one ends as soon as it has `characters` characters or `most` texts."""
+    group: list[str] = []
     length = 0
-    for part in parts:
-        kept.append(part)
-        length += len(part)
-        if length >= size:
-            yield separator.join(kept)
-            kept, length = [], 0
-    if kept:
-        yield separator.join(kept)
+    for text in texts:
+        group.append(text)
+        length += len(text)
+        if length >= characters or len(group) == most:
+            yield group
+            group, length = [], 0
+    if group:
+        yield group
 
 
 def _paragraphs(pieces: Iterable[str]) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Text models: how they are computed, the checkpoint they start from, and their cost in FLOPs."""
 
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -70,7 +70,7 @@ class ModelOptions:
 
         Args:
             function: not a method, with the model as an argument: so a copy of the module computes with the copy's
-                weights, and the names in checkpoints are the same with and without.
+                weights, and the names in checkpoints are the same with and without compiling.
             dynamic: False makes one graph for each shape, the fastest; None makes one for the first shape and one for
                 all others.
         """
@@ -82,12 +82,9 @@ class ModelOptions:
     def apply(self, model: Any) -> Any:
         """`model` with activation checkpointing, if it is set."""
         if self.activation_checkpointing:
-            old, new = (
-                "gradient_checkpointing_enable",
-                "activation_checkpointing_enable",
-            )  # its new name
+            old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"  # `transformers` renamed it
             getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
-            model.config.use_cache = False  # else a layer that is computed again logs that it does without
+            model.config.use_cache = False  # otherwise each recomputed layer warns that it does without a cache
         return model
 
 
@@ -136,26 +133,13 @@ def _for(config: PretrainedConfig, mask: Tensor) -> Tensor:
     return torch.zeros((), device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
 
 
-def read_config(place: str, allowed: Collection[str]) -> PretrainedConfig:
-    """The configuration of the checkpoint at `place`.
-
-    Raises:
-        ConfigError: nothing is there, it cannot be read, or its model type is none of `allowed`.
-    """
-    with opening(SETTING, place):
-        config = AutoConfig.from_pretrained(existing(SETTING, place))
-    if config.model_type not in allowed:
-        raise ConfigError(f"{SETTING}={place} is a model of type {config.model_type}, not {' or '.join(allowed)}")
-    return config
-
-
 def load_model(auto_class: Any, place: str, config: PretrainedConfig, attention: str) -> Any:
     """The model of the checkpoint at `place` in float32; what its head lacks is drawn afresh and named in a warning.
 
     Args:
         auto_class: such as `AutoModelForMaskedLM`.
         place: folder or name.
-        config: see `read_config`; sizes of the head may have been changed.
+        config: that of the checkpoint; sizes of the head may have been changed.
         attention: the `attn_implementation`.
 
     Raises:
@@ -176,11 +160,11 @@ def load_model(auto_class: Any, place: str, config: PretrainedConfig, attention:
         raise ConfigError(f"{SETTING}={place}: {len(encoder)} weights of the encoder are missing, such as {encoder[0]}")
     if drawn:
         log.warning("%s: drawn afresh, since the checkpoint has none that fits: %s", place, ", ".join(drawn))
-    return model.train()  # the library gives it for use, without dropout and without activation checkpointing
+    return model.train()  # it is loaded in evaluation mode, without dropout and activation checkpointing
 
 
 def check_vocabulary(place: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """ConfigError if `tokenizer` has ids that the checkpoint has no embedding for, or gives words other ids than its.
+    """ConfigError if ids of `tokenizer` have no embedding in the checkpoint, or stand for other words there.
 
     For a checkpoint without a tokenizer only the size can be checked.
     """
@@ -218,14 +202,18 @@ def usable_config(
     """The configuration of `options.pretrained`, or else `config`.
 
     Raises:
-        ConfigError: `recipe` does not support the type of the model, or it takes fewer tokens than `sequence_length`.
+        ConfigError: nothing is at `options.pretrained`, or it cannot be read; `recipe` does not support the type of the
+            model, or it takes fewer tokens than `sequence_length`.
     """
-    if options.pretrained:
-        config = read_config(options.pretrained, VOCABULARY_HEADS)
+    place, allowed = options.pretrained, " or ".join(VOCABULARY_HEADS)
+    if place:
+        with opening(SETTING, place):
+            config = AutoConfig.from_pretrained(existing(SETTING, place))
     if config.model_type not in VOCABULARY_HEADS:
         raise ConfigError(
-            f"recipe={recipe} needs a model of type {' or '.join(VOCABULARY_HEADS)}, not {config.model_type}; "
-            "try model=bert_mini"
+            f"{SETTING}={place} is a model of type {config.model_type}, not {allowed}"
+            if place
+            else f"recipe={recipe} needs a model of type {allowed}, not {config.model_type}; try model=bert_mini"
         )
     if sequence_length > config.max_position_embeddings:
         raise ConfigError(
@@ -247,15 +235,11 @@ def load_or_build(
         check_vocabulary(options.pretrained, config, tokenizer)
         model = load_model(auto_class, options.pretrained, config, options.attention)
     else:
-        _match_vocabulary(config, tokenizer)
+        config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+        config.bos_token_id = config.cls_token_id = tokenizer.cls_token_id
+        config.eos_token_id = config.sep_token_id = tokenizer.sep_token_id
         model = auto_class.from_config(config, attn_implementation=options.attention)
     return options.apply(model)
-
-
-def _match_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
-    config.bos_token_id = config.cls_token_id = tokenizer.cls_token_id
-    config.eos_token_id = config.sep_token_id = tokenizer.sep_token_id
 
 
 def model_flops(model: Any, tokens: int, head_rows: int) -> int:
@@ -269,13 +253,15 @@ def model_flops(model: Any, tokens: int, head_rows: int) -> int:
     Args:
         model: a BERT or ModernBERT of `transformers` with a head.
         tokens: length of the sequence.
-        head_rows: so many of them go through the head.
+        head_rows: how many of them go through the head.
     """
     pooler = getattr(model.base_model, "pooler", None)  # works on one token, like a head
     encoder = _matrix_weights(model.base_model) - (_matrix_weights(pooler) if pooler is not None else 0)
     head = _matrix_weights(model) - encoder
-    pairs = sum(_pairs(tokens, window) for window in _windows(model.config))
-    return 6 * (encoder * tokens + head * head_rows) + 12 * model.config.hidden_size * pairs
+    config = model.config
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    pairs = sum(_pairs(tokens, config.sliding_window if kind == "sliding_attention" else tokens) for kind in types)
+    return 6 * (encoder * tokens + head * head_rows) + 12 * config.hidden_size * pairs
 
 
 def _matrix_weights(module: nn.Module) -> int:
@@ -283,13 +269,8 @@ def _matrix_weights(module: nn.Module) -> int:
     return sum(layer.in_features * layer.out_features for layer in linear)
 
 
-def _windows(config: PretrainedConfig) -> list[int | None]:
-    """How far a token sees to either side, for each layer; None is everywhere."""
-    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return [config.sliding_window if kind == "sliding_attention" else None for kind in types]
-
-
-def _pairs(tokens: int, window: int | None) -> int:
-    if window is None or window >= tokens - 1:
+def _pairs(tokens: int, window: int) -> int:
+    """Pairs of tokens that see each other in a layer where a token sees `window` tokens to either side."""
+    if window >= tokens - 1:
         return tokens * tokens
     return tokens * (2 * window + 1) - window * (window + 1)

@@ -13,7 +13,7 @@ from ..files import fingerprint_of
 from .corpus import Corpus, find_files, join_rows, load, not_utf8, passages
 
 CHUNK_BYTES = 2**17
-CUT_WITHIN_BYTES = 2**16  # a chunk ends at the first good place within so many bytes
+CUT_WITHIN_BYTES = 2**16  # a chunk ends at the first good place within this many bytes
 MAX_CHUNK_CHARACTERS = 2**26
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -106,7 +106,7 @@ class HubChunks(TextChunks):
     """A dataset of the hub, or a folder in its format, that is never downloaded whole: a chunk is a row group.
 
     Args:
-        path, config, split, column, revision, document_start: see `hub.HubText`.
+        path, config, split, column, revision, document_start: see `HubText`.
     """
 
     chunks_per_pool, chunks_in_sample = 1, 16

@@ -21,10 +21,8 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_CHARACTERS = 500  # rarer ones become [UNK]; each takes two places of the vocabulary
 HUGGING_FACE_FILES = ("config.json", "*token*", "*vocab*", "*.model")
 UNUSED = re.compile(r"\[unused\d+\]")  # places that BERT's and ModernBERT's vocabularies keep free
-CONTINUES, BEGINS = (
-    "##",
-    ("Ġ", "▁", "Ċ"),
-)  # WordPiece marks pieces that continue a word, the others those that begin one
+CONTINUES = "##"  # WordPiece marks the pieces that continue a word
+BEGINS = ("Ġ", "▁", "Ċ")  # byte-level BPE and SentencePiece mark those that begin one
 
 
 def train_tokenizer(documents: Sequence[str], vocab_size: int, lowercase: bool) -> Tokenizer:
@@ -63,7 +61,7 @@ def _characters(tokenizer: Tokenizer, documents: Sequence[str]) -> list[str]:
 
 
 def as_transformers(tokenizer: Tokenizer, lowercase: bool, sequence_length: int) -> PreTrainedTokenizerBase:
-    """`tokenizer` as one of `transformers`."""
+    """`tokenizer` as a tokenizer of `transformers`."""
     return BertTokenizer(
         tokenizer_object=tokenizer,
         do_lower_case=lowercase,
@@ -152,7 +150,7 @@ def opening(setting: str, place: str) -> Iterator[None]:
 
 
 def _origin(setting: str) -> str:
-    """Where a setting comes from that nobody may have typed."""
+    """For an error message: where `setting` comes from if the user has not typed it."""
     return "; data.tokenizer is model.pretrained by default" if setting == "data.tokenizer" else ""
 
 

@@ -1,7 +1,6 @@
 """Labeled text, as a LightningDataModule: tokenised once and cached, padded batch by batch."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ class TokenizedTexts:
         types: uint8 (tokens,), 1 in the second text of a pair; None where the tokenizer has none.
         bounds: int64 (texts + 1,); text `i` is `tokens[bounds[i] : bounds[i + 1]]`.
         labels: int64 or float32 (texts,).
-        cut: so many texts were longer than the sequence length.
+        cut: how many texts were longer than the sequence length.
     """
 
     tokens: np.ndarray
@@ -127,7 +126,7 @@ class LabeledTexts(StreamDataModule):
     def prepare_data(self) -> None:
         self.setup("fit")
 
-    @isolate_rng(include_cuda=False)  # the first start prepares and later ones do not: neither may draw random numbers
+    @isolate_rng(include_cuda=False)  # only a first start prepares data, which must not change a run's random numbers
     def setup(self, stage: str) -> None:
         if self._tokenizer is not None:
             return
@@ -200,7 +199,7 @@ class LabeledTexts(StreamDataModule):
 
 
 def as_text(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer, for which a [MASK] that is written in a text is text; its export does the same."""
+    """`tokenizer`, set to take a [MASK] that is written in a text for text; its export does the same."""
     tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
     return tokenizer
 
@@ -248,6 +247,6 @@ def _read(folder: Path, name: str) -> TokenizedTexts:
 
 def decode(tokenizer: Any, texts: TokenizedTexts, index: int, characters: int = 120) -> str:
     """The beginning of a text, decoded from its tokens."""
-    ids: Sequence[int] = texts.tokens[texts.bounds[index] : texts.bounds[index + 1]].tolist()
+    ids = texts.tokens[texts.bounds[index] : texts.bounds[index + 1]].tolist()
     text = str(tokenizer.decode(ids, skip_special_tokens=True))
     return text if len(text) <= characters else f"{text[:characters]} ..."

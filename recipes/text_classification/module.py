@@ -99,9 +99,8 @@ class TextClassifier(LionMixin, LightningModule):
 
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start of a run."""
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
         origin = f"pre-trained, from {self.started_from}" if self.started_from else "from scratch"
-        return {"model": f"{type(self.model).__name__}, {parameters / 1e6:.1f} M parameters, {origin}"}
+        return {"model": f"{type(self.model).__name__}, {self.model.num_parameters() / 1e6:.1f} M parameters, {origin}"}
 
     def tokens_per_sample(self) -> int:
         return self.data.mean_tokens
@@ -170,10 +169,8 @@ def build_metrics(classes: int) -> dict[str, Metric]:
     F1 is that of the second of two classes, as GLUE has it, and the mean over the classes where there are more.
     """
     if not classes:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message=".*will save all targets.*"
-            )  # two numbers per text take little memory
+        with warnings.catch_warnings():  # two numbers per text take little memory
+            warnings.filterwarnings("ignore", message=".*will save all targets.*")
             return {"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()}
     f1 = BinaryF1Score() if classes == 2 else MulticlassF1Score(classes, average="macro")
     accuracy, matthews = MulticlassAccuracy(classes, average="micro"), MulticlassMatthewsCorrCoef(classes)

@@ -89,21 +89,17 @@ def label_splits(
         pairs: whether a row needs a second text.
         regression: whether labels are values to predict.
         declared: the names of all classes in their order, where the training files declare them.
-        max_left_out: so many rows may be left out; more are an error.
+        max_left_out: rows that may be left out; more are an error.
 
     Raises:
         ConfigError: too many unusable rows, none left in a split, one class alone, a class that is not declared,
             classes that only validation has, names that cannot be told apart, so many classes that the label must be
             a value, or a value that is no number.
-        RuntimeError: rows are neither used nor counted as left out, which is an error of this library.
     """
     left_out: Counter[str] = Counter()
-    read: Counter[str] = Counter()
     kept: dict[str, list[Row]] = {}
     for name, rows in (("train", train), ("val", val)):
-        kept[name] = list(_usable(_counted(rows, read), name, pairs, left_out, max_left_out))
-    if read.total() != sum(map(len, kept.values())) + left_out.total():
-        raise RuntimeError(f"{read.total()} rows read, {list(map(len, kept.values()))} used and {left_out} left out")
+        kept[name] = list(_usable(rows, name, pairs, left_out, max_left_out))
     for name, used in kept.items():
         if not used:
             raise ConfigError(f"data: the {name} split has no usable row (left out: {_listed(left_out) or 'none'})")
@@ -125,12 +121,6 @@ def label_splits(
     return TextSplits(sides["train"], sides["val"], classes, dict(left_out))
 
 
-def _counted(rows: Iterable[Row], read: Counter[str]) -> Iterator[Row]:
-    for row in rows:
-        read["rows"] += 1
-        yield row
-
-
 def _usable(rows: Iterable[Row], split: str, pairs: bool, left_out: Counter[str], max_left_out: int) -> Iterator[Row]:
     for row in rows:
         reason = _unusable(row, split, pairs)
@@ -149,7 +139,7 @@ def _unusable(row: Row, split: str, pairs: bool) -> str | None:
     if _name(row, split) is None:
         return "no label"
     for text in (row.text, row.second) if pairs else (row.text,):
-        if text is None or not isinstance(text, str):
+        if not isinstance(text, str):
             return "no text"
         if not text.strip():
             return "an empty text"
@@ -272,7 +262,7 @@ class LabeledFiles(TextSource):
         text_column, second_text_column, label_column: names in the header; `second_text_column` is None for one text.
         regression: whether the label is a value to predict.
         val_fraction: the share.
-        max_left_out: so many rows without text or label are left out and counted; more are an error.
+        max_left_out: rows without text or label that are left out and counted; more are an error.
 
     Raises:
         ConfigError: nothing usable is there.
@@ -408,7 +398,7 @@ def held_out(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
     """(kept, held out): by content alone, so that copies of a text are on the same side, whatever the order."""
     sides: tuple[list[Row], list[Row]] = ([], [])
     for row in rows:
-        sides[is_held_out(f"{row.text}\n{row.second or ''}" if row.second else str(row.text), fraction)].append(row)
+        sides[is_held_out(f"{row.text}\n{row.second}" if row.second else str(row.text), fraction)].append(row)
     return sides
 
 

@@ -23,12 +23,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, open_dict
 from typing_extensions import override
 
 from lion_lightning import LionGuard
-from lion_lightning.__main__ import CONFIG_FOLDER
+from lion_lightning.__main__ import composed
 from lion_lightning.guard import preflight
 from lion_lightning.training.build import build_data, build_module, settle_precision
 
@@ -78,24 +76,15 @@ class AlternatingGuard(LionGuard):
 
 def measure(overrides: list[str], block_steps: int = 20, blocks: int = 16) -> dict[int, list[float]]:
     """Seconds of each step by block; the guard is on in the even ones."""
-    steps = block_steps * blocks
-    with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        cfg = compose("train", [*overrides, f"run_dir={folder}", f"trainer.max_steps={steps}"])
-        settle_precision(cfg)
-        pl.seed_everything(cfg.seed, verbose=False)
-        guard = AlternatingGuard(block_steps)
-        _fit(cfg, steps, guard)
+    guard = AlternatingGuard(block_steps)
+    _fit(overrides, block_steps * blocks, guard)
     return guard.times
 
 
 def inside(overrides: list[str], steps: int) -> tuple[float, float]:
-    """Seconds of a step, and those of it that are spent in the guard."""
-    with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        cfg = compose("train", [*overrides, f"run_dir={folder}", f"trainer.max_steps={steps}"])
-        settle_precision(cfg)
-        pl.seed_everything(cfg.seed, verbose=False)
-        clock = Clock(cProfile.Profile())
-        _fit(cfg, steps, LionGuard(warmup_steps=0), clock)
+    """Seconds per step, and how many of them are spent in the guard."""
+    clock = Clock(cProfile.Profile())
+    _fit(overrides, steps, LionGuard(warmup_steps=0), clock)
     folder_of_guard = str(Path(preflight.__file__).parent)
     spent = 0.0
     for (file, *_), (*_, callers) in pstats.Stats(clock.profile).stats.items():  # type: ignore[attr-defined]
@@ -125,24 +114,28 @@ class Clock(pl.Callback):
         self.seconds += time.perf_counter()
 
 
-def _fit(cfg: DictConfig, steps: int, *callbacks: pl.Callback) -> None:
-    data = build_data(cfg)
-    with open_dict(cfg):
+def _fit(overrides: list[str], steps: int, *callbacks: pl.Callback) -> None:
+    """Train what train.py would with `overrides`, for `steps` steps and with these callbacks alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = composed([*overrides, f"run_dir={folder}", f"trainer.max_steps={steps}"])
+        settle_precision(cfg)
+        pl.seed_everything(cfg.seed, verbose=False)
+        data = build_data(cfg)
         module = build_module(cfg, data)
-    trainer = pl.Trainer(
-        accelerator=cfg.trainer.accelerator,
-        devices=1,
-        precision=cfg.trainer.precision,
-        accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
-        max_steps=steps,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-    )
-    trainer.fit(module, datamodule=data)
+        trainer = pl.Trainer(
+            accelerator=cfg.trainer.accelerator,
+            devices=1,
+            precision=cfg.trainer.precision,
+            accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
+            max_steps=steps,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=list(callbacks),
+        )
+        trainer.fit(module, datamodule=data)
 
 
 def main() -> None:

@@ -139,26 +139,18 @@ def peers(device: torch.device) -> list[Subject]:
     ]
 
 
-DISTRIBUTIONS = {
-    "torch": "torch",
-    "lion_pytorch": "lion-pytorch",
-    "optimi": "torch-optimi",
-    "pytorch_optimizer": "pytorch-optimizer",
-    "timm": "timm",
-    "bitsandbytes": "bitsandbytes",
-    "deepspeed": "deepspeed",
-    "flashoptim": "flashoptim",
-    "torchao": "torchao",
-    "triton": "triton",
-}
+MODULES = (
+    "torch", "lion_pytorch", "optimi", "pytorch_optimizer", "timm", "bitsandbytes", "deepspeed", "flashoptim",
+    "torchao", "triton",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:
     """Versions of the packages that are installed; of torch with its build, such as 2.13.0+cpu."""
     found = {}
-    for module, distribution in DISTRIBUTIONS.items():
+    for module in MODULES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[module] = metadata.version(distribution)
+            found[module] = metadata.version("torch-optimi" if module == "optimi" else module)
     return {**found, "torch": torch.__version__}
 
 

@@ -25,12 +25,11 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for the modules beside this one
 
-from lion_lightning.__main__ import CONFIG_FOLDER
+from lion_lightning.__main__ import composed
 from lion_lightning.training import run as training_run
 from lion_lightning.training.build import build_data, build_module, settle_precision
 from lion_lightning.training.performance import WARMUP_BATCHES, Throughput, peak_flops
@@ -155,8 +154,7 @@ def _hardware() -> str:
 
 def _configuration(overrides: Sequence[str], steps: int) -> DictConfig:
     ours = [f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}", "export=false", "run_dir=none"]
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        return compose("train", [*overrides, *ours])
+    return composed([*overrides, *ours])
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

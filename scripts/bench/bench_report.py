@@ -76,11 +76,9 @@ def terminal(entries: Sequence[Mapping[str, Any]], notes: Sequence[str], console
     """One table per dtype of the parameters; reads at 80 columns."""
     for dtype in dict.fromkeys(entry["dtype"] for entry in entries):
         table = Table(title=f"{dtype} parameters", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
-        for column in COLUMNS:
-            if column == "optimizer":
-                table.add_column(column, no_wrap=True, min_width=27, overflow="ellipsis")
-            else:
-                table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(COLUMNS[0], no_wrap=True, min_width=27, overflow="ellipsis")
+        for column in COLUMNS[1:]:
+            table.add_column(column, justify="right", no_wrap=True)
         for entry in by_speed(entries, dtype):
             table.add_row(*row(entry), style="bold" if entry["package"] == "lion_lightning" else None)
         console.print(table)
@@ -115,22 +113,13 @@ def markdown(entries: Sequence[Mapping[str, Any]], notes: Sequence[str], title: 
 
 def chart(entries: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Horizontal bars, one panel per dtype; the limit of each row is a tick. Grey bars lose the step or the decay."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     dtypes = list(dict.fromkeys(entry["dtype"] for entry in entries))
     heights = [max(len(by_speed(entries, dtype)), 1) for dtype in dtypes]
-    figure, axes = pyplot.subplots(
-        len(dtypes),
-        1,
-        figsize=(9, 1.6 + 0.3 * sum(heights)),
-        height_ratios=heights,
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = Figure(figsize=(9, 1.6 + 0.3 * sum(heights)), layout="constrained")
+    axes = figure.subplots(len(dtypes), 1, height_ratios=heights, squeeze=False)
     for axis, dtype in zip(axes[:, 0], dtypes, strict=True):
         rows = by_speed(entries, dtype)[::-1]
         times = [entry["median_ms"] for entry in rows]
@@ -152,7 +141,6 @@ def chart(entries: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     figure.suptitle(title)
     figure.legend(handles=[*handles, axes[0, 0].lines[-1]], loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def color(entry: Mapping[str, Any]) -> str:

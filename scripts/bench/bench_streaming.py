@@ -9,14 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 SOURCE = Path(__file__).with_name("streaming.c")
 BYTES_PER_ELEMENT = 20
 
 
 class Streaming:
-    """The arrays, and the ways to stream over them; `limits` collects GB/s by way."""
+    """The arrays, and the ways to stream over them, by name."""
 
     def __init__(self, elements: int, device: torch.device) -> None:
         self.arrays = [torch.full((elements,), 1e-3, device=device) for _ in range(3)]
@@ -44,15 +43,12 @@ class Streaming:
 
     def _c(self) -> None:
         following = ctypes.c_long(0)
-        arguments = [pointer(array) for array in self.arrays] + [ctypes.c_long(self.elements), ctypes.byref(following)]
+        pointers = [ctypes.c_void_p(array.data_ptr()) for array in self.arrays]
+        arguments = [*pointers, ctypes.c_long(self.elements), ctypes.byref(following)]
         others = [self._threads.submit(self._library.stream, *arguments) for _ in range(torch.get_num_threads() - 1)]
         self._library.stream(*arguments)
         for other in others:
             other.result()
-
-
-def pointer(array: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.data_ptr())
 
 
 def compiled() -> ctypes.CDLL | None:

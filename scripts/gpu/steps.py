@@ -53,7 +53,7 @@ def foreach_lion(params: bench_peers.Params, lr: float, decay: float) -> Optimiz
 
 
 def subjects(device: torch.device, only: list[str]) -> list[Subject]:
-    """Ours first: what comes last is lost first where time runs out."""
+    """Ours come first: if time runs out, the last ones are missing."""
     ours = sorted(bench_peers.ours(device), key=lambda subject: "eager" in subject.name)
     plain = bench_peers.theirs("torch", "foreach Lion", lambda: foreach_lion)
     found = [*ours, *bench_peers.torch_own(), *plain, *bench_peers.peers(device)]
@@ -101,15 +101,14 @@ def traits(subject: Subject, arena: bench_measure.Arena, repeats: int) -> tuple[
     counts = counted(optimizer.step, arena.device)
     if isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam):
         for group in optimizer.param_groups:
-            group["capturable"] = True  # torch asks for it, of a step inside a graph
+            group["capturable"] = True  # torch requires it for a step captured in a graph
     try:
         return counts, replayed(optimizer.step, bench_measure.Clock(arena.device), arena.device, repeats), ""
     except RuntimeError as error:  # what cannot be captured says so in many ways
         return counts, None, f"{subject.name} cannot be captured: {' '.join(str(error).split())[:160]}"
 
 
-def cells(result: bench_measure.Result, arena: bench_measure.Arena, copy: float, found: tuple[Any, Any]) -> list[str]:
-    counts, replay = found
+def cells(result: bench_measure.Result, arena: bench_measure.Arena, copy: float, counts: Any, replay: Any) -> list[str]:
     gigabytes = result.bytes_moved * arena.count / 1e6  # over milliseconds that is GB/s
     speed = gigabytes / result.median
     return [
@@ -148,8 +147,8 @@ def main() -> int:
             [subject], arena, options.repeats, options.steps, lambda _: None, survival=False
         )
         if result.error is None:
-            *found, remark = traits(subject, arena, options.repeats)
-            print(f"| {' | '.join(cells(result, arena, copy, (found[0], found[1])))} |", flush=True)
+            counts, replay, remark = traits(subject, arena, options.repeats)
+            print(f"| {' | '.join(cells(result, arena, copy, counts, replay))} |", flush=True)
             remarks += [remark] if remark else []
         else:
             remarks.append(f"{subject.name}: {result.error}")

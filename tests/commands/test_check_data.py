@@ -37,7 +37,7 @@ def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert "│ cat │ 4 │ 2 │ 75.00% │" in said
     assert "│ dog │ 2 │ 0 │ 25.00% │" in said
     assert "No validation samples of dog" in said
-    assert "pictures with the same pixels: 0 twice in training, 0 twice in validation, 1 of validation" in said
+    assert "same pixels: 0 repeated in training, 0 repeated in validation; 1 of the validation set" in said
     assert Image.open(sheet).width > 100
 
 
@@ -51,7 +51,7 @@ def test_labelled_texts(capsys: pytest.CaptureFixture[str], tmp_path: Path, monk
     said = " ".join(capsys.readouterr().out.split())
     assert "2 classes, the rarest first" in said
     assert "unknown (" in said
-    assert "twice in training" in said
+    assert "repeated in training" in said
     assert "training 0: " in said
 
 

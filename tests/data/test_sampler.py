@@ -4,14 +4,18 @@ from itertools import chain
 
 import pytest
 
-from lion_lightning.data.sampler import FixedBatches, StepValues, StreamBatchSampler
+from lion_lightning.data.sampler import FixedBatches, StepValues, StreamBatchSampler, StreamOrder
 from lion_lightning.errors import ConfigError
 
 SIZE = 23  # a prime, so that no batch ends with an epoch
 
 
+def sampler_of(batch_size: int = 4, batches: int = 30, seed: int = 1, **settings: int) -> StreamBatchSampler:
+    return StreamBatchSampler(StreamOrder([SIZE], seed), StepValues(((0, batch_size),)), batches, **settings)
+
+
 def stream(batch_size: int = 4, batches: int = 30, seed: int = 1, **settings: int) -> list[tuple[int, int]]:
-    return list(chain.from_iterable(StreamBatchSampler(SIZE, batch_size, batches, seed, **settings)))
+    return list(chain.from_iterable(sampler_of(batch_size, batches, seed, **settings)))
 
 
 def test_positions_count_up_from_zero() -> None:
@@ -30,7 +34,7 @@ def test_the_order_does_not_depend_on_the_batch_size(batch_size: int) -> None:
 
 
 def test_asking_out_of_order_gives_the_same_answer() -> None:
-    sampler = StreamBatchSampler(SIZE, 4, 30, seed=1)
+    sampler = sampler_of()
     asked = [(position, sampler.order.index(position)) for position in reversed(range(120))]
     assert asked[::-1] == stream()
 
@@ -49,7 +53,7 @@ def test_epochs_have_orders_of_their_own_and_none_is_sorted() -> None:
 
 @pytest.mark.parametrize("start", [*range(0, 44, 4), 92, 116, 120])
 def test_a_resume_is_the_tail_of_the_whole_stream(start: int) -> None:
-    resumed = StreamBatchSampler(SIZE, 4, 30, seed=1, start=start)
+    resumed = sampler_of(start=start)
     assert list(chain.from_iterable(resumed)) == stream()[start:]
     assert len(resumed) == len(list(resumed))
 
@@ -64,7 +68,7 @@ def test_a_resume_between_batches_of_another_size_goes_on_at_its_position(start:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_share_each_global_batch_in_order(world_size: int, start: int) -> None:
     ranks = [
-        list(StreamBatchSampler(SIZE, 12 // world_size, 10, seed=1, rank=rank, world_size=world_size, start=start))
+        list(sampler_of(12 // world_size, 10, rank=rank, world_size=world_size, start=start))
         for rank in range(world_size)
     ]
     assert {len(rank) for rank in ranks} == {10 - start // 12}
@@ -73,26 +77,28 @@ def test_ranks_share_each_global_batch_in_order(world_size: int, start: int) -> 
 
 
 def test_it_ends_where_the_run_ends() -> None:
-    assert len(StreamBatchSampler(SIZE, 4, 7, seed=1)) == 7
-    assert list(StreamBatchSampler(SIZE, 4, 7, seed=1, start=28)) == []
-    assert list(StreamBatchSampler(SIZE, 4, 7, seed=1, start=500)) == []
+    assert len(sampler_of(batches=7)) == 7
+    assert list(sampler_of(batches=7, start=28)) == []
+    assert list(sampler_of(batches=7, start=500)) == []
 
 
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"dataset_size": 0}, "dataset_size must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"num_batches": -1}, "num_batches must be at least 1, got -1"),
+        ({"batches": -1}, "num_batches must be at least 1, got -1"),
         ({"rank": 2, "world_size": 2}, r"rank must be in \[0, 2\), got 2"),
         ({"rank": -1}, "rank must be in .* got -1"),
         ({"start": -1}, "start must not be negative, got -1"),
     ],
 )
 def test_bad_arguments_are_named(wrong: dict[str, int], named: str) -> None:
-    settings = {"dataset_size": 5, "batch_size": 2, "num_batches": 3, "seed": 1, **wrong}
     with pytest.raises(ValueError, match=named):
-        StreamBatchSampler(**settings)
+        sampler_of(**wrong)
+
+
+def test_an_empty_source_is_named() -> None:
+    with pytest.raises(ValueError, match=r"every source must have at least 1 item, got \[5, 0\]"):
+        StreamOrder([5, 0], seed=1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -146,7 +152,7 @@ def test_bad_changes_are_named(changes: tuple[tuple[int, int], ...]) -> None:
 def test_growing_batches_share_and_resume_the_same_stream(world_size: int, done: int) -> None:
     start = STEPS.before(done) * world_size
     ranks = [
-        list(StreamBatchSampler(SIZE, STEPS, 20, seed=1, rank=rank, world_size=world_size, start=start))
+        list(StreamBatchSampler(StreamOrder([SIZE], 1), STEPS, 20, rank=rank, world_size=world_size, start=start))
         for rank in range(world_size)
     ]
     assert [len(batch) for batch in ranks[0]] == [STEPS.at(batch) for batch in range(done, 20)]

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -54,13 +53,3 @@ def test_a_command_of_its_own_extends_the_configuration(project: Path, root: Pat
     assert answer.returncode == 0, answer.stderr
     assert "sines-adamw-s1 is done" in answer.stdout
     assert "Next, the control: python own.py logger=none" in answer.stdout
-
-
-def test_a_folder_named_recipes_beside_the_script_does_no_harm(project: Path, root: Path) -> None:
-    (project / "recipes").mkdir()
-    (project / "recipes" / "__init__.py").write_text("raise RuntimeError('not this one')\n")
-    command = [sys.executable, "-m", "lion_lightning", "recipe=image_classification", "trainer.max_steps=2"]
-    answer = subprocess.run(
-        [*command, "logger=none"], cwd=project, env=environment_of(root), capture_output=True, text=True, timeout=300
-    )
-    assert answer.returncode == 0, answer.stderr

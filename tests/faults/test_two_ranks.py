@@ -3,14 +3,13 @@
 import json
 import os
 import socket
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.faults.two_ranks import run
-from tests.processes import run_together
+from tests.processes import run_python_together
 
 LIMIT_SECONDS = 240
 
@@ -26,15 +25,14 @@ def outcomes(request: pytest.FixtureRequest, root: Path, tmp_path_factory: pytes
     """What each of two processes reports of its run with each fault."""
     folder, port = tmp_path_factory.mktemp(request.param), str(free_port())
     torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2"}
-    run_together(
-        [
-            [sys.executable, "-m", "tests.faults.two_ranks", request.param, str(folder / f"{rank}.json")]
-            for rank in "01"
-        ],
+    answers = run_python_together(
+        [["-m", "tests.faults.two_ranks", request.param, str(folder / f"{rank}.json")] for rank in "01"],
         root,
         [{**os.environ, **torchrun, "RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": "0"} for rank in "01"],
         LIMIT_SECONDS,
     )
+    for rank, answer in enumerate(answers):
+        assert answer.returncode == 0, f"rank {rank}:\n{answer.stderr[-4000:]}"
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

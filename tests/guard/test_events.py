@@ -3,8 +3,9 @@
 import json
 import logging
 import subprocess
-import sys
 from pathlib import Path
+
+from wandb.util import get_core_path
 
 from lion_lightning.guard.events import Event, EventLog
 from lion_lightning.tracking.wandb import RunLogger
@@ -44,7 +45,9 @@ def test_wandb_gets_a_table_and_one_alert_a_kind(tmp_path: Path):
         log.add(event(step, kind), [logger])
     folder = logger.run_folder
     logger.finish(0)
-    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(folder)]
+    (file,) = folder.glob("run-*.wandb")
+    # What `wandb leet inspect --json` starts, as in tracking/runs.py: its command line takes seconds to load.
+    command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", str(file), str(folder)]
     records = [json.loads(line) for line in subprocess.check_output(command, text=True).splitlines()]
     alerts = [record["alert"]["title"] for record in records if record["type"] == "alert"]
     assert alerts == ["LionGuard: outlier", "LionGuard: poison"]

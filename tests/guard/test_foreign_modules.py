@@ -406,7 +406,7 @@ def test_a_function_as_schedule_and_a_run_of_unknown_length(tmp_path, caplog):
     trainer = trainer_with(LionGuard(warmup_steps=0), tmp_path)
     trainer.fit(Linear())
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0)
-    trainer = trainer_with(LionGuard(), tmp_path, max_epochs=-1, max_time={"seconds": 1})
+    trainer = trainer_with(LionGuard(), tmp_path, max_epochs=-1, max_time={"milliseconds": 200})
     trainer.fit(Mixed(), DataLoader(Endless(), batch_size=64))
     assert trainer.global_step > 0
     assert "the length of this run is not known" in caplog.text

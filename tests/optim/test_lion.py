@@ -88,14 +88,6 @@ def test_a_step_at_lr_zero_without_gradient_changes_nothing(dtype: torch.dtype, 
     assert not any(value.any() for value in optimizer.state[param].values())
 
 
-def test_the_checkpoint_names_no_backend() -> None:
-    saved = Lion([random_param()], fused=False).state_dict()
-    assert saved["param_groups"][0]["fused"] is None
-    current = Lion([random_param()], fused=False)
-    current.load_state_dict(saved)
-    assert current.param_groups[0]["fused"] is False
-
-
 def test_a_state_of_another_lion_with_exp_avg_alone_loads() -> None:
     """lion-pytorch and timm keep one tensor named exp_avg and no step counter."""
     param = random_param(torch.bfloat16)

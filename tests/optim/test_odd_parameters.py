@@ -38,11 +38,6 @@ def test_frozen_parameters_of_any_dtype_are_accepted(dtype: torch.dtype) -> None
         assert_refused(optimizer.step, optimizer, "parameter 0", str(dtype))
 
 
-def test_parameters_of_fp16_that_train_are_refused_at_once() -> None:
-    with pytest.raises(ValueError, match=r"torch.float16.*bfloat16"):
-        Lion([nn.Parameter(torch.ones(3, dtype=torch.float16))])
-
-
 def test_lazy_modules_are_accepted_and_step_once_they_have_a_shape() -> None:
     model = nn.Sequential(nn.LazyLinear(5), nn.Tanh(), nn.LazyLinear(2))
     optimizer = Lion(model.parameters(), lr=1e-3, weight_decay=0.1)

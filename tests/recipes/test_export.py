@@ -37,6 +37,10 @@ def write_noise(root: Path) -> list[Path]:
     return files
 
 
+def small_vit() -> PretrainedConfig:
+    return vit(patch_size=4)
+
+
 def timm() -> PretrainedConfig:
     if missing := [name for name in ("timm", "torchvision") if find_spec(name) is None]:
         pytest.skip(f"the optional model=timm needs {' and '.join(missing)}")
@@ -59,7 +63,7 @@ def said(module: ImageClassifier, pixels: np.ndarray) -> list[float]:
 
 @pytest.mark.parametrize("share", [1.0, 0.875])
 @pytest.mark.parametrize(
-    ("make", "side"), [(lambda: vit(patch_size=4), 16), (resnet, 16), (timm, 16), (cifar_resnet, 16), (airbench, 28)]
+    ("make", "side"), [(small_vit, 16), (resnet, 16), (timm, 16), (cifar_resnet, 16), (airbench, 28)]
 )
 def test_the_pipeline_says_of_any_picture_what_validation_says(
     tmp_path: Path, make: Callable[[], PretrainedConfig], side: int, share: float
@@ -75,15 +79,16 @@ def test_the_pipeline_says_of_any_picture_what_validation_says(
     exact = AutoImageProcessor.from_pretrained(tmp_path / "export", backend="pil")
     classify = pipeline("image-classification", str(tmp_path / "export"), image_processor=exact)
     by_default = pipeline("image-classification", str(tmp_path / "export"))
-    tolerance = (
-        1e-3 if find_spec("torchvision") else 1e-5
-    )  # torchvision, if it is installed, resizes a little otherwise
-    for file in files:
+    # torchvision, if it is installed, resizes a little otherwise; without it the default is the exact one.
+    tolerance, compared = (1e-3, files) if find_spec("torchvision") else (1e-5, files[:1])
+    # Pictures are prepared alike for every net of a size; every fifth is of each size and mode.
+    for file in files if make in (small_vit, airbench) else files[::5]:
         expected = said(module, square({"bytes": None, "path": str(file)}, side, share))
         found = {answer["label"]: answer["score"] for answer in classify(str(file))}
         assert [found[name] for name in data.classes] == pytest.approx(expected, abs=1e-5), file.name
-        found = {answer["label"]: answer["score"] for answer in by_default(str(file))}
-        assert [found[name] for name in data.classes] == pytest.approx(expected, abs=tolerance), file.name
+        if file in compared:
+            found = {answer["label"]: answer["score"] for answer in by_default(str(file))}
+            assert [found[name] for name in data.classes] == pytest.approx(expected, abs=tolerance), file.name
 
 
 def test_the_text_pipeline_says_what_validation_says(tmp_path: Path) -> None:

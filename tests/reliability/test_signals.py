@@ -26,7 +26,7 @@ from lion_lightning.training.signals import StopFlag, TrainingInterrupted
 DIGITS = (
     "recipe=image_classification", "logger=none", "export=false", "data.batch_size=16", "trainer.max_steps=6",
     "trainer.val_check_interval=3", "model.config.num_hidden_layers=1", "model.config.hidden_size=32",
-    "model.config.num_attention_heads=2", "model.config.intermediate_size=32",
+    "model.config.num_attention_heads=2", "model.config.intermediate_size=32", "data.source.val_fraction=0.05",
 )  # fmt: skip
 Act = Callable[[Trainer], None]
 

@@ -66,7 +66,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def start(root: Path, cluster: dict[str, str], tmp_path: Path) -> Iterator[Callable[[int], subprocess.Popen[str]]]:
-    """Start the job, for so many steps."""
+    """Start the job, for this many steps."""
     jobs = []
 
     def started(steps: int) -> subprocess.Popen[str]:

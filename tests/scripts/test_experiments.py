@@ -5,47 +5,39 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import hydra
 import pytest
-from omegaconf import DictConfig
 
 from lion_lightning.tracking.wandb import RunLogger
 from scripts import experiments
 from scripts.experiments import EXPERIMENTS, main
 
 ROOT = Path(__file__).parents[2]
-CONF = ROOT / "conf"
 RECIPES = ("bert_mlm", "image_classification")
-
-
-def composed(command: list[str]) -> DictConfig:
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("train", command)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_run_composes(name: str, recipe: str) -> None:
+def test_every_run_composes(compose: Any, name: str, recipe: str) -> None:
     variants = EXPERIMENTS[name].variants([f"recipe={recipe}"])
     assert len(variants) >= 3
-    configurations = [composed([f"recipe={recipe}", *own, "run_dir=x"]) for own in variants.values()]
+    configurations = [compose(f"recipe={recipe}", *own, "run_dir=x") for own in variants.values()]
     assert len({str(cfg) for cfg in configurations}) == len(configurations), "the same run twice"
     assert {cfg.recipe.name for cfg in configurations} == {recipe}
 
 
-def test_the_published_settings_are_those_of_the_source() -> None:
+def test_the_published_settings_are_those_of_the_source(compose: Any) -> None:
     variants = EXPERIMENTS["published"].variants([])
-    paper, amos = (composed([*variants[name], "run_dir=x"]).optim for name in ("lion-paper", "lion-amos"))
+    paper, amos = (compose(*variants[name], "run_dir=x").optim for name in ("lion-paper", "lion-amos"))
     assert (paper.lr, paper.weight_decay) == (3e-4, 0.01)
     assert (amos.lr, amos.weight_decay) == (4e-5, 0.015)
 
 
-def test_every_batch_size_sees_the_same_samples_at_a_rate_scaled_by_the_root() -> None:
+def test_every_batch_size_sees_the_same_samples_at_a_rate_scaled_by_the_root(compose: Any) -> None:
     variants = EXPERIMENTS["batch_size"].variants(["recipe=bert_mlm", "trainer.max_steps=512"])
     assert len(variants) == 16
-    base = composed(["recipe=bert_mlm", "optim=lion", "run_dir=x"]).optim.lr
+    base = compose("recipe=bert_mlm", "optim=lion", "run_dir=x").optim.lr
     for size in experiments.BATCH_SIZES:
-        cfg = composed(["recipe=bert_mlm", "trainer.max_steps=512", *variants[f"lion-{size}"], "run_dir=x"])
+        cfg = compose("recipe=bert_mlm", "trainer.max_steps=512", *variants[f"lion-{size}"], "run_dir=x")
         assert cfg.trainer.max_steps * cfg.data.batch_size == 512 * 64
         assert cfg.optim.lr == pytest.approx(base * (size / 64) ** 0.5, rel=1e-3)
         assert cfg.trainer.val_check_interval <= cfg.trainer.max_steps

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,8 @@ from scripts.make_environment import STAMP, prepare
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
-@pytest.fixture
-def commands(monkeypatch) -> list[list[str]]:
-    """The commands that would install something, instead of their execution; `-m venv` makes a real environment."""
-    ran: list[list[str]] = []
+def noting(ran: list[list[str]]) -> Callable[..., None]:
+    """Notes a command instead of running it; `-m venv` makes a real environment."""
 
     def run(*command: object) -> None:
         words = [str(word) for word in command]
@@ -25,23 +24,37 @@ def commands(monkeypatch) -> list[list[str]]:
         if words[1:3] == ["-m", "venv"]:
             subprocess.run([*words[:3], "--without-pip", words[3]], check=True)
 
-    monkeypatch.setattr(make_environment, "_run", run)
-    return ran
+    return run
 
 
 @pytest.fixture
-def venv(tmp_path, commands) -> Path:
+def commands(monkeypatch) -> list[list[str]]:
+    """The commands that would install something, instead of their execution."""
+    ran: list[list[str]] = []
+    monkeypatch.setattr(make_environment, "_run", noting(ran))
+    return ran
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
     """A complete environment with one installed package."""
-    folder = tmp_path / ".venv"
-    prepare(folder, None, None)
+    folder = tmp_path_factory.mktemp("made") / ".venv"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make_environment, "_run", noting([]))
+        prepare(folder, None, None)
     site = next(folder.rglob("site-packages"))
     (site / "thing.py").write_text("")
     info = site / "thing-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n")
     (info / "RECORD").write_text("thing.py,,\nthing-1.0.dist-info/METADATA,,\n__pycache__/thing.cpython-311.pyc,,\n")
-    commands.clear()
     return folder
+
+
+@pytest.fixture
+def venv(tmp_path, made, commands) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(made, tmp_path / ".venv", symlinks=True))
 
 
 def test_first_start_installs_the_lock_and_the_project(tmp_path, commands):

@@ -24,7 +24,7 @@ EVERYTHING = (
 
 
 @pytest.fixture(scope="module")
-def runs(compose: Any, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+def runs(compose: Any, short_prose: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """A short run of each recipe, of text classification with classes and with values, under its name."""
     folder = tmp_path_factory.mktemp("runs")
     texts = [f"{WORDS[n % 5]} {WORDS[n // 5 % 5]} {n}" for n in range(200)]
@@ -34,8 +34,8 @@ def runs(compose: Any, prose: Path, tmp_path_factory: pytest.TempPathFactory) ->
     text = ["data.vocab_size=256", "data.sequence_length=16", f"data.cache_dir={folder / 'cache'}"]
     labeled = ["recipe=text_classification", "data=labeled_files", *text]
     recipes = {
-        "bert_mlm": ["recipe=bert_mlm", "data=text_files", f"data.path={prose}", *text],
-        "image_classification": ["recipe=image_classification"],
+        "bert_mlm": ["recipe=bert_mlm", "data=text_files", f"data.path={short_prose}", *text],
+        "image_classification": ["recipe=image_classification", "data.source.val_fraction=0.05"],
         "classes": [*labeled, f"data.path={folder / 'classes.csv'}"],
         "values": [
             *labeled, f"data.path={folder / 'values.csv'}", "data.source.regression=true", "recipe.monitor=val/spearman"

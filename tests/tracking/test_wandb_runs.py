@@ -13,6 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from lion_lightning.tracking.runs import read_run
 from lion_lightning.tracking.wandb import RunLogger, choose_mode
 from lion_lightning.training.report import print_commands
 from lion_lightning.training.run import run
@@ -140,8 +141,8 @@ def test_a_run_that_the_guard_ends_has_the_guards_exit_code(
     monkeypatch.setattr(module.ImageClassifier, "training_step", lambda *a: honest(*a) * float("nan"))
     with pytest.raises(TrainingStopped):
         train(compose, tmp_path)
-    (logged,) = runs_below(tmp_path)
-    assert (summary(logged)["state"], summary(logged)["exit_code"]) == ("failed", 42)
+    logged = read_run(tmp_path)
+    assert (logged.state, logged.exit_code) == ("failed", 42)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from lion_lightning.training.signals import TrainingInterrupted
 DECAY = 0.5
 TINY = (
     "recipe=image_classification", "logger=none", "export=false", "data.batch_size=16", "trainer.max_steps=6",
-    "trainer.val_check_interval=3",
+    "trainer.val_check_interval=3", "data.source.val_fraction=0.05",
 )  # fmt: skip
 AVERAGED = ("callbacks=ema", f"callbacks.ema.decay={DECAY}")
 VIT = (

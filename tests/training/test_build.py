@@ -203,7 +203,7 @@ def test_trust_comes_from_the_command_line_and_never_from_a_configuration(
     "target",
     [
         "lion_lightning.command_line.take_trusted",
-        "lion_lightning.commands.predict._existing",
+        "lion_lightning.commands.predict._pipeline",
         "lion_lightning.training.checkpoint.files._remove",
         "lion_lightning.training.checkpoint.files.remove_marked",
         "lion_lightning.optim.kernels.compile_cpu.compile_library",

@@ -26,7 +26,8 @@ QUICK = (
 
 
 @pytest.mark.skipif(PLUGIN is not None, reason="the plugin is installed")
-def test_without_the_plugin_it_is_named_and_nothing_else_suffers(root: Path) -> None:
+def test_without_the_plugin_it_is_named(root: Path) -> None:
+    """That nothing else suffers is seen in tests/test_config.py, whose processes have nothing to say on stderr."""
     asked = subprocess.run(
         [sys.executable, "train.py", "--cfg", "hydra", "hydra/launcher=slurm"],
         cwd=root, capture_output=True, text=True, timeout=60, check=False,
@@ -36,10 +37,6 @@ def test_without_the_plugin_it_is_named_and_nothing_else_suffers(root: Path) -> 
     assert asked.stderr == (
         "error: hydra/launcher=slurm needs a plugin that is not installed: pip install hydra-submitit-launcher\n"
     )
-    for arguments in (["--help"], ["--cfg", "job"]):
-        done = subprocess.run([sys.executable, "train.py", *arguments], cwd=root, capture_output=True, text=True,
-                              timeout=60, check=False)  # fmt: skip
-        assert (done.returncode, done.stderr) == (0, "")
 
 
 @needs_plugin

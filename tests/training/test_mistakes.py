@@ -1,4 +1,7 @@
-"""A mistake in a configuration is one line that names the setting, its value and what is allowed."""
+"""A mistake in a configuration is one line that names the setting, its value and what is allowed.
+
+More of them, through the checks of the command line, are in tests/recipes/test_common_mistakes.py.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,9 @@ from lion_lightning.training.run import run
     ("overrides", "named"),
     [
         (["trainer.devices=99"], r"trainer\.devices=99: .* 1 to \d+"),
-        (["trainer.devices=0"], r"trainer\.devices=0"),
         (["trainer.accelerator=abacus"], "trainer.accelerator must be one of .* got 'abacus'"),
         (["trainer.precision=8-bit"], "trainer.precision must be one of .* got '8-bit'"),
-        (["trainer.max_steps=0"], "trainer.max_steps .* got 0"),
         (["trainer.max_steps=2.5"], r"trainer\.max_steps .* got 2\.5"),
-        (["trainer.max_epochs=0"], "trainer.max_epochs .* got 0"),
         (["trainer.max_epochs=many"], "trainer.max_epochs .*many"),
         (["trainer.val_check_interval=0"], "trainer.val_check_interval .* got 0"),
         (["trainer.accumulate_grad_batches=-1"], "trainer.accumulate_grad_batches .* got -1"),
@@ -29,29 +29,19 @@ from lion_lightning.training.run import run
         (["seed=4294967296"], "seed .* got 4294967296"),
         (["resume=/nowhere/last.ckpt"], "resume=/nowhere/last.ckpt"),
         (["resume=https://example.org/a.ckpt"], "must be a file on this machine, not a URL"),
-        (["checkpoint.keep=0"], "keep must be a whole number of at least 1, got 0"),
         (["checkpoint.every_n_steps=0"], "every_n_steps must be .* got 0"),
         (["checkpoint.every_minutes=-1"], "every_minutes must be .* got -1"),
         (["trainer=ddp"], "start its processes with torchrun"),
         (["trainer=fsdp2"], "start its processes with torchrun"),
-        (["data.batch_size=2000"], "2000 samples is larger than the training set of 1438"),
         (["data.batch_size=500", "trainer.accumulate_grad_batches=3"], "1500 samples is larger"),
-        (["data.batch_size=0"], "data.batch_size must be a whole number of at least 1, got 0"),
-        (["data.batch_size=big"], "data.batch_size .*big"),
         (["data.source.val_fraction=2"], "val_fraction must be between 0 and 1, got 2"),
-        (["model=bert_tiny"], "image-classification head, not bert"),
         (["model.config.patch_size=3"], "patch_size=3 does not divide"),
         (["recipe.module.label_smoothing=2"], "label_smoothing must be in"),
         (["recipe.module.crop_padding=-1"], "crop_padding .*-1"),
-        (["optim.lr=-1"], "lr.*-1"),
-        (["optim.lr=fast"], "lr.*fast"),
-        (["optim.betas=[0.9,2.0]"], "beta.*2.0"),
         (["+optim.lrr=1"], "lrr.*takes.*lr"),
         (["schedule.final=2"], "final .*2"),
-        (["guard.warmup_steps=-1"], "warmup_steps .*-1"),
         (["guard.min_batch_size=-1"], "min_batch_size .*-1"),
         (["data=image_files"], "data.path=null: it must be an image folder"),
-        (["data=image_files", "data.path=/nowhere"], "data.path=/nowhere: there is no such file or folder"),
         (["logger=wandb", "logger.mode=sometimes"], "mode must be one of .* got 'sometimes'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -78,11 +68,11 @@ def test_a_setting_that_cannot_work_is_one_line_that_names_it(
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_combination_that_cannot_work_is_one_line_that_names_it(
-    compose: Any, prose: Path, tmp_path: Path, overrides: list[str], named: str
+    compose: Any, short_prose: Path, tmp_path: Path, overrides: list[str], named: str
 ) -> None:
     small = [
         "data=text_files",
-        f"data.path={prose}",
+        f"data.path={short_prose}",
         "data.sequence_length=32",
         "data.vocab_size=512",
         "data.val_fraction=0.1",

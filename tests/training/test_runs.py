@@ -43,7 +43,7 @@ def bert(compose: Any, text: Path, tmp_path: Path) -> Go:
     def go(*overrides: str) -> float:
         folder = tmp_path / "bert"
         shutil.rmtree(folder, ignore_errors=True)  # a run does not start where another one was
-        small = ["data.sequence_length=32", "data.vocab_size=512", "data.val_fraction=0.1"]
+        small = ["data.sequence_length=32", "data.vocab_size=512", "data.val_fraction=0.02"]
         small += ["model.config.hidden_size=64", "model.config.intermediate_size=128"]
         where = [f"data.path={text}", f"run_dir={folder}", "logger=none"]
         return run(compose("recipe=bert_mlm", "data=text_files", *small, *where, *overrides))
@@ -101,7 +101,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Losses]:
 def test_bert_gets_under_the_unigram_entropy_with_lion(bert: Go, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model = ["model=bert_tiny", "model.config.intermediate_size=256"]
     optim = ["optim.lr=1e-3", "optim.betas=[0.9,0.99]", "optim.weight_decay=0.01"]
-    best = bert(*model, *optim, "trainer.max_steps=400", "trainer.val_check_interval=100")
+    best = bert(*model, *optim, "data.val_fraction=0.1", "trainer.max_steps=400", "trainer.val_check_interval=100")
     said = capsys.readouterr().out
     entropy = float(said.split("unigram entropy")[1].split()[0])
     assert best < entropy - 0.25, "a model that looks at no context gets to the entropy, no lower"
@@ -174,8 +174,12 @@ def test_a_run_is_the_same_twice_and_differs_by_seed(bert: Go, watch: Callable[[
     assert losses[0] != losses[2]
 
 
-def test_a_resumed_run_has_what_it_had(bert: Go, tmp_path: Path) -> None:
+def test_without_a_logger_no_log_is_written_and_a_resumed_run_has_what_it_had(bert: Go, tmp_path: Path) -> None:
     bert("trainer.max_steps=2", *QUICK)
+    assert sorted(entry.name for entry in (tmp_path / "bert").iterdir()) == ["checkpoints", "config.yaml", "guard.csv"]
+    kept = OmegaConf.load(tmp_path / "bert/config.yaml")
+    assert kept.trainer.max_steps == 2
+    assert "${" not in (tmp_path / "bert/config.yaml").read_text(), "the configuration is kept resolved"
     checkpoint = tmp_path / "kept.ckpt"
     (tmp_path / "bert/checkpoints/last.ckpt").rename(checkpoint)
     changes = {
@@ -205,9 +209,12 @@ def test_micro_batches_make_one_optimizer_step(bert: Go, watch: Callable[[], Los
     assert sums == pytest.approx(whole.losses, rel=2e-3)
 
 
-def test_epochs_become_steps(digits: Go, watch: Callable[[], Losses]) -> None:
+def test_epochs_become_steps(digits: Go, watch: Callable[[], Losses], tmp_path: Path) -> None:
     seen = watch()
-    digits("trainer.max_epochs=2", "data.limit_train_samples=100", "data.batch_size=32", "export=false")
+    folder = tmp_path / "not" / "there"  # `run_dir=` on the command line is not Hydra's folder, so nobody has made it
+    short = ("data.limit_train_samples=100", "data.batch_size=32", "export=false")
+    digits("trainer.max_epochs=2", *short, f"run_dir={folder}")
+    assert (folder / "config.yaml").is_file()
     assert seen.trainer is not None
     assert seen.trainer.global_step == 7  # 200 samples in batches of 32
     assert len(seen.positions) == 7 * 32
@@ -247,22 +254,3 @@ def test_file_loggers_write_into_the_run_folder(bert: Go, tmp_path: Path, logger
     else:
         assert list(folder.rglob("events.out.tfevents.*"))
     assert not list(folder.rglob("wandb"))
-
-
-def test_no_logger_writes_no_log(bert: Go, tmp_path: Path) -> None:
-    bert("trainer.max_steps=2", *QUICK)
-    assert sorted(entry.name for entry in (tmp_path / "bert").iterdir()) == ["checkpoints", "config.yaml", "guard.csv"]
-    kept = OmegaConf.load(tmp_path / "bert/config.yaml")
-    assert kept.trainer.max_steps == 2
-    assert "${" not in (tmp_path / "bert/config.yaml").read_text(), "the configuration is kept resolved"
-
-
-def test_a_run_folder_is_made_where_it_is_missing(compose: Any, tmp_path: Path) -> None:
-    """`run_dir=` on the command line is not Hydra's folder, so nobody has made it."""
-    folder = tmp_path / "not" / "there"
-    run(
-        compose(
-            "recipe=image_classification", "logger=none", f"run_dir={folder}", "trainer.max_steps=1", "export=false",
-        )
-    )  # fmt: skip
-    assert (folder / "config.yaml").is_file()

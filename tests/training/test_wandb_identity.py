@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import wandb
 
-from lion_lightning.tracking.runs import Run, find_runs, read_runs
+from lion_lightning.tracking.runs import Run, find_runs, read_file
 from lion_lightning.training.run import run
 
 SETTINGS = (
@@ -67,7 +67,7 @@ def test_online_a_run_without_a_checkpoint_starts_afresh(
 def test_offline_a_resumed_run_is_a_new_one_of_the_group(train: Callable[..., float], tmp_path: Path) -> None:
     for steps in (2, 4):
         train(tmp_path, steps, "logger.mode=offline", "schedule=constant", "guard.warmup_steps=1", "resume=auto")
-    runs = [seen for seen in read_runs(find_runs(tmp_path)) if isinstance(seen, Run)]
+    runs = [seen for seen in map(read_file, find_runs(tmp_path)) if isinstance(seen, Run)]
     assert len({seen.id for seen in runs}) == len(runs) == 2
     assert {seen.group for seen in runs} == {"g"}
     assert not (tmp_path / "wandb_run_id").exists()

@@ -41,7 +41,7 @@ _OPTIMIZERS, _SCHEDULES = "optimizer_states", "lr_schedulers"  # Lightning resto
 class RunCheckpoint(Checkpoint):
     """Saves a run as `step-000001200.ckpt`, with `last.ckpt` and `best.ckpt` as further names of such files.
 
-    Saves after every validation, every so many steps and minutes, and when a signal ends the run. A callback of the
+    Saves after every validation, at intervals of steps and minutes, and when a signal ends the run. A callback of the
     Trainer whose method `is_healthy() -> bool` returns False keeps the run from being saved.
 
     Args:
@@ -49,8 +49,8 @@ class RunCheckpoint(Checkpoint):
         monitor: the metric that decides which one is best; None for no `best.ckpt`.
         mode: whether less (`min`) or more (`max`) of it is better.
         every_n_steps: optimizer steps between saves; None for only after validation.
-        every_minutes: at most so long without a save; None for no limit.
-        keep: so many of the latest step files stay.
+        every_minutes: longest time without a save; None for no limit.
+        keep: how many of the latest step files are kept.
         stop: checked after every step and every validation batch.
         facts: plain values that a resumed run must have again, kept in each checkpoint.
 

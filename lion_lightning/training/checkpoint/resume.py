@@ -124,9 +124,8 @@ def expect_validation(checkpoint: dict[str, Any]) -> None:
 
 def convert_loop_counters(checkpoint: dict[str, Any], before: int | None, now: int) -> None:
     """Convert the loop counters to micro-batches of the resumed run, which may accumulate another number of them."""
-    if before in (None, now):
+    if before is None or before == now:
         return
-    assert before is not None
     state = checkpoint["loops"]["fit_loop"][_BATCHES]
     for counts in (state["total"], state["current"]):
         unfinished = counts["processed"] - counts["completed"]

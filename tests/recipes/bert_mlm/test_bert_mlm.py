@@ -12,9 +12,11 @@ from lion_lightning.hyperparams import cosine
 from lion_lightning.optim import Lion
 from lion_lightning.recipes.bert_mlm.data import TextBlocks
 from lion_lightning.recipes.bert_mlm.masking import Masking
+from lion_lightning.recipes.bert_mlm.model import hidden_logits
 from lion_lightning.recipes.bert_mlm.module import VALIDATION, VALIDATION_SEED, BertMLM
 from lion_lightning.recipes.image_classification.data import ImageArrays
 from lion_lightning.recipes.image_classification.sources import Digits
+from lion_lightning.recipes.text.tokenizer import starts_word
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,9 @@ def test_scores_of_hidden_tokens_are_those_of_the_whole_model(module: BertMLM, d
     whole = module.model(input_ids=masked.input_ids).logits
     rows = masked.positions.unsqueeze(-1).expand(-1, -1, whole.shape[-1])
     expected = whole.gather(1, rows).flatten(0, 1)
-    assert module.hidden_logits(masked).shape == expected.shape == (4 * round(0.15 * LENGTH), len(data.ready.tokenizer))
-    torch.testing.assert_close(module.hidden_logits(masked), expected, rtol=1e-4, atol=1e-5)
+    found = hidden_logits(module.model, masked.input_ids, masked.positions, None)
+    assert found.shape == expected.shape == (4 * round(0.15 * LENGTH), len(data.ready.tokenizer))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_training_loss_is_the_cross_entropy_of_the_whole_model(module: BertMLM, data: TextBlocks) -> None:
@@ -86,7 +89,7 @@ def test_training_masks_follow_the_seed_the_sample_and_the_rate(data: TextBlocks
 
 def test_whole_words_are_hidden_in_training_and_tokens_in_validation(data: TextBlocks) -> None:
     module, batch = build(data, unit="word", rate=0.3), batch_of(data, 16)
-    starts = data.starts_word()[batch["input_ids"]]
+    starts = starts_word(data.ready.tokenizer)[batch["input_ids"]]
     word = starts.cumsum(1)
     for masking, cut in ((module.masking, False), (VALIDATION, True)):
         masked = module._mask(batch, masking, seed=1)

@@ -36,7 +36,7 @@ def test_loss_and_gradients_are_torchs_to_the_last_bit(
     head, targets = problem(rows, vocabulary)
     expected = cross_entropy(linear(*head).to(dtype).float(), targets, ignore_index=IGNORED)
     gradients = torch.autograd.grad(expected * share, head)
-    found = mean_cross_entropy(linear(*head).to(dtype).float(), targets, IGNORED)
+    found = mean_cross_entropy(linear(*head).to(dtype).float(), targets)
     assert torch.equal(found, expected)
     assert all(map(torch.equal, torch.autograd.grad(found * share, head), gradients))
 
@@ -46,7 +46,7 @@ def test_the_loss_of_each_row_is_torchs_to_the_last_bit(rows: int, vocabulary: i
     head, targets = problem(rows, vocabulary)
     logits = linear(*head).detach()
     kept, before = targets != IGNORED, logits.clone()
-    found = row_cross_entropy(logits, targets, IGNORED)
+    found = row_cross_entropy(logits, targets)
     assert torch.equal(found[kept], cross_entropy(logits[kept], targets[kept], reduction="none"))
     assert not found[~kept].any()
     assert torch.equal(logits, before), "the scores are still needed, for the accuracy"
@@ -57,7 +57,7 @@ def test_the_memory_of_the_scores_is_used_for_the_gradient() -> None:
     logits = linear(*head)
     place, gradients = logits.data_ptr(), []
     logits.register_hook(lambda gradient: gradients.append(gradient.data_ptr()))
-    mean_cross_entropy(logits, targets, IGNORED).backward()
+    mean_cross_entropy(logits, targets).backward()
     assert gradients == [place]
 
 
@@ -65,13 +65,13 @@ def test_scores_that_are_a_view_are_left_alone() -> None:
     head, targets = problem(50, 33)
     logits = linear(*head)
     before = logits.detach().clone()
-    mean_cross_entropy(logits[:, :], targets, IGNORED).backward()
+    mean_cross_entropy(logits[:, :], targets).backward()
     assert torch.equal(logits, before)
 
 
 def test_a_second_backward_pass_is_an_error_and_no_wrong_gradient() -> None:
     head, targets = problem(50, 33)
-    found = mean_cross_entropy(linear(*head), targets, IGNORED)
+    found = mean_cross_entropy(linear(*head), targets)
     found.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         found.backward()
@@ -81,4 +81,4 @@ def test_scores_that_are_not_a_numbers_row_make_the_loss_so() -> None:
     head, targets = problem(50, 33)
     logits = linear(*head)
     logits.data[5, 0] = float("nan")
-    assert mean_cross_entropy(logits, targets, IGNORED).isnan()
+    assert mean_cross_entropy(logits, targets).isnan()

@@ -103,7 +103,7 @@ def pools_text(data: StreamedText, pool: int) -> Iterator[np.ndarray]:
     pools = data._pools(0)
     for document in pools._documents(pool):
         tokens = data.ready.tokenizer(document, add_special_tokens=False).input_ids
-        yield np.array([*tokens, pools.separator])
+        yield np.array([*tokens, data.ready.tokenizer.sep_token_id])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

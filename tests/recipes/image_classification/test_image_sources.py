@@ -97,9 +97,11 @@ def test_a_file_is_no_validation_set_for_the_first_letters_of_its_name(tmp_path:
     assert (len(splits.train), len(splits.val)) == (12, 4)
 
 
-def test_one_parquet_file(tmp_path: Path) -> None:
-    hub_dataset(["cat", "dog", "owl", "cat"] * 5).to_parquet(tmp_path / "birds.parquet")
-    splits = load(tmp_path / "birds.parquet")
+@pytest.mark.parametrize("name", ["birds.parquet", ".birds.parquet", "metadata.parquet"])
+def test_one_parquet_file(tmp_path: Path, name: str) -> None:
+    """It is read whatever its name would mean in a folder."""
+    hub_dataset(["cat", "dog", "owl", "cat"] * 5).to_parquet(tmp_path / name)
+    splits = load(tmp_path / name)
     assert (len(splits.train), len(splits.val)) == (15, 5)
     assert colors_agree(splits.train, CLASSES)
     assert colors_agree(splits.val, CLASSES)

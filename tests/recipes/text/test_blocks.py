@@ -188,7 +188,7 @@ def test_too_little_text_says_so(tmp_path: Path) -> None:
 
 
 class Endless(Listed):
-    """Stops for good after so many documents, as a machine does that is about to be killed."""
+    """Stops for good after this many documents, as a machine does that is about to be killed."""
 
     def __init__(self, documents: list[str], stop: int) -> None:
         super().__init__(documents)

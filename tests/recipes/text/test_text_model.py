@@ -108,11 +108,11 @@ def test_a_copy_of_a_compiled_module_computes_with_its_own_weights(blocks: TextB
     assert module.training_step(batch_of(blocks), 0).item() == pytest.approx(before)
 
 
-def test_a_compiled_run_ends_where_the_plain_one_does(compose: Any, prose: Any, tmp_path: Any) -> None:
+def test_a_compiled_run_ends_where_the_plain_one_does(compose: Any, short_prose: Any, tmp_path: Any) -> None:
     from lion_lightning.training.run import run
 
     small = [
-        "data=text_files", f"data.path={prose}", "data.sequence_length=16", "data.vocab_size=300", "logger=none",
+        "data=text_files", f"data.path={short_prose}", "data.sequence_length=16", "data.vocab_size=300", "logger=none",
         "data.batch_size=8", "data.val_fraction=0.3", "trainer.max_steps=4", "model.config.num_hidden_layers=1",
         "export=true",
     ]  # fmt: skip
