@@ -98,17 +98,18 @@ def inspect(optimizer: Optimizer, run: RunSettings) -> list[Symptom]:
 
 @torch.no_grad()
 def turnover(optimizer: Optimizer) -> float:
-    """Mean of lr * sqrt(fan_in) / RMS(p) over the elements of all matrices; 0 if there are none.
+    """Mean of lr * sqrt(fan_in) / RMS(p) over the elements of all two-dimensional matrices; 0 if there are none.
 
     A sign step along an input changes a layer's output by lr * fan_in * RMS(x), and the output itself is about
     sqrt(fan_in) * RMS(p) * RMS(x): so this is the largest relative change that one step can make. It takes the width
-    into account, where lr / RMS(p) (the alpha_0 of Amos, arXiv:2210.11693) does not.
+    into account, where lr / RMS(p) (the alpha_0 of Amos, arXiv:2210.11693) does not. Convolutions are left out: a norm
+    usually follows, so their size is free; the best rate of a search was at 4 (docs/experiments.md#cifar10).
     """
     parts, elements = 0.0, 0
     for lr, param in _matrices(optimizer):
         scale = _rms(param)
-        if scale > 0:  # a layer that starts at zero has no scale yet
-            parts += param.numel() * lr * math.sqrt(param.shape[1:].numel()) / scale
+        if scale > 0 and param.ndim == 2:  # a layer that starts at zero has no scale yet
+            parts += param.numel() * lr * math.sqrt(param.shape[1]) / scale
             elements += param.numel()
     return parts / elements if elements else 0.0
 

@@ -117,6 +117,12 @@ def test_a_schedule_that_has_begun_does_not_hide_the_peak():
     assert "lr" in found(optimizer)
 
 
+def test_a_rate_that_suits_a_convolutional_net_is_not_advised_against():
+    net = nn.Sequential(nn.Conv2d(256, 256, 3), nn.BatchNorm2d(256), nn.Flatten(), nn.Linear(256, 10))
+    assert "lr" not in found(Lion(net.parameters(), lr=2e-3))
+    assert "far too high" in found(Lion(net.parameters(), lr=0.1))["lr"]
+
+
 def test_matrices_that_start_at_zero_and_vectors_have_no_say():
     zeros = [nn.Parameter(torch.zeros(8, 8)), nn.Parameter(torch.zeros(8))]
     assert turnover(Lion(zeros, lr=1e-3)) == 0
