@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 
 import hydra
@@ -66,6 +67,11 @@ def composed_by_hydra(*overrides: str) -> DictConfig:
         return hydra.compose("train", overrides=list(overrides))
 
 
+def is_choice(override: Override) -> bool:
+    """Whether an override is a setting or chooses a file, and so may stand before or after a setting."""
+    return is_setting(override) or (override.type == OverrideType.CHANGE and isinstance(override.value(), str))
+
+
 def is_setting(override: Override) -> bool:
     """Whether an override changes a value of the files that the others have chosen, and no more."""
     is_change = override.type == OverrideType.CHANGE and override.package is None and not override.is_sweep_override()
@@ -83,6 +89,8 @@ def compose() -> Compose:
     def composed(*overrides: str) -> DictConfig:
         try:
             parsed = OverridesParser.create().parse_overrides(list(overrides))
+            if any(is_setting(one) and not is_choice(other) for one, other in combinations(parsed, 2)):
+                return copy.deepcopy(composed_by_hydra(*overrides))  # their order matters
             chosen = [override.input_line for override in parsed if not is_setting(override)]
             cfg = copy.deepcopy(composed_by_hydra(*chosen))
             for override in filter(is_setting, parsed):

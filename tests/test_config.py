@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +65,9 @@ def test_the_groups_are_filled() -> None:
     ["recipe=image_classification", "optim=adamw", "run_dir=/tmp/a b", "optim.betas=[0.9,0.95]", "trainer.max_steps=7"],
     ["recipe=bert_mlm", "~tuned", "optim={lr: 3}", "+optim.new=1", "input='a [b].txt'", "data.seed=5", "seed=7"],
     ["data=mixture", "data.sources=[{path: a, weight: 3},{path: b}]"],
+    ["optim.lr=5", "optim={lr: 3}"],
+    ["optim.lr=5", "optim=sgd"],
+    ["~tuned", "seed=3", "+optim.new=1", "optim.new=2"],
 ])  # fmt: skip
 def test_the_fixture_composes_as_hydra_does(compose: Compose, overrides: list[str]) -> None:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
@@ -95,14 +97,24 @@ def test_every_recipe_with_every_optimizer_and_schedule(compose: Compose, recipe
         tuned = yaml_of(CONF / "tuned" / f"{pair}.yaml")["optim"] if pair in TUNED else {}
         assert composed["optim"] == {**written, **tuned}
         assert not tuned or compose(*chosen, "optim.lr=7").optim.lr == 7
-        if optim == "stable_adamw" and find_spec("optimi") is None:
-            continue
+        if optim == "stable_adamw":
+            continue  # see below
         optimizer = instantiate(cfg.optim)(parameter_groups(torch.nn.Linear(4, 3), weight_decay=0.1))
         assert isinstance(optimizer, torch.optim.Optimizer)
         assert optimizer.param_groups[0]["lr"] == cfg.optim.get("lr", optimizer.param_groups[0]["lr"])
         factor = instantiate(cfg.schedule)(100)
         assert factor(0) == pytest.approx(1.0)
         assert factor(100) == pytest.approx(cfg.schedule.get("final", 1.0), abs=1e-6)
+
+
+def test_stable_adamw_is_built(compose: Compose) -> None:
+    pytest.importorskip("optimi")
+    import torch
+
+    from lion_lightning.training.build import instantiate
+
+    optimizer = instantiate(compose("optim=stable_adamw", "run_dir=out").optim)(torch.nn.Linear(4, 3).parameters())
+    assert isinstance(optimizer, torch.optim.Optimizer)
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)

@@ -23,6 +23,9 @@ STEP_LIMIT, TRIAL_STEP_LIMIT = 1.0, 2.0
 """Largest lr * sqrt(fan_in) / RMS(p): how much of a layer's output one step of Lion may turn over (see `turnover`).
 
 In runs of 300 steps the best of 16 rates was at 1.5, and nothing above 2.5 was near it (docs/guard.md)."""
+CONVOLUTION_STEP_LIMIT = 20.0
+"""The same for convolutions, whose size is free where a norm follows: the best rate of a search was at 4.3
+(docs/experiments.md#cifar10)."""
 FAR_TOO_HIGH = 5.0
 ADAMW_LR, ADAMW_DECAY = 1e-3, 0.1
 """A Lion with at least this rate and at most this decay has AdamW's numbers."""
@@ -97,19 +100,22 @@ def inspect(optimizer: Optimizer, run: RunSettings) -> list[Symptom]:
 
 
 @torch.no_grad()
-def turnover(optimizer: Optimizer) -> float:
-    """Mean of lr * sqrt(fan_in) / RMS(p) over the elements of all two-dimensional matrices; 0 if there are none.
+def turnover(optimizer: Optimizer, of_convolutions: bool = False) -> float:
+    """Mean of lr * sqrt(fan_in) / RMS(p) over the elements of all matrices; 0 if there are none.
 
     A sign step along an input changes a layer's output by lr * fan_in * RMS(x), and the output itself is about
     sqrt(fan_in) * RMS(p) * RMS(x): so this is the largest relative change that one step can make. It takes the width
-    into account, where lr / RMS(p) (the alpha_0 of Amos, arXiv:2210.11693) does not. Convolutions are left out: a norm
-    usually follows, so their size is free; the best rate of a search was at 4 (docs/experiments.md#cifar10).
+    into account, where lr / RMS(p) (the alpha_0 of Amos, arXiv:2210.11693) does not.
+
+    Args:
+        optimizer: with the weights that training starts from.
+        of_convolutions: whether the mean is over parameters with more than two dimensions instead.
     """
     parts, elements = 0.0, 0
     for lr, param in _matrices(optimizer):
         scale = _rms(param)
-        if scale > 0 and param.ndim == 2:  # a layer that starts at zero has no scale yet
-            parts += param.numel() * lr * math.sqrt(param.shape[1]) / scale
+        if scale > 0 and (param.ndim > 2) == of_convolutions:  # a layer that starts at zero has no scale yet
+            parts += param.numel() * lr * math.sqrt(param.shape[1:].numel()) / scale
             elements += param.numel()
     return parts / elements if elements else 0.0
 
@@ -119,6 +125,8 @@ def _lr(optimizer: Optimizer, run: RunSettings) -> str | None:
         return "lr=0: no weight will move; set a rate above 0"
     value = turnover(optimizer)
     limit = TRIAL_STEP_LIMIT if run.total_steps <= SHORT_RUN_STEPS else STEP_LIMIT
+    if value <= limit:
+        value, limit = turnover(optimizer, of_convolutions=True), CONVOLUTION_STEP_LIMIT
     if value <= limit:
         return next((found for group in optimizer.param_groups if (found := _adamw_numbers(group))), None)
     lr = max(_peak(group) for group in optimizer.param_groups)

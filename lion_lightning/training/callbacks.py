@@ -5,6 +5,7 @@ from typing import Any
 
 import rich
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
@@ -149,7 +150,10 @@ class ReplicaCheck(Callback):
         self._step = step
         if trainer.world_size == 1 or not self.every_n_steps or step == before or step % self.every_n_steps:
             return
-        hashes = trainer.strategy.all_gather(replica_hash(trainer).view(1)).flatten().tolist()
+        mine = replica_hash(trainer).view(1)
+        gathered = [torch.empty_like(mine) for _ in range(trainer.world_size)]
+        dist.all_gather(gathered, mine)  # Lightning's own warns of a function of torch that is going away
+        hashes = torch.cat(gathered).tolist()
         if len(set(hashes)) > 1:
             usual = max(hashes, key=hashes.count)
             odd = ", ".join(str(rank) for rank, value in enumerate(hashes) if value != usual)

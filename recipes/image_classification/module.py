@@ -100,7 +100,7 @@ class ImageClassifier(LionMixin, LightningModule):
     def normalize(self, images: Tensor) -> Tensor:
         """Zero mean and unit deviation per channel, from images in [0, 1], in the model's dtype and channels last.
 
-        Convolutions keep that layout of their input; it is the faster one (docs/benchmarks/recipes_cpu.md).
+        Convolutions keep that layout of their input, which is faster on a CPU (docs/benchmarks/recipes_cpu.md#images).
         """
         return ((images - self.mean) / self.std).to(self.model.dtype, memory_format=torch.channels_last)
 

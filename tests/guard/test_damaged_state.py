@@ -116,16 +116,23 @@ def test_an_undamaged_state_goes_on(tmp_path, caplog, saved):
     assert "afresh" not in caplog.text
 
 
-# The same function takes the state over; one of each part of it.
+# The same function takes the state over; one of each part of it, and those that fail late.
 @pytest.mark.parametrize(
     "name",
     [
         "a list",
         "without policy",
+        "a warm-up that stops the run",
         "rules are a list",
+        "outliers of another shape",
         "unread readings in words",
+        "signs are a list",
         "losses in words",
+        "events of another shape",
+        "telemetry without names",
         "a snapshot without tensors",
+        "a snapshot with foreign rules",
+        "a trial without a snapshot",
     ],
 )
 def test_a_state_loaded_in_the_middle_of_a_run_that_does_not_fit_changes_nothing(tmp_path, caplog, saved, name):

@@ -16,6 +16,7 @@ from lion_lightning import Lion
 from lion_lightning.guard.lr_warmup import warmup_length
 from lion_lightning.guard.preflight import RunSettings, inspect, turnover
 from lion_lightning.hyperparams import from_adamw
+from lion_lightning.recipes.image_classification.airbench import AirbenchConfig, AirbenchForImageClassification
 from lion_lightning.training.build import build_data, build_module, effective_batch_size, instantiate, max_steps
 
 RECIPES = ("bert_mlm", "image_classification")
@@ -121,6 +122,15 @@ def test_a_rate_that_suits_a_convolutional_net_is_not_advised_against():
     net = nn.Sequential(nn.Conv2d(256, 256, 3), nn.BatchNorm2d(256), nn.Flatten(), nn.Linear(256, 10))
     assert "lr" not in found(Lion(net.parameters(), lr=2e-3))
     assert "far too high" in found(Lion(net.parameters(), lr=0.1))["lr"]
+    assert "far too high" in found(Lion(nn.Conv2d(256, 256, 3).parameters(), lr=0.1))["lr"]
+
+
+@pytest.mark.parametrize("optim", ["lion", "adamw"])
+def test_the_tuned_settings_of_a_convolutional_net_get_no_finding(compose, optim):
+    cfg = compose("recipe=cifar10_airbench", f"optim={optim}", "run_dir=out")
+    net = AirbenchForImageClassification(AirbenchConfig(num_labels=10))
+    run = RunSettings(total_steps=9_375, warmup_steps=1_875, batch_size=128)
+    assert found(instantiate(cfg.optim)(net.parameters()), run) == {}
 
 
 def test_matrices_that_start_at_zero_and_vectors_have_no_say():
