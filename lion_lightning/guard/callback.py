@@ -466,7 +466,7 @@ class LionGuard(Callback):
             self._restore(state_dict)
         elif not isinstance(state_dict, dict):
             report(f"LionGuard starts afresh: its state in the checkpoint is a {type(state_dict).__name__}.")
-        elif not isinstance(monitors := state_dict.get("monitors", state_dict.get("watches")), list) or monitors:
+        elif state_dict.get("monitors") != []:
             self._loaded = state_dict  # others were saved before training, as tuners do
 
     def _restore(self, state: dict[str, Any]) -> bool:
