@@ -1,7 +1,8 @@
 """The experiments of docs/experiments.md by name: `python scripts/experiments.py betas recipe=bert_mlm --seeds 1,2,3`.
 
 Every run is a process with a folder under outputs/experiments/, so a crash stops that run alone. A finished run is not
-repeated, an interrupted one resumes. At the end the runs are compared (lion-compare).
+repeated, an interrupted one resumes. At the end the runs are compared (lion-compare). `--choose-rate` chooses the
+learning rate of each variant first, with a seed and on a split of the training data that the comparison does not use.
 """
 
 import argparse
@@ -20,7 +21,9 @@ from omegaconf import DictConfig
 
 from lion_lightning.__main__ import composed
 from lion_lightning.commands import compare
+from lion_lightning.commands.tune import SEEDS
 from lion_lightning.errors import ConfigError
+from lion_lightning.tracking.compare import Goal
 from lion_lightning.tracking.runs import Run, find_runs, read_file
 
 EXIT_FAILED = 1
@@ -30,6 +33,7 @@ BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 REFERENCE_BATCH_SIZE = 64
 VALIDATIONS = 8
 WARM_UPS = (0.0, 0.03, 0.1, 0.3)  # shares of the run
+FACTORS, MOST_FACTORS = (1.0, 0.5, 2.0), 7  # of the learning rate, where it is chosen
 RATES = {"lion": (5e-4, 1e-3, 2e-3, 4e-3), "adamw": (1.5e-3, 3e-3, 6e-3, 1.2e-2)}
 Variants = dict[str, list[str]]
 
@@ -172,19 +176,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [name for name in options.only or () if name not in variants]:
         print(f"error: --only {unknown[0]}: no such variant; there are {', '.join(variants)}", file=sys.stderr)
         return EXIT_USAGE
-    runs = [
-        (run_dir := folder / f"{variant}-s{seed}",
-         ["train.py", *options.overrides, *own, f"seed={seed}", f"run_dir={run_dir}", "resume=auto"])
-        for seed in options.seeds
-        for variant, own in variants.items()
-        if options.only is None or variant in options.only
-    ]  # fmt: skip
-    if options.dry_run:
-        for _, command in runs:
-            print("python", shlex.join(command))
-        return 0
+    variants = {name: own for name, own in variants.items() if name in (options.only or variants)}
+    if options.dry_run and options.choose_rate:
+        print(f"# each with optim.lr times {', '.join(map(str, FACTORS))} first; then, at the best rate of each:")
     with ThreadPoolExecutor(options.jobs) as pool:
-        codes = pool.map(lambda run: train(run[0], run[1], 1 if options.jobs > 1 else None), runs)
+        if options.choose_rate and not options.dry_run:
+            rates = folder.with_name(f"{folder.name}-rates")
+            chosen = pool.map(lambda name: choose_rate(rates / name, variants[name], options), variants)
+            try:
+                variants = {name: variants[name] + more for name, more in zip(variants, chosen, strict=True)}
+            except ConfigError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return EXIT_FAILED
+        runs = [
+            (run_dir := folder / f"{variant}-s{seed}", command_of(options, own, seed, run_dir))
+            for seed in options.seeds
+            for variant, own in variants.items()
+        ]
+        if options.dry_run:
+            for _, command in runs:
+                print("python", shlex.join(command))
+            return 0
+        codes = pool.map(lambda run: train(*run, options.threads), runs)
         failed = [run_dir.name for (run_dir, _), code in zip(runs, codes, strict=True) if code]
     keys = {"--by": experiment.by, "--aside": experiment.aside}
     settings = [word for option, names in keys.items() if names for word in (option, ",".join(names))]
@@ -192,6 +205,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if failed:
         print(f"failed: {', '.join(failed)}; repeat the command to run them again", file=sys.stderr)
     return EXIT_FAILED if failed else code
+
+
+def command_of(options: argparse.Namespace, own: Sequence[str], seed: int, run_dir: Path) -> list[str]:
+    """The command line of a run, without the interpreter."""
+    return ["train.py", *options.overrides, *own, f"seed={seed}", f"run_dir={run_dir}", "resume=auto"]
+
+
+def choose_rate(folder: Path, own: list[str], options: argparse.Namespace) -> list[str]:
+    """The learning rate of a variant with the best result on `SearchSplit`, as overrides.
+
+    Half, once and twice the variant's rate are tried, and a further one while the best is the smallest or largest
+    tried. The decay is divided by what the rate is multiplied by: a weight forgets over the same share of the run.
+
+    Args:
+        folder: The runs' folders are beside it, and begin with its name.
+        own: The overrides of the variant.
+        options: Of the command line.
+
+    Raises:
+        ConfigError: a run failed, or none has a result.
+    """
+    cfg = _composed([*options.overrides, *own])
+    goal = Goal(cfg.recipe.monitor, cfg.recipe.mode)
+    found: dict[float, float] = {}
+    settings: dict[float, list[str]] = {}
+    wanted = list(FACTORS)
+    while wanted:
+        for factor in wanted:
+            run_dir = folder.with_name(f"{folder.name}-x{factor:g}")
+            settings[factor] = [f"optim.lr={cfg.optim.lr * factor:.4g}"]
+            if decay := cfg.optim.get("weight_decay"):
+                settings[factor] += [f"optim.weight_decay={decay / factor:.4g}"]
+            tried = [*own, *settings[factor], "callbacks=search_split", "export=false"]
+            if train(run_dir, command_of(options, tried, SEEDS[0], run_dir), options.threads):
+                raise ConfigError(f"{run_dir}: the run failed; repeat the command to run it again")
+            runs = [run for run in map(read_file, find_runs(run_dir)) if isinstance(run, Run)]
+            diverged = any(run.exit_code == EXIT_OF_THE_GUARD for run in runs)
+            values = [] if diverged else [value for run in runs for value in run.curve(goal.metric)[1]]
+            found[factor] = goal.best(values)
+            print(f"{run_dir.name}: {' '.join(settings[factor])}: {goal.metric} {found[factor]:.4f}", flush=True)
+        best = next((factor for factor, value in found.items() if value == goal.best(found.values())), None)
+        if best is None:
+            raise ConfigError(f"{folder}: no learning rate of {len(found)} has a result; all diverged")
+        further = {min(found): best / 2, max(found): best * 2}
+        wanted = [further[best]] if best in further and len(found) < MOST_FACTORS else []
+    return settings[best]
 
 
 def train(run_dir: Path, command: list[str], threads: int | None) -> int:
@@ -239,8 +298,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("outputs/experiments"), help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder of the comparison (default: beside the runs)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; more than 1: one thread each (default: 1)")
+    parser.add_argument("--choose-rate", action="store_true", help="choose each variant's learning rate first")
     parser.add_argument("--dry-run", action="store_true", help="print the commands of the runs and exit")
-    return parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    options.threads = 1 if options.jobs > 1 else None
+    return options
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ outwards while the best trial lies near them, and the last trials look beyond a 
 value tried. A trial is a run of full length on each seed. It ends early if, after 40 % of the run, a validation is
 worse than the median of the trials before it, or if its first seed ends worse than that median. Validation is on a
 twentieth of the training data (`SearchSplit`), and not on the data that a comparison uses. Trials are stored in an
-SQLite file, so an interrupted search continues. The winner goes to conf/tuned/<recipe>_<optim>.yaml with the evidence.
+SQLite file, so an interrupted search continues, with a CSV file of them beside it. The winner goes to
+conf/tuned/<recipe>_<optim>.yaml with the evidence.
 `--heat-map` trains a grid of learning rate and decay with the winner's other settings instead, and draws it.
 """
 
@@ -26,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import optuna
 import yaml
 from filelock import FileLock
@@ -34,14 +34,11 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from optuna.trial import TrialState
-from torch.utils.data import Dataset
 
 from lion_lightning.__main__ import CONFIG_FOLDER, composed, report_error
 from lion_lightning.command_line import add_config_dir, command_name, search_path, take_trusted, trusted
-from lion_lightning.commands.tune_report import draw_heat_map, flatness, tuned_file
+from lion_lightning.commands.tune_report import draw_heat_map, flatness, tuned_file, write_trials
 from lion_lightning.commands.tune_spaces import SPACES, Space, settings_of, short, space_around, untried
-from lion_lightning.errors import ConfigError
-from lion_lightning.recipes.bert_mlm.data import BlockDataset, TextBlocks
 from lion_lightning.tracking.compare import Mode
 from lion_lightning.tracking.report import relative
 
@@ -53,7 +50,6 @@ RANDOM_TRIALS = 8  # before TPE starts to choose
 WHOLE_TRIALS = 4  # before a trial can be ended early
 EDGE_SHARE = 0.25  # of the trials, the last ones, which look beyond a winner at the edge of what was tried
 FIRST_RUNG = 0.4  # share of the run; as long as the longest warm-up of the spaces
-HELD_OUT_EVERY, NEIGHBOURS = 20, 50
 SEEDS = (101, 102)  # comparisons take 1, 2, 3, ...
 Run = Callable[[DictConfig, Sequence[pl.Callback]], float]
 
@@ -82,51 +78,15 @@ class Search:
         return " ".join((kind, self.recipe, self.optim, *sorted(self.overrides), f"seeds={list(self.seeds)}"))
 
     @property
+    def table(self) -> Path:
+        """The CSV file with a row for each trial, beside the storage."""
+        name = f"{self.recipe}_{self.optim}{'_heat_map' * self.heat_map}.csv"
+        return Path(self.storage.removeprefix(SQLITE)).with_name(name)
+
+    @property
     def wanted(self) -> int:
         """Trials of the whole search."""
         return len(self.space.grid()) if self.heat_map else self.trials
-
-
-class Picked(Dataset):
-    """Some samples of a recipe's data set.
-
-    Args:
-        whole: Takes lists of (position in the run, index).
-        indices: int64 (samples,) of those in this one.
-    """
-
-    def __init__(self, whole: Any, indices: np.ndarray) -> None:
-        self.whole, self.indices = whole, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitems__(self, pairs: list[tuple[int, int]]) -> Any:
-        return self.whole.__getitems__([(position, int(self.indices[index])) for position, index in pairs])
-
-
-class SearchSplit(pl.Callback):
-    """Trains on 19 of 20 training samples and validates on the others; the validation set is left to comparisons.
-
-    Blocks of text are held out in rows of `NEIGHBOURS`, since a block shares its document with those beside it.
-    """
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        count = len(data.train_set)
-        is_text = isinstance(data, TextBlocks)
-        groups = np.arange(count) // (min(NEIGHBOURS, max(1, count // HELD_OUT_EVERY)) if is_text else 1)
-        is_held = groups % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        if is_text:
-            if len(data.ready.rows) > 1:
-                raise ConfigError("lion-tune searches on one source of text; data.sources has several")
-            train = data.ready.train
-            kept = train[~is_held]
-            data.blocks = replace(data.ready, train=kept, val=train[is_held], rows=(len(kept),))
-            data.train_set, data.val_set = BlockDataset(data.blocks.train), BlockDataset(data.blocks.val)
-        else:
-            whole = data.train_set
-            data.train_set, data.val_set = (Picked(whole, np.flatnonzero(part)) for part in (~is_held, is_held))
 
 
 class Rungs(pl.Callback):
@@ -188,6 +148,7 @@ def explore(search: Search, run: Run) -> optuna.Study:
         last = study.trials[-1]
         result = f"{last.value:.4f}{' when it was ended early' if last.state == TrialState.PRUNED else ''}"
         print(f"{search.optim} {done + 1}/{search.wanted}: {result} with {_words(last.params)}", flush=True)
+        write_trials(finished(study), search.table)
     return study
 
 
@@ -285,6 +246,7 @@ def _value(
 def train(cfg: DictConfig, callbacks: Sequence[pl.Callback]) -> float:
     """One real run without output."""
     from lion_lightning.training.run import run
+    from lion_lightning.training.search_split import SearchSplit
 
     with contextlib.redirect_stdout(io.StringIO()):
         return run(cfg, [SearchSplit(), *callbacks])

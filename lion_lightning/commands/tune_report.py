@@ -1,12 +1,14 @@
 """Results of tuning: a settings file with its evidence, and the heat map of learning rate and decay."""
 
+import csv
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from optuna.trial import FrozenTrial, TrialState
 
 from lion_lightning.commands.tune_spaces import WARM_UP, rounded, settings_of
 from lion_lightning.tracking.compare import Mode
@@ -44,6 +46,17 @@ def tuned_file(params: Mapping[str, Any], max_steps: int, evidence: str) -> str:
     if WARM_UP in params:
         lines += ["guard:", f"  warmup_steps: {rounded(params)[WARM_UP]}".ljust(26) + "# share of the run"]
     return "\n".join(lines) + "\n"
+
+
+def write_trials(trials: Sequence[FrozenTrial], file: Path) -> None:
+    """A CSV file with a row for each trial: its number, its value, whether it was ended early, and its settings."""
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
+    rows = (
+        [trial.number, trial.value, trial.state == TrialState.PRUNED, *(trial.params.get(key) for key in keys)]
+        for trial in trials
+    )
+    with file.open("w", encoding="utf-8", newline="") as out:
+        csv.writer(out).writerows([["trial", "value", "ended_early", *keys], *rows])
 
 
 def flatness(cells: Cells, mode: Mode) -> tuple[float, float]:

@@ -50,6 +50,7 @@ ALLOWED_MODULES = (
     "lion_lightning.guard.rules.",
     "lion_lightning.tracking.wandb.",
     "lion_lightning.training.callbacks.",
+    "lion_lightning.training.search_split.",
     "lion_lightning.recipes.",
     "torch.optim.",
     "torch.nn.",

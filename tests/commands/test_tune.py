@@ -1,6 +1,7 @@
 """lion-tune on a made-up loss: equal budgets, searches that go on, winners that compose, an honest map."""
 
 import contextlib
+import csv
 import math
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from lion_lightning.commands.tune_report import draw_heat_map, flatness, tuned_f
 from lion_lightning.commands.tune_spaces import SPACES, Range, settings_of
 from lion_lightning.guard.callback import TrainingStopped
 from lion_lightning.training.build import build_data
+from lion_lightning.training.search_split import SearchSplit
 from tests.processes import run_together
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -296,6 +298,12 @@ def test_the_second_seed_is_for_the_better_half(tmp_path: Path) -> None:
     whole = len(second)  # each has run the second seed
     told = " ".join((tmp_path / "image_classification_lion.yaml").read_text().replace("#", "").split())
     assert f" {24 - whole} ended early" in told
+    with (tmp_path / "image_classification_lion.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["trial"]) for row in rows] == list(range(24))
+    assert {float(row["optim.lr"]) for row in rows} == first
+    assert sum(row["ended_early"] == "True" for row in rows) == 24 - whole
+    assert max(float(row["value"]) for row in rows) == -abs(math.log10(best / 1e-3))
 
 
 class Trial:
@@ -327,7 +335,7 @@ def test_a_search_validates_on_training_data_alone(recipe: str, tmp_path: Path) 
     pairs = [(index, index) for index in range(len(whole))]  # type: ignore[arg-type]
     key = "pixels" if recipe == "image_classification" else "input_ids"
     before = whole.__getitems__(pairs)[key]  # type: ignore[attr-defined]
-    tune.SearchSplit().setup(SimpleNamespace(datamodule=data), None, "fit")  # type: ignore[arg-type]
+    SearchSplit().setup(SimpleNamespace(datamodule=data), None, "fit")  # type: ignore[arg-type]
     parts = [
         part.__getitems__(pairs[: len(part)])[key]  # type: ignore[arg-type, attr-defined]
         for part in (data.train_set, data.val_set)

@@ -1,5 +1,6 @@
 """The experiments by name: each run's command composes, what is done is not run again, a crash stops one run alone."""
 
+import math
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from lion_lightning.tracking.runs import read_run
 from lion_lightning.tracking.wandb import RunLogger
 from scripts import experiments
 from scripts.experiments import EXPERIMENTS, main
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ("bert_mlm", "image_classification")
+BEST_RATE = 1e-3  # of the runs that `log_run` leaves
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -76,7 +79,7 @@ def log_run(command: list[str], code: int = 0) -> None:
     config = {"name": optim, "betas": settings.get("optim.betas")}
     recipe = {"monitor": "val/top1", "mode": "max"}
     logger.log_hyperparams({"optim": config, "seed": int(settings["seed"]), "recipe": recipe})
-    logger.log_metrics({"val/top1": 0.5}, step=0)
+    logger.log_metrics({"val/top1": 1 - abs(math.log2(float(settings.get("optim.lr", 1)) / BEST_RATE))}, step=0)
     logger.finish(code)
 
 
@@ -105,6 +108,69 @@ def test_what_is_done_is_not_run_again_and_a_crash_stops_one_run_alone(
     codes.clear()
     assert main(arguments) == 0
     assert ran[3:] == ["lion-95-98-s1"], "a finished run, and one that the guard ended, are results"
+
+
+@pytest.mark.parametrize("away", [1, 8, 0.5])
+def test_a_rate_is_chosen_on_another_seed_and_split_and_never_at_an_end(
+    away: float, monkeypatch: pytest.MonkeyPatch, compose: Any, tmp_path: Path
+) -> None:
+    commands: list[list[str]] = []
+
+    def process(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        commands.append(command)
+        code = 42 if "optim.lr=0.016" in command else 0
+        log_run(command, code)
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(experiments, "subprocess", SimpleNamespace(run=process))
+    given = ["recipe=image_classification", f"optim.lr={BEST_RATE * away:g}"]
+    arguments = ["optimizers", *given, "--only", "lion", "--seeds", "7", "--folder", str(tmp_path), "--choose-rate"]
+    assert main(arguments) == 0
+    *search, final = [dict(word.split("=", 1) for word in command if "=" in word) for command in commands]
+    decay = float(compose("recipe=image_classification", "optim=lion", "run_dir=x").optim.weight_decay)
+    rates = [float(one["optim.lr"]) for one in search]
+    assert min(rates) < BEST_RATE < max(rates), "the best is at an end of what was tried"
+    assert {(one["seed"], one["callbacks"]) for one in search} == {("101", "search_split")}
+    assert all(rate * float(one["optim.weight_decay"]) == pytest.approx(rates[0] * decay, rel=1e-3)
+               for rate, one in zip(rates, search, strict=True))  # fmt: skip
+    assert float(final["optim.lr"]) == BEST_RATE
+    assert (final["seed"], "callbacks" in final) == ("7", False)
+    assert main(arguments) == 0
+    assert len(commands) == len(search) + 1, "a finished run was repeated"
+
+
+def test_where_every_rate_diverges_or_a_run_fails_no_rate_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code = 42
+
+    def process(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        log_run(command, code)
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(experiments, "subprocess", SimpleNamespace(run=process))
+    arguments = ["optimizers", "recipe=bert_mlm", "--only", "lion", "--choose-rate", "--folder"]
+    assert main([*arguments, str(tmp_path / "a")]) == 1
+    assert "no learning rate of 3 has a result; all diverged" in capsys.readouterr().err
+    code = 1
+    assert main([*arguments, str(tmp_path / "b")]) == 1
+    assert "lion-x1: the run failed; repeat the command" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_rate_is_chosen_by_real_runs_on_training_data_alone(tmp_path: Path) -> None:
+    small = [
+        "trainer.max_steps=4",
+        "trainer.val_check_interval=2",
+        "data.limit_train_samples=256",
+        "logger.mode=offline",
+    ]
+    arguments = ["optimizers", "recipe=image_classification", *small, "--only", "lion", "--seeds", "7"]
+    assert main([*arguments, "--folder", str(tmp_path), "--choose-rate"]) == 0
+    runs = [read_run(folder) for folder in sorted((tmp_path / "optimizers-image_classification-rates").iterdir())]
+    assert len(runs) >= 3
+    assert {run.setting("seed") for run in runs} == {101}
+    assert all(run.setting("callbacks.search_split._target_").endswith("SearchSplit") for run in runs)
 
 
 def test_the_page_names_every_experiment() -> None:
