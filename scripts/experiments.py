@@ -30,7 +30,6 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_OF_THE_GUARD = 42  # a run that the guard ended is a result and is not repeated
 BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
-REFERENCE_BATCH_SIZE = 64
 VALIDATIONS = 8
 WARM_UPS = (0.0, 0.03, 0.1, 0.3)  # shares of the run
 FACTORS, MOST_FACTORS = (1.0, 0.5, 2.0), 7  # of the learning rate, where it is chosen
@@ -46,12 +45,14 @@ class Experiment:
         question: For the help text.
         variants: Takes the overrides of the command line and returns, by folder name, the overrides of each variant.
         by, aside: The options of `lion-compare`.
+        each_group: Whether the runs of each batch size or length are compared for themselves too.
     """
 
     question: str
     variants: Callable[[list[str]], Variants]
     by: tuple[str, ...] = ()
     aside: tuple[str, ...] = ()
+    each_group: bool = False
 
 
 def optimizers(overrides: list[str]) -> Variants:
@@ -78,20 +79,8 @@ def betas(overrides: list[str]) -> Variants:
     }
 
 
-def precision(overrides: list[str]) -> Variants:
-    """Pure bf16 with each value of `weight_bits`, against fp32."""
-    pure = ["trainer.precision=bf16-true"]
-    return {
-        "lion-fp32": ["optim=lion", "trainer.precision=32-true"],
-        "adamw-fp32": ["optim=adamw", "trainer.precision=32-true"],
-        **{f"lion-bf16-{bits}": ["optim=lion", *pure, f"optim.weight_bits={bits}"] for bits in (32, 24, 16)},
-        "lion-bf16-16-int8": ["optim=lion", *pure, "optim.weight_bits=16", "optim.momentum_dtype=int8"],
-        "adamw-bf16": ["optim=adamw", *pure],
-    }
-
-
 def batch_size(overrides: list[str]) -> Variants:
-    """Batches of 8 to 1,024 over the same number of samples; the learning rate scales with the root of the batch."""
+    """Batches of 8 to 1,024 over the same number of samples, with the settings translated from the recipe's batch."""
     usual = {optim: _composed([f"optim={optim}", *overrides]) for optim in ("lion", "adamw")}
     return {
         f"{optim}-{size}": [f"optim={optim}", *_of_batch_size(cfg, size)]
@@ -101,16 +90,21 @@ def batch_size(overrides: list[str]) -> Variants:
 
 
 def _of_batch_size(cfg: DictConfig, size: int) -> list[str]:
-    """Overrides for a batch of `size`; the root suits sign-like updates (Malladi et al., 2022, arXiv:2205.10287)."""
-    ratio = size / REFERENCE_BATCH_SIZE
-    samples = _max_steps(cfg) * cfg.data.batch_size
-    steps = max(VALIDATIONS, round(samples / size))
+    """Overrides for a batch of `size` in place of the configuration's.
+
+    The rate scales with the root of the batch, which suits sign-like updates (Malladi et al., 2022, arXiv:2205.10287).
+    Betas keep their half-lives in samples (Marek et al., 2025, arXiv:2507.07101), and the decay the share of the run
+    over which a weight forgets, 1 / (lr * decay) steps (Bergsma et al., 2025, arXiv:2505.13738).
+    """
+    ratio = size / cfg.data.batch_size
+    steps = max(VALIDATIONS, round(_max_steps(cfg) / ratio))
     return [
         f"data.batch_size={size}",
         f"trainer.max_steps={steps}",
         f"trainer.val_check_interval={max(1, steps // VALIDATIONS)}",
         f"optim.lr={cfg.optim.lr * math.sqrt(ratio):.4g}",
-        f"guard.warmup_steps={round(0.1 * steps)}",
+        f"optim.betas=[{','.join(f'{beta**ratio:.6g}' for beta in cfg.optim.betas)}]",
+        f"optim.weight_decay={cfg.optim.weight_decay * math.sqrt(ratio):.4g}",
         "guard.min_batch_size=0",
     ]
 
@@ -152,13 +146,11 @@ EXPERIMENTS = {
         "does Lion need batches of 64 and more?",
         batch_size,
         by=("data.batch_size",),
-        aside=("trainer.max_steps", "trainer.val_check_interval", "optim.lr", "guard"),
+        aside=("trainer.max_steps", "trainer.val_check_interval", "optim", "guard"),
+        each_group=True,
     ),
     "betas": Experiment("(0.9, 0.99) against (0.95, 0.98)", betas),
     "warm_up": Experiment("how long a warm-up?", warm_up, by=("optim.lr", "guard.warmup_steps")),
-    "precision": Experiment(
-        "pure bf16 with 32, 24 and 16 bits kept, against fp32", precision, by=("trainer.precision",)
-    ),
 }
 
 
@@ -201,7 +193,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed = [run_dir.name for (run_dir, _), code in zip(runs, codes, strict=True) if code]
     keys = {"--by": experiment.by, "--aside": experiment.aside}
     settings = [word for option, names in keys.items() if names for word in (option, ",".join(names))]
-    code = compare.main([str(folder), *settings, "--output", str(options.output or folder / "comparison")])
+    output = options.output or folder / "comparison"
+    code = compare.main([str(folder), *settings, "--output", str(output)])
+    if experiment.each_group:
+        code = code or compare.main([str(folder), "--each-group", "--output", str(output / "each")])
     if failed:
         print(f"failed: {', '.join(failed)}; repeat the command to run them again", file=sys.stderr)
     return EXIT_FAILED if failed else code

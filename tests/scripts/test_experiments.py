@@ -35,14 +35,21 @@ def test_the_published_settings_are_those_of_the_source(compose: Any) -> None:
     assert (amos.lr, amos.weight_decay) == (4e-5, 0.015)
 
 
-def test_every_batch_size_sees_the_same_samples_at_a_rate_scaled_by_the_root(compose: Any) -> None:
-    variants = EXPERIMENTS["batch_size"].variants(["recipe=bert_mlm", "trainer.max_steps=512"])
+@pytest.mark.parametrize("optim", ["lion", "adamw"])
+def test_every_batch_size_sees_the_same_samples_with_its_settings_translated(compose: Any, optim: str) -> None:
+    given = ["recipe=bert_mlm", "trainer.max_steps=512"]
+    variants = EXPERIMENTS["batch_size"].variants(given)
     assert len(variants) == 16
-    base = compose("recipe=bert_mlm", "optim=lion", "run_dir=x").optim.lr
+    base = compose(*given, f"optim={optim}", "run_dir=x")
     for size in experiments.BATCH_SIZES:
-        cfg = compose("recipe=bert_mlm", "trainer.max_steps=512", *variants[f"lion-{size}"], "run_dir=x")
+        cfg = compose(*given, *variants[f"{optim}-{size}"], "run_dir=x")
         assert cfg.trainer.max_steps * cfg.data.batch_size == 512 * 64
-        assert cfg.optim.lr == pytest.approx(base * (size / 64) ** 0.5, rel=1e-3)
+        assert cfg.optim.lr == pytest.approx(base.optim.lr * (size / 64) ** 0.5, rel=1e-3)
+        for beta, usual in zip(cfg.optim.betas, base.optim.betas, strict=True):
+            assert math.log(beta) / size == pytest.approx(math.log(usual) / 64, rel=1e-3), "the half-life in samples"
+        share, usual_share = (one.optim.lr * one.optim.weight_decay * one.trainer.max_steps for one in (cfg, base))
+        assert share == pytest.approx(usual_share, rel=1e-3), "what a weight forgets over the run"
+        assert cfg.guard.warmup_steps == base.guard.warmup_steps < 1, "a share of the run"
         assert cfg.trainer.val_check_interval <= cfg.trainer.max_steps
 
 
