@@ -29,6 +29,7 @@ from lion_lightning.tracking.runs import Run, find_runs, read_file
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_OF_THE_GUARD = 42  # a run that the guard ended is a result and is not repeated
+PASSES = (13, 4, 1)
 BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 VALIDATIONS = 8
 WARM_UPS = (0.0, 0.03, 0.1, 0.3)  # shares of the run
@@ -45,7 +46,7 @@ class Experiment:
         question: For the help text.
         variants: Takes the overrides of the command line and returns, by folder name, the overrides of each variant.
         by, aside: The options of `lion-compare`.
-        each_group: Whether the runs of each batch size or length are compared for themselves too.
+        each_group: Whether the runs of each batch size or amount of data are compared for themselves too.
     """
 
     question: str
@@ -80,32 +81,49 @@ def betas(overrides: list[str]) -> Variants:
 
 
 def batch_size(overrides: list[str]) -> Variants:
-    """Batches of 8 to 1,024 over the same number of samples, with the settings translated from the recipe's batch."""
-    usual = {optim: _composed([f"optim={optim}", *overrides]) for optim in ("lion", "adamw")}
+    """Batches of 8 to 1,024 over the same number of samples."""
+    cfg = _composed(overrides)
+    samples = _max_steps(cfg) * cfg.data.batch_size
+    lengths = {size: max(VALIDATIONS, round(samples / size)) for size in BATCH_SIZES}
     return {
-        f"{optim}-{size}": [f"optim={optim}", *_of_batch_size(cfg, size)]
-        for optim, cfg in usual.items()
-        for size in BATCH_SIZES
+        f"{optim}-{size}": [
+            f"optim={optim}", f"data.batch_size={size}", f"trainer.max_steps={steps}",
+            f"trainer.val_check_interval={max(1, steps // VALIDATIONS)}", "guard.min_batch_size=0",
+            *_translated(optim, overrides, size, steps),
+        ]
+        for optim in ("lion", "adamw") for size, steps in lengths.items()
+    }  # fmt: skip
+
+
+def passes(overrides: list[str]) -> Variants:
+    """Thirteen, four and one passes over the data in the same steps: over its first samples, or all of them."""
+    cfg = _composed(overrides)
+    steps, size = _max_steps(cfg), cfg.data.batch_size
+    return {
+        f"{optim}-{count}": [
+            f"optim={optim}",
+            f"data.limit_train_samples={steps * size // count}",
+            *_translated(optim, overrides, size, steps),
+        ]
+        for count in PASSES
+        for optim in ("lion", "adamw")
     }
 
 
-def _of_batch_size(cfg: DictConfig, size: int) -> list[str]:
-    """Overrides for a batch of `size` in place of the configuration's.
+def _translated(optim: str, overrides: list[str], size: int, steps: int) -> list[str]:
+    """An optimizer's settings for batches of `size` and `steps` in place of the recipe's.
 
     The rate scales with the root of the batch, which suits sign-like updates (Malladi et al., 2022, arXiv:2205.10287).
     Betas keep their half-lives in samples (Marek et al., 2025, arXiv:2507.07101), and the decay the share of the run
     over which a weight forgets, 1 / (lr * decay) steps (Bergsma et al., 2025, arXiv:2505.13738).
     """
-    ratio = size / cfg.data.batch_size
-    steps = max(VALIDATIONS, round(_max_steps(cfg) / ratio))
+    usual = _composed([f"optim={optim}", *(word for word in overrides if word.startswith("recipe="))])
+    batches, length = size / usual.data.batch_size, steps / _max_steps(usual)
+    root = math.sqrt(batches)
     return [
-        f"data.batch_size={size}",
-        f"trainer.max_steps={steps}",
-        f"trainer.val_check_interval={max(1, steps // VALIDATIONS)}",
-        f"optim.lr={cfg.optim.lr * math.sqrt(ratio):.4g}",
-        f"optim.betas=[{','.join(f'{beta**ratio:.6g}' for beta in cfg.optim.betas)}]",
-        f"optim.weight_decay={cfg.optim.weight_decay * math.sqrt(ratio):.4g}",
-        "guard.min_batch_size=0",
+        f"optim.lr={usual.optim.lr * root:.4g}",
+        f"optim.betas=[{','.join(f'{beta**batches:.6g}' for beta in usual.optim.betas)}]",
+        f"optim.weight_decay={usual.optim.weight_decay / (root * length):.4g}",
     ]
 
 
@@ -146,8 +164,11 @@ EXPERIMENTS = {
         "does Lion need batches of 64 and more?",
         batch_size,
         by=("data.batch_size",),
-        aside=("trainer.max_steps", "trainer.val_check_interval", "optim", "guard"),
+        aside=("trainer.max_steps", "trainer.val_check_interval", "optim"),
         each_group=True,
+    ),
+    "passes": Experiment(
+        "who gains from repeated data?", passes, by=("data.limit_train_samples",), aside=("optim",), each_group=True
     ),
     "betas": Experiment("(0.9, 0.99) against (0.95, 0.98)", betas),
     "warm_up": Experiment("how long a warm-up?", warm_up, by=("optim.lr", "guard.warmup_steps")),

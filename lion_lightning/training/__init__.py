@@ -20,6 +20,7 @@ UNUSUAL = {
     "data.length_schedule": ((), "lengths-"),
     "data.batch_schedule": ((), "batches-"),
     "data.sources": ((), "sources-"),
+    "data.limit_train_samples": ((), "first-"),
 }
 
 

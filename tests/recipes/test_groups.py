@@ -25,6 +25,7 @@ def test_the_group_of_a_run_as_usual_is_recipe_data_model_and_budget(compose: An
         ("recipe.module.masking.unit=span", "-span"),
         ("data.length_schedule=[[0,32],[300,128]]", "-lengths-[[0, 32], [300, 128]]"),
         ("data.batch_schedule=[[0,16],[200,64]]", "-batches-[[0, 16], [200, 64]]"),
+        ("data.limit_train_samples=500", "-first-500"),
     ],
 )
 def test_what_is_not_as_usual_is_told_at_the_end(compose: Any, override: str, told: str) -> None:

@@ -40,7 +40,7 @@ def test_every_batch_size_sees_the_same_samples_with_its_settings_translated(com
     given = ["recipe=bert_mlm", "trainer.max_steps=512"]
     variants = EXPERIMENTS["batch_size"].variants(given)
     assert len(variants) == 16
-    base = compose(*given, f"optim={optim}", "run_dir=x")
+    base = compose("recipe=bert_mlm", f"optim={optim}", "run_dir=x")
     for size in experiments.BATCH_SIZES:
         cfg = compose(*given, *variants[f"{optim}-{size}"], "run_dir=x")
         assert cfg.trainer.max_steps * cfg.data.batch_size == 512 * 64
@@ -51,6 +51,21 @@ def test_every_batch_size_sees_the_same_samples_with_its_settings_translated(com
         assert share == pytest.approx(usual_share, rel=1e-3), "what a weight forgets over the run"
         assert cfg.guard.warmup_steps == base.guard.warmup_steps < 1, "a share of the run"
         assert cfg.trainer.val_check_interval <= cfg.trainer.max_steps
+
+
+def test_passes_are_over_parts_of_the_data_in_the_same_steps(compose: Any) -> None:
+    given = ["recipe=bert_mlm", "trainer.max_steps=2600", "data.batch_size=32"]
+    usual = compose("recipe=bert_mlm", "optim=lion", "run_dir=x")
+    for name, own in EXPERIMENTS["passes"].variants(given).items():
+        cfg = compose(*given, *own, "run_dir=x")
+        optim, count = name.split("-")
+        assert cfg.optim.name == optim
+        assert cfg.data.limit_train_samples * int(count) == 2600 * 32
+        assert (cfg.trainer.max_steps, cfg.data.batch_size) == (2600, 32)
+        if optim == "lion":
+            assert cfg.optim.lr == pytest.approx(usual.optim.lr * 0.5**0.5, rel=1e-3)
+            forgotten = (one.optim.lr * one.optim.weight_decay * one.trainer.max_steps for one in (cfg, usual))
+            assert next(forgotten) == pytest.approx(next(forgotten), rel=1e-3)
 
 
 def test_a_dry_run_prints_what_would_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -70,7 +85,7 @@ def test_some_variants_of_an_experiment_can_be_run_alone(capsys: pytest.CaptureF
     assert "--only lino: no such variant; there are lion, adamw" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["batch_size", "warm_up"])
+@pytest.mark.parametrize("name", ["batch_size", "passes", "warm_up"])
 def test_an_experiment_in_steps_refuses_a_length_in_passes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "recipe=cifar10", "--dry-run"]) == 2
     assert "trainer.max_epochs is 30; add trainer.max_epochs=null" in capsys.readouterr().err
