@@ -3,12 +3,12 @@
 Each optimizer gets the same number of trials, over its own ranges of learning rate, decay, warm-up and betas
 (`SPACES`), chosen by Optuna's TPE, after settings that were published where there are some; the ends of a range move
 outwards while the best trial lies near them, and the last trials look beyond a winner that is the largest or smallest
-value tried. A trial is a run of full length on each seed. It ends early if, after 40 % of the run, a validation is
-worse than the median of the trials before it, or if its first seed ends worse than that median. Validation is on a
-twentieth of the training data (`SearchSplit`), and not on the data that a comparison uses. Trials are stored in an
-SQLite file, so an interrupted search continues, with a CSV file of them beside it. The winner goes to
-conf/tuned/<recipe>_<optim>.yaml with the evidence.
-`--heat-map` trains a grid of learning rate and decay with the winner's other settings instead, and draws it.
+value tried, and at betas that no trial had. A trial is a run of full length on each seed. It ends early if, after 40 %
+of the run, a validation is worse than the median of the whole trials before it, or if its first seed ends worse than
+that median. Validation is on a twentieth of the training data (`SearchSplit`), and not on the data that a comparison
+uses. Trials are stored in an SQLite file, so an interrupted search continues, with a CSV file of them beside it. The
+winner goes to conf/tuned/<recipe>_<optim>.yaml with the evidence. `--heat-map` trains a grid of learning rate and decay
+with the winner's other settings instead, and draws it.
 """
 
 import argparse
@@ -48,7 +48,7 @@ IS_INSTALLED = CONFIG_FOLDER.parent == Path(__file__).resolve().parents[1]
 SQLITE = "sqlite:///"
 RANDOM_TRIALS = 8  # before TPE starts to choose
 WHOLE_TRIALS = 4  # before a trial can be ended early
-EDGE_SHARE = 0.25  # of the trials, the last ones, which look beyond a winner at the edge of what was tried
+EDGE_SHARE = 0.25  # of the trials, the last ones, which try what was missed around the winner
 FIRST_RUNG = 0.4  # share of the run; as long as the longest warm-up of the spaces
 SEEDS = (101, 102)  # comparisons take 1, 2, 3, ...
 Run = Callable[[DictConfig, Sequence[pl.Callback]], float]
@@ -180,20 +180,20 @@ def _search_on(search: Search, run: Run, mode: Mode) -> Callable[[optuna.Study, 
         # The seed depends on the number of finished trials, so that a continued study does not repeat its first draws.
         study.sampler = optuna.samplers.TPESampler(seed=1000 + done, n_startup_trials=RANDOM_TRIALS)
         study.pruner = optuna.pruners.MedianPruner(WHOLE_TRIALS, n_warmup_steps=first_rung - 1)
-        space, beyond = current_space(search, study)
+        space, missed = current_space(search, study)
         published = space.published_trial(cfg.trainer.max_steps)
         if published and published not in [trial.params for trial in finished(study)]:
             study.enqueue_trial(published)
-        elif beyond and done >= max(RANDOM_TRIALS, (1 - EDGE_SHARE) * search.wanted):
-            key, value = next(iter(beyond.items()))
+        elif missed and done >= max(RANDOM_TRIALS, (1 - EDGE_SHARE) * search.wanted):
+            key, value = next(iter(missed.items()))
             study.enqueue_trial({**study.best_params, key: value})
         study.optimize(lambda trial: _value_of_trial(run, search, space, trial, mode, cfg), n_trials=1)
 
     return step
 
 
-def current_space(search: Search, study: optuna.Study) -> tuple[Space, dict[str, float]]:
-    """The space around the best trial so far, and by key a value beyond it where it is the extreme of those tried."""
+def current_space(search: Search, study: optuna.Study) -> tuple[Space, dict[str, Any]]:
+    """The space around the best trial so far, and by key a value that was missed; see `untried`."""
     if not any(map(math.isfinite, whole_values(study))):
         return search.space, {}
     space = search.space.around(study.best_params)
@@ -312,8 +312,8 @@ def _evidence(search: Search, study: optuna.Study, cfg: DictConfig) -> str:
     seeds = f"seed{'s' if len(search.seeds) > 1 else ''} {', '.join(map(str, search.seeds))}"
     command = [*command_name().split(), f"recipe={search.recipe}", *search.overrides, "--optim", search.optim]
     command += ["--trials", str(search.trials), "--seeds", ",".join(map(str, search.seeds))]
-    space, beyond = current_space(search, study)
-    edges = f"the largest or smallest tried: {', '.join(map(short, beyond))}" if beyond else "no value is at an edge"
+    space, missed = current_space(search, study)
+    edges = f"at an edge of what was tried: {', '.join(map(short, missed))}" if missed else "no value is at an edge"
     return (
         f"{search.recipe}, {cfg.data.name}, {cfg.model.name}, batch {cfg.data.batch_size}, {cfg.trainer.max_steps} "
         f"steps, {seeds}, {datetime.date.today()}: {cfg.recipe.monitor} {study.best_value:.4f} on held-out training "

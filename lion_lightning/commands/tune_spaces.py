@@ -192,20 +192,23 @@ def settings_of(params: Mapping[str, Any], max_steps: int) -> dict[str, Any]:
     return settings
 
 
-def untried(best: Mapping[str, Any], tried: list[Mapping[str, Any]], space: Space) -> dict[str, float]:
-    """By key, a value beyond the best one on a side on which no trial lies: the winner may be at an edge.
+def untried(best: Mapping[str, Any], tried: list[Mapping[str, Any]], space: Space) -> dict[str, Any]:
+    """By key, a value that the search has missed: beyond the best one on a side on which no trial lies, or a choice.
 
     Args:
         best: The values of the best trial.
         tried: The values of all trials.
         space: The space of the search, around the best.
     """
-    beyond = {}
+    missed: dict[str, Any] = {}
     for key, span in space.ranges.items():
         step = (span.high / span.low) ** EDGE
         values = [params[key] for params in tried]
         if best[key] >= max(values) and best[key] < span.most:
-            beyond[key] = min(span.high, best[key] * step)
+            missed[key] = min(span.high, best[key] * step)
         elif best[key] <= min(values):
-            beyond[key] = max(span.low, best[key] / step)
-    return beyond
+            missed[key] = max(span.low, best[key] / step)
+    for key, choices in space.choices.items():
+        if left := [value for value in choices if value not in {params[key] for params in tried}]:
+            missed[key] = left[0]
+    return missed

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lion_lightning.commands import tune
 from lion_lightning.commands.tune_report import draw_heat_map, flatness, tuned_file
-from lion_lightning.commands.tune_spaces import SPACES, Range, settings_of
+from lion_lightning.commands.tune_spaces import SPACES, Range, settings_of, untried
 from lion_lightning.guard.callback import TrainingStopped
 from lion_lightning.training.build import build_data
 from lion_lightning.training.search_split import SearchSplit
@@ -273,7 +273,18 @@ def test_a_winner_at_an_edge_is_looked_beyond(tmp_path: Path) -> None:
     rates = [cfg.optim.lr for cfg in seen]
     assert min(rates) < SPACES["lion"].ranges["optim.lr"].low / 3, "the range did not move"
     text = " ".join((tmp_path / "image_classification_lion.yaml").read_text().replace("\n#", "").split())
-    assert "the largest or smallest tried: lr" in text
+    assert "at an edge of what was tried: lr" in text
+
+
+def test_a_choice_that_no_trial_had_is_tried_with_the_rest_of_the_winner() -> None:
+    space = SPACES["lion"]
+    best = {"optim.lr": 1e-3, "decay_time": 1.0, "warm_up": 0.1, "optim.betas": "[0.9,0.95]"}
+    around = [{**best, **change} for change in (
+        {key: span.low for key, span in space.ranges.items()}, {key: span.high for key, span in space.ranges.items()},
+    )]  # fmt: skip
+    assert untried(best, [best, *around], space) == {"optim.betas": "[0.9,0.9]"}
+    every = [{**best, "optim.betas": betas} for betas in space.choices["optim.betas"]]
+    assert untried(best, [*every, *around], space) == {}
 
 
 def test_a_winner_inside_is_said_to_be_inside(tmp_path: Path) -> None:
