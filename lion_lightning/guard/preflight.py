@@ -19,10 +19,11 @@ MIN_BATCH_SIZE = 64
 OnSmallBatch = Literal["warn", "accumulate", "error"]
 NOISE_HALF_LIFE_STEPS = 50.0
 
-STEP_LIMIT, TRIAL_STEP_LIMIT = 1.0, 2.0
+STEP_LIMIT, TRIAL_STEP_LIMIT = 1.0, 3.0
 """Largest lr * sqrt(fan_in) / RMS(p): how much of a layer's output one step of Lion may turn over (see `turnover`).
 
-In runs of 300 steps the best of 16 rates was at 1.5, and nothing above 2.5 was near it (docs/guard.md)."""
+In runs of 1,000 steps the best of 25 settings were at 2.7 and 1.5; in runs of 300 steps all at 3 were far behind those
+at 1.5 (docs/experiments.md)."""
 CONVOLUTION_STEP_LIMIT = 20.0
 """The same for convolutions, whose size is free where a norm follows: the best rate of a search was at 4.3
 (docs/experiments.md#cifar10)."""

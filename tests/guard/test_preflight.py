@@ -89,7 +89,7 @@ def test_a_trial_bears_a_higher_rate_than_a_run():
     assert "lr" in found(lion(lr=8e-4))
     assert "lr" in found(lion(lr=8e-4), replace(LONG, total_steps=1001))
     assert "lr" not in found(lion(lr=8e-4), trial)
-    assert "limit 2" in found(lion(lr=2e-3), trial)["lr"]
+    assert "limit 3" in found(lion(lr=3e-3), trial)["lr"]
 
 
 def test_a_rate_that_is_only_somewhat_too_high_is_called_one_of_adamw():
