@@ -1,4 +1,4 @@
-"""The experiments of docs/experiments.md by name: `python scripts/experiments.py betas recipe=bert_mlm --seeds 1,2,3`.
+"""The experiments of docs/experiments.md by name: `python scripts/experiments.py optimizers recipe=bert_mlm`.
 
 Every run is a process with a folder under outputs/experiments/, so a crash stops that run alone. A finished run is not
 repeated, an interrupted one resumes. At the end the runs are compared (lion-compare). `--choose-rate` chooses the
@@ -67,15 +67,6 @@ def published(overrides: list[str]) -> Variants:
         "lion-paper": ["optim=lion", "tuned=paper_base_language"],
         "lion-amos": ["optim=lion", "tuned=amos_bert_base"],
         "lion-tuned": ["optim=lion"],
-        "adamw": ["optim=adamw"],
-    }
-
-
-def betas(overrides: list[str]) -> Variants:
-    """Lion's two pairs of betas."""
-    return {
-        "lion-90-99": ["optim=lion", "optim.betas=[0.9,0.99]"],
-        "lion-95-98": ["optim=lion", "optim.betas=[0.95,0.98]"],
         "adamw": ["optim=adamw"],
     }
 
@@ -170,7 +161,6 @@ EXPERIMENTS = {
     "passes": Experiment(
         "who gains from repeated data?", passes, by=("data.limit_train_samples",), aside=("optim",), each_group=True
     ),
-    "betas": Experiment("(0.9, 0.99) against (0.95, 0.98)", betas),
     "warm_up": Experiment("how long a warm-up?", warm_up, by=("optim.lr", "guard.warmup_steps")),
 }
 

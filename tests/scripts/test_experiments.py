@@ -69,11 +69,11 @@ def test_passes_are_over_parts_of_the_data_in_the_same_steps(compose: Any) -> No
 
 
 def test_a_dry_run_prints_what_would_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["betas", "recipe=bert_mlm", "--seeds", "7,8", "--dry-run", "--folder", str(tmp_path)]) == 0
+    assert main(["published", "recipe=bert_mlm", "--seeds", "7,8", "--dry-run", "--folder", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 8
     assert all(line.startswith("python train.py recipe=bert_mlm optim=") for line in lines)
-    assert sum("seed=7" in line for line in lines) == 3
+    assert sum("seed=7" in line for line in lines) == 4
 
 
 def test_some_variants_of_an_experiment_can_be_run_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def log_run(command: list[str], code: int = 0) -> None:
     logger = RunLogger(
         project="p", run_name=f"{optim}-s{settings['seed']}", group="g", save_dir=settings["run_dir"], mode="offline"
     )
-    config = {"name": optim, "betas": settings.get("optim.betas")}
+    config = {"name": optim, "tuned": settings.get("tuned")}
     recipe = {"monitor": "val/top1", "mode": "max"}
     logger.log_hyperparams({"optim": config, "seed": int(settings["seed"]), "recipe": recipe})
     logger.log_metrics({"val/top1": 1 - abs(math.log2(float(settings.get("optim.lr", 1)) / BEST_RATE))}, step=0)
@@ -110,7 +110,7 @@ def test_what_is_done_is_not_run_again_and_a_crash_stops_one_run_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     ran: list[str] = []
-    codes = {"lion-95-98-s1": 1, "adamw-s1": 42}
+    codes = {"lion-amos-s1": 1, "adamw-s1": 42}
 
     def process(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
         name = Path(next(word for word in command if word.startswith("run_dir="))).name
@@ -120,16 +120,16 @@ def test_what_is_done_is_not_run_again_and_a_crash_stops_one_run_alone(
         return subprocess.CompletedProcess(command, code)
 
     monkeypatch.setattr(experiments, "subprocess", SimpleNamespace(run=process))
-    arguments = ["betas", "recipe=image_classification", "--seeds", "1", "--folder", str(tmp_path)]
+    arguments = ["published", "recipe=image_classification", "--seeds", "1", "--folder", str(tmp_path)]
     assert main(arguments) == 1
     output = capsys.readouterr()
-    assert ran == ["lion-90-99-s1", "lion-95-98-s1", "adamw-s1"], "a crash stopped the others"
-    assert "failed: lion-95-98-s1" in output.err
+    assert ran == ["lion-paper-s1", "lion-amos-s1", "lion-tuned-s1", "adamw-s1"], "a crash stopped the others"
+    assert "failed: lion-amos-s1" in output.err
     assert "is failed with code 42" in " ".join(output.out.split())
-    assert (tmp_path / "betas-image_classification" / "comparison" / "compare.md").exists()
+    assert (tmp_path / "published-image_classification" / "comparison" / "compare.md").exists()
     codes.clear()
     assert main(arguments) == 0
-    assert ran[3:] == ["lion-95-98-s1"], "a finished run, and one that the guard ended, are results"
+    assert ran[4:] == ["lion-amos-s1"], "a finished run, and one that the guard ended, are results"
 
 
 @pytest.mark.parametrize("away", [1, 8, 0.5])
