@@ -25,6 +25,7 @@ from lion_lightning.commands.tune import SEEDS
 from lion_lightning.errors import ConfigError
 from lion_lightning.tracking.compare import Goal
 from lion_lightning.tracking.runs import Run, find_runs, read_file
+from lion_lightning.training.search_split import SearchSplit
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -47,6 +48,7 @@ class Experiment:
         variants: Takes the overrides of the command line and returns, by folder name, the overrides of each variant.
         by, aside: The options of `lion-compare`.
         each_group: Whether the runs of each batch size or amount of data are compared for themselves too.
+        own_rates: Whether the question is about the variants' learning rates, which then are not chosen.
     """
 
     question: str
@@ -54,6 +56,7 @@ class Experiment:
     by: tuple[str, ...] = ()
     aside: tuple[str, ...] = ()
     each_group: bool = False
+    own_rates: bool = False
 
 
 def optimizers(overrides: list[str]) -> Variants:
@@ -89,7 +92,7 @@ def batch_size(overrides: list[str]) -> Variants:
 def passes(overrides: list[str]) -> Variants:
     """Thirteen, four and one passes over the data in the same steps: over its first samples, or all of them."""
     cfg = _composed(overrides)
-    steps, size = _max_steps(cfg), cfg.data.batch_size
+    steps, size = _max_steps(cfg), cfg.data.batch_size * cfg.trainer.accumulate_grad_batches
     return {
         f"{optim}-{count}": [
             f"optim={optim}",
@@ -102,13 +105,14 @@ def passes(overrides: list[str]) -> Variants:
 
 
 def _translated(optim: str, overrides: list[str], size: int, steps: int) -> list[str]:
-    """An optimizer's settings for batches of `size` and `steps` in place of the recipe's.
+    """An optimizer's settings for batches of `size` and `steps` in place of the recipe's own.
 
     The rate scales with the root of the batch, which suits sign-like updates (Malladi et al., 2022, arXiv:2205.10287).
     Betas keep their half-lives in samples (Marek et al., 2025, arXiv:2507.07101), and the decay the share of the run
     over which a weight forgets, 1 / (lr * decay) steps (Bergsma et al., 2025, arXiv:2505.13738).
     """
-    usual = _composed([f"optim={optim}", *(word for word in overrides if word.startswith("recipe="))])
+    kept = [word for word in overrides if word.startswith(("recipe=", "tuned=", "~tuned", "optim.", "hydra."))]
+    usual = _composed([*kept, f"optim={optim}"])
     batches, length = size / usual.data.batch_size, steps / _max_steps(usual)
     root = math.sqrt(batches)
     return [
@@ -149,8 +153,10 @@ def _max_steps(cfg: DictConfig) -> int:
 
 
 EXPERIMENTS = {
-    "optimizers": Experiment("Lion against AdamW, SIGNUM and Adafactor, each tuned with the same budget", optimizers),
-    "published": Experiment("3e-4 with decay 0.01 and 4e-5 with 0.015, both published for BERT base", published),
+    "optimizers": Experiment("Lion against AdamW, SIGNUM and Adafactor, each with its tuned settings", optimizers),
+    "published": Experiment(
+        "3e-4 with decay 0.01 and 4e-5 with 0.015, both published for BERT base", published, own_rates=True
+    ),
     "batch_size": Experiment(
         "does Lion need batches of 64 and more?",
         batch_size,
@@ -161,7 +167,7 @@ EXPERIMENTS = {
     "passes": Experiment(
         "who gains from repeated data?", passes, by=("data.limit_train_samples",), aside=("optim",), each_group=True
     ),
-    "warm_up": Experiment("how long a warm-up?", warm_up, by=("optim.lr", "guard.warmup_steps")),
+    "warm_up": Experiment("how long a warm-up?", warm_up, by=("optim.lr", "guard.warmup_steps"), own_rates=True),
 }
 
 
@@ -180,28 +186,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: --only {unknown[0]}: no such variant; there are {', '.join(variants)}", file=sys.stderr)
         return EXIT_USAGE
     variants = {name: own for name, own in variants.items() if name in (options.only or variants)}
-    if options.dry_run and options.choose_rate:
-        print(f"# each with optim.lr times {', '.join(map(str, FACTORS))} first; then, at the best rate of each:")
+    # Before there are threads: Hydra composes one configuration at a time.
+    configurations = {name: _composed([*options.overrides, *own]) for name, own in variants.items()}
+    if (reason := _not_possible(options, experiment, next(iter(configurations.values())))) is not None:
+        print(f"error: {reason}", file=sys.stderr)
+        return EXIT_USAGE
+    failed = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        if options.choose_rate and not options.dry_run:
+        if options.choose_rate:
             rates = folder.with_name(f"{folder.name}-rates")
-            chosen = pool.map(lambda name: choose_rate(rates / name, variants[name], options), variants)
-            try:
-                variants = {name: variants[name] + more for name, more in zip(variants, chosen, strict=True)}
-            except ConfigError as error:
-                print(f"error: {error}", file=sys.stderr)
-                return EXIT_FAILED
+            searches = [RateSearch(rates / name, cfg, variants[name], options) for name, cfg in configurations.items()]
+            if options.dry_run:
+                _print([search.run_at(factor) for search in searches for factor in FACTORS])
+                print("# then, each at the best of its rates:")
+            else:
+                chosen = dict(zip(variants, pool.map(RateSearch.best, searches), strict=True))
+                failed = [f"the search for the rate of {name}" for name, more in chosen.items() if more is None]
+                variants = {name: variants[name] + more for name, more in chosen.items() if more is not None}
         runs = [
             (run_dir := folder / f"{variant}-s{seed}", command_of(options, own, seed, run_dir))
             for seed in options.seeds
             for variant, own in variants.items()
         ]
         if options.dry_run:
-            for _, command in runs:
-                print("python", shlex.join(command))
+            _print(runs)
             return 0
-        codes = pool.map(lambda run: train(*run, options.threads), runs)
-        failed = [run_dir.name for (run_dir, _), code in zip(runs, codes, strict=True) if code]
+        codes = pool.map(lambda run: train(run[0], run[1], options.threads), runs)
+        failed += [run_dir.name for (run_dir, _), code in zip(runs, codes, strict=True) if code]
     keys = {"--by": experiment.by, "--aside": experiment.aside}
     settings = [word for option, names in keys.items() if names for word in (option, ",".join(names))]
     output = options.output or folder / "comparison"
@@ -213,50 +224,86 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return EXIT_FAILED if failed else code
 
 
+def _not_possible(options: argparse.Namespace, experiment: Experiment, cfg: DictConfig) -> str | None:
+    """Why the options do not go together; None if they do."""
+    if cfg.logger.name != "wandb":
+        return f"runs are compared by what W&B has logged, offline too; logger must be wandb, got {cfg.logger.name}"
+    if options.choose_rate and experiment.own_rates:
+        return f"--choose-rate: {options.name} is about given learning rates"
+    return None
+
+
+def _print(runs: Sequence[tuple[Path, list[str]]]) -> None:
+    for _, command in runs:
+        print("python", shlex.join(command))
+
+
 def command_of(options: argparse.Namespace, own: Sequence[str], seed: int, run_dir: Path) -> list[str]:
     """The command line of a run, without the interpreter."""
     return ["train.py", *options.overrides, *own, f"seed={seed}", f"run_dir={run_dir}", "resume=auto"]
 
 
-def choose_rate(folder: Path, own: list[str], options: argparse.Namespace) -> list[str]:
-    """The learning rate of a variant with the best result on `SearchSplit`, as overrides.
+@dataclass(frozen=True)
+class RateSearch:
+    """The search for the learning rate of a variant.
 
-    Half, once and twice the variant's rate are tried, and a further one while the best is the smallest or largest
-    tried. The decay is divided by what the rate is multiplied by: a weight forgets over the same share of the run.
-
-    Args:
-        folder: The runs' folders are beside it, and begin with its name.
-        own: The overrides of the variant.
+    Attributes:
+        place: The runs' folders are beside it, and begin with its name.
+        cfg: The configuration of the variant.
+        own: Its overrides.
         options: Of the command line.
-
-    Raises:
-        ConfigError: a run failed, or none has a result.
     """
-    cfg = _composed([*options.overrides, *own])
-    goal = Goal(cfg.recipe.monitor, cfg.recipe.mode)
-    found: dict[float, float] = {}
-    settings: dict[float, list[str]] = {}
-    wanted = list(FACTORS)
-    while wanted:
-        for factor in wanted:
-            run_dir = folder.with_name(f"{folder.name}-x{factor:g}")
-            settings[factor] = [f"optim.lr={cfg.optim.lr * factor:.4g}"]
-            if decay := cfg.optim.get("weight_decay"):
-                settings[factor] += [f"optim.weight_decay={decay / factor:.4g}"]
-            tried = [*own, *settings[factor], "callbacks=search_split", "export=false"]
-            if train(run_dir, command_of(options, tried, SEEDS[0], run_dir), options.threads):
-                raise ConfigError(f"{run_dir}: the run failed; repeat the command to run it again")
-            runs = [run for run in map(read_file, find_runs(run_dir)) if isinstance(run, Run)]
-            diverged = any(run.exit_code == EXIT_OF_THE_GUARD for run in runs)
-            values = [] if diverged else [value for run in runs for value in run.curve(goal.metric)[1]]
-            found[factor] = goal.best(values)
-            print(f"{run_dir.name}: {' '.join(settings[factor])}: {goal.metric} {found[factor]:.4f}", flush=True)
-        best = next((factor for factor, value in found.items() if value == goal.best(found.values())), None)
-        if best is None:
-            raise ConfigError(f"{folder}: no learning rate of {len(found)} has a result; all diverged")
-        further = {min(found): best / 2, max(found): best * 2}
-        wanted = [further[best]] if best in further and len(found) < MOST_FACTORS else []
-    return settings[best]
+
+    place: Path
+    cfg: DictConfig
+    own: list[str]
+    options: argparse.Namespace
+
+    def settings(self, factor: float) -> list[str]:
+        """The overrides for `factor` times the variant's rate, whose decay takes as much of a weight over the run."""
+        optim = self.cfg.optim
+        decay = [f"optim.weight_decay={optim.weight_decay / factor:.4g}"] if optim.get("weight_decay") else []
+        return [f"optim.lr={optim.lr * factor:.4g}", *decay]
+
+    def run_at(self, factor: float) -> tuple[Path, list[str]]:
+        """The folder and command line of the run at `factor` times the rate."""
+        settings = self.settings(factor)
+        run_dir = self.place.with_name(f"{self.place.name}-{settings[0].removeprefix('optim.')}")
+        split = f"+callbacks.search_split._target_={SearchSplit.__module__}.SearchSplit"
+        return run_dir, command_of(self.options, [*self.own, *settings, split, "export=false"], SEEDS[0], run_dir)
+
+    def best(self) -> list[str] | None:
+        """The settings with the best result on `SearchSplit`, as overrides.
+
+        Half, once and twice the variant's rate are tried, and then further ones, seven in all at most, while the best
+        is the smallest or largest tried, or all have diverged.
+
+        Returns:
+            None where a run failed or all diverged; it is printed.
+        """
+        goal = Goal(self.cfg.recipe.monitor, self.cfg.recipe.mode)
+        found: dict[float, float] = {}
+        wanted = list(FACTORS)
+        while wanted and len(found) < MOST_FACTORS:
+            for factor in wanted:
+                run_dir, command = self.run_at(factor)
+                if train(run_dir, command, self.options.threads):
+                    return None
+                runs = [run for run in map(read_file, find_runs(run_dir)) if isinstance(run, Run)]
+                diverged = any(run.exit_code == EXIT_OF_THE_GUARD for run in runs)
+                found[factor] = (
+                    math.nan if diverged else goal.best(x for run in runs for x in run.curve(goal.metric)[1])
+                )
+                settings = " ".join(self.settings(factor))
+                print(f"{self.place.name} with {settings}: {goal.metric} {found[factor]:.4f}", flush=True)
+            best = next((factor for factor, value in found.items() if value == goal.best(found.values())), min(found))
+            wanted = [best / 2] if best == min(found) else [best * 2] if best == max(found) else []
+        if math.isnan(found[best]):
+            print(f"{self.place.name}: all of {len(found)} learning rates diverged", flush=True)
+            return None
+        if wanted:
+            print(f"{self.place.name}: the best of {len(found)} learning rates is at their edge", flush=True)
+        return self.settings(best)
 
 
 def train(run_dir: Path, command: list[str], threads: int | None) -> int:

@@ -45,7 +45,7 @@ class SearchSplit(pl.Callback):
         is_held = groups % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         if is_text:
             if len(data.ready.rows) > 1:
-                raise ConfigError("lion-tune searches on one source of text; data.sources has several")
+                raise ConfigError("settings are chosen on one source of text; data.sources has several")
             train = data.ready.train
             kept = train[~is_held]
             data.blocks = replace(data.ready, train=kept, val=train[is_held], rows=(len(kept),))

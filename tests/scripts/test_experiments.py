@@ -15,6 +15,7 @@ from scripts.experiments import EXPERIMENTS, main
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ("bert_mlm", "image_classification")
+SPLIT = "+callbacks.search_split._target_"
 BEST_RATE = 1e-3  # of the runs that `log_run` leaves
 
 
@@ -147,36 +148,70 @@ def test_a_rate_is_chosen_on_another_seed_and_split_and_never_at_an_end(
     monkeypatch.setattr(experiments, "subprocess", SimpleNamespace(run=process))
     given = ["recipe=image_classification", f"optim.lr={BEST_RATE * away:g}"]
     arguments = ["optimizers", *given, "--only", "lion", "--seeds", "7", "--folder", str(tmp_path), "--choose-rate"]
+    arguments += ["--jobs", "2"]
     assert main(arguments) == 0
     *search, final = [dict(word.split("=", 1) for word in command if "=" in word) for command in commands]
     decay = float(compose("recipe=image_classification", "optim=lion", "run_dir=x").optim.weight_decay)
     rates = [float(one["optim.lr"]) for one in search]
     assert min(rates) < BEST_RATE < max(rates), "the best is at an end of what was tried"
-    assert {(one["seed"], one["callbacks"]) for one in search} == {("101", "search_split")}
+    assert {(one["seed"], SPLIT in one) for one in search} == {("101", True)}
     assert all(rate * float(one["optim.weight_decay"]) == pytest.approx(rates[0] * decay, rel=1e-3)
                for rate, one in zip(rates, search, strict=True))  # fmt: skip
     assert float(final["optim.lr"]) == BEST_RATE
-    assert (final["seed"], "callbacks" in final) == ("7", False)
+    assert (final["seed"], SPLIT in final) == ("7", False)
     assert main(arguments) == 0
     assert len(commands) == len(search) + 1, "a finished run was repeated"
 
 
-def test_where_every_rate_diverges_or_a_run_fails_no_rate_is_chosen(
+def test_a_variant_without_a_rate_is_left_out_and_the_others_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     code = 42
 
     def process(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
-        log_run(command, code)
-        return subprocess.CompletedProcess(command, code)
+        now = code if "optim=lion" in command else 0
+        log_run(command, now)
+        return subprocess.CompletedProcess(command, now)
 
     monkeypatch.setattr(experiments, "subprocess", SimpleNamespace(run=process))
-    arguments = ["optimizers", "recipe=bert_mlm", "--only", "lion", "--choose-rate", "--folder"]
+    arguments = ["optimizers", "recipe=image_classification", "--only", "lion,adamw", "--seeds", "1", "--choose-rate"]
+    arguments += ["--jobs", "2", "--folder"]
     assert main([*arguments, str(tmp_path / "a")]) == 1
-    assert "no learning rate of 3 has a result; all diverged" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "lion: all of 7 learning rates diverged" in told.out
+    assert "failed: the search for the rate of lion;" in told.err
+    assert (tmp_path / "a" / "optimizers-image_classification" / "adamw-s1").is_dir()
+    assert not (tmp_path / "a" / "optimizers-image_classification" / "lion-s1").exists()
     code = 1
     assert main([*arguments, str(tmp_path / "b")]) == 1
-    assert "lion-x1: the run failed; repeat the command" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "ended with code 1" in told.out
+    assert "failed: the search for the rate of lion;" in told.err
+
+
+def test_a_dry_run_of_a_search_prints_its_runs_first(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = ["optimizers", "recipe=bert_mlm", "--only", "lion", "--seeds", "7", "--choose-rate", "--dry-run"]
+    assert main([*command, "--folder", str(tmp_path)]) == 0
+    *search, then, run = capsys.readouterr().out.splitlines()
+    assert [SPLIT in line for line in search] == [True] * 3
+    assert then == "# then, each at the best of its rates:"
+    assert "seed=7" in run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["published", "--choose-rate"], "--choose-rate: published is about given learning rates"),
+        (["optimizers", "logger=csv"], "logger must be wandb, got csv"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main([*arguments, "--folder", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert len(error.splitlines()) == 1
 
 
 @pytest.mark.slow
