@@ -21,6 +21,7 @@ import math
 import shlex
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,7 +81,7 @@ class Search:
     @property
     def table(self) -> Path:
         """The CSV file with a row for each trial, beside the storage."""
-        name = f"{self.recipe}_{self.optim}{'_heat_map' * self.heat_map}.csv"
+        name = f"{self.recipe}_{self.optim}_{zlib.crc32(self.name.encode()):08x}.csv"  # other studies, other tables
         return Path(self.storage.removeprefix(SQLITE)).with_name(name)
 
     @property
@@ -143,6 +144,7 @@ def explore(search: Search, run: Run) -> optuna.Study:
     mode = compose(search, {}, search.seeds[0]).recipe.mode
     study = study_of(search, mode)
     step = _walk(search, run, mode) if search.heat_map else _search_on(search, run, mode)
+    write_trials(finished(study), search.table)
     while (done := len(finished(study))) < search.wanted:
         step(study, done)
         last = study.trials[-1]
@@ -313,13 +315,15 @@ def _evidence(search: Search, study: optuna.Study, cfg: DictConfig) -> str:
     command = [*command_name().split(), f"recipe={search.recipe}", *search.overrides, "--optim", search.optim]
     command += ["--trials", str(search.trials), "--seeds", ",".join(map(str, search.seeds))]
     space, missed = current_space(search, study)
-    edges = f"at an edge of what was tried: {', '.join(map(short, missed))}" if missed else "no value is at an edge"
+    at_edge = ", ".join(short(key) for key in missed if key in space.ranges)
+    edges = f"at an edge of what was tried: {at_edge}" if at_edge else "no value is at an edge"
+    edges += "".join(f"; not tried: {short(key)} {missed[key]}" for key in missed if key in space.choices)
     return (
         f"{search.recipe}, {cfg.data.name}, {cfg.model.name}, batch {cfg.data.batch_size}, {cfg.trainer.max_steps} "
         f"steps, {seeds}, {datetime.date.today()}: {cfg.recipe.monitor} {study.best_value:.4f} on held-out training "
         f"data, best of {len(trials)} trials (median {numbers[len(numbers) // 2]:.4f}, {len(values) - len(numbers)} "
-        f"diverged, {len(trials) - len(values)} ended early), as many as every other optimizer has. Ranges at the end: "
-        f"{space.describe()}; {edges}. {shlex.join(command)}"
+        f"diverged, {len(trials) - len(values)} ended early). Ranges at the end: {space.describe()}; {edges}. "
+        f"{shlex.join(command)}"
     )
 
 

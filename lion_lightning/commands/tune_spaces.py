@@ -201,6 +201,9 @@ def untried(best: Mapping[str, Any], tried: list[Mapping[str, Any]], space: Spac
         space: The space of the search, around the best.
     """
     missed: dict[str, Any] = {}
+    for key, choices in space.choices.items():
+        if left := [value for value in choices if value not in {params[key] for params in tried}]:
+            missed[key] = left[0]
     for key, span in space.ranges.items():
         step = (span.high / span.low) ** EDGE
         values = [params[key] for params in tried]
@@ -208,7 +211,4 @@ def untried(best: Mapping[str, Any], tried: list[Mapping[str, Any]], space: Spac
             missed[key] = min(span.high, best[key] * step)
         elif best[key] <= min(values):
             missed[key] = max(span.low, best[key] / step)
-    for key, choices in space.choices.items():
-        if left := [value for value in choices if value not in {params[key] for params in tried}]:
-            missed[key] = left[0]
     return missed
