@@ -175,8 +175,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, 1 if a run failed other than by the guard, or 2 for a mistake."""
     options = _options(arguments)
     experiment = EXPERIMENTS[options.name]
-    recipe = _composed(options.overrides).recipe.name
-    folder = options.folder / f"{options.name}-{recipe}"
+    cfg = _composed(options.overrides)
+    folder = options.folder / f"{options.name}-{cfg.recipe.name}"
+    if (reason := _not_possible(options, experiment, cfg)) is not None:
+        print(f"error: {reason}", file=sys.stderr)
+        return EXIT_USAGE
     try:
         variants = experiment.variants(options.overrides)
     except ConfigError as error:
@@ -186,16 +189,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: --only {unknown[0]}: no such variant; there are {', '.join(variants)}", file=sys.stderr)
         return EXIT_USAGE
     variants = {name: own for name, own in variants.items() if name in (options.only or variants)}
-    # Before there are threads: Hydra composes one configuration at a time.
-    configurations = {name: _composed([*options.overrides, *own]) for name, own in variants.items()}
-    if (reason := _not_possible(options, experiment, next(iter(configurations.values())))) is not None:
-        print(f"error: {reason}", file=sys.stderr)
-        return EXIT_USAGE
     failed = []
     with ThreadPoolExecutor(options.jobs) as pool:
         if options.choose_rate:
             rates = folder.with_name(f"{folder.name}-rates")
-            searches = [RateSearch(rates / name, cfg, variants[name], options) for name, cfg in configurations.items()]
+            # Composed here and not by the threads: Hydra composes one configuration at a time.
+            searches = [
+                RateSearch(rates / name, _composed([*options.overrides, *own]), own, options)
+                for name, own in variants.items()
+            ]
             if options.dry_run:
                 _print([search.run_at(factor) for search in searches for factor in FACTORS])
                 print("# then, each at the best of its rates:")

@@ -2,6 +2,7 @@
 
 import math
 import subprocess
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,18 +93,26 @@ def test_an_experiment_in_steps_refuses_a_length_in_passes(name: str, capsys: py
     assert "trainer.max_epochs is 30; add trainer.max_epochs=null" in capsys.readouterr().err
 
 
+LOGGING = threading.Lock()  # W&B has one run at a time in a process; real runs have a process each
+
+
 def log_run(command: list[str], code: int = 0) -> None:
     """What a training process leaves, without the training."""
     settings = dict(word.split("=", 1) for word in command if "=" in word)
     optim = settings["optim"]
-    logger = RunLogger(
-        project="p", run_name=f"{optim}-s{settings['seed']}", group="g", save_dir=settings["run_dir"], mode="offline"
-    )
-    config = {"name": optim, "tuned": settings.get("tuned")}
-    recipe = {"monitor": "val/top1", "mode": "max"}
-    logger.log_hyperparams({"optim": config, "seed": int(settings["seed"]), "recipe": recipe})
-    logger.log_metrics({"val/top1": 1 - abs(math.log2(float(settings.get("optim.lr", 1)) / BEST_RATE))}, step=0)
-    logger.finish(code)
+    with LOGGING:
+        logger = RunLogger(
+            project="p",
+            run_name=f"{optim}-s{settings['seed']}",
+            group="g",
+            save_dir=settings["run_dir"],
+            mode="offline",
+        )
+        config = {"name": optim, "tuned": settings.get("tuned")}
+        recipe = {"monitor": "val/top1", "mode": "max"}
+        logger.log_hyperparams({"optim": config, "seed": int(settings["seed"]), "recipe": recipe})
+        logger.log_metrics({"val/top1": 1 - abs(math.log2(float(settings.get("optim.lr", 1)) / BEST_RATE))}, step=0)
+        logger.finish(code)
 
 
 @pytest.mark.slow
