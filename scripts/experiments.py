@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lion_lightning.__main__ import composed
 from lion_lightning.commands import compare
 from lion_lightning.commands.tune import SEEDS
 from lion_lightning.errors import ConfigError
-from lion_lightning.tracking.compare import Goal
+from lion_lightning.tracking.compare import Goal, relevant_settings
 from lion_lightning.tracking.runs import Run, find_runs, read_file
 from lion_lightning.training.search_split import SearchSplit
 
@@ -198,9 +198,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 RateSearch(rates / name, _composed([*options.overrides, *own]), own, options)
                 for name, own in variants.items()
             ]
+            first = [search.run_at(factor) for search in searches for factor in FACTORS]
             if options.dry_run:
-                _print([search.run_at(factor) for search in searches for factor in FACTORS])
+                _print(first)
                 print("# then, each at the best of its rates:")
+            elif (reason := _of_other_settings(first)) is not None:
+                print(f"error: {reason}", file=sys.stderr)
+                return EXIT_USAGE
             else:
                 chosen = dict(zip(variants, pool.map(RateSearch.best, searches), strict=True))
                 failed = [f"the search for the rate of {name}" for name, more in chosen.items() if more is None]
@@ -213,6 +217,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             _print(runs)
             return 0
+        if (reason := _of_other_settings(runs)) is not None:
+            print(f"error: {reason}", file=sys.stderr)
+            return EXIT_USAGE
         codes = pool.map(lambda run: train(run[0], run[1], options.threads), runs)
         failed += [run_dir.name for (run_dir, _), code in zip(runs, codes, strict=True) if code]
     keys = {"--by": experiment.by, "--aside": experiment.aside}
@@ -232,6 +239,29 @@ def _not_possible(options: argparse.Namespace, experiment: Experiment, cfg: Dict
         return f"runs are compared by what W&B has logged, offline too; logger must be wandb, got {cfg.logger.name}"
     if options.choose_rate and experiment.own_rates:
         return f"--choose-rate: {options.name} is about given learning rates"
+    return None
+
+
+def _of_other_settings(runs: Sequence[tuple[Path, list[str]]]) -> str | None:
+    """The first finished run whose command would now train something else, as after new files in conf/tuned; or None.
+
+    Args:
+        runs: Folder and command line of each.
+    """
+    for run_dir, command in runs:
+        if is_done(run_dir) and (run_dir / "config.yaml").is_file():
+            was, now = OmegaConf.load(run_dir / "config.yaml"), _composed(command[1:])
+            if now.trainer.precision == "auto":  # the run's says what it stood for
+                now.trainer.precision = was.trainer.precision
+            old, new = (relevant_settings(OmegaConf.to_container(cfg, resolve=True)) for cfg in (was, now))
+            keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+            if keys:
+                key = keys[0]
+                more = f" (and {len(keys) - 1} more differ)" if keys[1:] else ""
+                return (
+                    f"{run_dir} was trained with {key}={old.get(key)}, and the command says {new.get(key)}{more}; "
+                    "keep new runs in another place with --folder, or remove the old one"
+                )
     return None
 
 

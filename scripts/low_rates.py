@@ -4,7 +4,7 @@ Every variant starts from the same weights, rounded to bf16, and sees the same b
 the weights and the optimizer differ: forward and backward pass are computed in fp32 from the stored weights, and bf16
 weights get bf16 gradients, so that what is measured is the optimizer's rounding alone. Lion's variants share rate and
 decay; AdamW has three times the rate and a third of the decay. A finished cell is not repeated: two processes with
-different `--seeds` may write to the same file.
+different `--seeds` may write to the same file. A file is for one first run, known by its validation loss.
 """
 
 import argparse
@@ -28,9 +28,11 @@ from lion_lightning.tracking.plots import style_of
 from lion_lightning.tracking.report import relative
 from scripts.trained import load_run, trainer_stand_in
 
+EXIT_USAGE = 2
 ADAMW_FACTOR = 3.0
 DECAY = 1.0
 BETAS = (0.9, 0.95)
+SAME_START = 1e-3  # nats between one first run's validation losses on different processors
 NEAREST = ("lion-pytorch bf16", "adamw bf16")
 COLORS = {
     "fp32 weights": "#999999",
@@ -87,6 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = {name: make for name, make in variants().items() if not options.variants or name in options.variants}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     table = options.output.with_suffix(".csv")
+    if (reason := _of_another_run(read(table), options)) is not None:
+        print(f"error: {reason}", file=sys.stderr)
+        return EXIT_USAGE
     for seed in options.seeds:
         for rate in RATES:
             for name, (dtype, make) in chosen.items():
@@ -120,9 +125,7 @@ def train(
     Returns:
         Validation loss at the start and at the end, distance travelled, and norm as a share of the start's.
     """
-    _, module, data = load_run(run, [f"seed={seed}", f"data.seed={seed}", f"data.batch_size={batch_size}"])
-    data.trainer = module.trainer = trainer_stand_in(steps, torch.device("cpu"))
-    module.log = lambda *_, **__: None
+    module, data = _loaded(run, seed, steps, batch_size)
     used = list(module.parameters())
     stored = [nn.Parameter(weight.detach().bfloat16().to(dtype)) for weight in used]
     matrices = [weight for weight in stored if weight.ndim >= 2]
@@ -146,6 +149,32 @@ def train(
     _copy(stored, used)
     after = _flat(matrices)
     return start, _loss(module, data), float((after - before).norm()), float(after.norm() / before.norm())
+
+
+def _loaded(run: Path, seed: int, steps: int, batch_size: int) -> tuple[Any, Any]:
+    """Module and data of a run, for a loop without a Trainer."""
+    _, module, data = load_run(run, [f"seed={seed}", f"data.seed={seed}", f"data.batch_size={batch_size}"])
+    data.trainer = module.trainer = trainer_stand_in(steps, torch.device("cpu"))
+    module.log = lambda *_, **__: None
+    return module, data
+
+
+def _of_another_run(cells: Sequence[Cell], options: argparse.Namespace) -> str | None:
+    """Why a table's cells cannot be continued from the run; None if they can, or there are none."""
+    if not cells:
+        return None
+    module, data = _loaded(options.run, cells[0].seed, options.steps, options.batch_size)
+    weights = list(module.parameters())
+    _copy([weight.bfloat16() for weight in weights], weights)
+    start = _loss(module, data)
+    return next(
+        (
+            f"{options.output.with_suffix('.csv')} began from val/loss {cell.start:.4f}, and {options.run} has "
+            f"{start:.4f}; choose another file with --output"
+            for cell in cells if abs(cell.start - start) > SAME_START
+        ),
+        None,
+    )  # fmt: skip
 
 
 def read(table: Path) -> list[Cell]:

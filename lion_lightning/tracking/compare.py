@@ -329,7 +329,7 @@ def variants_of(runs: Sequence[Run], by: Sequence[str] = (), aside: Sequence[str
     settings = [
         {
             key: value
-            for key, value in _relevant(run.config).items()
+            for key, value in relevant_settings(run.config).items()
             if _is_below(key, COMPARED) and not _is_below(key, aside)
         }
         for run in runs
@@ -369,7 +369,7 @@ def _check_alike(runs: Sequence[Run], by: Sequence[str], aside: Sequence[str]) -
 
 def _differences(runs: Sequence[Run], ignored: Collection[str]) -> list[str]:
     """A text for each key outside `ignored` in which the runs differ: its values, and the runs that have them."""
-    settings = [_relevant(run.config) for run in runs]
+    settings = [relevant_settings(run.config) for run in runs]
     found = []
     for key in sorted({key for one in settings for key in one if not _is_below(key, ignored)}):
         owners: dict[str, set[str]] = {}
@@ -452,13 +452,13 @@ def _guard_events(run: Run, metric: str, axis: str) -> list[tuple[float, float]]
     return list(zip(run.place(steps, axis).tolist(), np.interp(steps, at, values).tolist(), strict=True))
 
 
-def _relevant(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def relevant_settings(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The settings of a configuration that can affect the result, by dotted key."""
     found: dict[str, Any] = {}
     for name, value in node.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping):
-            found |= _relevant(value, f"{key}.")
+            found |= relevant_settings(value, f"{key}.")
         elif not _is_below(key, IRRELEVANT):
             found[key] = value
     return found

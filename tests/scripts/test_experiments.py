@@ -239,6 +239,28 @@ def test_a_rate_is_chosen_by_real_runs_on_training_data_alone(tmp_path: Path) ->
     assert all(run.setting("callbacks.search_split._target_").endswith("SearchSplit") for run in runs)
 
 
+@pytest.mark.slow
+def test_a_finished_run_of_other_settings_is_not_taken_for_the_one_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = [
+        "optimizers", "recipe=image_classification", "--only", "lion", "--seeds", "7", "--folder", str(tmp_path),
+        "trainer.max_steps=2", "trainer.val_check_interval=2", "data.limit_train_samples=128", "logger.mode=offline",
+        "export=false",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    assert main(arguments) == 0, "the same command was refused"
+    monkeypatch.setattr(experiments, "train", lambda *_: pytest.fail("something was trained"))
+    capsys.readouterr()
+    assert main([*arguments, "optim.lr=0.5"]) == 2
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1
+    assert "lion-s7 was trained with optim.lr=" in told
+    assert "the command says 0.5; keep new runs in another place with --folder" in told
+    assert main([*arguments, "optim.lr=0.5", "optim.weight_decay=3"]) == 2
+    assert "(and 1 more differ)" in capsys.readouterr().err
+
+
 def test_the_page_names_every_experiment() -> None:
     page = (ROOT / "docs" / "experiments.md").read_text()
     for name in EXPERIMENTS:

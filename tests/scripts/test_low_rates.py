@@ -45,7 +45,7 @@ def trained(compose, tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_only_weights_that_keep_their_bits_move_at_a_low_rate(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rounding to nearest is a cast of each new weight to bf16, an optimizer of this test."""
 
@@ -69,3 +69,9 @@ def test_only_weights_that_keep_their_bits_move_at_a_low_rate(
 
     monkeypatch.setattr(low_rates, "train", lambda *_: pytest.fail("a cell was trained again"))
     assert main(arguments) == 0
+    (tmp_path / "low.csv").write_text(
+        (tmp_path / "low.csv").read_text().replace(f",4,{read(tmp_path / 'low.csv')[0].start}", ",4,1.5")
+    )
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "began from val/loss 1.5000" in capsys.readouterr().err, "cells of another first run were continued"
