@@ -61,7 +61,7 @@ class Experiment:
 
 def optimizers(overrides: list[str]) -> Variants:
     """Each optimizer with its tuned settings."""
-    return {optim: [f"optim={optim}"] for optim in ("lion", "adamw", "signum", "adafactor")}
+    return {optim: [f"optim={optim}"] for optim in ("lion", "adamw", "signum", "adafactor", "muon")}
 
 
 def published(overrides: list[str]) -> Variants:
@@ -153,7 +153,7 @@ def _max_steps(cfg: DictConfig) -> int:
 
 
 EXPERIMENTS = {
-    "optimizers": Experiment("Lion against AdamW, SIGNUM and Adafactor, each with its tuned settings", optimizers),
+    "optimizers": Experiment("Lion, AdamW, SIGNUM, Adafactor and Muon, each with its tuned settings", optimizers),
     "published": Experiment(
         "3e-4 with decay 0.01 and 4e-5 with 0.015, both published for BERT base", published, own_rates=True
     ),
@@ -253,7 +253,8 @@ def _of_other_settings(runs: Sequence[tuple[Path, list[str]]]) -> str | None:
             was, now = OmegaConf.load(run_dir / "config.yaml"), _composed(command[1:])
             if now.trainer.precision == "auto":  # the run's says what it stood for
                 now.trainer.precision = was.trainer.precision
-            old, new = (relevant_settings(OmegaConf.to_container(cfg, resolve=True)) for cfg in (was, now))
+            plain: list[Any] = [OmegaConf.to_container(cfg, resolve=True) for cfg in (was, now)]
+            old, new = map(relevant_settings, plain)
             keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
             if keys:
                 key = keys[0]
