@@ -301,7 +301,8 @@ class RateSearch:
     def run_at(self, factor: float) -> tuple[Path, list[str]]:
         """The folder and command line of the run at `factor` times the rate."""
         settings = self.settings(factor)
-        run_dir = self.place.with_name(f"{self.place.name}-{settings[0].removeprefix('optim.')}")
+        rate = settings[0].removeprefix("optim.").replace("=", "")  # Hydra takes no = in a value
+        run_dir = self.place.with_name(f"{self.place.name}-{rate}")
         split = f"+callbacks.search_split._target_={SearchSplit.__module__}.SearchSplit"
         return run_dir, command_of(self.options, [*self.own, *settings, split, "export=false"], SEEDS[0], run_dir)
 

@@ -1,6 +1,7 @@
 """The experiments by name: each run's command composes, what is done is not run again, a crash stops one run alone."""
 
 import math
+import shlex
 import subprocess
 import threading
 from pathlib import Path
@@ -198,13 +199,17 @@ def test_a_variant_without_a_rate_is_left_out_and_the_others_run(
     assert "failed: the search for the rate of lion;" in told.err
 
 
-def test_a_dry_run_of_a_search_prints_its_runs_first(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_dry_run_of_a_search_prints_its_runs_first_and_each_can_be_typed(
+    compose: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     command = ["optimizers", "recipe=bert_mlm", "--only", "lion", "--seeds", "7", "--choose-rate", "--dry-run"]
     assert main([*command, "--folder", str(tmp_path)]) == 0
     *search, then, run = capsys.readouterr().out.splitlines()
     assert [SPLIT in line for line in search] == [True] * 3
     assert then == "# then, each at the best of its rates:"
     assert "seed=7" in run
+    folders = [compose(*shlex.split(line)[2:]).run_dir for line in (*search, run)]
+    assert len(set(folders)) == 4
 
 
 @pytest.mark.parametrize(
