@@ -25,6 +25,7 @@ from lion_lightning.commands.tune import SEEDS
 from lion_lightning.errors import ConfigError
 from lion_lightning.tracking.compare import Goal, relevant_settings
 from lion_lightning.tracking.runs import Run, find_runs, read_file
+from lion_lightning.training.logging_setup import redacted
 from lion_lightning.training.search_split import SearchSplit
 
 EXIT_FAILED = 1
@@ -174,20 +175,22 @@ EXPERIMENTS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, 1 if a run failed other than by the guard, or 2 for a mistake."""
     options = _options(arguments)
-    experiment = EXPERIMENTS[options.name]
-    cfg = _composed(options.overrides)
-    folder = options.folder / f"{options.name}-{cfg.recipe.name}"
-    if (reason := _not_possible(options, experiment, cfg)) is not None:
-        print(f"error: {reason}", file=sys.stderr)
-        return EXIT_USAGE
     try:
-        variants = experiment.variants(options.overrides)
+        return _run(options)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Train and compare; ConfigError for what cannot be run, before anything has been trained for it."""
+    experiment = EXPERIMENTS[options.name]
+    cfg = _composed(options.overrides)
+    folder = options.folder / f"{options.name}-{cfg.recipe.name}"
+    _check_possible(options, experiment, cfg)
+    variants = experiment.variants(options.overrides)
     if unknown := [name for name in options.only or () if name not in variants]:
-        print(f"error: --only {unknown[0]}: no such variant; there are {', '.join(variants)}", file=sys.stderr)
-        return EXIT_USAGE
+        raise ConfigError(f"--only {unknown[0]}: no such variant; there are {', '.join(variants)}")
     variants = {name: own for name, own in variants.items() if name in (options.only or variants)}
     failed = []
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -202,10 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.dry_run:
                 _print(first)
                 print("# then, each at the best of its rates:")
-            elif (reason := _of_other_settings(first)) is not None:
-                print(f"error: {reason}", file=sys.stderr)
-                return EXIT_USAGE
             else:
+                _check_finished(first)
                 chosen = dict(zip(variants, pool.map(RateSearch.best, searches), strict=True))
                 failed = [f"the search for the rate of {name}" for name, more in chosen.items() if more is None]
                 variants = {name: variants[name] + more for name, more in chosen.items() if more is not None}
@@ -217,9 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             _print(runs)
             return 0
-        if (reason := _of_other_settings(runs)) is not None:
-            print(f"error: {reason}", file=sys.stderr)
-            return EXIT_USAGE
+        _check_finished(runs)
         codes = pool.map(lambda run: train(run[0], run[1], options.threads), runs)
         failed += [run_dir.name for (run_dir, _), code in zip(runs, codes, strict=True) if code]
     keys = {"--by": experiment.by, "--aside": experiment.aside}
@@ -233,37 +232,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return EXIT_FAILED if failed else code
 
 
-def _not_possible(options: argparse.Namespace, experiment: Experiment, cfg: DictConfig) -> str | None:
-    """Why the options do not go together; None if they do."""
+def _check_possible(options: argparse.Namespace, experiment: Experiment, cfg: DictConfig) -> None:
+    """ConfigError if the options do not go together."""
     if cfg.logger.name != "wandb":
-        return f"runs are compared by what W&B has logged, offline too; logger must be wandb, got {cfg.logger.name}"
+        raise ConfigError(
+            f"runs are compared by what W&B has logged, offline too; logger must be wandb, got {cfg.logger.name}"
+        )
     if options.choose_rate and experiment.own_rates:
-        return f"--choose-rate: {options.name} is about given learning rates"
-    return None
+        raise ConfigError(f"--choose-rate: {options.name} is about given learning rates")
 
 
-def _of_other_settings(runs: Sequence[tuple[Path, list[str]]]) -> str | None:
-    """The first finished run whose command would now train something else, as after new files in conf/tuned; or None.
+def _check_finished(runs: Sequence[tuple[Path, list[str]]]) -> None:
+    """Refuses a finished run whose command would now train something else, as after new files in conf/tuned.
 
     Args:
         runs: Folder and command line of each.
+
+    Raises:
+        ConfigError: there is one; it names the first setting that differs.
     """
     for run_dir, command in runs:
         if is_done(run_dir) and (run_dir / "config.yaml").is_file():
             was, now = OmegaConf.load(run_dir / "config.yaml"), _composed(command[1:])
-            if now.trainer.precision == "auto":  # the run's says what it stood for
+            if now.trainer.precision == "auto":  # the run's file says what it stood for
                 now.trainer.precision = was.trainer.precision
+            if now.trainer.max_epochs is not None:  # and how many steps that was
+                now.trainer.max_steps = was.trainer.max_steps
             plain: list[Any] = [OmegaConf.to_container(cfg, resolve=True) for cfg in (was, now)]
-            old, new = map(relevant_settings, plain)
+            old, new = (relevant_settings(redacted(one)) for one in plain)  # the file has no secrets
             keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
             if keys:
                 key = keys[0]
                 more = f" (and {len(keys) - 1} more differ)" if keys[1:] else ""
-                return (
+                raise ConfigError(
                     f"{run_dir} was trained with {key}={old.get(key)}, and the command says {new.get(key)}{more}; "
                     "keep new runs in another place with --folder, or remove the old one"
                 )
-    return None
 
 
 def _print(runs: Sequence[tuple[Path, list[str]]]) -> None:

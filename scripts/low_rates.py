@@ -167,14 +167,14 @@ def _of_another_run(cells: Sequence[Cell], options: argparse.Namespace) -> str |
     weights = list(module.parameters())
     _copy([weight.bfloat16() for weight in weights], weights)
     start = _loss(module, data)
-    return next(
-        (
-            f"{options.output.with_suffix('.csv')} began from val/loss {cell.start:.4f}, and {options.run} has "
-            f"{start:.4f}; choose another file with --output"
-            for cell in cells if abs(cell.start - start) > SAME_START
-        ),
-        None,
-    )  # fmt: skip
+    others = [cell.start for cell in cells if abs(cell.start - start) > SAME_START]
+    if not others:
+        return None
+    table = options.output.with_suffix(".csv")
+    return (
+        f"{table} began from val/loss {others[0]:.4f}, and {options.run} has {start:.4f}; "
+        "choose another file with --output"
+    )
 
 
 def read(table: Path) -> list[Cell]:

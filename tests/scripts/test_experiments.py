@@ -245,13 +245,13 @@ def test_a_rate_is_chosen_by_real_runs_on_training_data_alone(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("length", ["trainer.max_steps=2", "trainer.max_epochs=1"])
 def test_a_finished_run_of_other_settings_is_not_taken_for_the_one_asked_for(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    length: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     arguments = [
         "optimizers", "recipe=image_classification", "--only", "lion", "--seeds", "7", "--folder", str(tmp_path),
-        "trainer.max_steps=2", "trainer.val_check_interval=2", "data.limit_train_samples=128", "logger.mode=offline",
-        "export=false",
+        length, "trainer.val_check_interval=2", "data.limit_train_samples=128", "logger.mode=offline", "export=false",
     ]  # fmt: skip
     assert main(arguments) == 0
     assert main(arguments) == 0, "the same command was refused"
