@@ -58,6 +58,7 @@ class ImageClassifier(LionMixin, LightningModule):
         optimizer_factory, schedule: see `LionMixin`.
         label_smoothing: share of the target that is spread over all classes.
         test_time_flip: whether validation averages the predictions for an image and its mirror image.
+        attention: how the model computes attention: sdpa or eager; None leaves it to `transformers`.
         seed: keys the augmentation.
         augmentation: see `Augmentation`.
     """
@@ -73,6 +74,7 @@ class ImageClassifier(LionMixin, LightningModule):
         schedule: Schedule,
         label_smoothing: float = 0.0,
         test_time_flip: bool = False,
+        attention: str | None = None,
         seed: int = 1,
         **augmentation: Any,
     ) -> None:
@@ -81,7 +83,7 @@ class ImageClassifier(LionMixin, LightningModule):
             raise ConfigError(f"recipe.module.label_smoothing must be in [0, 1), got {label_smoothing}")
         self.optimizer_factory, self.schedule, self.data = optimizer_factory, schedule, data
         self.label_smoothing, self.test_time_flip = label_smoothing, test_time_flip
-        self.model = build_model(config, data)
+        self.model = build_model(config, data, attention)
         mean, std = data.pixel_statistics()
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
@@ -224,12 +226,12 @@ class ImageClassifier(LionMixin, LightningModule):
         return count, worst.compute()
 
 
-def build_model(config: PretrainedConfig, data: ImageArrays) -> Any:
+def build_model(config: PretrainedConfig, data: ImageArrays, attention: str | None = None) -> Any:
     """The classifier of `config`, with the data's image size, channels and classes.
 
     Raises:
-        ConfigError: the configuration has no image-classification head, its patches do not fit the images, or it needs
-            a library that is not installed.
+        ConfigError: the configuration has no image-classification head, its patches do not fit the images, it needs a
+            library that is not installed, or it does not have this kind of attention.
     """
     if not isinstance(data, ImageArrays):
         raise ConfigError(
@@ -247,7 +249,15 @@ def build_model(config: PretrainedConfig, data: ImageArrays) -> Any:
     config.num_channels, config.image_size = channels, height
     config.id2label = dict(enumerate(data.classes))
     config.label2id = {name: index for index, name in config.id2label.items()}
-    return _timm(config) if config.model_type == TIMM else AutoModelForImageClassification.from_config(config)
+    if config.model_type == TIMM:
+        return _timm(config)
+    try:
+        return AutoModelForImageClassification.from_config(config, attn_implementation=attention)
+    except ValueError as error:
+        if attention is None:
+            raise
+        reason = f"{error}".splitlines()[0]
+        raise ConfigError(f"recipe.module.attention must be null, sdpa or eager, got {attention!r}: {reason}") from error
 
 
 def _timm(config: PretrainedConfig) -> Any:

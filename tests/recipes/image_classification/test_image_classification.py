@@ -198,6 +198,21 @@ def test_patches_that_do_not_fit_are_refused(digits: ImageArrays) -> None:
         build(vit(3), digits)
 
 
+def test_both_kinds_of_attention_agree(digits: ImageArrays) -> None:
+    sdpa, eager = (build(vit(2), digits, attention=kind) for kind in ("sdpa", "eager"))
+    assert (sdpa.model.config._attn_implementation, eager.model.config._attn_implementation) == ("sdpa", "eager")
+    pixels = batch_of(digits)["pixels"]
+    torch.testing.assert_close(sdpa(pixels), eager(pixels))
+
+
+@pytest.mark.parametrize(("config", "attention"), [(resnet(), "sdpa"), (vit(2), "flesh")])
+def test_attention_that_a_model_does_not_have_is_refused(
+    digits: ImageArrays, config: PretrainedConfig, attention: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"attention must be null, sdpa or eager, got '{attention}'"):
+        build(config, digits, attention=attention)
+
+
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0])
 def test_bad_smoothing_is_refused(digits: ImageArrays, smoothing: float) -> None:
     with pytest.raises(ConfigError, match="label_smoothing must be in"):
