@@ -182,7 +182,8 @@ def _draw(
 ) -> None:
     seeds = len(band.finished)
     labels = [label]  # taken by the first line that is drawn
-    marker = "o" if max(len(x) for x, _ in [*band.finished, *band.unfinished]) <= MAX_POINTS_WITH_MARKERS else ""
+    longest = max((len(x) for x, _ in [*band.finished, *band.unfinished]), default=0)
+    marker = "o" if longest <= MAX_POINTS_WITH_MARKERS else ""
     look: dict[str, Any] = {"color": color, "marker": marker, "markersize": 3}
     if band.x.size:
         axes.plot(band.x / factor, band.mean, linestyle=dash, linewidth=1.6, label=labels.pop(), **look)

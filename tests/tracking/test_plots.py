@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lion_lightning.commands.compare import write
 from lion_lightning.tracking import page, plots
 from lion_lightning.tracking.compare import compare
 
@@ -47,6 +48,14 @@ def test_a_single_point_is_seen(make_run, tmp_path):
     assert plots.write_picture(compare(runs), tmp_path / "point.png") == 2
     legend = 60  # more than the line and the marker in the legend have
     assert min(colored(tmp_path / "point.png", number) for number in (0, 1)) > legend
+
+
+def test_a_variant_that_crashed_before_its_first_validation_has_no_curve(two, make_run, tmp_path):
+    lost = make_run("signum", 1, [], state="failed", exit_code=1, rows=[{"trainer/global_step": 0, "train/loss": 9.0}])
+    comparison = compare([*two, lost])
+    assert "signum" in [variant.label for variant in comparison.variants]
+    files = write(comparison, tmp_path, "lion-compare", "2026-01-01")
+    assert {"compare.md", "compare.html", "val_loss-steps.png"} <= {file.name for file in files}
 
 
 @pytest.mark.parametrize("labels", [["a"], ["a long label of a curve " * 4] * 6, [str(n) for n in range(7)]])
