@@ -54,7 +54,7 @@ class RunLogger(WandbLogger):
             group=group,
             job_type=job_type,
             tags=list(tags),
-            save_dir=save_dir,
+            save_dir=os.path.abspath(save_dir),  # the W&B service may be another process's, which has its own folder
             # Chosen before training, so that it can be stored beside the checkpoints. A sweep agent's id overrides it.
             id=(run_id if self.mode == "online" else None) or secrets.token_hex(4),
             mode=self.mode,  # `offline=True` would set WANDB_MODE for the whole process

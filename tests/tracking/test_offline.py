@@ -53,6 +53,15 @@ def test_a_failed_run_says_so(runs):
     assert (runs["lion-2"].state, runs["lion-2"].exit_code) == ("failed", 42)
 
 
+def test_a_service_that_began_in_another_folder_writes_where_the_run_is(folder, tmp_path, monkeypatch):
+    """As one does that a parent process left in WANDB_SERVICE; `folder` has begun it."""
+    monkeypatch.chdir(tmp_path)
+    logger = RunLogger(project="p", run_name="n", group="g", save_dir="run", mode="offline")
+    logger.log_metrics({"val/loss": 3.0}, step=0)
+    logger.finish(0)
+    assert [read_file(file).curve("val/loss")[1].tolist() for file in find_runs(tmp_path)] == [[3.0]]
+
+
 def test_a_run_is_found_once_beside_latest_run(folder, tmp_path):
     shutil.copytree(folder / "0", tmp_path / "0", symlinks=False)  # `latest-run` is now a folder of its own
     assert [file.parent.name.startswith("offline-run-") for file in find_runs(tmp_path)] == [True]
