@@ -15,15 +15,23 @@ LIGHTNING_CLI = ("examples/lightning_cli.py", "fit", "--config", "examples/light
 CLI_NEEDS = "jsonargparse typeshed_client"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
+# torch 2.13 with FSDP2 on gloo: one of twenty processes aborts so when it ends, after the last line of its program; with
+# torch.optim.AdamW and nothing of ours imported as well.
+ABORTED_AT_THE_END = "terminate called without an active exception"
 
-def run(root: Path, folder: Path, *command: str, needs: str = "torch") -> str:
-    """What `python *command` prints to stdout; skips where one of the packages in `needs` is missing."""
+
+def run(root: Path, folder: Path, *command: str, needs: str = "torch", forgiven: str | None = None) -> str:
+    """What `python *command` prints to stdout; skips where one of the packages in `needs` is missing.
+
+    An exit code is an error unless stderr has what is `forgiven`.
+    """
     for package in needs.split():
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONUNBUFFERED": "1",
         "KERAS_BACKEND": "torch",
         "KERAS_HOME": str(folder),
     }
@@ -34,7 +42,7 @@ def run(root: Path, folder: Path, *command: str, needs: str = "torch") -> str:
         )
     else:
         answer = run_python(command, folder, environment, limit_seconds=500)
-    assert answer.returncode == 0, answer.stderr[-3000:]
+    assert answer.returncode == 0 or (forgiven and forgiven in answer.stderr), answer.stderr[-3000:]
     return answer.stdout
 
 
@@ -84,7 +92,9 @@ def test_a_run_of_the_command_line_of_lightning(root: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_fsdp2_on_two_processes(root: Path, tmp_path: Path) -> None:
-    assert losses(run(root, tmp_path, *TORCHRUN, "examples/fsdp2_loop.py"))[-1] < 0.8
+    printed = run(root, tmp_path, *TORCHRUN, "examples/fsdp2_loop.py", forgiven=ABORTED_AT_THE_END)
+    assert "epoch 19" in printed
+    assert losses(printed)[-1] < 0.8
 
 
 @pytest.mark.slow
