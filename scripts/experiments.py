@@ -8,6 +8,7 @@ learning rate of each variant first, with a seed and on a split of the training 
 import argparse
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -17,9 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from lion_lightning.__main__ import composed
+from lion_lightning.__main__ import composed, report_error
 from lion_lightning.commands import compare
 from lion_lightning.commands.tune import SEEDS
 from lion_lightning.errors import ConfigError
@@ -31,6 +35,7 @@ from lion_lightning.training.search_split import SearchSplit
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_OF_THE_GUARD = 42  # a run that the guard ended is a result and is not repeated
+PLAIN = re.compile(r"[\w./-]+", re.ASCII)  # what Hydra takes without quotes
 PASSES = (13, 4, 1)
 BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 VALIDATIONS = 8
@@ -180,6 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except (HydraException, OmegaConfBaseException) as error:
+        report_error(error)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -277,7 +284,10 @@ def _print(runs: Sequence[tuple[Path, list[str]]]) -> None:
 
 def command_of(options: argparse.Namespace, own: Sequence[str], seed: int, run_dir: Path) -> list[str]:
     """The command line of a run, without the interpreter."""
-    return ["train.py", *options.overrides, *own, f"seed={seed}", f"run_dir={run_dir}", "resume=auto"]
+    place = str(run_dir)
+    if not PLAIN.fullmatch(place):
+        place = QuotedString(place, Quote.single).with_quotes()
+    return ["train.py", *options.overrides, *own, f"seed={seed}", f"run_dir={place}", "resume=auto"]
 
 
 @dataclass(frozen=True)

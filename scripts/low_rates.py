@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     cell = Cell(name, str(rate), seed, options.steps, *numbers)
                     append(table, cell)
                     print(f"{name:>16}  {rate}  seed {seed}: {cell.start:.4f} -> {cell.loss:.4f}", flush=True)
-    cells = read(table)
+    cells = [cell for cell in read(table) if cell.steps == options.steps]
     print(markdown(cells))
     draw(cells, options.output.with_suffix(".png"))
     print(f"{relative(str(table))}, {options.output.with_suffix('.png').name}")
@@ -206,25 +206,33 @@ def markdown(cells: Sequence[Cell]) -> str:
     for variant in dict.fromkeys(cell.variant for cell in cells):
         words = []
         for rate in rates:
-            pairs = _paired(cells, variant, rate)
-            fall, reach = interval([a for a, _ in pairs]), interval([b for _, b in pairs])
-            words += [f"{fall[0]:.4f} ± {fall[1]:.4f}", f"{round(100 * reach[0]) + 0}%"]
+            fall, reach = interval(_falls(cells, variant, rate)), interval(_norms(cells, variant, rate))
+            words += [
+                f"{fall[0]:.4f} ± {fall[1]:.4f}",
+                "-" if math.isnan(reach[0]) else f"{round(100 * reach[0]) + 0}%",
+            ]
         lines.append(f"| {variant} | " + " | ".join(words) + " |")
     return "\n".join(lines)
 
 
-def _paired(cells: Sequence[Cell], variant: str, rate: str) -> list[tuple[float, float]]:
-    """Per seed the fall of the loss, and that of the norm as a share of the same optimizer's in fp32."""
+def _falls(cells: Sequence[Cell], variant: str, rate: str) -> list[float]:
+    """The fall of the loss, per seed."""
+    return [cell.start - cell.loss for cell in cells if (cell.variant, cell.rate) == (variant, rate)]
+
+
+def _norms(cells: Sequence[Cell], variant: str, rate: str) -> list[float]:
+    """The fall of the norm as a share of the same optimizer's in fp32, per seed that both have."""
     control = "adamw fp32" if variant.startswith("adamw") else "lion fp32"
-    of = {(cell.variant, cell.seed): cell for cell in cells if cell.rate == rate}
-    mine = [cell for (name, seed), cell in of.items() if name == variant and (control, seed) in of]
-    return [(cell.start - cell.loss, (1 - cell.norm) / (1 - of[control, cell.seed].norm)) for cell in mine]
+    of = {(cell.variant, cell.seed): 1 - cell.norm for cell in cells if cell.rate == rate}
+    return [fall / of[control, seed] for (name, seed), fall in of.items() if name == variant and (control, seed) in of]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half of its 95 % interval by Student's t; NaN for the half of a single value."""
+    """Mean and half of its 95 % interval by Student's t; NaN for the half of a single value, and both for none."""
     from scipy import stats
 
+    if not values:
+        return math.nan, math.nan
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, math.nan
@@ -242,7 +250,7 @@ def draw(cells: Sequence[Cell], file: Path) -> None:
     figure = Figure(figsize=(9, 3.2), dpi=150)
     panels = figure.subplots(1, len(rates), sharey=True, squeeze=False)
     for axes, rate in zip(panels[0], rates, strict=True):
-        falls = [interval([fall for fall, _ in _paired(cells, name, rate)]) for name in names]
+        falls = [interval(_falls(cells, name, rate)) for name in names]
         colors = [COLORS[_storage(name)] for name in names]
         axes.barh(names, [mean for mean, _ in falls], xerr=[half for _, half in falls], color=colors, ecolor="black")
         peak, shape = rate.split()

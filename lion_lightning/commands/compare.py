@@ -25,20 +25,25 @@ EXIT_USAGE = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 with a message of one line."""
+    """Run the command line; returns the exit code: 0, or 2 with a message of one line, for a group too."""
     options = _parser().parse_intermixed_args(arguments)
-    console = Console()
+    console, code = Console(), 0
     try:
         runs, unreadable = gather(options)
         for one in split(runs, options):
             folder = options.output / one[0].group if options.each_group else options.output
-            _compare(one, options, folder, unreadable, console)
+            try:
+                _compare(one, options, folder, unreadable, console)
+            except Incomparable as reason:
+                if not options.each_group:
+                    raise
+                code = _refuse(f"{one[0].group or 'no group'}: {reason}")  # the other groups are compared
     except ModuleNotFoundError as error:
         extra = "wandb-report" if error.name and error.name.startswith("wandb_workspaces") else "report"
         return _refuse(f"{error.name} is not installed; pip install 'lion-lightning[{extra}]'")
     except (Incomparable, UnreadableRun) as error:
         return _refuse(str(error))
-    return 0
+    return code
 
 
 def gather(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
@@ -52,13 +57,15 @@ def gather(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
     runs = [run for run in read if isinstance(run, Run)]
     errors = [str(error).partition(": ") for error in read if isinstance(error, UnreadableRun)]
     unreadable = [f"not read: {report.relative(file)}: {reason}" for file, _, reason in errors]
+    # A copied folder counts once; two folders of one id are the parts of a run that was resumed online.
+    runs = list({(run.id or run.source, run.created): run for run in reversed(runs)}.values())[::-1]
     if options.wandb:
-        runs += fetch_runs(options.wandb, options.group)
+        known = {run.id for run in runs}
+        runs += [run for run in fetch_runs(options.wandb, options.group) if run.id not in known]
     if not runs:
         of_group = f" of group {options.group}" if options.group else ""
         raise Incomparable("; ".join(unreadable) or f"no run{of_group} in {options.wandb}")
-    # A copied folder, or a run that is both on disk and on the server, counts once.
-    return list({run.id or run.source: run for run in reversed(runs)}.values())[::-1], unreadable
+    return runs, unreadable
 
 
 def split(runs: list[Run], options: argparse.Namespace) -> list[list[Run]]:

@@ -40,9 +40,11 @@ from lion_lightning.__main__ import CONFIG_FOLDER, composed, report_error
 from lion_lightning.command_line import add_config_dir, command_name, search_path, take_trusted, trusted
 from lion_lightning.commands.tune_report import draw_heat_map, flatness, tuned_file, write_trials
 from lion_lightning.commands.tune_spaces import SPACES, Space, settings_of, short, space_around, untried
+from lion_lightning.errors import ConfigError
 from lion_lightning.tracking.compare import Mode
 from lion_lightning.tracking.report import relative
 
+EXIT_FAILED = 1
 EXIT_USAGE = 2
 # The winners of an installed package go to the user's own conf/, under names that its conf/tuned does not have.
 IS_INSTALLED = CONFIG_FOLDER.parent == Path(__file__).resolve().parents[1]
@@ -110,7 +112,7 @@ class Rungs(pl.Callback):
 
 
 def main(arguments: Sequence[str] | None = None, run: Run | None = None) -> int:
-    """Run the command line.
+    """Run the command line; returns 0, 1 if all trials of an optimizer diverged, or 2 for a mistake.
 
     Args:
         arguments: None: those of the process.
@@ -124,13 +126,20 @@ def main(arguments: Sequence[str] | None = None, run: Run | None = None) -> int:
         return EXIT_USAGE
     except (HydraException, OmegaConfBaseException) as error:
         report_error(error)
-    studies = [(search, explore(search, run or train)) for search in searches]
-    if options.heat_map:
+    try:
+        studies = [(search, explore(search, run or train)) for search in searches]
+    except (HydraException, OmegaConfBaseException, ConfigError, OSError) as error:
+        report_error(error)
+    diverged = [search.optim for search, study in studies if not any(map(math.isfinite, whole_values(study)))]
+    for optim in diverged:
+        print(f"{optim}: all of its trials diverged", file=sys.stderr)
+    studies = [(search, study) for search, study in studies if search.optim not in diverged]
+    if options.heat_map and studies:
         _report_heat_maps(studies, Path(options.picture or f"docs/results/{options.recipe}-lr-decay.png"))
     else:
         for search, study in studies:
             _write_winner(search, study, Path(options.output))
-    return 0
+    return EXIT_FAILED if diverged else 0
 
 
 def explore(search: Search, run: Run) -> optuna.Study:
@@ -140,15 +149,16 @@ def explore(search: Search, run: Run) -> optuna.Study:
         search: The search. A killed trial is repeated; a diverged one counts as the worst.
         run: Trains one configuration, with callbacks, and returns its best metric.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # its warning of an exception is the whole traceback
     mode = compose(search, {}, search.seeds[0]).recipe.mode
     study = study_of(search, mode)
     step = _walk(search, run, mode) if search.heat_map else _search_on(search, run, mode)
     write_trials(finished(study), search.table)
     while (done := len(finished(study))) < search.wanted:
         step(study, done)
-        last = study.trials[-1]
-        result = f"{last.value:.4f}{' when it was ended early' if last.state == TrialState.PRUNED else ''}"
+        last = finished(study)[-1]
+        value = "diverged" if last.value is None else f"{last.value:.4f}"  # ended early at a value that is NaN
+        result = f"{value}{' when it was ended early' if last.state == TrialState.PRUNED else ''}"
         print(f"{search.optim} {done + 1}/{search.wanted}: {result} with {_words(last.params)}", flush=True)
         write_trials(finished(study), search.table)
     return study

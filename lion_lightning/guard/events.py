@@ -72,7 +72,8 @@ class EventLog:
             log_table = getattr(logger, "log_table", None)  # WandbLogger's: wandb need not be installed
             if log_table is not None:
                 rows = [[event.step, event.kind, event.remedy, event.message] for event in self.events]
-                log_table("guard/event_table", columns=COLUMNS, data=rows)
+                step = max(0, self.events[-1].step - 1)  # without one W&B takes step 0, as if the run began anew
+                log_table("guard/event_table", columns=COLUMNS, data=rows, step=step)
                 send = getattr(getattr(logger, "experiment", None), "alert", None)
                 if alert is not None and send is not None:
                     send(title=f"LionGuard: {alert.kind}", text=f"{alert.message}; {alert.remedy}")

@@ -127,8 +127,8 @@ class Comparison:
 
     @cached_property
     def axes(self) -> list[str]:
-        """The axes that every run with a history has."""
-        logged = [run for run in self.runs if run.history]
+        """The axes that every run with a value of the goal's metric has."""
+        logged = [run for run in self.runs if self.goal.metric in run.metrics]
         return [axis for axis in AXES if logged and all(run.has_axis(axis) for run in logged)]
 
     @cached_property
@@ -293,6 +293,8 @@ def welch(values: Sequence[float], reference: Sequence[float]) -> Welch | None:
     """
     if min(len(values), len(reference)) < MIN_SEEDS_FOR_A_TEST:
         return None
+    if len(set(values)) == len(set(reference)) == 1:
+        return Welch(math.nan, math.nan, math.nan)
     from scipy.stats import ttest_ind
 
     with warnings.catch_warnings():
@@ -425,12 +427,13 @@ def _filled(variant: Variant, runs: Sequence[Run], remarks: list[str]) -> Varian
 
 
 def _with_first_part(run: Run, attempts: Sequence[Run]) -> Run:
-    """Prepend the history of the run that `run` resumed: a run resumed offline is a new W&B run."""
+    """Prepend the history of the runs that `run` resumed: a run resumed offline is a new W&B run."""
     earlier = [other for other in attempts if other.created < run.created and other.history]
     if run.setting("resume") is None or not earlier or not run.history:
         return run
     start = min(row.get(STEP, 0) for row in run.history)
-    kept = [row for row in earlier[-1].history if row.get(STEP, 0) < start]
+    before = _with_first_part(earlier[-1], earlier[:-1])
+    kept = [row for row in before.history if row.get(STEP, 0) < start]
     if not kept:  # `resume=auto` found no checkpoint
         return run
     spent = max(row.get("perf/seconds", 0.0) for row in kept)

@@ -60,8 +60,8 @@ def write_page(comparison: Comparison, file: Path, command: str, date: str) -> N
 
 
 def _offered_metrics(comparison: Comparison) -> list[str]:
-    """The metric that decides, then those that every run with a history has, except the axes."""
-    runs = [run for run in comparison.runs if run.history]
+    """The metric that decides, then those that every run with a value of it has, except the axes."""
+    runs = [run for run in comparison.runs if comparison.goal.metric in run.metrics]
     every = sorted({name for run in runs for name in run.metrics} - {*AXES.values()})
     shared = [name for name in every if all(run.curve(name)[0].size for run in runs)]
     others = [name for prefix in PREFIXES for name in shared if name.startswith(prefix)]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +17,6 @@ from lion_lightning.tracking.runs import AXES, STEP, Run
 
 NONE = "-"
 SIGNIFICANCE = 0.05
-LABEL_COLUMNS = 16  # minimum width of a label in the terminal; a longer one is folded
 COST_FORMATS = dict(zip(COSTS, [("ms a step", ".1f"), ("peak GiB", ".2f"), ("bytes/param", ".2f")], strict=True))
 Rows = tuple[list[str], list[list[str]]]
 
@@ -57,9 +57,13 @@ def tables(comparison: Comparison) -> tuple[tuple[str, Rows], tuple[str, Rows]]:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """A line for each run that is not counted, and the remarks of the comparison."""
-    unfinished = [_progress(run, comparison.goal.metric) for variant in comparison.variants for run in variant.others]
-    return [*unfinished, *comparison.remarks]
+    """A line for each run that is not counted or has no finite result, and the remarks of the comparison."""
+    metric, lines = comparison.goal.metric, []
+    for variant in comparison.variants:
+        lines += [_progress(run, metric) for run in variant.others]
+        lost = [run for run in variant.counted if not np.isfinite(run.curve(metric)[1]).any()]
+        lines += [f"{run.name} has finished without a finite {metric}: not in any mean" for run in lost]
+    return [*lines, *comparison.remarks]
 
 
 def winner(comparison: Comparison) -> str:
@@ -80,8 +84,7 @@ def show(comparison: Comparison, console: Console) -> None:
         console.print(f"\n{caption}", highlight=False, style="italic")
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
         for number, name in enumerate(header):
-            table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=bool(number))
-        table.columns[0].min_width = min(max(len(row[0]) for row in rows), LABEL_COLUMNS)
+            table.add_column(name, justify="right" if number else "left", overflow="fold")
         for row in rows:
             table.add_row(*row, style="bold" if row[0] == winner(comparison) else None)
         console.print(table, highlight=False)
@@ -173,7 +176,7 @@ def _cost_rows(comparison: Comparison) -> Rows:
         reached = len(comparison.to_target(variant, "steps"))
         places = [_mean_count(comparison.to_target(variant, axis)) for axis in axes]
         figures = [format(own[name], COST_FORMATS[name][1]) if name in own else NONE for name in logged]
-        rows.append([variant.label, f"{reached}/{len(comparison.best(variant).values)}", *places, *figures])
+        rows.append([variant.label, f"{reached}/{len(variant.counted)}", *places, *figures])
     return header, rows
 
 

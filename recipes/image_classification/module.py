@@ -257,7 +257,9 @@ def build_model(config: PretrainedConfig, data: ImageArrays, attention: str | No
         if attention is None:
             raise
         reason = f"{error}".splitlines()[0]
-        raise ConfigError(f"recipe.module.attention must be null, sdpa or eager, got {attention!r}: {reason}") from error
+        raise ConfigError(
+            f"recipe.module.attention must be null, sdpa or eager, got {attention!r}: {reason}"
+        ) from error
 
 
 def _timm(config: PretrainedConfig) -> Any:

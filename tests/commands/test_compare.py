@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import wandb
 
 from lion_lightning.commands import compare
 from lion_lightning.tracking.wandb import RunLogger
@@ -94,6 +95,16 @@ def test_unlike_groups_are_refused_and_compared_when_told(
     assert (code, error) == (2, "error: no run of group middling; there are: long, short\n")
 
 
+def test_a_group_without_a_result_does_not_stop_the_others(
+    runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    log_run(tmp_path / "runs", "lion", 1, [], group="a lost one")
+    code, output, error = call([tmp_path / "runs", runs / "good", "--each-group"], capsys, tmp_path)
+    assert (code, error) == (2, "error: a lost one: no run has logged val/loss; there are: nothing\n")
+    assert "adamw is best with" in output
+    assert (tmp_path / "out" / "g" / "compare.md").is_file()
+
+
 def test_a_run_that_failed_is_shown_as_such(runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, output, _ = call([runs / "stopped"], capsys, tmp_path)
     assert code == 0
@@ -120,6 +131,25 @@ def test_an_empty_folder_and_no_folder_are_named(
     code, _, error = call([runs / "nowhere"], capsys, tmp_path)
     assert (code, "there is no such folder" in error) == (2, True)
     assert call([], capsys, tmp_path)[2].startswith("error: nothing to compare")
+
+
+def test_the_parts_of_a_run_that_was_resumed_under_one_id_are_joined(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """As online runs are resumed: two folders, one id."""
+    config = {"optim": {"name": "lion"}, "seed": 1, "resume": "auto", "recipe": {"monitor": "val/loss", "mode": "min"}}
+    for number, code in ((0, 1), (1, 0)):
+        (tmp_path / "runs" / str(number)).mkdir(parents=True)
+        logged = wandb.init(
+            id="aaaa1111", mode="offline", dir=tmp_path / "runs" / str(number), config=config,
+            settings=wandb.Settings(silent=True),
+        )  # fmt: skip
+        logged.log({"val/loss": 3.0 - number, "trainer/global_step": 10 * number})
+        logged.finish(exit_code=code)
+    code, output, _ = call([tmp_path / "runs"], capsys, tmp_path)
+    assert code == 0
+    assert "lion is best with 2.0000 over 1 seed" in output
+    assert "lion, seed 1: 2 runs; the last goes on from the one before" in output
 
 
 def test_a_copied_run_counts_once(runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

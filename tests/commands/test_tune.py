@@ -4,7 +4,7 @@ import contextlib
 import csv
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,6 +111,42 @@ def test_a_diverged_trial_counts_as_the_worst(tmp_path: Path, capsys: pytest.Cap
     assert "inf" not in text, "a diverged trial won"
     assert "best of 4 trials" in " ".join(text.replace("#", "").split())
     assert "2 diverged" in " ".join(text.replace("#", "").split())
+
+
+@pytest.mark.parametrize("kind", [(), ("--heat-map",)])
+def test_where_every_trial_diverges_nothing_is_written(
+    kind: tuple[str, ...], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert call(tmp_path, lambda *_: math.nan, "--optim", "lion", "--trials", "2", *kind) == 1
+    assert capsys.readouterr().err == "lion: all of its trials diverged\n"
+    assert not [*tmp_path.glob("*.yaml"), *tmp_path.glob("*.png")]
+
+
+def test_a_trial_that_is_ended_at_a_value_that_is_not_a_number_is_one_of_the_search(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    seen: Runs = []
+
+    def run(cfg: DictConfig, callbacks: Sequence[tune.Rungs] = ()) -> float:
+        value = bowl(seen)(cfg)
+        if len(seen) > 5:
+            for step, reading in ((1600, -9.0), (1800, math.nan)):
+                callbacks[0].trial.report(reading, step)
+            raise optuna.TrialPruned
+        return value
+
+    assert call(tmp_path, run, "--optim", "lion", "--trials", "7") == 0
+    assert "lion 7/7: diverged when it was ended early with optim.lr" in capsys.readouterr().out
+
+
+def test_a_mistake_in_the_data_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    storage = ["--storage", str(tmp_path / "trials.db"), "--output", str(tmp_path)]
+    wrong = ["data=image_files", f"data.path={tmp_path / 'nowhere'}"]
+    with pytest.raises(SystemExit) as ended:
+        tune.main([RECIPE, *wrong, "--optim", "lion", "--trials", "1", *storage])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error == f"error: data.path={tmp_path / 'nowhere'}: there is no such file or folder\n"
 
 
 def test_each_seed_of_a_trial_is_run_and_the_mean_counts(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ LIGHTNING_CLI = ("examples/lightning_cli.py", "fit", "--config", "examples/light
 CLI_NEEDS = "jsonargparse typeshed_client"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
-# torch 2.13 with FSDP2 on gloo: one of twenty processes aborts so when it ends, after the last line of its program; with
-# torch.optim.AdamW and nothing of ours imported as well.
+# torch 2.13 with FSDP2 on gloo: one of twenty processes aborts so when it ends, after the last line of its program, and
+# does so with torch.optim.AdamW and nothing of ours imported.
 ABORTED_AT_THE_END = "terminate called without an active exception"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lion_lightning.__main__ import composed
 from lion_lightning.tracking.runs import read_run
 from lion_lightning.tracking.wandb import RunLogger
 from scripts import experiments
@@ -92,6 +93,20 @@ def test_some_variants_of_an_experiment_can_be_run_alone(capsys: pytest.CaptureF
 def test_an_experiment_in_steps_refuses_a_length_in_passes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "recipe=cifar10", "--dry-run"]) == 2
     assert "trainer.max_epochs is 30; add trainer.max_epochs=null" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["outputs/runs", "my runs (1)", "é", "a,b=[c]", "it's", "{x}"])
+def test_any_folder_can_hold_the_runs(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["optimizers", "recipe=image_classification", "--only", "lion", "--seeds", "1", "--folder", folder]
+    assert main([*command, "--dry-run"]) == 0
+    (words,) = map(shlex.split, capsys.readouterr().out.splitlines())
+    assert composed(words[2:]).run_dir == f"{folder}/optimizers-image_classification/lion-s1"
+
+
+def test_a_mistyped_recipe_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["optimizers", "recipe=image_clasification", "--dry-run"])
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 LOGGING = threading.Lock()  # W&B has one run at a time in a process; real runs have a process each

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 
 import pytest
 from rich.console import Console
@@ -57,6 +58,27 @@ def test_the_tables_fit_the_terminal(comparison, width):
     assert "3.0200" in rows[1]
     assert "+1.0000" in rows[1]
     assert "…" not in shown(comparison, width), "a number is cut off"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_cell_is_cut_off(make_run, width):
+    """Two rates, an interval and states of runs are more than 80 columns hold in one line."""
+    rates = [{"config": {"optim": {"name": "lion", "lr": lr}}} for lr in (1e-3, 3e-3)]
+    runs = [make_run("lion", seed, [3.0, 1 + seed / 10], **rate) for rate in rates for seed in (1, 2, 3)]
+    runs += [make_run("adamw", seed, [3.0, 1.6 + seed**2 / 100]) for seed in (1, 2, 3)]
+    runs += [make_run("lion", 4, state="crashed", exit_code=None, **rates[0])]
+    runs += [make_run("lion", 5, state="failed", exit_code=1, **rates[0])]
+    several = compare(runs)
+    words = shown(several, width).split()
+    for _, (header, rows) in report.tables(several):
+        assert not {word for row in (header, *rows) for cell in row for word in cell.split()} - set(words)
+
+
+def test_a_finished_run_without_a_finite_value_is_named(make_run):
+    runs = [make_run("lion", seed, [math.nan] if seed == 3 else [3.0, 1.0 + seed]) for seed in (1, 2, 3)]
+    comparison = compare([*runs, make_run("adamw", 1, [4.0])])
+    assert report.notes(comparison) == ["r-lion-s3 has finished without a finite val/loss: not in any mean"]
+    assert report.tables(comparison)[1][1][1][0][:2] == ["lion", "2/3"]
 
 
 def test_what_does_not_count_is_named_with_its_state(comparison):

@@ -95,6 +95,7 @@ def test_one_seed_cannot_be_tested(make_run):
     comparison = compare(runs)
     assert comparison.against_baseline(comparison.variant("lion")) is None
     assert math.isnan(welch([1.0, 1.0], [1.0, 1.0]).p)
+    assert math.isnan(welch([0.97, 0.97, 0.97], [1.0, 1.0, 1.0]).p), "nothing varies, so nothing was tested"
 
 
 def test_runs_that_did_not_finish_are_kept_apart(make_run):
@@ -142,6 +143,25 @@ def test_a_resumed_run_carries_its_first_part(make_run):
     assert (steps.tolist(), values.tolist()) == ([10, 20, 30, 40], [3.0, 1.0, 2.0, 1.5]), "9.0 came after the crash"
     assert joined.curve("val/loss", "seconds")[0].tolist() == [5, 10, 15, 20]
     assert "goes on from the one before" in comparison.remarks[0]
+
+
+def test_a_run_resumed_twice_carries_both_parts(make_run):
+    values = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+    whole = make_run("lion", 1, values)
+    parts = []
+    for number, first in enumerate((0, 20, 40)):
+        rows = [row for row in whole.history if first <= row["trainer/global_step"] < first + 20]
+        rows = [{key: x - first / 2 if key == "perf/seconds" else x for key, x in row.items()} for row in rows]
+        end = {"state": "crashed", "exit_code": None} if number < 2 else {}
+        parts.append(make_run("lion", 1, [], created=f"2026-01-0{number}", config={"resume": "auto"}, rows=rows, **end))
+    (joined,) = compare(parts).variant("lion").counted
+    assert joined.curve("val/loss")[1].tolist() == values
+    assert joined.curve("val/loss", "seconds")[0].tolist() == whole.curve("val/loss", "seconds")[0].tolist()
+
+
+def test_a_run_that_crashed_at_once_takes_no_axis_from_the_others(make_run):
+    lost = make_run("lion", 2, [], state="crashed", exit_code=None, rows=[{"trainer/global_step": 0, "guard/lr": 1.0}])
+    assert compare([make_run("lion", 1), make_run("adamw", 1), lost]).axes == compare([make_run("lion", 1)]).axes
 
 
 def test_runs_without_seeds_count_one_by_one(make_run):
