@@ -9,11 +9,13 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lion_lightning.optim import Lion
 
@@ -51,6 +53,8 @@ def from_adamw(
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         if isinstance(value, str):  # YAML reads 1e-3 as a text, and 1.0e-3 as a number
             raise ValueError(f"{name} must be a number, got the text {value!r}")
+        if not isinstance(value, Real):
+            raise ValueError(f"{name} must be a number, got {value!r}")
     _check_positive(lr=lr)
     if not (math.isfinite(weight_decay) and weight_decay >= 0):
         raise ValueError(f"weight_decay must be a number of at least 0, got {weight_decay}")
@@ -223,7 +227,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             owner, *_ = name.rpartition(".")
             is_norm = type(model.get_submodule(owner)).__name__.lower().endswith(_NORM_SUFFIXES)
             is_position_table = any(part in _POSITION_TABLES for part in name.split("."))
-            decays = parameter.ndim >= 2 and not is_norm and not is_position_table
+            # The shape of a lazy parameter is not known yet; torch has lazy matrices named weight, and vectors.
+            is_matrix = name.endswith("weight") if is_lazy(parameter) else parameter.ndim >= 2
+            decays = is_matrix and not is_norm and not is_position_table
             groups[0 if decays else 1]["params"].append((name, parameter))
     filled = [group for group in groups if group["params"]]
     if not filled:

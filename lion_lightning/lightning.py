@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -32,8 +32,9 @@ class LionMixin:
             optimizer_factory = partial(Lion, **from_adamw(lr=1e-3, weight_decay=0.1))
 
     Attributes:
-        optimizer_factory: an optimizer class, or a `functools.partial` of one, of torch or of this library. Its
-            `weight_decay` applies to the `decay` group alone (see `hyperparams.parameter_groups`).
+        optimizer_factory: an optimizer class of torch or of this library, a `functools.partial` of one, or a function
+            of the parameter groups. Its `weight_decay` applies to the `decay` group alone (see
+            `hyperparams.parameter_groups`).
         schedule: from the number of optimizer steps of the run to a function that gives the factor of the learning rate
             at each step; see `hyperparams`. The number is `trainer.estimated_stepping_batches`; where it is not known,
             the rate stays as it is.
@@ -56,14 +57,19 @@ class LionMixin:
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over named groups, and its schedule, which advances once an optimizer step."""
         module = cast(LightningModule, self)
-        factory = self.optimizer_factory
+        factory = self._given("optimizer_factory")
         if not callable(factory):
             raise TypeError(
                 f"optimizer_factory is a {type(factory).__name__}, which is not allowed: use an optimizer's class, or "
                 "partial(Lion, **from_adamw(lr=..., weight_decay=...))"
             )
-        steps = total_steps(module.trainer)
-        optimizer = factory(parameter_groups(module, _weight_decay(factory)))
+        steps = total_steps(_trainer_of(module))
+        decay = _weight_decay(factory)
+        groups = parameter_groups(module, decay or 0.0)
+        if decay is None:  # the factory's own
+            for group in groups[: groups[0]["name"] == "decay"]:
+                del group["weight_decay"]
+        optimizer = factory(groups)
         if self.weight_decay_timescale is not None:
             timescale = self.weight_decay_timescale * (steps if self.weight_decay_timescale < 1 else 1)
             for group in optimizer.param_groups:
@@ -77,15 +83,31 @@ class LionMixin:
 
     def _schedule(self) -> Schedule:
         """The schedule; a function that is set as a class attribute is not taken for a method."""
-        given = inspect.getattr_static(self, "schedule")
-        if not inspect.isfunction(given):
-            return self.schedule
-        required = [entry for entry in inspect.signature(given).parameters.values() if entry.default is entry.empty]
-        return given if len(required) == 1 else self.schedule
+        given = self._given("schedule")
+        static = inspect.getattr_static(self, "schedule")
+        if not inspect.isfunction(static):
+            return given
+        required = [entry for entry in inspect.signature(static).parameters.values() if entry.default is entry.empty]
+        return static if len(required) == 1 else given
+
+    def _given(self, name: str) -> Any:
+        """An attribute; a `partial` of the class is not taken for a method, which Python does from 3.14 on."""
+        static = inspect.getattr_static(self, name)
+        return static if isinstance(static, partial) else getattr(self, name)
 
 
-def total_steps(trainer: Trainer) -> float:
+def _trainer_of(module: LightningModule) -> Trainer | None:
+    """The Trainer of a module; None without one, and under Fabric, whose stand-in for it knows nothing."""
+    try:
+        return None if module.fabric is not None else module.trainer
+    except RuntimeError:  # the module is not attached to a Trainer
+        return None
+
+
+def total_steps(trainer: Trainer | None) -> float:
     """Optimizer steps of the whole run; infinite if they are not known."""
+    if trainer is None:
+        return math.inf
     try:
         steps = float(trainer.estimated_stepping_batches)
     except (MisconfigurationException, TypeError, ValueError, ZeroDivisionError):
@@ -98,7 +120,7 @@ class RateAndDecay(LambdaLR):
 
     def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
         for group in optimizer.param_groups:
-            group.setdefault("initial_decay", group["weight_decay"])
+            group.setdefault("initial_decay", group.get("weight_decay", 0.0))
         super().__init__(optimizer, factor)
 
     @override
@@ -108,13 +130,13 @@ class RateAndDecay(LambdaLR):
             group["weight_decay"] = group["initial_decay"] * factor(self.last_epoch)
 
 
-def _weight_decay(factory: OptimizerFactory) -> float:
-    """The decay that the factory would use: the one given to it, else the optimizer's default."""
+def _weight_decay(factory: OptimizerFactory) -> float | None:
+    """The decay that the factory would use: the one given to it, else the optimizer's default; None if not known."""
     if isinstance(factory, partial) and "weight_decay" in factory.keywords:
         return float(factory.keywords["weight_decay"])
     optimizer = factory.func if isinstance(factory, partial) else factory
     default = inspect.signature(optimizer).parameters.get("weight_decay")
-    return float(default.default) if default is not None else 0.0
+    return float(default.default) if default is not None and default.default is not default.empty else None
 
 
 class GradientRelease(Callback):

@@ -58,6 +58,7 @@ def test_from_adamw_knows_the_factors_that_were_published(parameters, lr, lion_l
         ({"lr": 0.0}, "lr must be a positive number, got 0.0"),
         ({"lr": float("nan")}, "lr must be a positive number, got nan"),
         ({"lr": 1e-3, "weight_decay": -1}, "weight_decay must be a number of at least 0, got -1"),
+        ({"lr": 1e-3, "weight_decay": None}, "weight_decay must be a number, got None"),
         ({"lr": 1e-3, "factor": 0.5}, "factor must be a number of at least 1"),
         ({"lr": 1e-3, "parameters": 0}, "parameters must be a positive number, got 0"),
         ({"lr": 1e-3, "factor": 3.0, "parameters": 10}, "give factor or parameters, not both"),

@@ -1,15 +1,17 @@
 """LionMixin in modules that are not ours."""
 
 from functools import partial
+from types import MethodType
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lion_lightning import Lion, LionMixin, from_adamw
-from lion_lightning.hyperparams import linear
+from lion_lightning.hyperparams import linear, parameter_groups
 
 
 class Regression(LightningModule):
@@ -81,6 +83,55 @@ def test_decay_of_the_factory_goes_to_the_decay_group_alone(tmp_path):
     assert [group["weight_decay"] for group in lion.param_groups] == [1.0, 0.0]
     (adamw,) = fit(WithTorchOptimizer(), tmp_path).optimizers
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.3, 0.0]
+
+
+def test_a_function_as_factory_keeps_the_decay_that_it_gives(tmp_path):
+    class WithAMethod(LionMixin, Regression):
+        def optimizer_factory(self, groups):
+            return Lion(groups, lr=1e-3, weight_decay=0.7)
+
+    class WithALambda(LionMixin, Regression):
+        def __init__(self):
+            super().__init__()
+            self.optimizer_factory = lambda groups: torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.3)
+
+    for module, decay in ((WithAMethod(), 0.7), (WithALambda(), 0.3)):
+        (optimizer,) = fit(module, tmp_path, max_epochs=1).optimizers
+        assert [(group["name"], group["weight_decay"]) for group in optimizer.param_groups] == [
+            ("decay", decay), ("no_decay", 0.0)
+        ]  # fmt: skip
+
+
+def test_a_partial_of_the_class_is_not_taken_for_a_method(tmp_path):
+    """As Python takes it from 3.14 on; a partial that is a descriptor stands for one there."""
+
+    class Bound(partial):
+        def __get__(self, instance, owner=None):
+            return self if instance is None else MethodType(self, instance)
+
+    class Later(LionMixin, Regression):
+        optimizer_factory = Bound(Lion, lr=1e-3, weight_decay=0.5)
+        schedule = Bound(linear, final=0.5)
+
+    (optimizer,) = fit(Later(), tmp_path).optimizers
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-3)
+
+
+def test_without_a_trainer_the_rate_stays(caplog):
+    module = WithAdamSettings()
+    optimizer = module.configure_optimizers()["optimizer"]
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    assert "the length of this run is not known" in caplog.text
+    fabric = Fabric(accelerator="cpu", devices=1)
+    wrapped, _ = fabric.setup(module, optimizer)
+    assert type(wrapped.module.configure_optimizers()["optimizer"]) is Lion
+
+
+def test_matrices_of_lazy_modules_decay_and_their_vectors_do_not():
+    model = nn.Sequential(nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.Linear(5, 1))
+    names = {group["name"]: [name for name, _ in group["params"]] for group in parameter_groups(model, 0.1)}
+    assert names == {"decay": ["0.weight", "2.weight"], "no_decay": ["0.bias", "1.weight", "1.bias", "2.bias"]}
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

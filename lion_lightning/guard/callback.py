@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
@@ -140,7 +140,16 @@ class LionGuard(Callback):
         for name, choice, literal in choices:
             if choice not in get_args(literal):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(literal))}, got {choice!r}")
-        if isinstance(disabled, str) or not set(disabled) <= RULES.keys():
+        for name, flag in (("gate", gate), ("dry_run", dry_run), ("checkpoint_snapshots", checkpoint_snapshots)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} must be True or False, got {flag!r}")
+        if thresholds is not None and not isinstance(thresholds, Thresholds):
+            raise ValueError(
+                f"thresholds must be a guard.Thresholds, such as Thresholds(outlier_z=10), got {thresholds!r}"
+            )
+        if samples is not None and not callable(samples):
+            raise ValueError(f"samples must be a function from a batch to its number of samples, got {samples!r}")
+        if isinstance(disabled, str) or not isinstance(disabled, Collection) or not set(disabled) <= RULES.keys():
             raise ValueError(f"disabled must be a list of rules of {', '.join(RULES)}, got {disabled!r}")
         self.disabled = frozenset(disabled) | ({"bad_loss"} if on_bad_loss == "ignore" else set())
         self.warmup_steps, self.min_batch_size, self.on_small_batch = warmup_steps, min_batch_size, on_small_batch
@@ -296,7 +305,8 @@ class LionGuard(Callback):
         by_norm = trainer.gradient_clip_algorithm in (None, "norm")
         clip_val = float(trainer.gradient_clip_val) if trainer.gradient_clip_val and by_norm else None
         facts = (self.steps, self.batch.last, self._micro_samples)
-        if not self.monitors[number].before_step(self.losses, clip_val, facts):
+        # Without a backward, as where `training_step` returned None, nobody misses the gradients.
+        if not self.monitors[number].before_step(self.losses, clip_val, facts) and self.losses.share:
             self._report_once(trainer, "no_gradients", preflight.NO_GRADIENTS)
         if number == len(self.monitors) - 1 or pl_module.automatic_optimization:
             self.losses = Losses()

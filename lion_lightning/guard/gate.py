@@ -10,6 +10,7 @@ is computed with tensors on the device of the gradients, without synchronising.
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class History:
 
     def __init__(self, kinds: int, size: int) -> None:
         self.kinds, self.size = kinds, size
-        self._values = torch.full((kinds, size), torch.inf, device="cpu")
+        self._values = torch.full((kinds, size), torch.inf, dtype=torch.float32, device="cpu")
         self.count = torch.zeros(kinds, dtype=torch.int64, device="cpu")
         """Values stored so far, shape (kinds,)."""
 
@@ -105,13 +106,14 @@ class Gate:
     ) -> None:
         self.thresholds, self.skips_bad_losses = thresholds, skips_bad_losses
         self.clips_outliers, self.skips_nonfinite = "outlier" not in disabled, "nonfinite" not in disabled
-        self._outliers = torch.full((2, KEPT_OUTLIERS), -torch.inf, device="cpu")
+        self._outliers = torch.full((2, KEPT_OUTLIERS), -torch.inf, dtype=torch.float32, device="cpu")
         self._outlier_steps = torch.full((2, KEPT_OUTLIERS), -(10**9), device="cpu")
         self._step = 0
         self._history = History(2, thresholds.window)
-        self._limits = torch.tensor([thresholds.outlier_z, thresholds.loss_z], device="cpu")
-        self._least = torch.tensor([LEAST_LOG_NORM_DEVIATION, 0.0], device="cpu")
-        self._least_share = torch.tensor([0.0, LEAST_LOSS_DEVIATION_SHARE], device="cpu")
+        single = partial(torch.tensor, dtype=torch.float32, device="cpu")  # whatever torch.set_default_dtype says
+        self._limits = single([thresholds.outlier_z, thresholds.loss_z])
+        self._least = single([LEAST_LOG_NORM_DEVIATION, 0.0])
+        self._least_share = single([0.0, LEAST_LOSS_DEVIATION_SHARE])
 
     def judge(self, norm: Tensor, loss: Tensor) -> Verdict:
         """Judges one step and stores its values.
@@ -135,7 +137,7 @@ class Gate:
         # The logarithm of a gradient of zeros is not finite, and has no information about the usual size.
         self._history.add(values, values.isfinite() & finite)
         factor = torch.where(outlier & self.clips_outliers, above.exp(), 1.0)
-        return Verdict(factor, skip.float(), norm_z=z[0], loss_z=z[1])
+        return Verdict(factor.float(), skip.float(), norm_z=z[0], loss_z=z[1])
 
     def _isolated(self, values: Tensor, center: Tensor) -> Tensor:
         """Whether no outlier of the same kind came within `thresholds.horizon` steps before, bool of shape (2,)."""

@@ -86,6 +86,7 @@ class WarmupHook:
 
     An exception between the hooks leaves the scaled rates in the groups; the next step restores the true ones before
     it scales them again, and so does `remove`. Groups without a rate, such as those of Adafactor, are left alone.
+    A rate that somebody sets while the optimizer steps, as in `training_step`, is theirs: scaled (`follow`) and kept.
 
     Args:
         optimizer: of torch or with torch's hooks.
@@ -130,12 +131,28 @@ class WarmupHook:
         self.warmup.step += self._is_in_step
         self._is_in_step = False
 
+    def follow(self) -> None:
+        """Scales the rates that were set since the step began; for a step's closure, when it has all gradients."""
+        if self._true_rates:
+            for place, group in enumerate(self.optimizer.param_groups[: len(self._true_rates)]):
+                if self._is_set_anew(place):
+                    self._true_rates[place] = _copy(group["lr"])
+                    _assign(group, group["lr"] * self.warmup.factor)
+                    self.applied[place] = _copy(group["lr"])
+
     def _restore(self) -> None:
         if self._true_rates:
-            for group, rate in zip(self.optimizer.param_groups, self._true_rates, strict=False):
-                if rate is not None:
+            for place, (group, rate) in enumerate(zip(self.optimizer.param_groups, self._true_rates, strict=False)):
+                if rate is not None and not self._is_set_anew(place):
                     _assign(group, rate)
             self._true_rates = []
+
+    def _is_set_anew(self, place: int) -> bool:
+        """Whether the rate of a group is no longer the one applied. A tensor of an accelerator is not waited for."""
+        rate, applied = self.optimizer.param_groups[place].get("lr"), self.applied[place]
+        if rate is None or applied is None or (isinstance(rate, Tensor) and rate.device.type != "cpu"):
+            return False
+        return float(rate) != float(applied)
 
 
 def _copy(rate: float | Tensor | None) -> float | Tensor | None:

@@ -1,7 +1,7 @@
 """Checks of a run's settings before the first step, and of the batch that its steps really use."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -263,9 +263,13 @@ def raise_accumulation(trainer: Trainer, on_small_batch: OnSmallBatch, least: in
         )
     if not trainer.lightning_module.automatic_optimization:
         raise ValueError("on_small_batch='accumulate' cannot act under manual optimization: use 'warn' or 'error'")
+    kinds = [kind.__name__ for callback in trainer.callbacks for kind in type(callback).__mro__]  # type: ignore[attr-defined]
+    if "GradientAccumulationScheduler" in kinds:
+        raise ValueError("on_small_batch='accumulate' cannot act beside a GradientAccumulationScheduler: use 'warn'")
     micro_batch = size // before
     trainer.accumulate_grad_batches = max(before, -(-least // micro_batch))
-    if isinstance(trainer.val_check_interval, int):  # counted in micro-batches
+    # Of micro-batches over the whole run, as in our recipes; within an epoch, which has no more of them, it stays.
+    if isinstance(trainer.val_check_interval, int) and trainer.check_val_every_n_epoch is None:
         trainer.val_check_interval = trainer.val_check_interval * trainer.accumulate_grad_batches // before
     return f"accumulate_grad_batches is {trainer.accumulate_grad_batches}, not {before}, for {least} samples a step"
 
@@ -273,7 +277,8 @@ def raise_accumulation(trainer: Trainer, on_small_batch: OnSmallBatch, least: in
 def samples_in(batch: Any) -> int:
     """Samples of a micro-batch; 0 where its structure does not determine them.
 
-    Tensors of unequal first dimensions (time-major or ragged data) and lists of images are ambiguous.
+    Tensors of unequal first dimensions (time-major or ragged data), lists of images, and lists of batches, as several
+    data loaders give, are ambiguous.
     """
     graphs = getattr(batch, "num_graphs", None)
     if isinstance(graphs, int):
@@ -285,8 +290,16 @@ def samples_in(batch: Any) -> int:
     entries = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else (batch,)
     sizes = [entry.size(0) for entry in entries if isinstance(entry, Tensor) and entry.ndim]
     if not sizes and isinstance(batch, (list, tuple, dict)):
-        sizes = [len(entry) for entry in entries if isinstance(entry, (list, tuple))]
+        lists = [entry for entry in entries if isinstance(entry, (list, tuple))]
+        sizes = [0 if _is_batch(entry) else len(entry) for entry in lists]
     return sizes[0] if sizes and sizes.count(sizes[0]) == len(sizes) else 0
+
+
+def _is_batch(entry: Sequence[Any]) -> bool:
+    """Whether a list holds the tensors of a batch, such as inputs and targets, and not the samples themselves."""
+    shapes = [it.shape for it in entry if isinstance(it, Tensor) and it.ndim]
+    are_images = all(len(shape) == 3 for shape in shapes)
+    return 1 < len(shapes) == len(entry) and len({shape[0] for shape in shapes}) == 1 and not are_images
 
 
 class EffectiveBatch(Stateful):

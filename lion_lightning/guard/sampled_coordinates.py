@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lion_lightning.optim import Lion, layout
 from lion_lightning.optim.state import momentum_slice
@@ -25,10 +26,10 @@ class SampledCoordinates:
     def __init__(self, optimizer: Lion) -> None:
         self.optimizer = optimizer
         groups = enumerate(optimizer.param_groups)
-        everything = [(number, param) for number, group in groups for param in group["params"]]
+        everything = [(number, param) for number, group in groups for param in group["params"] if not is_lazy(param)]
         large = [pair for pair in everything if pair[1].requires_grad and pair[1].numel() >= BLOCK_ELEMENTS]
         places = large or everything
-        spread = len(places) / min(SLICES, len(places))
+        spread = len(places) / min(SLICES, len(places)) if places else 0.0
         chosen = [places[int(number * spread)] for number in range(min(SLICES, len(places)))]
         dice = random.Random(0)
         # With the numbers of groups: the groups themselves are new objects after a load_state_dict.
@@ -82,8 +83,8 @@ class SampledCoordinates:
 
     def load_state_dict(self, state: Tensor | None) -> None:
         expected = sum(stop - start for *_, start, stop in self.slices)
-        device = layout.local(self.slices[0][1]).device
-        fits = state is not None and state.shape == (expected,)
+        fits = state is not None and self.slices and state.shape == (expected,)
+        device = layout.local(self.slices[0][1]).device if self.slices else None
         self._signs = state.to(device, torch.float32) if state is not None and fits else None
 
     def forget(self) -> None:

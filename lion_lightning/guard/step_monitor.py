@@ -267,6 +267,7 @@ class StepMonitor(GatedRules):
             Whether there were gradients.
         """
         self.is_measured = not self.scaled  # a GradScaler may make no step at all, and takes no further closures
+        self.warmup.follow()
         grads = [param.grad for param in self._params() if param.grad is not None]
         update_sums = self.sample.measure() if self.sample is not None else ()
         vector = torch.stack([self._scalar(value) for value in self._sums(losses, update_sums, bool(grads))])
@@ -352,7 +353,7 @@ class StepMonitor(GatedRules):
         if self._skips:
             self._hide_gradients()
         closure = kwargs.get("closure") or next(iter(args[1:]), None)
-        if closure is None:
+        if not callable(closure):
             return None
 
         def hiding() -> Any:
@@ -361,7 +362,7 @@ class StepMonitor(GatedRules):
                 self._hide_gradients()
             return loss
 
-        return (args[0], hiding, *args[2:]), {name: value for name, value in kwargs.items() if name != "closure"}
+        return (args, {**kwargs, "closure": hiding}) if "closure" in kwargs else ((args[0], hiding, *args[2:]), kwargs)
 
     def _hide_gradients(self) -> None:
         for param in self._params():

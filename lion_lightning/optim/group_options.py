@@ -18,6 +18,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("cautious", "cautious_decay", "maximize"), (True, False)),
 }
 MOMENTUM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+ROUNDED_ZERO = -1e-12  # some schedules of torch, such as LinearLR to 0, end a rounding error below zero
 EXTREME_RATE = 0.1
 EXTREME_RATE_WARNING = (
     "lr={lr:g} moves every weight of Lion by {lr:g} in each step, whatever the gradient's size; usual rates are 1e-5 "
@@ -54,7 +55,7 @@ def check(group: Mapping[str, Any]) -> None:
             if rate.numel() != 1:
                 raise ValueError(f"{name} is a tensor of shape {tuple(rate.shape)}, not allowed: use one element")
             rate = rate.item() if rate.device.type == "cpu" else 0.0
-        if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0.0 <= rate < math.inf:
+        if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not ROUNDED_ZERO <= rate < math.inf:
             raise ValueError(f"{name}={rate!r} is not allowed: use a finite number, 0 or above")
     betas = plain(group["betas"])
     numbers = isinstance(betas, (tuple, list)) and all(isinstance(beta, (int, float)) for beta in betas)
@@ -78,6 +79,8 @@ def check(group: Mapping[str, Any]) -> None:
 def check_names(group: Mapping[str, Any], options: Collection[str]) -> None:
     """Refuses keys of a parameter group that resemble the name of an option; others may have any name.
 
+    A key that has all the words of an option, such as `weight_decay_mult`, is a name of the user's own.
+
     Args:
         group: as a user gives it.
         options: names of the options.
@@ -87,7 +90,7 @@ def check_names(group: Mapping[str, Any], options: Collection[str]) -> None:
     """
     for key in group:
         likeness = difflib.get_close_matches(key, options, n=1, cutoff=0.8)
-        if likeness and key not in options:
+        if likeness and key not in options and not set(likeness[0].split("_")) < set(key.split("_")):
             raise ValueError(f"parameter group option {key!r} is unknown: did you mean {likeness[0]!r}?")
 
 

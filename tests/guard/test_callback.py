@@ -148,6 +148,15 @@ def test_default_warm_up_is_a_share_of_short_runs_and_a_number_of_steps_of_long_
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -3"):
         LionGuard(warmup_steps=-3)
+    for arguments, message in (
+        ({"gate": "off"}, "gate must be True or False, got 'off'"),
+        ({"dry_run": "false"}, "dry_run must be True or False, got 'false'"),
+        ({"thresholds": {"outlier_z": 10}}, "thresholds must be a guard.Thresholds"),
+        ({"samples": 64}, "samples must be a function from a batch to its number of samples, got 64"),
+        ({"disabled": None}, "disabled must be a list of rules"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LionGuard(**arguments)
 
 
 def test_a_warm_up_below_one_is_a_share_of_the_run():

@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 from wandb.util import get_core_path
 
@@ -36,6 +37,15 @@ def test_a_log_goes_on_counting_after_a_resume(caplog):
         again.add(event(9), [])
     assert again.events[:9] == log.events
     assert "(number 10)" in caplog.records[-1].message
+
+
+def test_a_table_has_the_place_of_its_latest_event():
+    """Without a step W&B takes 0, and a resumed run would seem to begin anew."""
+    logged = []
+    log = EventLog()
+    for step in (0, 21):
+        log.add(event(step), [SimpleNamespace(log_table=lambda key, **table: logged.append(table["step"]))])
+    assert logged == [0, 20]
 
 
 def test_wandb_gets_a_table_and_one_alert_a_kind(tmp_path: Path):

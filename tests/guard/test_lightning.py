@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.optim import SGD, AdamW
@@ -222,6 +223,35 @@ def test_too_small_a_batch_is_accumulated_before_anything_is_made_from_it():
     assert trainer.global_step == 5
     assert guard.batch.last == 4 * BATCH
     assert "accumulate_grad_batches is 4, not 1, for 200 samples a step" in [event.message for event in guard.events]
+
+
+class Validated(Student):
+    """Counts its validations."""
+
+    def __init__(self):
+        super().__init__()
+        self.validations = 0
+
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(*teacher_data(2, BATCH)), batch_size=BATCH)
+
+    def validation_step(self, batch, batch_idx):
+        self.validations += 1
+
+
+@pytest.mark.parametrize(("every_n_epochs", "validations"), [(1, 4), (None, 1)])
+def test_accumulation_keeps_the_validations_of_an_epoch_and_spreads_those_of_a_run(every_n_epochs, validations):
+    """Integers within an epoch are the user's; those over the whole run, as our recipes set them, are steps."""
+    module, guard = Validated(), cold(on_small_batch="accumulate", min_batch_size=200)
+    intervals = {"val_check_interval": 5, "check_val_every_n_epoch": every_n_epochs, "num_sanity_val_steps": 0}
+    fit(module, guard, batches=20, **intervals)
+    assert module.validations == validations
+
+
+def test_accumulation_is_not_promised_beside_a_callback_that_schedules_it():
+    guard = cold(on_small_batch="accumulate", min_batch_size=200)
+    with pytest.raises(ValueError, match="cannot act beside a GradientAccumulationScheduler"):
+        fit(Student(), guard, callbacks=[guard, GradientAccumulationScheduler({0: 1})])
 
 
 def test_too_small_a_batch_may_be_an_error():

@@ -29,6 +29,29 @@ SCHEDULERS = {
 }
 
 
+@pytest.mark.parametrize("tensor_rate", [False, True])
+def test_a_rate_that_the_closure_sets_is_scaled_and_kept(tensor_rate):
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = AdamW([parameter], lr=torch.tensor(0.1) if tensor_rate else 0.1)
+    hook = WarmupHook(optimizer, LinearWarmup(4))
+    group, inside = optimizer.param_groups[0], []
+
+    def closure():
+        parameter.grad = torch.ones(1)
+        if hook.warmup.step == 1:
+            group["lr"] = torch.tensor(0.04) if tensor_rate else 0.04
+        hook.follow()
+        inside.append(float(group["lr"]))
+        return 0.0
+
+    after = []
+    for _ in range(5):
+        optimizer.step(closure)
+        after.append(float(group["lr"]))
+    assert inside == pytest.approx([0.1 / 4, 0.04 * 2 / 4, 0.04 * 3 / 4, 0.04, 0.04])
+    assert after == pytest.approx([0.1, 0.04, 0.04, 0.04, 0.04])
+
+
 def rates_of(make_scheduler, warmup_steps, steps=STEPS, tensor_rate=False):
     """(rates seen inside each step, rates in the groups after each step)"""
     parameter = nn.Parameter(torch.ones(1))

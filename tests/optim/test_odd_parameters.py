@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.optim import lr_scheduler
+from torch.testing._internal.two_tensor import TwoTensor
 
 from lion_lightning.optim import Lion
 from lion_lightning.optim.gradient_release import release_gradients
@@ -47,6 +49,51 @@ def test_lazy_modules_are_accepted_and_step_once_they_have_a_shape() -> None:
     grad = random(0, FP32, (5, 4))
     assert_step_is_exact(optimizer, model[0].weight, grad)
     assert optimizer.param_groups[0]["step"] >= 1
+
+
+def test_tensors_without_memory_of_their_own_are_stepped_by_the_eager_engine() -> None:
+    pair = nn.Parameter(TwoTensor(torch.ones(300), torch.ones(300)))
+    optimizer = Lion([pair], lr=1e-3)
+    (pair * 2).sum().backward()
+    optimizer.step()
+    assert torch.equal(pair.detach().a, torch.ones(300) - 1e-3)
+    assert torch.equal(pair.detach().b, torch.ones(300) - 1e-3)
+    plain = nn.Parameter(torch.ones(300))
+    plain.grad = torch._efficientzerotensor((300,))
+    Lion([plain], lr=1e-3).step()
+    assert torch.equal(plain.detach(), torch.ones(300))
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_a_step_on_fake_tensors_as_memory_estimators_take_it() -> None:
+    with FakeTensorMode():
+        model = nn.Linear(300, 300)
+        optimizer = Lion(model.parameters(), lr=1e-3)
+        model(torch.ones(2, 300)).sum().backward()
+        optimizer.step()
+        assert optimizer.state[model.weight]["exp_avg"].shape == (300, 300)
+
+
+def test_keys_of_the_users_own_may_hold_the_name_of_an_option() -> None:
+    weight = nn.Parameter(torch.ones(4))
+    Lion([{"params": [weight], "weight_decay_mult": 0.5, "base_weight_decay": 1.0, "no_weight_decay": True}], lr=1e-3)
+    for typo in ("weight_decays", "weightdecay", "weight_decai", "beta"):
+        with pytest.raises(ValueError, match=f"{typo!r} is unknown: did you mean"):
+            Lion([{"params": [nn.Parameter(torch.ones(4))], typo: 0.5}], lr=1e-3)
+
+
+def test_a_schedule_may_end_a_rounding_error_below_zero() -> None:
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = Lion([weight], lr=1e-3)
+    schedule = lr_scheduler.LinearLR(optimizer, start_factor=1 / 3, end_factor=0.0, total_iters=10)
+    for _ in range(13):
+        weight.grad = torch.ones(4)
+        optimizer.step()
+        schedule.step()
+    assert -1e-18 < optimizer.param_groups[0]["lr"] < 0
+    Lion([weight], lr=1e-3).load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="lr=-1e-06 is not allowed"):
+        Lion([weight], lr=-1e-6)
 
 
 NUMBERS: dict[str, dict[str, Any]] = {

@@ -49,7 +49,7 @@ class CpuEngine:
             return f"gradients of {grad} and momentum of {exp_avg} for parameters of {param} are not supported"
         if load() is None:
             return "cpu.c could not be compiled"
-        return None
+        return rule.without_memory(update)
 
     def step(self, updates: Sequence[TensorUpdate], nonfinite: Tensor) -> None:
         table, first_chunk = bytearray(), 0

@@ -188,6 +188,16 @@ def decode(update: TensorUpdate) -> tuple[Tensor, Tensor]:
     return weight, momentum.to(weight.dtype)
 
 
+def without_memory(update: TensorUpdate) -> str | None:
+    """Why compiled code cannot reach the tensors of an update; None if it can.
+
+    Fake tensors, tensors that wrap others, and torch's zero tensors have no memory of their own.
+    """
+    tensors = {"parameters": update.param, "gradients": update.grad, "momentum": update.exp_avg}
+    lacking = [name for name, tensor in tensors.items() if not tensor.data_ptr() and tensor.numel()]
+    return f"{lacking[0]} without memory of their own are not supported" if lacking else None
+
+
 def address(tensor: Tensor | None) -> int:
     """Address of a tensor's first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

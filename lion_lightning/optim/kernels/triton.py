@@ -58,7 +58,7 @@ class TritonEngine:
         device = update.param.device
         if device not in self._objections:
             self._objections[device] = _device_objection(device)
-        return self._objections[device]
+        return self._objections[device] or rule.without_memory(update)
 
     def step(self, updates: Sequence[TensorUpdate], nonfinite: Tensor) -> None:
         batches: dict[Constants, list[TensorUpdate]] = {}
