@@ -145,7 +145,7 @@ class LionGuard(Callback):
                 raise ValueError(f"{name} must be True or False, got {flag!r}")
         if thresholds is not None and not isinstance(thresholds, Thresholds):
             raise ValueError(
-                f"thresholds must be a guard.Thresholds, such as Thresholds(outlier_z=10), got {thresholds!r}"
+                f"thresholds must be a lion_lightning.guard.rules.Thresholds, got {thresholds!r}"
             )
         if samples is not None and not callable(samples):
             raise ValueError(f"samples must be a function from a batch to its number of samples, got {samples!r}")

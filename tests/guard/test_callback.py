@@ -151,7 +151,7 @@ def test_bad_arguments_are_refused():
     for arguments, message in (
         ({"gate": "off"}, "gate must be True or False, got 'off'"),
         ({"dry_run": "false"}, "dry_run must be True or False, got 'false'"),
-        ({"thresholds": {"outlier_z": 10}}, "thresholds must be a guard.Thresholds"),
+        ({"thresholds": {"outlier_z": 10}}, "thresholds must be a lion_lightning.guard.rules.Thresholds"),
         ({"samples": 64}, "samples must be a function from a batch to its number of samples, got 64"),
         ({"disabled": None}, "disabled must be a list of rules"),
     ):
