@@ -144,9 +144,7 @@ class LionGuard(Callback):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name} must be True or False, got {flag!r}")
         if thresholds is not None and not isinstance(thresholds, Thresholds):
-            raise ValueError(
-                f"thresholds must be a lion_lightning.guard.rules.Thresholds, got {thresholds!r}"
-            )
+            raise ValueError(f"thresholds must be a lion_lightning.guard.rules.Thresholds, got {thresholds!r}")
         if samples is not None and not callable(samples):
             raise ValueError(f"samples must be a function from a batch to its number of samples, got {samples!r}")
         if isinstance(disabled, str) or not isinstance(disabled, Collection) or not set(disabled) <= RULES.keys():
