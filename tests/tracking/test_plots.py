@@ -55,7 +55,7 @@ def test_a_variant_that_crashed_before_its_first_validation_has_no_curve(two, ma
     comparison = compare([*two, lost])
     assert "signum" in [variant.label for variant in comparison.variants]
     files = write(comparison, tmp_path, "lion-compare", "2026-01-01")
-    assert {"compare.md", "compare.html", "val_loss-steps.png"} <= {file.name for file in files}
+    assert {"compare.md", "compare.html", "val_loss-samples.png"} <= {file.name for file in files}
 
 
 @pytest.mark.parametrize("labels", [["a"], ["a long label of a curve " * 4] * 6, [str(n) for n in range(7)]])
