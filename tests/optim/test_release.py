@@ -305,7 +305,15 @@ def test_optimizers_that_need_all_gradients_are_refused() -> None:
             self.param_groups[0]["lr"] = self.param_groups[0]["lr"] * 0.5
             return super().step(closure)
 
+    class Wrapper(torch.optim.Optimizer):
+        """As Accelerate's: an Optimizer without what Optimizer's constructor makes."""
+
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
     model = network()
+    with pytest.raises(ValueError, match=r"optimizer=Wrapper is not allowed .* its attribute `optimizer`"):
+        release_gradients(model, Wrapper(SGD(model.parameters())))
     with pytest.raises(ValueError, match="optimizer=LBFGS is not allowed"):
         release_gradients(model, torch.optim.LBFGS(model.parameters()))
     with pytest.raises(ValueError, match="holds no trainable parameter"):
