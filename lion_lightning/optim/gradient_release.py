@@ -77,8 +77,8 @@ class Release:
             )
         if not hasattr(optimizer, "_optimizer_step_pre_hooks"):  # as Accelerate's, which has none of Optimizer's state
             raise ValueError(
-                f"optimizer={type(optimizer).__name__} is not allowed in release_gradients, because it wraps another: use "
-                "the one that it wraps, its attribute `optimizer`"
+                f"optimizer={type(optimizer).__name__} is not allowed in release_gradients, because it wraps another: "
+                "use the one that it wraps, its attribute `optimizer`"
             )
         if "_release" in vars(optimizer):
             raise ValueError("optimizer is released already, which is not allowed: remove() the first handle")
