@@ -83,12 +83,11 @@ class LionMixin:
 
     def _schedule(self) -> Schedule:
         """The schedule; a function that is set as a class attribute is not taken for a method."""
-        given = self._given("schedule")
         static = inspect.getattr_static(self, "schedule")
         if not inspect.isfunction(static):
-            return given
+            return self._given("schedule")
         required = [entry for entry in inspect.signature(static).parameters.values() if entry.default is entry.empty]
-        return static if len(required) == 1 else given
+        return static if len(required) == 1 else self.schedule
 
     def _given(self, name: str) -> Any:
         """An attribute; a `partial` of the class is not taken for a method, which Python does from 3.14 on."""

@@ -256,7 +256,7 @@ def build_model(config: PretrainedConfig, data: ImageArrays, attention: str | No
     except ValueError as error:
         if attention is None:
             raise
-        reason = f"{error}".splitlines()[0]
+        reason = str(error).splitlines()[0]
         raise ConfigError(
             f"recipe.module.attention must be null, sdpa or eager, got {attention!r}: {reason}"
         ) from error

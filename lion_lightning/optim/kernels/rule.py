@@ -193,9 +193,8 @@ def without_memory(update: TensorUpdate) -> str | None:
 
     Fake tensors, tensors that wrap others, and torch's zero tensors have no memory of their own.
     """
-    tensors = {"parameters": update.param, "gradients": update.grad, "momentum": update.exp_avg}
-    lacking = [name for name, tensor in tensors.items() if not tensor.data_ptr() and tensor.numel()]
-    return f"{lacking[0]} without memory of their own are not supported" if lacking else None
+    have_memory = update.param.data_ptr() and update.grad.data_ptr() and update.exp_avg.data_ptr()
+    return None if have_memory or not update.param.numel() else "tensors without memory of their own are not supported"
 
 
 def address(tensor: Tensor | None) -> int:

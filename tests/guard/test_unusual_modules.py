@@ -1,0 +1,91 @@
+"""Modules and optimizers of unusual kinds train with the guard as without it."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+
+from lion_lightning import LionGuard
+from tests.guard.test_foreign_modules import Regression, trainer_with
+
+
+class KeywordClosure(torch.optim.SGD):
+    def step(self, *, closure=None):
+        return super().step(closure)
+
+
+class WithKeywordClosure(Regression):
+    def configure_optimizers(self):
+        return KeywordClosure(self.parameters(), lr=1e-3)
+
+
+class SecondClosure(torch.optim.SGD):
+    def step(self, scale=None, closure=None):
+        return super().step(closure)
+
+
+class WithSecondClosure(Regression):
+    def configure_optimizers(self):
+        return SecondClosure(self.parameters(), lr=1e-3)
+
+
+class Lazy(Regression):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 1))
+
+
+class LazyAlone(Regression):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.LazyLinear(1)
+
+
+class InDouble(Regression):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 1, dtype=torch.float64)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step([part.double() for part in batch], batch_idx)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3, fused=True)
+
+
+class WithoutALossAtTimes(Regression):
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx == 2 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    "module", [WithKeywordClosure, WithSecondClosure, Lazy, LazyAlone, InDouble, WithoutALossAtTimes]
+)
+def test_unusual_modules_train_as_without_the_guard(tmp_path, module):
+    torch.set_default_dtype(torch.float64 if module is InDouble else torch.float32)
+    try:
+        weights = []
+        for guard in (LionGuard(warmup_steps=0), Callback()):
+            trainer = trainer_with(guard, tmp_path)
+            built = module()
+            trainer.fit(built)
+            assert trainer.global_step == 8
+            weights.append(torch.cat([parameter.detach().flatten() for parameter in built.parameters()]))
+            if isinstance(guard, LionGuard):
+                assert not guard.is_off
+                assert {event.kind for event in guard.events} <= {"batch_size", "warmup", "decay"}
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(*weights)
+
+
+def test_a_rate_that_the_module_sets_while_it_trains_is_kept(tmp_path):
+    class OwnRate(Regression):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 2:
+                self.optimizers().param_groups[0]["lr"] = 1e-4
+            return super().training_step(batch, batch_idx)
+
+    trainer = trainer_with(LionGuard(warmup_steps=0.5), tmp_path)
+    trainer.fit(OwnRate())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-4
