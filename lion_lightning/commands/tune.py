@@ -5,7 +5,7 @@ Each optimizer gets the same number of trials, over its own ranges of learning r
 outwards while the best trial lies near them, and the last trials look beyond a winner that is the largest or smallest
 value tried, and at betas that no trial had. A trial is a run of full length on each seed. It ends early if, after 60 %
 of the run, a validation is worse than the median of the whole trials before it, or if its first seed ends worse than
-that median. Validation is on a twentieth of the training data (`SearchSplit`), and not on the data that a comparison
+that median. Validation is on a part of the training data (`SearchSplit`), and not on the data that a comparison
 uses. Trials are stored in an SQLite file, so an interrupted search continues, with a CSV file of them beside it. The
 winner goes to conf/tuned/<recipe>_<optim>.yaml with the evidence. `--heat-map` trains a grid of learning rate and decay
 with the winner's other settings instead, and draws it.

@@ -11,6 +11,7 @@ from lion_lightning.errors import ConfigError
 from lion_lightning.recipes.bert_mlm.data import BlockDataset, TextBlocks
 
 HELD_OUT_EVERY, NEIGHBOURS = 20, 50
+FEW_SAMPLES, HELD_OUT_OF_FEW = 4_000, 5  # a twentieth of fewer is too small to tell settings apart
 
 
 class Picked(Dataset):
@@ -34,15 +35,17 @@ class Picked(Dataset):
 class SearchSplit(pl.Callback):
     """Trains on 19 of 20 training samples and validates on the others; the validation set is left to comparisons.
 
-    Blocks of text are held out in rows of `NEIGHBOURS`, since a block shares its document with those beside it.
+    Of fewer than 4,000 samples it validates on one in five. Blocks of text are held out in rows of `NEIGHBOURS`, since
+    a block shares its document with those beside it.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         count = len(data.train_set)
         is_text = isinstance(data, TextBlocks)
-        groups = np.arange(count) // (min(NEIGHBOURS, max(1, count // HELD_OUT_EVERY)) if is_text else 1)
-        is_held = groups % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        every = HELD_OUT_OF_FEW if count < FEW_SAMPLES else HELD_OUT_EVERY
+        groups = np.arange(count) // (min(NEIGHBOURS, max(1, count // every)) if is_text else 1)
+        is_held = groups % every == every - 1
         if is_text:
             if len(data.ready.rows) > 1:
                 raise ConfigError("settings are chosen on one source of text; data.sources has several")

@@ -374,8 +374,8 @@ def test_a_run_ends_at_the_rung_where_it_is_pruned(tmp_path: Path) -> None:
     assert [step for _, step in trial.reports] == [1, 2], "of three steps"
 
 
-@pytest.mark.parametrize("recipe", ["image_classification", "bert_mlm"])
-def test_a_search_validates_on_training_data_alone(recipe: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "share"), [("image_classification", 1 / 5), ("bert_mlm", 1 / 20)])
+def test_a_search_validates_on_training_data_alone(recipe: str, share: float, tmp_path: Path) -> None:
     cfg = tune.compose(tune.Search("lion", recipe, (), 1, (1,), "sqlite://"), {}, 1, str(tmp_path))
     data = build_data(cfg)
     whole = data.train_set
@@ -388,7 +388,7 @@ def test_a_search_validates_on_training_data_alone(recipe: str, tmp_path: Path) 
         for part in (data.train_set, data.val_set)
     ]
     assert len(parts[0]) + len(parts[1]) == len(before)
-    assert len(parts[1]) == pytest.approx(len(before) / 20, rel=0.2)
+    assert len(parts[1]) == pytest.approx(len(before) * share, rel=0.1), "1,438 digits, 7,362 blocks"
     rows = lambda values: sorted(map(tuple, values.flatten(1).tolist()))  # noqa: E731
     assert rows(parts[0]) + rows(parts[1]) != rows(before), "sorted apart"
     assert sorted(rows(parts[0]) + rows(parts[1])) == rows(before), "a sample was lost or is on both sides"
