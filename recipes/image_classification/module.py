@@ -58,7 +58,8 @@ class ImageClassifier(LionMixin, LightningModule):
         optimizer_factory, schedule: see `LionMixin`.
         label_smoothing: share of the target that is spread over all classes.
         test_time_flip: whether validation averages the predictions for an image and its mirror image.
-        attention: how the model computes attention: sdpa or eager; None leaves it to `transformers`.
+        attention: how the model computes attention: sdpa or eager; None is eager on a CPU, where torch's fused kernel
+            is slower for few patches, and what `transformers` takes elsewhere.
         seed: keys the augmentation.
         augmentation: see `Augmentation`.
     """
@@ -82,7 +83,7 @@ class ImageClassifier(LionMixin, LightningModule):
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"recipe.module.label_smoothing must be in [0, 1), got {label_smoothing}")
         self.optimizer_factory, self.schedule, self.data = optimizer_factory, schedule, data
-        self.label_smoothing, self.test_time_flip = label_smoothing, test_time_flip
+        self.label_smoothing, self.test_time_flip, self.attention = label_smoothing, test_time_flip, attention
         self.model = build_model(config, data, attention)
         mean, std = data.pixel_statistics()
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
@@ -94,6 +95,11 @@ class ImageClassifier(LionMixin, LightningModule):
         self.metrics = ValidationMetrics(len(data.classes))
         self.validated: Validated | None = None
         self._first_sample: int | None = None
+
+    @override
+    def setup(self, stage: str) -> None:
+        if self.attention is None and self.trainer.strategy.root_device.type == "cpu":
+            self.model.set_attn_implementation("eager")
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Scores (batch, classes) of uint8 images (batch, channels, height, width)."""

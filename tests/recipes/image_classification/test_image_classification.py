@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from PIL import Image
 from torch.nn.functional import one_hot
 from transformers import BertConfig, PretrainedConfig, pipeline
@@ -203,6 +204,29 @@ def test_both_kinds_of_attention_agree(digits: ImageArrays) -> None:
     assert (sdpa.model.config._attn_implementation, eager.model.config._attn_implementation) == ("sdpa", "eager")
     pixels = batch_of(digits)["pixels"]
     torch.testing.assert_close(sdpa(pixels), eager(pixels))
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "used"),
+    [("cpu", None, "eager"), ("cpu", "sdpa", "sdpa"), ("cuda", None, "sdpa"), ("cuda", "eager", "eager")],
+)
+def test_attention_is_eager_on_a_cpu_unless_it_is_set(
+    digits: ImageArrays, monkeypatch: pytest.MonkeyPatch, device: str, asked: str | None, used: str
+) -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    monkeypatch.setattr(type(trainer.strategy), "root_device", torch.device(device))
+    module = build(vit(2), digits, attention=asked)
+    module.trainer = trainer
+    module.setup("fit")
+    assert module.model.config._attn_implementation == used
+
+
+def test_a_model_without_attention_draws_no_warning(digits: ImageArrays, caplog: pytest.LogCaptureFixture) -> None:
+    module = build(resnet(), digits)
+    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    caplog.clear()
+    module.setup("fit")
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(("config", "attention"), [(resnet(), "sdpa"), (vit(2), "flesh")])
