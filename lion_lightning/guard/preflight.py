@@ -19,22 +19,21 @@ MIN_BATCH_SIZE = 64
 OnSmallBatch = Literal["warn", "accumulate", "error"]
 NOISE_HALF_LIFE_STEPS = 50.0
 
-STEP_LIMIT, TRIAL_STEP_LIMIT = 1.0, 3.0
-"""Largest lr * sqrt(fan_in) / RMS(p): how much of a layer's output one step of Lion may turn over (see `turnover`).
-
-In runs of 1,000 steps the best of 25 settings were at 2.7 and 1.5; in runs of 300 steps all at 3 were far behind those
-at 1.5 (docs/experiments.md)."""
-CONVOLUTION_STEP_LIMIT = 20.0
-"""The same for convolutions, whose size is free where a norm follows: the best rate of a search was at 4.3
+TURNOVER_LIMIT = 200.0
+"""Of `turnover`. In our runs of 300 to 8,000 steps the best rates were at 15 to 55 (docs/guard.md); the published best
+of a GPT with 124 M parameters is near 170 (Semenov et al., 2025, arXiv:2509.01440)."""
+CONVOLUTION_TURNOVER_LIMIT = 2000.0
+"""The same for convolutions, whose size is free where a norm follows: the best rate of a search was at 86
 (docs/experiments.md#cifar10)."""
-FAR_TOO_HIGH = 5.0
+LONGEST_MEMORY = 100.0
+"""Steps; what a longer memory of the momentum tolerates is not known."""
+FAR_TOO_HIGH = 4.0  # times the limit
 ADAMW_LR, ADAMW_DECAY = 1e-3, 0.1
 """A Lion with at least this rate and at most this decay has AdamW's numbers."""
 LEAST_DECAY = 0.005
 """Share of itself that a weight should lose to decay over a run, if decay is asked for at all."""
 SHORT_RUN_STEPS = 1000
-"""Runs of up to this many steps are trials: they tolerate a higher rate, and their decay is judged as if they were this
-long."""
+"""Runs of up to this many steps are trials: their decay is judged as if they were this long."""
 BETA1_RANGE, BETA2_RANGE = (0.8, 0.99), (0.9, 0.9999)
 NO_WARMUP_STEPS = 10
 """A shorter run has no step to warm up in."""
@@ -91,7 +90,7 @@ def inspect(optimizer: Optimizer, run: RunSettings) -> list[Symptom]:
     messages = {"bf16": _bf16(optimizer), "batch_size": batch.advice() if batch.is_small else None}
     if isinstance(optimizer, Lion):
         messages |= {
-            "lr": _lr(optimizer, run),
+            "lr": _lr(optimizer),
             "decay": _decay(optimizer, run),
             "warmup": _warmup(optimizer, run),
             "betas": _betas(optimizer),
@@ -102,41 +101,45 @@ def inspect(optimizer: Optimizer, run: RunSettings) -> list[Symptom]:
 
 @torch.no_grad()
 def turnover(optimizer: Optimizer, of_convolutions: bool = False) -> float:
-    """Mean of lr * sqrt(fan_in) / RMS(p) over the elements of all matrices; 0 if there are none.
+    """Mean of lr * sqrt(fan_in) / RMS(p) / (1 - beta2) over the elements of all matrices; 0 if there are none.
 
     A sign step along an input changes a layer's output by lr * fan_in * RMS(x), and the output itself is about
-    sqrt(fan_in) * RMS(p) * RMS(x): so this is the largest relative change that one step can make. It takes the width
-    into account, where lr / RMS(p) (the alpha_0 of Amos, arXiv:2210.11693) does not.
+    sqrt(fan_in) * RMS(p) * RMS(x): so lr * sqrt(fan_in) / RMS(p) is the largest relative change that one step can make.
+    It takes the width into account, where lr / RMS(p) (the alpha_0 of Amos, arXiv:2210.11693) does not. The steps go
+    in one direction for as long as the momentum remembers, 1 / (1 - beta2) of them.
 
     Args:
         optimizer: with the weights that training starts from.
         of_convolutions: whether the mean is over parameters with more than two dimensions instead.
     """
     parts, elements = 0.0, 0
-    for lr, param in _matrices(optimizer):
+    for group, param in _matrices(optimizer):
         scale = _rms(param)
         if scale > 0 and (param.ndim > 2) == of_convolutions:  # a layer that starts at zero has no scale yet
-            parts += param.numel() * lr * math.sqrt(param.shape[1:].numel()) / scale
+            memory = 1 / max(1 - group["betas"][1], 1 / LONGEST_MEMORY)
+            parts += param.numel() * _peak(group) * math.sqrt(param.shape[1:].numel()) / scale * memory
             elements += param.numel()
     return parts / elements if elements else 0.0
 
 
-def _lr(optimizer: Optimizer, run: RunSettings) -> str | None:
+def _lr(optimizer: Optimizer) -> str | None:
     if not any(_peak(group) for group in optimizer.param_groups):
         return "lr=0: no weight will move; set a rate above 0"
-    value = turnover(optimizer)
-    limit = TRIAL_STEP_LIMIT if run.total_steps <= SHORT_RUN_STEPS else STEP_LIMIT
+    value, limit = turnover(optimizer), TURNOVER_LIMIT
     if value <= limit:
-        value, limit = turnover(optimizer, of_convolutions=True), CONVOLUTION_STEP_LIMIT
+        value, limit = turnover(optimizer, of_convolutions=True), CONVOLUTION_TURNOVER_LIMIT
     if value <= limit:
         return next((found for group in optimizer.param_groups if (found := _adamw_numbers(group))), None)
     lr = max(_peak(group) for group in optimizer.param_groups)
     advice = (
         "this looks like an AdamW rate: set a tenth to a third of it (hyperparams.from_adamw)"
-        if value <= FAR_TOO_HIGH
-        else f"far too high: the loss will be flat, not explode; try {lr * limit / value / 2:.1g}"
+        if value <= FAR_TOO_HIGH * limit
+        else f"far too high: the loss will be flat, not explode; try {lr * limit / value / 4:.1g}"
     )
-    return f"lr={lr:g} moves the matrices {value:.1f} times their own effect in one step (limit {limit:g}); {advice}"
+    return (
+        f"lr={lr:g} moves the matrices {value:.0f} times their own effect while the momentum remembers a gradient "
+        f"(limit {limit:.0f}); {advice}"
+    )
 
 
 def _adamw_numbers(group: dict[str, Any]) -> str | None:
@@ -183,7 +186,7 @@ def _bf16(optimizer: Optimizer) -> str | None:
     """Our Lion does not round to nearest; whoever does loses steps below half the spacing of bf16."""
     if isinstance(optimizer, Lion):
         return None
-    pairs = [(lr, _rms(param)) for lr, param in _matrices(optimizer) if param.dtype == torch.bfloat16]
+    pairs = [(_peak(group), _rms(param)) for group, param in _matrices(optimizer) if param.dtype == torch.bfloat16]
     lost = [lr for lr, scale in pairs if 0 < lr < HALF_SPACING_BF16 * scale]
     if len(lost) * 2 <= len(pairs):
         return None
@@ -210,11 +213,12 @@ def _clipping(run: RunSettings) -> str | None:
     )
 
 
-def _matrices(optimizer: Optimizer) -> Iterator[tuple[float, Tensor]]:
+def _matrices(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """Each matrix with its group."""
     for group in optimizer.param_groups:
         for param in group["params"]:
             if param.ndim >= 2 and param.numel():
-                yield _peak(group), param
+                yield group, param
 
 
 def _peak(group: dict[str, Any]) -> float:

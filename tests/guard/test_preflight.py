@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.optim import SGD, AdamW
 
 from lion_lightning import Lion
 from lion_lightning.guard.lr_warmup import warmup_length
-from lion_lightning.guard.preflight import RunSettings, inspect, turnover
+from lion_lightning.guard.preflight import TURNOVER_LIMIT, RunSettings, inspect, turnover
 from lion_lightning.hyperparams import from_adamw
 from lion_lightning.recipes.image_classification.airbench import AirbenchConfig, AirbenchForImageClassification
 from lion_lightning.training.build import build_data, build_module, effective_batch_size, instantiate, max_steps
@@ -84,16 +83,28 @@ def test_a_rate_of_adamw_is_found_and_a_tenth_of_it_is_not(rate):
     assert "lr" not in found(lion(**from_adamw(rate, 0.01)))
 
 
-def test_a_trial_bears_a_higher_rate_than_a_run():
-    trial = replace(LONG, total_steps=1000)
-    assert "lr" in found(lion(lr=8e-4))
-    assert "lr" in found(lion(lr=8e-4), replace(LONG, total_steps=1001))
-    assert "lr" not in found(lion(lr=8e-4), trial)
-    assert "limit 3" in found(lion(lr=3e-3), trial)["lr"]
+def test_a_short_memory_bears_a_higher_rate():
+    assert "limit 200" in found(lion(lr=3e-3, weight_decay=1.0))["lr"]
+    assert "lr" not in found(lion(lr=3e-3, weight_decay=1.0, betas=(0.9, 0.95)))
+    assert "lr" not in found(lion(lr=8e-4, betas=(0.9, 0.9999))), "judged as one of 100 steps"
+
+
+@pytest.mark.parametrize(
+    ("lr", "betas", "width", "rows"),
+    [
+        (2e-3, (0.9, 0.95), 512, 50_000 // 6),  # Wen et al., 130 M parameters in 6 layers
+        (1e-3, (0.9, 0.99), 768, 50_000 // 12),  # Semenov et al., 124 M in 12
+    ],
+)
+def test_the_best_rates_of_published_sweeps_are_within_the_limit(lr, betas, width, rows):
+    torch.manual_seed(1)
+    shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width), (rows, width)]
+    layer = [nn.Parameter(0.02 * torch.randn(shape)) for shape in shapes]  # with its share of the embedding
+    assert turnover(Lion(layer, lr=lr, betas=betas)) < TURNOVER_LIMIT
 
 
 def test_a_rate_that_is_only_somewhat_too_high_is_called_one_of_adamw():
-    assert "looks like an AdamW rate" in found(lion(lr=1e-3))["lr"]
+    assert "looks like an AdamW rate" in found(lion(lr=2e-3))["lr"]
 
 
 def test_a_rate_far_too_high_comes_with_one_that_is_not():
@@ -109,7 +120,8 @@ def test_the_turnover_is_what_one_sign_step_does_to_a_layers_output():
     step = 1e-4 * inputs.sign().expand(256, -1)  # the worst step for this input
     change = (step @ inputs).square().mean().sqrt() / (weight @ inputs).square().mean().sqrt()
     # mean |x| of a normal x is 0.8 of its deviation
-    assert turnover(Lion([nn.Parameter(weight)], lr=1e-4)) * 0.8 == pytest.approx(float(change), rel=0.1)
+    optimizer = Lion([nn.Parameter(weight)], lr=1e-4, betas=(0.9, 0.95))
+    assert turnover(optimizer) / 20 * 0.8 == pytest.approx(float(change), rel=0.1), "a memory of 20 steps"
 
 
 def test_a_schedule_that_has_begun_does_not_hide_the_peak():
