@@ -20,7 +20,7 @@ OnSmallBatch = Literal["warn", "accumulate", "error"]
 NOISE_HALF_LIFE_STEPS = 50.0
 
 TURNOVER_LIMIT = 200.0
-"""Of `turnover`. In our runs of 300 to 8,000 steps the best rates were at 15 to 55 (docs/guard.md); the published best
+"""Of `turnover`. In our runs of 300 to 8,000 steps the best rates were at 10 to 55 (docs/guard.md); the published best
 of a GPT with 124 M parameters is near 170 (Semenov et al., 2025, arXiv:2509.01440)."""
 CONVOLUTION_TURNOVER_LIMIT = 2000.0
 """The same for convolutions, whose size is free where a norm follows: the best rate of a search was at 86
