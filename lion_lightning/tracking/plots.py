@@ -1,5 +1,6 @@
 """Pictures of a comparison: curves of a few variants, or the result of many against the setting that they vary."""
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +25,10 @@ MAX_SINGLE_CURVES = 5
 MAX_POINTS_WITH_MARKERS = 12
 MAX_TICKS = 10
 LEGEND_CHARACTERS = 84  # in a line below a picture
+TITLE_CHARACTERS = 12  # in an inch
 DIVERGED = 2.0  # a curve has diverged if it got worse than its start by this many times what the best one gained
 MARGIN = 0.1  # of that gain
-DECADE = 10
+LOGARITHMIC_SPAN = 8  # of the values of a setting from which on their axis is logarithmic
 SHARES = ("accuracy", "top1", "top5", "ece")
 INCHES_A_ROW = 0.3
 
@@ -49,8 +51,8 @@ class Study(NamedTuple):
 
     @property
     def is_logarithmic(self) -> bool:
-        """Whether the values span a decade."""
-        return 0 < DECADE * self.values[0] <= self.values[-1]
+        """Whether the values span so much that small ones would lie together on a linear axis."""
+        return 0 < LOGARITHMIC_SPAN * self.values[0] <= self.values[-1]
 
 
 def study_of(comparison: Comparison) -> Study | None:
@@ -109,7 +111,7 @@ def write_picture(comparison: Comparison, file: Path, *, axis: str = "steps", me
     limits = limits_of(comparison, metric)
     factor, x_title = axis_unit(comparison, axis)
     seeds = {len(band.finished) for band in bands if band.finished}
-    title = [comparison.group or metric]
+    title = [_group_of(comparison) or metric]
     if max(seeds, default=1) > 1:
         title.append(f"mean of {'the' if len(seeds) > 1 else max(seeds)} seeds and one standard deviation")
     with picture(file, "\n".join(title), x_title, _title_of(metric)) as axes:
@@ -145,7 +147,8 @@ def picture(
     figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=x_title, ylabel=y_title)
-    figure.suptitle(title, fontsize="medium", x=0.01, horizontalalignment="left")
+    lines = [line for one in title.splitlines() for line in textwrap.wrap(one, int(TITLE_CHARACTERS * size[0]))]
+    figure.suptitle("\n".join(lines), fontsize="medium", x=0.01, horizontalalignment="left")
     axes.ticklabel_format(useOffset=False, style="plain")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -170,6 +173,12 @@ def axis_unit(comparison: Comparison, axis: str) -> tuple[float, str]:
     units = DURATIONS if axis == "seconds" else MAGNITUDES
     factor, unit = next((factor, unit) for least, factor, unit in units if not largest < least)
     return factor, f"{unit} of training and validation" if axis == "seconds" else unit + AXIS_TITLES[axis]
+
+
+def _group_of(comparison: Comparison) -> str:
+    """The group, or the first of several and their number, which fits on a picture."""
+    first, *others = comparison.group.split(", ")
+    return f"{first} and {len(others)} other group{'s' if len(others) > 1 else ''}" if others else first
 
 
 def _title_of(metric: str) -> str:
@@ -232,7 +241,7 @@ def _write_study(comparison: Comparison, study: Study, file: Path) -> None:
     better = "less" if goal.mode == "min" else "more"
     seeds = max(len(comparison.best(variant).values) for variant in comparison.variants)
     spread = ", mean and standard deviation over seeds" if seeds > 1 else ""
-    title = f"{comparison.group or goal.metric}\nbest {goal.metric} of each run ({better} is better){spread}"
+    title = f"{_group_of(comparison) or goal.metric}\nbest {goal.metric} of each run ({better} is better){spread}"
     if study.key is None:
         _write_ranking(comparison, file, title)
         return

@@ -69,6 +69,21 @@ def test_the_legend_covers_no_curve(labels, tmp_path):
     assert axes.get_window_extent().height > 150, "a picture of its legend"
 
 
+@pytest.mark.parametrize("word", ["several words ", "bert_mlm-text_files-modernbert_tiny-"])
+def test_a_long_title_stays_within_the_picture(word, tmp_path):
+    with plots.picture(tmp_path / "p.png", f"{word * (200 // len(word))}\nits second line", "x", "y") as axes:
+        axes.plot([0, 1], [0, 1])
+    title = axes.figure.get_suptitle()
+    assert title.endswith("\nits second line")
+    assert axes.figure.texts[0].get_window_extent().x1 < axes.figure.bbox.x1
+
+
+def test_of_many_groups_the_first_is_named(make_run):
+    runs = [make_run("lion", 1, group=f"group-{size}") for size in (8, 16, 32)]
+    groups = [plots._group_of(compare(runs[:count], unlike=True)) for count in (1, 2, 3)]
+    assert groups == ["group-8", "group-16 and 1 other group", "group-16 and 2 other groups"]
+
+
 @pytest.mark.parametrize(
     ("axis", "rows", "unit"),
     [
