@@ -113,7 +113,7 @@ def _write(rows: list[dict[str, float]], output: Path) -> None:
             axes.plot(steps, [row[name] for row in rows], color=style_of(number)[0], label=label)
         expected = (2 / torch.pi) ** 0.5
         axes.axhline(expected, color="grey", linestyle="--", linewidth=1, label="normal numbers and their sign")
-        axes.set(xscale="log", ylim=(0, 1.02))
+        axes.set(xscale="log", ylim=(-0.5, 1.02))
     print(f"{relative(str(output.with_suffix('.png')))}, {output.with_suffix('.csv').name}")
 
 

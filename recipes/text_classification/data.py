@@ -141,9 +141,8 @@ class LabeledTexts(StreamDataModule):
         self._tokenizer.model_max_length = self.sequence_length  # pre-training may have had another
         as_text(self._tokenizer)
         length = self.sequence_length if self.padding == "fixed" else None
-        self.train_set, self.val_set = (
-            TextDataset(_read(folder, name), self.tokenizer.pad_token_id, length) for name in ("train", "val")
-        )
+        self._texts = [_read(folder, name) for name in ("train", "val")]
+        self.train_set, self.val_set = (TextDataset(part, self.tokenizer.pad_token_id, length) for part in self._texts)
 
     def _write(self, folder: Path, named: PreTrainedTokenizerBase | None) -> None:
         splits = self.source.load()
@@ -170,12 +169,12 @@ class LabeledTexts(StreamDataModule):
     @property
     def mean_tokens(self) -> int:
         """Tokens that a training text has on average, rounded; with fixed padding all of them."""
-        texts = self.train_set.texts  # type: ignore[attr-defined]
+        texts = self._texts[0]
         return self.sequence_length if self.padding == "fixed" else max(1, round(len(texts.tokens) / len(texts)))
 
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start of a run."""
-        train, val = (part.texts for part in (self.train_set, self.val_set))  # type: ignore[attr-defined]
+        train, val = self._texts
         made = "from the cache" if self._reused else "tokenised just now"
         lines = {
             "texts": f"{len(train):,} for training, {len(val):,} for validation ({made}), {self.mean_tokens} tokens on "
@@ -245,8 +244,7 @@ def _read(folder: Path, name: str) -> TokenizedTexts:
     return TokenizedTexts(array("tokens", "r"), types, array("bounds"), array("labels"), cut)
 
 
-def decode(tokenizer: Any, texts: TokenizedTexts, index: int, characters: int = 120) -> str:
+def decode(tokenizer: Any, ids: list[int], characters: int = 120) -> str:
     """The beginning of a text, decoded from its tokens."""
-    ids = texts.tokens[texts.bounds[index] : texts.bounds[index + 1]].tolist()
     text = str(tokenizer.decode(ids, skip_special_tokens=True))
     return text if len(text) <= characters else f"{text[:characters]} ..."

@@ -366,6 +366,13 @@ class Trial:
         return len(self.reports) > 1
 
 
+@pytest.mark.parametrize("recipe", ["bert_mlm", "image_classification", "text_classification"])
+def test_every_recipe_trains_and_shows_its_mistakes_on_the_split_of_a_search(recipe: str, tmp_path: Path) -> None:
+    options = ("trainer.val_check_interval=2", "trainer.max_steps=2", "logger=csv", "export=true")
+    search = tune.Search("lion", recipe, options, 1, (1,), "sqlite://")
+    assert math.isfinite(tune.train(tune.compose(search, {}, 1, str(tmp_path)), []))
+
+
 def test_a_run_ends_at_the_rung_where_it_is_pruned(tmp_path: Path) -> None:
     search = tune.Search("lion", "image_classification", SHORT, 1, (1,), "sqlite://")
     trial = Trial()
