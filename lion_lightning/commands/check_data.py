@@ -64,8 +64,8 @@ def check(cfg: DictConfig, console: Console, samples: int, pictures: Path) -> No
         _classes(console, data.classes, train.labels, val.labels)
         _tokens(console, data.tokenizer, [_texts(train), _texts(val)])
         for name, texts in (("training", train), ("validation", val)):
-            for index in range(min(samples, len(texts))):
-                console.print(f"{name} {index}: {_label(data, texts, index)}: {decode(data.tokenizer, texts, index)}")
+            for index, ids in enumerate(_texts(texts)[:samples]):
+                console.print(f"{name} {index}: {_label(data, texts, index)}: {decode(data.tokenizer, ids.tolist())}")
     elif isinstance(data, TextBlocks):
         train, val = data.ready.train, data.ready.val
         _tokens(console, data.ready.tokenizer, [train, val])
