@@ -15,8 +15,8 @@ from typing_extensions import override
 from lion_lightning.guard.rules import Stateful
 
 WARMUP_SHARE, MAX_WARMUP_STEPS = 0.3, 2000
-"""Of the default warm-up. The share did least harm over all learning rates in runs of 300 steps
-(docs/experiments.md#warm_up); the steps are those of Wen et al. (2025, arXiv:2509.02046) in long ones."""
+"""Of the default warm-up. The share did least harm over all learning rates in runs of 300 and 3,000
+steps (docs/experiments.md#warm_up); the steps are those of Wen et al. (2025, arXiv:2509.02046) in long ones."""
 UNKNOWN_LENGTH_STEPS = 200
 """The default where the length of the run is not known: Lion's momentum fills within 2 / (1 - 0.99) steps."""
 REWARM_START = 0.1
