@@ -153,11 +153,10 @@ class TextClassifier(LionMixin, LightningModule):
         def shown(values: Tensor, i: int) -> str:
             return classes[int(values[i])] if classes else f"{values[i].item():.3g}"
 
-        texts = [dataset.__getitems__([(i, i)])["input_ids"][0].tolist() for i in worst]
-        return seen, [
-            (decode(tokenizer, ids), shown(labels, i), shown(guesses, i), float(worth[i]))
-            for i, ids in zip(worst, texts, strict=True)
-        ]
+        def text(i: int) -> str:
+            return decode(tokenizer, batches[i // step]["input_ids"][i % step].tolist())
+
+        return seen, [(text(i), shown(labels, i), shown(guesses, i), float(worth[i])) for i in worst]
 
 
 def scores(model: Any, inputs: dict[str, Tensor]) -> Tensor:

@@ -92,8 +92,8 @@ def test_a_short_memory_bears_a_higher_rate():
 @pytest.mark.parametrize(
     ("lr", "betas", "width", "rows"),
     [
-        (2e-3, (0.9, 0.95), 512, 50_000 // 6),  # Wen et al., 130 M parameters in 6 layers
-        (1e-3, (0.9, 0.99), 768, 50_000 // 12),  # Semenov et al., 124 M in 12
+        (2e-3, (0.9, 0.95), 512, 128_256 // 32),  # Wen et al.: 130 M parameters in 32 layers, Llama 3's tokenizer
+        (1e-3, (0.9, 0.99), 768, 50_304 // 12),  # Semenov et al.: 124 M in 12 layers, GPT-2's
     ],
 )
 def test_the_best_rates_of_published_sweeps_are_within_the_limit(lr, betas, width, rows):
