@@ -75,6 +75,8 @@ class EscalationPolicy(Stateful):
             # A momentum that looks stuck again right after it was zeroed was not stuck.
             again, self.last_reset = self._is_recent(self.last_reset, step), step
             return Remedy.REBASELINE if again else Remedy.ZERO_MOMENTUM
+        if kind == "low_flip_rate":
+            return Remedy.REBASELINE  # what lasts without an outlier is how the task is
         if kind == "raised_loss":
             return Remedy.NEW_LEVEL
         if kind not in ("divergence", "sick_weights", "nonfinite_limit"):
@@ -323,7 +325,7 @@ class Recovery:
             self.ring.ring.append(Snapshot.of_run(step, self.module, self.optimizers, rules, trusted))
 
     def is_healthy(self) -> bool:
-        """Whether no rule is counting steps towards a symptom, and the latest step was finite: fit to be saved.
+        """Whether no rule is counting steps towards a symptom to act on, and the latest step was finite: fit to save.
 
         In a dry run only a step that is not finite prevents saving, as symptoms have no consequence that ends them.
         """
@@ -331,8 +333,8 @@ class Recovery:
             return False
         if not self.acts:
             return all(monitor.is_latest_finite() for monitor in self.monitors)
-        ignored = self.policy.on_divergence == "warn"
-        return not any(monitor.is_suspicious(ignore_divergence=ignored) for monitor in self.monitors)
+        ignored = self.ignored | ({"divergence"} if self.policy.on_divergence == "warn" else set())
+        return not any(monitor.is_suspicious(ignored) for monitor in self.monitors)
 
     def state_dict(self, snapshots: bool) -> dict[str, Any]:
         """Policy, snapshots and a rewind on trial; the last two only with `snapshots`."""

@@ -6,7 +6,7 @@ Plain Python on numbers that are the same on every rank: a decision is a functio
 import math
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -392,14 +392,17 @@ class RuleSet(Stateful):
                 )
                 symptoms.append(Symptom("bad_losses", message))
         if reading.norm_z > self.thresholds.outlier_z and reading.is_finite:
-            self.last_outlier = reading.step
+            self.last_outlier = self.steps
         if self.stuck_momentum.observe(reading.flip_rate):
-            seen = reading.step - self.last_outlier <= OUTLIER_MEMORY_STEPS
             message = (
                 f"the sign of the update has nearly stopped flipping (rate {reading.flip_rate:.4f}): the weights move "
-                "one way whatever the gradients are, as after an outlier that has filled the momentum"
+                "one way whatever the gradients are, "
             )
-            symptoms.append(Symptom("poison" if seen else "low_flip_rate", message))
+            if self._outlier_seen:
+                symptoms.append(Symptom("poison", message + "as after an outlier that has filled the momentum"))
+            else:
+                reason = "though no outlier was seen: gradients of one direction, or few that are not near 0"
+                symptoms.append(Symptom("low_flip_rate", message + reason))
         rule = self.divergence
         if rule.observe(reading.level, reading.skipped, reading.norm_z):
             kind, end = "divergence", ""
@@ -441,10 +444,22 @@ class RuleSet(Stateful):
             message = f"the gradient norm {seen}: in the momentum it would set the direction for hundreds of steps"
         return [Symptom(kind, message)]
 
-    def is_suspicious(self, ignore_divergence: bool = False) -> bool:
-        """Whether a rule is counting steps towards a symptom: not the time for a snapshot or a checkpoint."""
-        diverges = bool(self.divergence.high_steps) and not ignore_divergence
-        return bool(self.nonfinite_in_a_row or self.stuck_momentum.low_steps) or diverges
+    def is_suspicious(self, ignored: Collection[str] = ()) -> bool:
+        """Whether a rule is counting steps towards a symptom to act on: not the time for a snapshot or a checkpoint.
+
+        Args:
+            ignored: kinds of symptom on which nobody acts.
+        """
+        counts = {
+            "nonfinite": self.nonfinite_in_a_row,
+            "poison": self.stuck_momentum.low_steps if self._outlier_seen else 0,
+            "divergence": self.divergence.high_steps,
+        }
+        return any(count for kind, count in counts.items() if kind not in ignored)
+
+    @property
+    def _outlier_seen(self) -> bool:
+        return self.steps - self.last_outlier <= OUTLIER_MEMORY_STEPS
 
 
 SUMS = ("loss", "samples", "squares", "micro_squares", "backward_loss")

@@ -163,9 +163,9 @@ class GatedRules:
         """Whether the latest step was finite; waits for it."""
         return all(reading.is_finite for reading in self.unread()[-1:])
 
-    def is_suspicious(self, ignore_divergence: bool) -> bool:
+    def is_suspicious(self, ignored: Collection[str]) -> bool:
         """Whether a rule is counting steps towards a symptom, or the latest, unread step was not finite."""
-        return not self.is_latest_finite() or self.rules.is_suspicious(ignore_divergence)
+        return not self.is_latest_finite() or self.rules.is_suspicious(ignored)
 
     def zero_momentum(self) -> None:
         self.rules.stuck_momentum.low_steps = 0

@@ -44,8 +44,7 @@ def fit(module, guard, tmp_path, samples=512, batch_size=64, **options):
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
-        callbacks=[guard],
-        **{"max_epochs": 1, **options},
+        **{"max_epochs": 1, "callbacks": [guard], **options},
     )
     trainer.fit(module, DataLoader(TensorDataset(inputs, inputs.sum(1, keepdim=True)), batch_size=batch_size))
     return trainer, recorder.rows
@@ -124,6 +123,32 @@ def test_losses_that_stay_not_a_number_stop_the_run_and_say_why(tmp_path):
         fit(Regression(poisoned_steps=range(2, 8)), guard, tmp_path)
     assert stopped.value.exit_code == 42
     assert not guard.is_healthy()
+
+
+class Learned(Regression):
+    """Noise at first, then nothing is left to learn: the gradient all but vanishes, as at the end of fine-tuning."""
+
+    def training_step(self, batch, batch_idx):
+        noise = torch.randn_like(batch[1])
+        loss = nn.functional.mse_loss(self.net(batch[0]), noise)
+        return loss if batch_idx < 60 else loss * 1e-4
+
+
+@pytest.mark.parametrize("disabled", [[], ["stuck_momentum"]])
+def test_a_sign_that_stops_flipping_with_no_outlier_does_not_keep_the_run_from_being_saved(tmp_path, disabled):
+    unhealthy = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            unhealthy.extend([trainer.global_step] * (not guard.is_healthy()))
+
+    guard = LionGuard(warmup_steps=0, min_batch_size=1, on_divergence="recover", disabled=disabled)
+    fit(Learned(), guard, tmp_path, samples=200, batch_size=1, callbacks=[guard, Watch()])
+    assert not unhealthy
+    found = [event for event in guard.events if event.kind == "low_flip_rate"]
+    assert len(found) == (not disabled)
+    if found:
+        assert "starts a new history" in found[0].remedy
 
 
 def test_without_the_guard_the_same_run_goes_on_in_silence(tmp_path):

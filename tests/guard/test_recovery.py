@@ -21,6 +21,7 @@ MODES = ("recover", "stop", "warn")
         ("bad_loss", Remedy.SKIP),
         ("nonfinite", Remedy.SKIP),
         ("poison", Remedy.ZERO_MOMENTUM),
+        ("low_flip_rate", Remedy.REBASELINE),
         ("dead", Remedy.NOTE),
         ("unmoved", Remedy.NOTE),
         ("near_bound", Remedy.NOTE),

@@ -190,11 +190,14 @@ def test_a_run_is_suspicious_while_a_rule_is_on_its_way_to_a_verdict():
         monitors.observe(reading)
     assert not monitors.is_suspicious()
     monitors.observe(Reading(flip_rate=0.001, loss=1.1, grad_norm=1.0))
-    assert monitors.is_suspicious(ignore_divergence=True)
+    assert not monitors.is_suspicious(), "without an outlier a low flip rate is only noted"
+    monitors.observe(Reading(flip_rate=0.001, loss=1.1, grad_norm=1.0, norm_z=20.0))
+    assert monitors.is_suspicious()
+    assert not monitors.is_suspicious(ignored=("poison",))
     for _ in range(8):
         monitors.observe(Reading(flip_rate=0.2, loss=3.0, grad_norm=1.0))
     assert monitors.is_suspicious()
-    assert not monitors.is_suspicious(ignore_divergence=True)
+    assert not monitors.is_suspicious(ignored=("divergence",))
 
 
 def test_a_frozen_sign_is_attributed_to_an_outlier_only_if_one_was_seen():
