@@ -5,7 +5,8 @@
 Each run is appended to the CSV file as soon as it ends; runs that are in it already are not repeated. Runs without the
 guard serve every mode. A row is harmed if the guard ended a run, or if the mean of the final metric with the guard is
 worse than without it: at the defaults by more than the range over the seeds without it, with `--guard recover` by more
-than 1 %. With one seed the range is unknown and 5 % stand for it.
+than 1 %. With one seed the range is unknown and 5 % stand for it. It is harmed as well if the state after the last step
+was not fit to be saved: the result would be lost. "unsaved" is the share of steps after which that was so.
 """
 
 import argparse
@@ -35,7 +36,7 @@ MODES: dict[str, Callable[[float | None], LionGuard | None]] = {
     "recover": lambda warmup_steps: LionGuard(warmup_steps=warmup_steps, on_divergence="recover"),
 }
 COLUMNS = ["kind", "optimizer", "metric", "without", "with", "range", "ended", "skipped", "clipped", "rewinds"]
-COLUMNS += ["events", "verdict"]
+COLUMNS += ["unsaved", "events", "verdict"]
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ def cells(row: Row) -> list[str]:
     events: Counter[str] = Counter()
     for outcome in row.guarded:
         events.update(outcome.events)
-    steps, skipped, clipped, rewinds = (
-        sum(getattr(outcome, name) for outcome in row.guarded) for name in ("steps", "skipped", "clipped", "rewinds")
+    steps, skipped, clipped, rewinds, unsaved = (
+        sum(getattr(outcome, name) for outcome in row.guarded)
+        for name in ("steps", "skipped", "clipped", "rewinds", "unsaved")
     )
     return [
         row.kind.name,
@@ -96,6 +98,7 @@ def cells(row: Row) -> list[str]:
         str(skipped),
         f"{clipped} ({clipped / max(1, steps):.2%})" if clipped else "0",
         str(rewinds),
+        f"{unsaved / max(1, steps):.1%}" if unsaved else "0",
         ", ".join(f"{kind} {count}" for kind, count in events.items()) or "-",
         row.verdict,
     ]
@@ -125,7 +128,7 @@ def markdown(rows: Sequence[Row], command: str) -> str:
     """The table, with the command that made it and the number of harmed rows."""
     harmed = sum(row.is_harmed for row in rows)
     lines = [f"`{command}`: {harmed} of {len(rows)} harmed.", "", "| " + " | ".join(COLUMNS) + " |"]
-    lines += ["|" + "|".join(["---"] * 3 + ["---:"] * 7 + ["---"] * 2) + "|"]
+    lines += ["|" + "|".join(["---"] * 3 + ["---:"] * 8 + ["---"] * 2) + "|"]
     lines += ["| " + " | ".join(cell.replace("|", "/") for cell in cells(row)) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 

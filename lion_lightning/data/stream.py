@@ -1,15 +1,18 @@
 """StreamDataModule: what the data modules of all recipes share."""
 
+import logging
 import signal
 from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
 from lion_lightning.data.sampler import FixedBatches, StepValues, StreamBatchSampler, StreamOrder
 from lion_lightning.errors import ConfigError
 
+log = logging.getLogger(__name__)
 VAL_BATCH_FACTOR = 2  # validation keeps no gradients, so twice the batch fits
 WORKER_GRACE_SECONDS = 20
 
@@ -58,8 +61,14 @@ class StreamDataModule(pl.LightningDataModule):
         size = len(self.train_set)  # type: ignore[arg-type]
         return min(size, self.limit_train_samples or size)
 
-    def check_batch_fits(self, effective_batch_size: int) -> None:
-        """ConfigError if an optimizer step wants more samples than the training set has."""
+    def check_samples(self, effective_batch_size: int) -> None:
+        """ConfigError if an optimizer step wants more samples than there are; warns of a limit above their number."""
+        if self.limit_train_samples is not None and self.limit_train_samples > self.num_train_samples:
+            rank_zero_only(log.warning)(
+                "data.limit_train_samples=%d is more than the training set has: all %d samples are used",
+                self.limit_train_samples,
+                self.num_train_samples,
+            )
         if effective_batch_size > self.num_train_samples:
             raise ConfigError(
                 f"the effective batch of {effective_batch_size} samples is larger than the training set of "

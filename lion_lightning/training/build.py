@@ -215,7 +215,7 @@ def build_data(cfg: DictConfig) -> StreamDataModule:
         raise ConfigError(f"data={cfg.data.name}: {type(data).__name__} is not a StreamDataModule")
     data.prepare_data()
     data.setup("fit")
-    data.check_batch_fits(effective_batch_size(cfg))
+    data.check_samples(effective_batch_size(cfg))
     return data
 
 

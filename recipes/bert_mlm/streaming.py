@@ -231,7 +231,7 @@ class StreamedText(TextBlocks):
         """A stream has no end: ConfigError."""
         raise ConfigError("trainer.max_epochs means nothing for a stream; set trainer.max_steps")
 
-    def check_batch_fits(self, effective_batch_size: int) -> None:
+    def check_samples(self, effective_batch_size: int) -> None:
         """A stream has samples for every batch size."""
 
     def describe(self) -> dict[str, str]:

@@ -5,6 +5,7 @@ from itertools import chain
 import pytest
 
 from lion_lightning.data.sampler import FixedBatches, StepValues, StreamBatchSampler, StreamOrder
+from lion_lightning.data.stream import StreamDataModule
 from lion_lightning.errors import ConfigError
 
 SIZE = 23  # a prime, so that no batch ends with an epoch
@@ -119,10 +120,19 @@ def test_validation_sees_every_item_once_over_all_ranks(world_size: int) -> None
     ],
 )
 def test_a_data_module_names_bad_settings(wrong: dict[str, int], named: str) -> None:
-    from lion_lightning.data.stream import StreamDataModule
-
     with pytest.raises(ConfigError, match=named):
         StreamDataModule(**{"batch_size": 2, **wrong})
+
+
+@pytest.mark.parametrize(("limit", "told"), [(20, 0), (23, 0), (24, 1)])
+def test_a_limit_above_the_number_of_samples_is_named(limit: int, told: int, caplog: pytest.LogCaptureFixture) -> None:
+    data = StreamDataModule(batch_size=2, limit_train_samples=limit)
+    data.train_set = list(range(SIZE))  # type: ignore[assignment]
+    data.check_samples(2)
+    assert len(caplog.messages) == told
+    assert data.num_train_samples == min(limit, SIZE)
+    if told:
+        assert "data.limit_train_samples=24 is more than the training set has: all 23" in caplog.text
 
 
 STEPS = StepValues(((0, 2), (3, 5), (10, 8)))
@@ -173,7 +183,5 @@ def test_growing_batches_share_and_resume_the_same_stream(world_size: int, done:
     ],
 )
 def test_a_bad_schedule_is_named(wrong: object, named: str) -> None:
-    from lion_lightning.data.stream import StreamDataModule
-
     with pytest.raises(ConfigError, match=named):
         StreamDataModule(2, batch_schedule=wrong)  # type: ignore[arg-type]

@@ -123,6 +123,8 @@ class Outcome:
         skipped: of these, steps that left every parameter as it was.
         clipped: steps that the guard says it has clipped.
         rewinds: events in which the guard went back to a snapshot.
+        unsaved: steps after which the guard would have kept a checkpoint from being written.
+        unsaved_at_end: whether the last step was one of them, so that the result would have been lost.
         ended: message of the guard that ended the run, or the error that came with the guard alone, or None.
         events: kinds of the guard's events after the start, with their numbers.
         messages: the guard's messages after the start, the first of each kind.
@@ -134,6 +136,8 @@ class Outcome:
     skipped: int
     clipped: int
     rewinds: int
+    unsaved: int
+    unsaved_at_end: bool
     ended: str | None
     events: dict[str, int]
     messages: list[str]
@@ -141,10 +145,12 @@ class Outcome:
 
 
 class StepCounter(Callback):
-    """Counts the optimizer steps that the Trainer asks for and those that move a parameter."""
+    """Counts optimizer steps: all that are asked for, those that move a parameter, those not fit to be saved."""
 
-    def __init__(self) -> None:
-        self.asked = self.moved = 0
+    def __init__(self, guard: LionGuard | None) -> None:
+        self.guard = guard
+        self.asked = self.moved = self.unsaved = 0
+        self.unsaved_at_end = False
         self._before: dict[int, list[Tensor]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -154,6 +160,10 @@ class StepCounter(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self.asked += 1
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.unsaved_at_end = self.guard is not None and not self.guard.is_healthy()
+        self.unsaved += self.unsaved_at_end
 
     def _remember(self, optimizer: Optimizer, *_: Any) -> None:
         self._before[id(optimizer)] = [param.detach().clone() for param in _parameters(optimizer)]
@@ -192,7 +202,7 @@ def train(kind: Kind, optimizer: str, seed: int, guard: LionGuard | None) -> Out
     started = time.perf_counter()
     batches = kind.make_data(seed, kind.steps // kind.epochs)
     seed_everything(seed, verbose=False)
-    module, counter, logged, ended = kind.make_module(), StepCounter(), LastMetrics(), None
+    module, counter, logged, ended = kind.make_module(), StepCounter(guard), LastMetrics(), None
     module.steps, module.make_optimizer, module.schedule = kind.steps, kind.optimizer(optimizer), kind.schedule
     trainer = Trainer(
         accelerator="cpu",
@@ -224,6 +234,8 @@ def train(kind: Kind, optimizer: str, seed: int, guard: LionGuard | None) -> Out
         skipped=counter.asked - counter.moved,
         clipped=int(logged.values.get("guard/clipped_steps", 0)),
         rewinds=sum("snapshot" in event.remedy or "rewind" in event.remedy for event in events),
+        unsaved=counter.unsaved,
+        unsaved_at_end=counter.unsaved_at_end,
         ended=ended,
         events=dict(Counter(event.kind for event in events)),
         messages=list(first.values())[::-1],

@@ -23,8 +23,9 @@ ALWAYS = (("rare positives", "lion"), ("loss scale x64", "lion"), ("new classes 
 SEEDS = (1, 2, 3)
 
 
-def outcome(metric: float, ended: str | None = None) -> Outcome:
-    return Outcome(metric, 100, skipped=0, clipped=0, rewinds=0, ended=ended, events={}, messages=[], seconds=1.0)
+def outcome(metric: float, ended: str | None = None, unsaved: int = 0) -> Outcome:
+    counts = {"skipped": 0, "clipped": 0, "rewinds": 0, "unsaved": unsaved, "unsaved_at_end": bool(unsaved)}
+    return Outcome(metric, 100, **counts, ended=ended, events={}, messages=[], seconds=1.0)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,7 @@ def test_a_healthy_training_is_left_alone(kind: str, optimizer: str):
     assert guarded.ended is None
     assert guarded.skipped == guarded.rewinds == 0
     assert guarded.clipped <= 0.01 * guarded.steps
+    assert guarded.unsaved <= 0.1 * guarded.steps
     row = Row(KINDS[kind], optimizer, [bare], [guarded])
     assert row.loss <= SPREADS[kind, optimizer]
 
@@ -78,3 +80,4 @@ def test_verdicts():
     assert Row(lower, "lion", seeds, [outcome(1.4)] * 3).verdict == "harmed"
     assert Row(lower, "lion", seeds, [outcome(float("nan"))] * 3).verdict == "harmed"
     assert Row(lower, "lion", seeds, [*seeds[:2], outcome(1.1, ended="stopped")]).verdict == "harmed"
+    assert Row(lower, "lion", seeds, [*seeds[:2], outcome(1.1, unsaved=1)]).verdict == "harmed"

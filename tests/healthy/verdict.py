@@ -55,7 +55,8 @@ class Row:
     @property
     def is_harmed(self) -> bool:
         allowed = SHARE_IN_RECOVER_MODE * abs(self.mean_without) if self.recovers else self.spread
-        return bool(self.ended) or not self.loss <= allowed  # a metric that is not a number is harm, too
+        is_lost = any(outcome.unsaved_at_end for outcome in self.guarded)
+        return bool(self.ended) or is_lost or not self.loss <= allowed  # a metric that is not a number is harm, too
 
     @property
     def verdict(self) -> str:

@@ -341,6 +341,6 @@ def test_empty_files_are_no_stream(tmp_path: Path) -> None:
 
 def test_a_stream_has_no_epochs(library: Path) -> None:
     data = StreamedText(path=str(library), batch_size=4)
-    data.check_batch_fits(10**6)
+    data.check_samples(10**6)
     with pytest.raises(ConfigError, match=r"trainer\.max_steps"):
         _ = data.num_train_samples
