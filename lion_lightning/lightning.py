@@ -70,6 +70,9 @@ class LionMixin:
             for group in groups[: groups[0]["name"] == "decay"]:
                 del group["weight_decay"]
         optimizer = factory(groups)
+        if not isinstance(optimizer, Lion):  # torch's take no group without names beside groups with names
+            for group in optimizer.param_groups:
+                group.pop("param_names", None)
         if self.weight_decay_timescale is not None:
             timescale = self.weight_decay_timescale * (steps if self.weight_decay_timescale < 1 else 1)
             for group in optimizer.param_groups:
@@ -78,7 +81,7 @@ class LionMixin:
         if math.isinf(steps):
             log.warning("LionMixin: the length of this run is not known, so the learning rate stays as it is")
         factor = self._schedule()(int(steps)) if math.isfinite(steps) else lambda step: 1.0
-        scheduler = RateAndDecay(optimizer, factor) if self.decay_follows_rate else LambdaLR(optimizer, factor)
+        scheduler = (RateAndDecay if self.decay_follows_rate else Rate)(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
 
     def _schedule(self) -> Schedule:
@@ -114,7 +117,23 @@ def total_steps(trainer: Trainer | None) -> float:
     return steps if steps > 0 else math.inf
 
 
-class RateAndDecay(LambdaLR):
+class Rate(LambdaLR):
+    """Multiplies the learning rate of every group, also of those that are added during training.
+
+    A group that was added, as by Lightning's `BackboneFinetuning`, goes on from the rate that it has then.
+    """
+
+    @override
+    def step(self, epoch: int | None = None) -> None:
+        for group in self.optimizer.param_groups[len(self.lr_lambdas) :]:
+            self.lr_lambdas.append(self.lr_lambdas[0])
+            if len(self.base_lrs) < len(self.lr_lambdas):  # a resumed run has it
+                factor = self.lr_lambdas[0](self.last_epoch)
+                self.base_lrs.append(float(group["lr"]) / factor if factor else float(group["lr"]))
+        super().step(epoch)
+
+
+class RateAndDecay(Rate):
     """Multiplies the weight decay of each group by the factor of its learning rate."""
 
     def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
@@ -126,6 +145,7 @@ class RateAndDecay(LambdaLR):
     def step(self, epoch: int | None = None) -> None:
         super().step(epoch)
         for group, factor in zip(self.optimizer.param_groups, self.lr_lambdas, strict=True):
+            group.setdefault("initial_decay", group.get("weight_decay", 0.0))
             group["weight_decay"] = group["initial_decay"] * factor(self.last_epoch)
 
 

@@ -6,7 +6,8 @@ from types import MethodType
 import pytest
 import torch
 from lightning.fabric import Fabric
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BackboneFinetuning
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -171,3 +172,36 @@ def test_decay_may_follow_the_rate(tmp_path):
 
     fit(Seen(), tmp_path, max_epochs=1)
     assert seen == [(pytest.approx(1e-3 * (1 - step / 8)), pytest.approx(0.5 * (1 - step / 8))) for step in range(8)]
+
+
+class TwoParts(LionMixin, LightningModule):
+    """A backbone and a head, as `BackboneFinetuning` wants them."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), nn.Linear(8, 1)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self.head(self.backbone(batch[0])), batch[1])
+
+
+@pytest.mark.parametrize("follows", [False, True])
+@pytest.mark.parametrize("factory", [partial(Lion, lr=1e-3), partial(torch.optim.AdamW, lr=1e-3)])
+def test_parameters_that_a_callback_adds_during_training_are_trained_on_the_same_schedule(factory, follows):
+    class Module(TwoParts):
+        optimizer_factory, decay_follows_rate, schedule = factory, follows, staticmethod(partial(linear, final=0.5))
+
+    module, rates = Module(), []
+
+    class Watch(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=2, lambda_func=lambda epoch: 1.0)
+    before = module.backbone[0].weight.clone()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    data = DataLoader(TensorDataset(torch.randn(64, 8), torch.randn(64, 1)), batch_size=8)
+    Trainer(accelerator="cpu", max_epochs=4, callbacks=[finetuning, Watch()], **quiet).fit(module, data)
+    assert [len(found) for found in rates] == [2, 2, 3, 3]
+    assert rates[3][2] / rates[2][2] == pytest.approx(rates[3][0] / rates[2][0])
+    assert not torch.equal(before, module.backbone[0].weight)

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lion_lightning.guard import preflight
 from lion_lightning.guard.events import NOT_LOGGED, Event, EventLog, TelemetryReader, Trace, metrics, report
-from lion_lightning.guard.lr_warmup import LinearWarmup, warmup_length
+from lion_lightning.guard.lr_warmup import LinearWarmup, WarmupHook, warmup_length
 from lion_lightning.guard.preflight import MIN_BATCH_SIZE, EffectiveBatch, NoiseScale, OnSmallBatch
 from lion_lightning.guard.recovery import OnDivergence, Recovery, Remedy, Treated
 from lion_lightning.guard.rules import RULES, Reading, Thresholds
@@ -169,6 +169,7 @@ class LionGuard(Callback):
         self.event_log, self.steps = EventLog(), 0
         self._final: dict[str, Any] | None = None  # at the end of training
         self._telemetry: TelemetryReader | None = None
+        self._warming: list[WarmupHook] = []  # of a guard that is off
         self._lion_metrics: dict[str, float] = {}  # not logged yet
         self._latest = Reading()
         self._samples = self._micro_samples = 0
@@ -183,8 +184,8 @@ class LionGuard(Callback):
         return self.event_log.events
 
     def is_healthy(self) -> bool:
-        """Whether the run may be saved as one to continue from."""
-        return self.recovery.is_healthy()
+        """Whether the run may be saved as one to continue from; a guard that is off has no say."""
+        return self.is_off or self.recovery.is_healthy()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -193,7 +194,7 @@ class LionGuard(Callback):
         if stage != "fit":
             return
         self._reset()
-        if self.on_small_batch != "warn":
+        if self.on_small_batch != "warn" and self.acts and "batch_size" not in self.disabled:
             message = preflight.raise_accumulation(trainer, self.on_small_batch, self.min_batch_size)
             if message is not None:
                 self._report_once(trainer, "accumulate", message)
@@ -239,8 +240,11 @@ class LionGuard(Callback):
         self.recovery.monitors, self.recovery.optimizers = self.monitors, optimizers
         self.recovery.module = pl_module
         if loaded is not None and self._restore(loaded):
+            if len(self.monitors) == 1:  # the state of a guard that was off is older than the run
+                self.steps = self.warmup.step = max(self.steps, trainer.global_step)
             # A number of steps that was given counts, even if the checkpoint has another.
-            if self.warmup_steps is not None and self.warmup_steps >= 1 and length != self.warmup.warmup_steps:
+            is_number = self.warmup_steps is not None and not 0 < self.warmup_steps < 1
+            if is_number and length != self.warmup.warmup_steps:
                 report(f"LionGuard: warmup_steps={length}, not {self.warmup.warmup_steps} as in the checkpoint.")
                 for monitor in self.monitors:
                     monitor.rate.warmup_steps = length
@@ -340,27 +344,37 @@ class LionGuard(Callback):
     @override
     @harmless
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.recovery.is_ending = True
         self._react(trainer, flush=True)
+        for treated in self.recovery.end(self.steps):
+            self._report(trainer, treated, self.steps)
         if self.trace is not None:
             self.trace.flush()
         for monitor in self.monitors:
             if "bad_loss" not in self.disabled and (summary := monitor.rules.bad_loss_summary()) is not None:
                 report(f"LionGuard: {summary}.")
-        streak = max((monitor.rules.nonfinite_in_a_row for monitor in self.monitors), default=0)
-        may_stop = self.on_divergence in ("recover", "stop") and "nonfinite" not in self.disabled
+        # A GradScaler finds its scale by steps that overflow.
+        streak = max((monitor.rules.nonfinite_in_a_row for monitor in self.monitors if not monitor.scaled), default=0)
+        may_stop = self.on_divergence in ("recover", "stop") and "nonfinite" not in self.disabled and self.recovery.acts
         if streak >= self.thresholds.nonfinite_steps and may_stop:
             raise TrainingStopped(f"the last {streak} steps had no finite gradient: nothing was learned. {WHAT_TO_DO}")
 
     @override
-    @harmless
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._detach()
+        self._end_warmups()
+        self._leave(trainer)
         self._stage = None
 
     @override
-    @harmless
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Detaches, as Lightning calls no teardown then."""
+        """Detaches, as Lightning calls no teardown then. A state loaded for this run is not of the next one."""
+        if self._stage == "fit":
+            self._loaded = None
+        self._end_warmups()
+        self._leave(trainer)
+
+    @harmless
+    def _leave(self, trainer: Trainer) -> None:
         if self.trace is not None:
             self.trace.flush()  # what follows may wait for a device that is broken
             for number, monitor in enumerate(self.monitors):
@@ -420,22 +434,28 @@ class LionGuard(Callback):
                 self._report(trainer, self.recovery.treat(symptom, self.steps, first), self.steps)
 
     def turn_off(self, reason: str) -> None:
-        """Takes the guard off the run, which goes on without it; `reason` says what it met."""
+        """Takes the guard off the run, which goes on with its warm-up alone; `reason` says what it met."""
         self.is_off = True
         log.debug("LionGuard is off", exc_info=True)
         report(f"LionGuard is off for the rest of this run, which goes on: {reason}")
         with contextlib.suppress(Exception):
+            self._warming = [monitor.warmup for monitor in self.monitors if monitor.failure is None]
             self._detach()
 
     def _detach(self) -> None:
-        """Leaves the optimizers as they were found, and keeps the state for `state_dict`."""
+        """Leaves the optimizers as they were found but for warm-ups to go on, and keeps the state for `state_dict`."""
         if self.monitors:
             self._final = self.state_dict()
         if self._telemetry is not None:
             self._telemetry.remove()
         for monitor in self.monitors:
-            monitor.remove()
+            monitor.remove(but_warmup=monitor.warmup in self._warming)
         self.monitors = []
+
+    def _end_warmups(self) -> None:
+        for hook in self._warming:
+            hook.remove()
+        self._warming = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have the settings and the state, but no hooks on anybody's optimizer."""

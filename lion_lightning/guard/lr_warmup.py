@@ -1,9 +1,11 @@
 """Linear warm-up around `optimizer.step`, for any torch optimizer, invisible to schedulers.
 
 A scheduler reads and writes `group["lr"]`: LambdaLR and OneCycleLR overwrite a rate that was changed from outside,
-others keep it for ever. So the rate is multiplied right before the step and restored right after it.
+others keep it for ever. So the rate is multiplied right before the step and restored right after it. A closure runs
+with the true rates: in Lightning all of `training_step` is within the optimizer's step.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -86,12 +88,12 @@ class WarmupHook:
 
     An exception between the hooks leaves the scaled rates in the groups; the next step restores the true ones before
     it scales them again, and so does `remove`. Groups without a rate, such as those of Adafactor, are left alone.
-    A rate that somebody sets while the optimizer steps, as in `training_step`, is theirs: scaled (`follow`) and kept.
+    A rate that the step's closure sets is scaled and kept.
 
     Args:
         optimizer: of torch or with torch's hooks.
         warmup: gives the factor, and is advanced by every step.
-        wrap: applied to the two hooks before they are registered.
+        wrap: applied to the hooks before they are registered.
     """
 
     def __init__(
@@ -104,8 +106,9 @@ class WarmupHook:
         self.applied: list[float | Tensor | None] = []
         self._true_rates: list[float | Tensor | None] = []
         self._is_in_step = False  # torch before 2.13 runs the hooks twice for a step that calls its base class's
+        self._scale = wrap(self._multiply)
         self._handles: list[Any] = [
-            optimizer.register_step_pre_hook(wrap(self._scale)),
+            optimizer.register_step_pre_hook(wrap(self._begin)),
             optimizer.register_step_post_hook(wrap(self._finish)),
         ]
 
@@ -115,10 +118,23 @@ class WarmupHook:
         for handle in self._handles:
             handle.remove()
 
-    def _scale(self, optimizer: Optimizer, *_: Any) -> None:
+    def _begin(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Scales the rates; where the step has a closure to run first, after each run of it."""
         self._is_in_step = True
+        changed = with_closure(args, kwargs, self._scaling)
+        if changed is None:
+            self._scale()
+        return changed
+
+    def _scaling(self, closure: Callable[[], Any]) -> Any:
         self._restore()
-        factor, groups = self.warmup.factor, optimizer.param_groups
+        loss = closure()
+        self._scale()
+        return loss
+
+    def _multiply(self) -> None:
+        self._restore()
+        factor, groups = self.warmup.factor, self.optimizer.param_groups
         if factor != 1:
             self._true_rates = [_copy(group.get("lr")) for group in groups]
             for group, rate in zip(groups, self._true_rates, strict=True):
@@ -131,28 +147,28 @@ class WarmupHook:
         self.warmup.step += self._is_in_step
         self._is_in_step = False
 
-    def follow(self) -> None:
-        """Scales the rates that were set since the step began; for a step's closure, when it has all gradients."""
-        if self._true_rates:
-            for place, group in enumerate(self.optimizer.param_groups[: len(self._true_rates)]):
-                if self._is_set_anew(place):
-                    self._true_rates[place] = _copy(group["lr"])
-                    _assign(group, group["lr"] * self.warmup.factor)
-                    self.applied[place] = _copy(group["lr"])
-
     def _restore(self) -> None:
-        if self._true_rates:
-            for place, (group, rate) in enumerate(zip(self.optimizer.param_groups, self._true_rates, strict=False)):
-                if rate is not None and not self._is_set_anew(place):
-                    _assign(group, rate)
-            self._true_rates = []
+        for group, rate in zip(self.optimizer.param_groups, self._true_rates, strict=False):
+            if rate is not None:
+                _assign(group, rate)
+        self._true_rates = []
 
-    def _is_set_anew(self, place: int) -> bool:
-        """Whether the rate of a group is no longer the one applied. A tensor of an accelerator is not waited for."""
-        rate, applied = self.optimizer.param_groups[place].get("lr"), self.applied[place]
-        if rate is None or applied is None or (isinstance(rate, Tensor) and rate.device.type != "cpu"):
-            return False
-        return float(rate) != float(applied)
+
+def with_closure(args: Any, kwargs: Any, run: Callable[[Callable[[], Any]], Any]) -> tuple[Any, Any] | None:
+    """The arguments of a pre-hook of an optimizer's step with `run(closure)` in place of its closure.
+
+    Args:
+        args, kwargs: those of the hook; the first of `args` is the optimizer.
+        run: calls the closure and returns its loss.
+
+    Returns:
+        None if there is no closure.
+    """
+    closure = kwargs.get("closure") or next(iter(args[1:]), None)
+    if not callable(closure):
+        return None
+    changed = functools.partial(run, closure)
+    return (args, {**kwargs, "closure": changed}) if "closure" in kwargs else ((args[0], changed, *args[2:]), kwargs)
 
 
 def _copy(rate: float | Tensor | None) -> float | Tensor | None:

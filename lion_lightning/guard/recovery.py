@@ -43,6 +43,8 @@ UNDONE_LIMIT = 2
 """Rewinds undone within `thresholds.horizon` steps after which a raised loss is only noted."""
 AT_ONCE = {"outlier": Remedy.CLIP, "bad_loss": Remedy.SKIP, "nonfinite": Remedy.SKIP}
 REWINDS = (Remedy.REWIND, Remedy.REWIND_AT_HALF_RATE)
+RESTORED = {"divergence", "sick_weights"}
+"""Symptoms that a snapshot is kept for."""
 ESCALATION = (*REWINDS, Remedy.STOP)
 
 
@@ -197,6 +199,8 @@ class Recovery:
         disabled = {*disabled, "divergence"} if on_divergence == "ignore" else disabled
         self.ignored = {kind for rule in disabled for kind in RULES[rule]}
         self.trial: Trial | None = None
+        self.is_ending = False
+        """Whether the last step is done: nothing that has to be watched further is begun."""
         self.policy, self.ring = EscalationPolicy(thresholds, on_divergence), SnapshotRing(thresholds)
         self.monitors: Sequence[GatedRules] = ()
         self.module: nn.Module = nn.Module()
@@ -243,23 +247,35 @@ class Recovery:
                 message = f"the loss has returned to {loss:.4g} with the older weights: the rewind stands"
                 yield Treated(Symptom("rewind_stands", message), Remedy.NOTE, Remedy.NOTE.value + left)
             return
+        message = (
+            f"the older weights have a loss of {loss:.4g} now, those before the rewind had {trial.raised:.4g}: "
+            "the task has changed, not the weights"
+        )
+        yield self._undo(trial, reading.step, message)
+
+    def _undo(self, trial: Trial, step: int, message: str) -> Treated:
+        """Restores the run before the rewind."""
         left = _named(restore(trial.newer, self.module, self.optimizers))
         for monitor, rules, rate in zip(self.monitors, trial.newer.rules, trial.rates, strict=True):
             monitor.return_to(rules)
             monitor.rules.divergence.take_level()
             monitor.rate.load_state_dict({**rate, "step": monitor.rate.step})  # the rewind has started it again
-        self.policy.undo(reading.step, trial.level)
-        message = (
-            f"the older weights have a loss of {loss:.4g} now, those before the rewind had {trial.raised:.4g}: "
-            "the task has changed, not the weights"
-        )
-        yield Treated(Symptom("new_level", message), Remedy.UNDO_REWIND, Remedy.UNDO_REWIND.value + left)
+        self.policy.undo(step, trial.level)
+        return Treated(Symptom("new_level", message), Remedy.UNDO_REWIND, Remedy.UNDO_REWIND.value + left)
+
+    def end(self, step: int) -> Iterator[Treated]:
+        """After the last step: a rewind that is still on trial has no steps left to prove itself, and is undone."""
+        trial, self.trial = self.trial, None
+        if trial is not None:
+            yield self._undo(trial, step, "training ended while a rewind was on trial")
 
     def treat(self, symptom: Symptom, step: int, monitor: GatedRules) -> Treated:
         """Chooses the remedy for a symptom of a step of `monitor` and carries it out."""
         level = self.policy.level
         remedy = self.policy.remedy(symptom.kind, step)
         kept = None
+        if self.is_ending and remedy in REWINDS and symptom.kind == "divergence":
+            remedy = Remedy.NEW_LEVEL  # no step is left to show whether a rewind helps
         if remedy is Remedy.REPAIR or remedy in REWINDS:
             older = remedy is Remedy.REWIND_AT_HALF_RATE
             kept = self.ring.newest if remedy is Remedy.REPAIR else self.ring.proven(step, older)
@@ -319,22 +335,33 @@ class Recovery:
             step: optimizer steps so far.
             trusted: the state that training starts from.
         """
-        rewinds = self.policy.on_divergence == "recover"
-        if rewinds and self.ring.is_due(step) and self.is_healthy():  # health waits for the latest reading
+        restores = self.policy.on_divergence == "recover" and not self.ignored >= RESTORED
+        if restores and self.ring.is_due(step) and not self._saw_nonfinite() and (trusted or self._is_settled()):
             rules = [monitor.rules_state() for monitor in self.monitors]
-            self.ring.ring.append(Snapshot.of_run(step, self.module, self.optimizers, rules, trusted))
+            if self.acts:
+                self.ring.ring.append(Snapshot.of_run(step, self.module, self.optimizers, rules, trusted))
+            else:  # its step is all that is told of it
+                self.ring.ring.append(Snapshot(step, {}, [], rules, trusted))
 
     def is_healthy(self) -> bool:
-        """Whether no rule is counting steps towards a symptom to act on, and the latest step was finite: fit to save.
+        """Whether the run is fit to be saved as one to continue from.
 
-        In a dry run only a step that is not finite prevents saving, as symptoms have no consequence that ends them.
+        It is not while a rewind is on trial or a rule counts steps towards a symptom on which the guard would act, nor
+        after `nonfinite_steps` steps in a row that were not finite. After fewer, which were skipped and have changed
+        nothing, or after one that was taken, weights and optimizer state of this process decide.
         """
-        if self.trial is not None:
+        streak = max((monitor.rules.nonfinite_in_a_row for monitor in self.monitors), default=0)
+        sick = self._saw_nonfinite() and not all(monitor.is_finite() for monitor in self.monitors)
+        if sick or streak >= self.thresholds.nonfinite_steps:
             return False
-        if not self.acts:
-            return all(monitor.is_latest_finite() for monitor in self.monitors)
+        return self.is_ending or not self.acts or self._is_settled()
+
+    def _saw_nonfinite(self) -> bool:
+        return any(monitor.rules.nonfinite_in_a_row or not monitor.is_latest_finite() for monitor in self.monitors)
+
+    def _is_settled(self) -> bool:
         ignored = self.ignored | ({"divergence"} if self.policy.on_divergence == "warn" else set())
-        return not any(monitor.is_suspicious(ignored) for monitor in self.monitors)
+        return self.trial is None and not any(monitor.rules.is_suspicious(ignored) for monitor in self.monitors)
 
     def state_dict(self, snapshots: bool) -> dict[str, Any]:
         """Policy, snapshots and a rewind on trial; the last two only with `snapshots`."""

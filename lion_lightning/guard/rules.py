@@ -445,13 +445,12 @@ class RuleSet(Stateful):
         return [Symptom(kind, message)]
 
     def is_suspicious(self, ignored: Collection[str] = ()) -> bool:
-        """Whether a rule is counting steps towards a symptom to act on: not the time for a snapshot or a checkpoint.
+        """Whether a rule is counting steps towards a symptom of steps that were finite: not the time for a snapshot.
 
         Args:
             ignored: kinds of symptom on which nobody acts.
         """
         counts = {
-            "nonfinite": self.nonfinite_in_a_row,
             "poison": self.stuck_momentum.low_steps if self._outlier_seen else 0,
             "divergence": self.divergence.high_steps,
         }

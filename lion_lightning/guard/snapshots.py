@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lion_lightning.guard.rules import Thresholds
@@ -124,17 +125,21 @@ def restore(
         buffers: whether buffers are; those that are no longer finite are in any case.
 
     Returns:
-        Names of the tensors that the snapshot does not have in their present shape; they are left as they are.
+        Names of the tensors that the snapshot does not have in their present shape, or that cannot be written; they are
+        left as they are.
     """
     left = []
     tensors = [*_params_of(module)] if params else []
-    tensors += [pair for pair in _buffers_of(module) if buffers or not bool(pair[1].isfinite().all())]
+    tensors += [pair for pair in _buffers_of(module) if buffers or _nonfinite(pair[1]) is not None]
     for name, tensor in tensors:
         kept = snapshot.tensors.get(name)
         if kept is None or kept.shape != tensor.shape:
             left.append(name)
-        else:
+            continue
+        try:
             tensor.copy_(kept, non_blocking=True)
+        except RuntimeError:  # its elements share memory, as after `expand`
+            left.append(name)
     for optimizer, saved in zip(optimizers, snapshot.optimizers, strict=False):
         for index, param in enumerate(_params(optimizer)):
             if index < saved["params"]:
@@ -167,10 +172,23 @@ def repair(snapshot: Snapshot, module: nn.Module, optimizers: Sequence[Optimizer
                     pairs.append((here, torch.zeros_like(here) if before is None else before))
     count = 0
     for tensor, before in pairs:
-        if tensor.shape == before.shape and tensor.is_floating_point() and (sick := ~tensor.isfinite()).any():
+        if tensor.shape == before.shape and (sick := _nonfinite(tensor)) is not None:
             count += int(sick.sum())
             tensor.copy_(torch.where(sick, before.to(tensor.device), tensor))
     return count
+
+
+def _nonfinite(tensor: Tensor) -> Tensor | None:
+    """Where a tensor is not finite, bool of its shape; None if it is nowhere, or is of a kind that cannot tell.
+
+    Sparse and quantized tensors and those of 8-bit floats cannot.
+    """
+    if tensor.layout is not torch.strided or tensor.is_quantized or not tensor.is_floating_point():
+        return None
+    if tensor.element_size() == 1:
+        return None
+    sick = ~tensor.isfinite()
+    return sick if bool(sick.any()) else None
 
 
 def _restore_state(states: Any, param: Tensor, kept: dict[str, Any]) -> None:
@@ -209,15 +227,16 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _params_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Trainable parameters. Frozen ones do not change in training and need no copies."""
+    """Trainable parameters. Frozen ones do not change in training and need no copies; lazy ones have no values yet."""
     for name, param in module.named_parameters():
-        if param.requires_grad:
+        if param.requires_grad and not is_lazy(param):
             yield name, layout.local(param.detach())
 
 
 def _buffers_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in module.named_buffers():
-        yield name, layout.local(buffer.detach())
+        if not is_lazy(buffer):
+            yield name, layout.local(buffer.detach())
 
 
 def _params(optimizer: Optimizer) -> Iterator[Tensor]:

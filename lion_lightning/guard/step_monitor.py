@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lion_lightning.guard.gate import Gate, Verdict
-from lion_lightning.guard.lr_warmup import LinearWarmup, WarmupHook
+from lion_lightning.guard.lr_warmup import LinearWarmup, WarmupHook, with_closure
 from lion_lightning.guard.rules import FACTS, SUMS, UPDATE_SUMS, VERDICT, Reading, RuleSet, Thresholds, unpack
 from lion_lightning.guard.sampled_coordinates import SampledCoordinates
 from lion_lightning.optim import Lion, layout
@@ -163,9 +163,9 @@ class GatedRules:
         """Whether the latest step was finite; waits for it."""
         return all(reading.is_finite for reading in self.unread()[-1:])
 
-    def is_suspicious(self, ignored: Collection[str]) -> bool:
-        """Whether a rule is counting steps towards a symptom, or the latest, unread step was not finite."""
-        return not self.is_latest_finite() or self.rules.is_suspicious(ignored)
+    def is_finite(self) -> bool:
+        """Whether weights and optimizer state are finite; there are none in a replay."""
+        return True
 
     def zero_momentum(self) -> None:
         self.rules.stuck_momentum.low_steps = 0
@@ -247,9 +247,10 @@ class StepMonitor(GatedRules):
         """Forgets a step that an exception ended in an earlier batch."""
         self.is_measured = self._is_in_step = False
 
-    def remove(self) -> None:
-        """Leaves the optimizer as it was found."""
-        self.warmup.remove()
+    def remove(self, but_warmup: bool = False) -> None:
+        """Leaves the optimizer as it was found; with `but_warmup` the warm-up goes on."""
+        if not but_warmup:
+            self.warmup.remove()
         for handle in self._handles:
             handle.remove()
         self._clean_up()
@@ -267,7 +268,6 @@ class StepMonitor(GatedRules):
             Whether there were gradients.
         """
         self.is_measured = not self.scaled  # a GradScaler may make no step at all, and takes no further closures
-        self.warmup.follow()
         grads = [param.grad for param in self._params() if param.grad is not None]
         update_sums = self.sample.measure() if self.sample is not None else ()
         vector = torch.stack([self._scalar(value) for value in self._sums(losses, update_sums, bool(grads))])
@@ -352,17 +352,13 @@ class StepMonitor(GatedRules):
             return None
         if self._skips:
             self._hide_gradients()
-        closure = kwargs.get("closure") or next(iter(args[1:]), None)
-        if not callable(closure):
-            return None
+        return with_closure(args, kwargs, self._hiding)
 
-        def hiding() -> Any:
-            loss = closure()
-            if self._skips:
-                self._hide_gradients()
-            return loss
-
-        return (args, {**kwargs, "closure": hiding}) if "closure" in kwargs else ((args[0], hiding, *args[2:]), kwargs)
+    def _hiding(self, closure: Callable[[], Any]) -> Any:
+        loss = closure()
+        if self._skips:
+            self._hide_gradients()
+        return loss
 
     def _hide_gradients(self) -> None:
         for param in self._params():

@@ -106,11 +106,19 @@ class Lion(Optimizer):
         group = {**self.defaults, "step": 0, **param_group}
         group_options.check(group)
         group["momentum_dtype"] = group_options.momentum_dtype(group["momentum_dtype"])
-        if not isinstance(group["params"], (Tensor, set)):  # torch accepts a tensor and refuses a set
+        if isinstance(group["params"], Tensor):
+            group["params"] = [group["params"]]
+        if not isinstance(group["params"], set):  # which torch refuses
             # Tied weights may be listed twice: each parameter counts once, in order of appearance.
             entries = {id(entry[1] if isinstance(entry, tuple) else entry): entry for entry in group["params"]}
             group["params"] = list(entries.values())
-        for entry in [group["params"]] if isinstance(group["params"], Tensor) else group["params"]:
+            if any("param_names" in other for other in self.param_groups):  # torch takes names for all groups or none
+                count = sum(len(other["params"]) for other in self.param_groups)
+                group["params"] = [
+                    entry if isinstance(entry, tuple) else (f"param_{count + place}", entry)
+                    for place, entry in enumerate(group["params"])
+                ]
+        for entry in group["params"]:
             param = entry[1] if isinstance(entry, tuple) else entry
             if isinstance(param, Tensor):  # torch reports entries of other types
                 group_options.check_param(param)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, AdamW
+from torch.optim import LBFGS, SGD, AdamW
 from torch.optim.lr_scheduler import (
     ConstantLR,
     CosineAnnealingLR,
+    ExponentialLR,
     LambdaLR,
     LinearLR,
     OneCycleLR,
@@ -34,22 +35,61 @@ def test_a_rate_that_the_closure_sets_is_scaled_and_kept(tensor_rate):
     parameter = nn.Parameter(torch.ones(1))
     optimizer = AdamW([parameter], lr=torch.tensor(0.1) if tensor_rate else 0.1)
     hook = WarmupHook(optimizer, LinearWarmup(4))
-    group, inside = optimizer.param_groups[0], []
+    group, inside, applied, after = optimizer.param_groups[0], [], [], []
 
     def closure():
         parameter.grad = torch.ones(1)
         if hook.warmup.step == 1:
             group["lr"] = torch.tensor(0.04) if tensor_rate else 0.04
-        hook.follow()
         inside.append(float(group["lr"]))
         return 0.0
 
-    after = []
     for _ in range(5):
         optimizer.step(closure)
+        applied.append(float(hook.applied[0]))
         after.append(float(group["lr"]))
-    assert inside == pytest.approx([0.1 / 4, 0.04 * 2 / 4, 0.04 * 3 / 4, 0.04, 0.04])
-    assert after == pytest.approx([0.1, 0.04, 0.04, 0.04, 0.04])
+    assert inside == after == pytest.approx([0.1, 0.04, 0.04, 0.04, 0.04]), "a closure sees the true rates"
+    assert applied == pytest.approx([0.1 / 4, 0.04 * 2 / 4, 0.04 * 3 / 4, 0.04, 0.04])
+
+
+def test_a_rate_that_the_closure_derives_from_the_present_one_is_that_without_warm_up():
+    """As where a module steps a scheduler in `training_step`, which Lightning runs within the optimizer's step."""
+    rates = []
+    for hooked in (False, True):
+        parameter = nn.Parameter(torch.ones(1))
+        optimizer = SGD([parameter], lr=0.1)
+        if hooked:
+            WarmupHook(optimizer, LinearWarmup(30))
+        schedule = ExponentialLR(optimizer, 0.99)
+
+        def closure(parameter=parameter, schedule=schedule):
+            parameter.grad = torch.ones(1)
+            schedule.step()
+            return 0.0
+
+        for _ in range(20):
+            optimizer.step(closure)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == rates[1] == pytest.approx(0.1 * 0.99**20)
+
+
+def test_a_closure_that_is_run_several_times_runs_with_the_true_rate_each_time():
+    parameter, inside = nn.Parameter(torch.full((2,), 3.0)), []
+    optimizer = LBFGS([parameter], lr=0.5, max_iter=4)
+    hook = WarmupHook(optimizer, LinearWarmup(10))
+
+    def closure():
+        inside.append(optimizer.param_groups[0]["lr"])
+        optimizer.zero_grad()
+        loss = (parameter**4).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert len(inside) > 2
+    assert set(inside) == {0.5}
+    assert hook.applied == pytest.approx([0.05])
+    assert optimizer.param_groups[0]["lr"] == 0.5
 
 
 def rates_of(make_scheduler, warmup_steps, steps=STEPS, tensor_rate=False):

@@ -184,8 +184,9 @@ def write(checkpoint: Mapping[str, Any], path: Path) -> None:
 
 def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
     """Write the `state` of a model, on the CPU, to `path` as safetensors."""
-    # safetensors keeps no aliases such as tied embeddings: every tensor gets storage of its own.
-    data = safetensors_bytes({name: tensor.contiguous().clone() for name, tensor in state.items()})
+    # safetensors keeps no aliases such as tied embeddings: every tensor gets storage of its own. Nor sparse tensors.
+    dense = {name: value if value.layout is torch.strided else value.to_dense() for name, value in state.items()}
+    data = safetensors_bytes({name: tensor.contiguous().clone() for name, tensor in dense.items()})
     write_durably(path, lambda file: file.write(data))
 
 
@@ -364,7 +365,7 @@ def plain(value: Any, name: str = "checkpoint") -> Any:
     if isinstance(value, Tensor):
         if hasattr(value, "full_tensor"):
             raise TypeError(f"{name} is sharded; gather it first")
-        return value.detach().as_subclass(Tensor)
+        return value.detach() if type(value) is Tensor else value.detach().as_subclass(Tensor)
     if isinstance(value, Enum):
         return plain(value.value, name)
     if isinstance(value, DictConfig | ListConfig):

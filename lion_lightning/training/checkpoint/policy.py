@@ -163,14 +163,21 @@ class RunCheckpoint(Checkpoint):
             return  # a micro-batch: the step is not done
         self._step = trainer.global_step
         signum, time_is_up = self._agree(trainer)
-        # As Lightning decides it with check_val_every_n_epoch=None, which counts micro-batches over the whole run.
-        interval = trainer.val_check_batch or math.inf
-        validation_due = trainer.should_stop or (trainer.fit_loop.total_batch_idx + 1) % interval == 0
+        validation_due = self._is_validation_due(trainer)
         if signum and not (validation_due and self._is_over(trainer)):
             self._end(trainer, signum, validation_due)
         periodic = self.every_n_steps is not None and self._step % self.every_n_steps == 0
         if (periodic or time_is_up) and not validation_due:
             self._save(trainer)
+
+    def _is_validation_due(self, trainer: Trainer) -> bool:
+        """As Lightning decides it with check_val_every_n_epoch=None, which counts micro-batches over the whole run."""
+        if not trainer.enable_validation or not sum(trainer.num_val_batches):
+            return False
+        is_long_enough = trainer.global_step >= (trainer.min_steps or 0)  # `should_stop` stays set until then
+        is_long_enough &= trainer.current_epoch >= (trainer.min_epochs or 0)
+        interval = trainer.val_check_batch or math.inf
+        return (trainer.should_stop and is_long_enough) or (trainer.fit_loop.total_batch_idx + 1) % interval == 0
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -302,3 +302,15 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_valid_checkpoint(tmp_path: Path
         pause *= 1 if steps[-1] > 1 else 2  # on a machine so busy that nothing was saved yet
     assert steps == sorted(steps), "an older checkpoint was all that was left"
     assert steps[-1] > steps[0], "nothing was ever saved"
+
+
+@pytest.mark.parametrize("layout", ["sparse", "csr"])
+def test_sparse_buffers_are_written_and_read_back(tmp_path: Path, layout: str) -> None:
+    found = torch.eye(3).to_sparse() if layout == "sparse" else torch.eye(3).to_sparse_csr()
+    torch.save(files.plain({"adjacency": found}), tmp_path / "state.pt")
+    assert torch.equal(torch.load(tmp_path / "state.pt", weights_only=True)["adjacency"].to_dense(), torch.eye(3))
+
+
+def test_weights_with_sparse_buffers_are_written_dense(tmp_path: Path) -> None:
+    files.write_weights({"adjacency": torch.eye(3).to_sparse(), "weight": torch.ones(2)}, tmp_path / "best.safetensors")
+    assert torch.equal(load_file(tmp_path / "best.safetensors")["adjacency"], torch.eye(3))
