@@ -16,7 +16,9 @@ import os
 import re
 import sys
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -40,9 +42,10 @@ NAMED = 5  # most files that an error names, besides the first, as not UTF-8 eit
 _PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
 ROWS_PER_READ = 1000
 FORMATS: dict[str, tuple[str, dict[str, str]]] = {  # of `datasets`, by the ending of a file
-    ".jsonl": ("json", {}), ".json": ("json", {}), ".txt": ("text", {}), ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
+    ".parquet": ("parquet", {}), ".arrow": ("arrow", {}), ".jsonl": ("json", {}), ".json": ("json", {}),
+    ".csv": ("csv", {}), ".tsv": ("csv", {"sep": "\t"}), ".txt": ("text", {}), ".md": ("text", {}),
 }  # fmt: skip
+TEXT_FORMATS = set(FORMATS) - {".parquet", ".arrow"}
 SETTING = "data.sources"
 PLACES = ("path", "hub", "corpus")
 
@@ -319,7 +322,8 @@ class HubText(Corpus):
     def _documents(self, split: str) -> Iterator[str]:
         data = self._load(split).select_columns([self.column]).with_format("arrow")
         rows = (row for batch in data.iter(ROWS_PER_READ) for row in batch[self.column].to_pylist())
-        return join_rows(rows, self.document_start)
+        with reading(f"{self.path}, {split}", self.path, self.config):
+            yield from join_rows(rows, self.document_start)
 
     def _load(self, split: str) -> "datasets.Dataset":
         return load(self.path, self.config, split, self.column, self.revision, streaming=False)
@@ -351,35 +355,87 @@ def load(path: str, config: str | None, split: str, column: str, revision: str |
         ConfigError: it is not there, cannot be reached or read, or has no such configuration, split or text column.
     """
     import datasets  # here: half a second and 80 MB that text files do without
-    from datasets.exceptions import DatasetsError
+
+    from .separated import strict
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     name = ", ".join(str(part) for part in (path, config, split, revision) if part)
-    is_local = path.startswith((".", "/", "~"))
-    place = existing(path, "data.path") if is_local else Path(path)
-    try:
-        source, files = str(place) if place.exists() else path, None
-        options: dict[str, str] = {}
-        if place.is_file():
-            ending = place.with_suffix("").suffix if place.suffix.lower() == ".gz" else place.suffix
-            source, options = FORMATS.get(ending.lower(), (ending.lstrip("."), {}))
-            files = str(place)
-        found = datasets.load_dataset(
-            source, config, data_files=files, split=split, revision=revision, streaming=streaming, **options
-        )
+    place = local_place(path)
+    with reading(name, path, config):
+        if place is None:
+            found = datasets.load_dataset(path, config, split=split, revision=revision, streaming=streaming)
+        else:
+            builder = strict(_builder(place, config), column)
+            if not streaming:
+                builder.download_and_prepare()
+            found = builder.as_streaming_dataset(split) if streaming else builder.as_dataset(split)
         features: Any = found.features or next(iter(found), {})
-    except (OSError, ValueError, RuntimeError, KeyError, DatasetsError) as error:
-        unreachable = isinstance(error, ConnectionError) and not place.exists()
-        reason = "the hub cannot be reached, and the dataset is not in its cache"
-        reason = reason if unreachable else "the dataset cannot be opened"
-        raise ConfigError(f"{reason} ({name}): {one_line(error)}") from error
     if column not in features:
         raise ConfigError(f"data.column={column} is not in {path}, which has {', '.join(features)}")
     kind = getattr(features[column], "dtype", type(features[column]).__name__)
     if kind not in ("string", "large_string", "str"):
         raise ConfigError(f"data.column={column} of {path} holds {kind}, not text")
     return found
+
+
+def local_place(path: str) -> Path | None:
+    """The file or folder that `path` means, None for a name on the hub; ConfigError for a file that is not there."""
+    place = existing(path, "data.path") if path.startswith((".", "/", "~")) else Path(path)
+    return place if place.exists() else None
+
+
+def _builder(place: Path, config: str | None) -> "datasets.DatasetBuilder":
+    """What `datasets` reads a local file or folder with."""
+    import datasets
+
+    if place.is_dir():
+        return datasets.load_dataset_builder(str(place), config)
+    ending = (place.with_suffix("") if place.suffix.lower() == ".gz" else place).suffix.lower()
+    if ending not in FORMATS:
+        raise ConfigError(
+            f"data.path={place} must be a folder or a file of {', '.join(FORMATS)}, or one of these in .gz"
+        )
+    kind, options = FORMATS[ending]
+    return datasets.load_dataset_builder(kind, config, data_files=str(place), **options)
+
+
+@contextmanager
+def reading(name: str, path: str, config: str | None) -> Iterator[None]:
+    """Turn what the libraries raise on a dataset into a one-line ConfigError with the cause.
+
+    Args:
+        name: of the dataset, for the message.
+        path, config: see `HubText`.
+    """
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, EOFError, zlib.error, DatasetsError) as error:
+        causes: list[BaseException] = [error]
+        while cause := causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(cause)
+        for cause in causes:
+            if isinstance(cause, ConfigError):
+                raise cause from None
+        place = local_place(path)
+        if place is not None and any(isinstance(cause, UnicodeDecodeError) for cause in causes):
+            for file in chain.from_iterable(_files_of(place, config).values()):
+                if file.suffix.lower() in TEXT_FORMATS and not _is_utf8(file):
+                    raise not_utf8(file) from error
+        if isinstance(error, ConnectionError) and place is None:
+            reason = "the hub cannot be reached, and the dataset is not in its cache"
+        else:
+            reason = "the dataset cannot be opened"
+        told = next((cause for cause in causes if not isinstance(cause, DatasetGenerationError)), error)
+        raise ConfigError(f"{reason} ({name}): {one_line(told) or type(told).__name__}") from error
+
+
+def _files_of(place: Path, config: str | None) -> dict[str, list[Path]]:
+    """The files of each split of a local dataset."""
+    found = _builder(place, config).config.data_files or {}
+    return {str(split): [Path(file) for file in files] for split, files in found.items()}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from lion_lightning.errors import ConfigError
 
 from ..files import fingerprint_of
-from .corpus import Corpus, find_files, join_rows, load, not_utf8, passages
+from .corpus import Corpus, find_files, join_rows, load, not_utf8, passages, reading
 
 CHUNK_BYTES = 2**17
 CUT_WITHIN_BYTES = 2**16  # a chunk ends at the first good place within this many bytes
@@ -121,6 +121,7 @@ class HubChunks(TextChunks):
         document_start: str | None = None,
     ) -> None:
         self.label = " ".join(str(part) for part in (path, config, split, revision) if part)
+        self.path, self.config = path, config
         self.column, self.document_start = column, document_start
         found = load(path, config, split, column, revision, streaming=True)
         if not hasattr(found, "reshard"):
@@ -136,14 +137,15 @@ class HubChunks(TextChunks):
     def documents(self, chunk: int) -> Iterator[str]:
         left = MAX_CHUNK_CHARACTERS
         rows = (row[self.column] for row in self.data.shard(len(self), chunk))
-        for document in join_rows(rows, self.document_start):
-            left -= len(document)
-            if left < 0:
-                raise ConfigError(
-                    f"{self.label}: chunk {chunk} is longer than {MAX_CHUNK_CHARACTERS:,} characters; stream parquet "
-                    "files with smaller row groups, such as those of data.revision=refs/convert/parquet"
-                )
-            yield document
+        with reading(self.label, self.path, self.config):
+            for document in join_rows(rows, self.document_start):
+                left -= len(document)
+                if left < 0:
+                    raise ConfigError(
+                        f"{self.label}: chunk {chunk} is longer than {MAX_CHUNK_CHARACTERS:,} characters; stream "
+                        "parquet files with smaller row groups, such as those of data.revision=refs/convert/parquet"
+                    )
+                yield document
 
 
 class ChunkSample(Corpus):

@@ -1,5 +1,8 @@
 """Datasets in the hub's format, through the library that reads them, and what can be wrong with one."""
 
+import csv
+import gzip
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 from lion_lightning.errors import ConfigError
 from lion_lightning.recipes.bert_mlm.data import TextBlocks
 from lion_lightning.recipes.text.corpus import HubText, join_rows
+from lion_lightning.recipes.text.text_chunks import HubChunks
 
 ROWS = [f"Row {number} of a dataset has some words." for number in range(300)]
 
@@ -117,3 +121,87 @@ def test_a_broken_file_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be opened") as error:
         HubText(str(tmp_path / "train.parquet")).fingerprint()
     assert "\n" not in str(error.value)
+
+
+UNUSUAL = ['"two" are, one', "NA", "null", "None", "nan", "1e5", "", " spaced ", "back\\slash"]
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.tsv", "table.csv.gz", "folder/train.tsv", "folder/train.csv.gz"])
+def test_every_text_of_a_table_is_as_it_was_written(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    rows = [*ROWS, *UNUSUAL, '"a quote that is not closed', "after it"]
+    written = io.StringIO()
+    if ".tsv" in name:
+        written.write("number\ttext\n" + "".join(f"{number}\t{row}\n" for number, row in enumerate(rows)))
+    else:
+        csv.writer(written).writerows([("number", "text"), *enumerate(rows)])
+    content = written.getvalue().encode()
+    file.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    path = str(file.parent if name.startswith("folder") else file)
+    assert list(HubText(path).documents()) == rows
+    chunks = HubChunks(path)
+    assert [text for chunk in range(len(chunks)) for text in chunks.documents(chunk)] == rows
+
+
+def test_a_row_with_another_number_of_fields_than_the_header_is_named(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("text\none\ntwo, three\n")
+    told = (
+        r"table.csv: row 2 after the header has 2 fields, the header 1; a comma inside a text needs quotes around it$"
+    )
+    with pytest.raises(ConfigError, match=told):
+        HubText(str(tmp_path)).fingerprint()
+    with pytest.raises(ConfigError, match=told):
+        list(HubChunks(str(tmp_path / "table.csv")).documents(0))
+    (tmp_path / "table.csv").write_text("text,text,x\na,b,c\n")
+    with pytest.raises(ConfigError, match=r"data.column=text is there twice in .*table.csv, which has text, text, x"):
+        HubText(str(tmp_path)).fingerprint()
+
+
+def test_the_splits_of_a_folder_of_tables(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text("text\n" + "".join(f"{split} {number}\n" for number in range(4)))
+    assert list(HubText(str(tmp_path), split="test[:2]").documents()) == ["test 0", "test 1"]
+    before = HubText(str(tmp_path)).fingerprint()
+    with pytest.raises(ConfigError, match=r"validation.*train.*test"):
+        HubText(str(tmp_path), split="validation").fingerprint()
+    (tmp_path / "train.csv").write_text("text\nanother\n")
+    assert HubText(str(tmp_path)).fingerprint() != before
+    assert list(HubText(str(tmp_path)).documents()) == ["another"]
+
+
+def test_a_table_whose_card_says_how_it_is_read_is_left_to_the_library(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text;x\na, b;1\n")
+    (tmp_path / "README.md").write_text(
+        '---\nconfigs:\n- config_name: default\n  data_files: train.csv\n  sep: ";"\n---\n'
+    )
+    assert list(HubText(str(tmp_path)).documents()) == ["a, b"]
+
+
+BROKEN = {
+    "torn.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 999)[:-20], r"ended before the end-of-stream marker"),
+    "bad.jsonl.gz": (gzip.compress(b"text")[:10] + b"\xff" * 99, r"cannot be opened .*while decompressing"),
+    "torn.csv.gz": (gzip.compress(b"text\na\n" * 999)[:-20], r"torn.csv.gz cannot be read: .*end-of-stream marker"),
+    "bad.jsonl": (b'{"text": "a"}\n{"text": ', r"bad.jsonl, train\): JSON parse error: .* row 1"),
+    "latin.jsonl": ('{"text": "caf\xe9"}\n'.encode("latin-1"), r"latin.jsonl is not UTF-8 \(byte 13 .*iconv"),
+    "latin.txt": ("caf\xe9\n".encode("latin-1"), r"latin.txt is not UTF-8 \(byte 3 .*iconv"),
+    "latin.csv": ("text\ncaf\xe9\n".encode("latin-1"), r"latin.csv is not UTF-8 \(byte 0xe9\).*iconv"),
+    "notes.doc": (b"text", r"notes.doc must be a folder or a file of .parquet, .*\.md, or one of these in \.gz"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_cause_of_an_unreadable_file_is_told(tmp_path: Path, name: str) -> None:
+    content, told = BROKEN[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=told) as error:
+        list(HubText(str(tmp_path / name)).documents())
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match=told):
+        list(HubChunks(str(tmp_path / name)).documents(0))
+    assert "An error occurred" not in str(error.value)
+
+
+def test_a_markdown_file_is_text(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("# Notes\nand a line\n")
+    assert list(HubText(str(tmp_path / "notes.md")).documents()) == ["# Notes", "and a line"]
