@@ -307,6 +307,9 @@ class HubText(Corpus):
         splits = [split for split in (self.split, self.val_split) if split]
         return f"hub_text {self.column} {self.document_start} " + " ".join(map(self._identity, splits))
 
+    def account(self) -> str | None:
+        return account_of(self.path, self.config, [split for split in (self.split, self.val_split) if split])
+
     def _identity(self, split: str) -> str:
         """The library names its files by what they were made from."""
         data = self._load(split)
@@ -436,6 +439,35 @@ def _files_of(place: Path, config: str | None) -> dict[str, list[Path]]:
     """The files of each split of a local dataset."""
     found = _builder(place, config).config.data_files or {}
     return {str(split): [Path(file) for file in files] for split, files in found.items()}
+
+
+def account_of(path: str, config: str | None, splits: Sequence[str]) -> str | None:
+    """One line that accounts for every file of a local dataset, of which `splits` are read; None for one on the hub."""
+    place = local_place(path)
+    if place is None:
+        return None
+    files = _files_of(place, config)
+    names = {part.split("[")[0].strip() for split in splits for part in split.split("+")}
+    of_split = {os.path.abspath(file): name for name, found in files.items() for file in found}
+    endings = {Path(file).suffix.lower() for file in of_split}
+    found = list_files(place) if place.is_dir() else [place]
+    found += [Path(file) for file in of_split.keys() - set(map(os.path.abspath, found))]
+    read = 0
+    unused: dict[str, list[Path]] = {}
+    for file in found:
+        split = of_split.get(os.path.abspath(file))
+        if split in names or (split and "all" in names):
+            read += 1
+            continue
+        reason = (
+            f"of the split {split}" if split
+            else "hidden" if is_hidden(file, place)
+            else "a link without a target" if not file.is_file()
+            else f"not {' or '.join(sorted(endings))}" if file.suffix.lower() not in endings
+            else "of no split by its name"
+        )  # fmt: skip
+        unused.setdefault(reason, []).append(file)
+    return account(len(found), {"read": read}, unused, place)
 
 
 @dataclass(frozen=True)

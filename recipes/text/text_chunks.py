@@ -10,7 +10,7 @@ import numpy as np
 from lion_lightning.errors import ConfigError
 
 from ..files import fingerprint_of
-from .corpus import Corpus, find_files, join_rows, load, not_utf8, passages, reading
+from .corpus import Corpus, account_of, find_files, join_rows, load, not_utf8, passages, reading
 
 CHUNK_BYTES = 2**17
 CUT_WITHIN_BYTES = 2**16  # a chunk ends at the first good place within this many bytes
@@ -127,6 +127,7 @@ class HubChunks(TextChunks):
         if not hasattr(found, "reshard"):
             raise ConfigError("streaming from the hub needs datasets >= 5, which can split files into row groups")
         self.data = found.select_columns([column]).reshard()
+        self.account = account_of(path, config, [split])
 
     def __len__(self) -> int:
         return int(self.data.num_shards)

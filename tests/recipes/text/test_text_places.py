@@ -8,6 +8,7 @@ import pytest
 
 from lion_lightning.errors import ConfigError
 from lion_lightning.recipes.text.corpus import HubText, TextFiles
+from lion_lightning.recipes.text.text_chunks import HubChunks
 from lion_lightning.recipes.text_classification.data import LabeledTexts
 from lion_lightning.recipes.text_classification.sources import LabeledFiles
 
@@ -86,3 +87,26 @@ def test_a_table_behind_another_link_has_another_fingerprint(tmp_path: Path) -> 
     link.unlink()
     link.symlink_to(tmp_path / "b.csv")
     assert LabeledFiles(str(link)).fingerprint() != before
+
+
+def test_files_of_a_dataset_that_are_not_read_are_told(tmp_path: Path) -> None:
+    folder = tmp_path / "dataset"
+    (folder / "old").mkdir(parents=True)
+    for name in ("train-1.txt", "train-2.txt", "test.txt", "more.jsonl", ".train.txt", "notes.txt"):
+        (folder / name).write_text("a line\n")
+    (folder / "train-3.txt").symlink_to(folder / "missing.txt")
+    unused = (
+        "1 not used: hidden, such as .train.txt + 1 not used: not .txt, such as more.jsonl + "
+        "1 not used: of no split by its name, such as notes.txt"
+    )
+    account = HubText(str(folder)).account()
+    assert account == (
+        f"7 on disk = 2 read + {unused} + 1 not used: of the split test, such as test.txt + "
+        "1 not used: a link without a target, such as train-3.txt"
+    )
+    assert HubChunks(str(folder)).account == account
+    both = HubText(str(folder), split="train[:50%]", val_split="test").account()
+    assert both == f"7 on disk = 3 read + {unused} + 1 not used: a link without a target, such as train-3.txt"
+    assert HubText(str(folder), split="train+test").account() == both
+    assert HubText(str(folder / "notes.txt")).account() == "1 on disk = 1 read"
+    assert HubText("somebody/some-dataset").account() is None
