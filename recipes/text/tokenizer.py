@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
@@ -19,6 +19,7 @@ from ..files import one_line
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_CHARACTERS = 500  # rarer ones become [UNK]; each takes two places of the vocabulary
+MAX_WORD_CHARACTERS = 100  # WordPiece makes a longer word [UNK]
 HUGGING_FACE_FILES = ("config.json", "*token*", "*vocab*", "*.model")
 UNUSED = re.compile(r"\[unused\d+\]")  # places that BERT's and ModernBERT's vocabularies keep free
 CONTINUES = "##"  # WordPiece marks the pieces that continue a word
@@ -35,8 +36,12 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int, lowercase: bool) 
     trainer = trainers.WordPieceTrainer(
         vocab_size=max(vocab_size, len(first)), special_tokens=first, show_progress=False, min_frequency=2
     )
+    # A longer word is never cut into pieces; to learn from it takes a time that grows with the square of its length.
+    without_long = pre_tokenizers.Split(Regex(rf"\A.{{{MAX_WORD_CHARACTERS + 1},}}\z"), "removed")
+    learner.pre_tokenizer = pre_tokenizers.Sequence([learner.pre_tokenizer, without_long])
     learner.train_from_iterator(documents, trainer)
-    tokenizer = _tokenizer(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"), lowercase)
+    model = models.WordPiece(learner.get_vocab(), unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARACTERS)
+    tokenizer = _tokenizer(model, lowercase)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.decoder = decoders.WordPiece()
     separator, start = SPECIAL_TOKENS.index("[SEP]"), SPECIAL_TOKENS.index("[CLS]")

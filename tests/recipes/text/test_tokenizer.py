@@ -7,6 +7,7 @@ import pytest
 
 import lion_lightning.recipes.text.blocks as blocks_module
 import lion_lightning.recipes.text.blocks as tokens_module
+import lion_lightning.recipes.text.tokenizer as tokenizer_module
 from lion_lightning.errors import ConfigError
 from lion_lightning.recipes.text.blocks import BlockSettings, prepare_blocks
 from lion_lightning.recipes.text.corpus import is_held_out
@@ -87,3 +88,15 @@ def test_a_tokenizer_learns_from_a_bounded_sample_of_the_training_documents(
     assert set(found.sample) <= set(train)
     backwards = blocks_module.scan_corpora([Listed(documents[::-1])], 0.2)
     assert set(backwards.sample) == set(found.sample), "which documents it is does not depend on their order"
+
+
+def test_a_word_too_long_to_be_used_teaches_nothing(documents: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """WordPiece makes it [UNK], and the trainer takes a time that grows with the square of its length."""
+    usual = train_tokenizer(documents, 400, lowercase=True)
+    for length, is_known in ((100, True), (101, False)):
+        tokens = usual.encode("ab" * (length // 2) + "a" * (length % 2), add_special_tokens=False).tokens
+        assert (tokens != ["[UNK]"]) is is_known
+    longer = train_tokenizer([*documents, *["acgt" * 30] * 99], 400, lowercase=True)
+    assert longer.get_vocab() == usual.get_vocab()
+    monkeypatch.setattr(tokenizer_module, "MAX_WORD_CHARACTERS", 99_999)
+    assert train_tokenizer(documents, 400, lowercase=True).get_vocab() == usual.get_vocab()
