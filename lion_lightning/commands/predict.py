@@ -2,7 +2,9 @@
 
 import json
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -63,10 +65,11 @@ def predict(cfg: DictConfig) -> float:
         inputs = _pictures(source) if task == "image-classification" else _texts(source, task)
         kept = Path(cfg.run_dir) / "predictions.jsonl"
         kept.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = kept.with_suffix(".unfinished")  # what an input that turns out unreadable leaves
         answered: list[Row] = []
         failed: list[Row] = []
         total = {True: 0, False: 0}
-        with kept.open("w", encoding="utf-8") as written:
+        with unfinished.open("w", encoding="utf-8") as written:
             while batch := list(islice(inputs, BATCH)):
                 for row in _predicted(model, batch, task):
                     written.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -75,8 +78,9 @@ def predict(cfg: DictConfig) -> float:
                 del answered[SHOWN:], failed[SHOWN:]
     count = sum(total.values())
     if not count:
-        kept.unlink()
+        unfinished.unlink()
         raise ConfigError(f"input={cfg.input}: there is nothing in it")
+    unfinished.replace(kept)
     lines = {"inputs": f"{count}: {total[False]} predicted, {total[True]} could not be used"}
     for number, row in enumerate(answered, 1):
         lines[f"prediction {number}"] = f"{row['input']} -> {_words(row)}"
@@ -125,20 +129,38 @@ def _texts(file: Path, task: str) -> Iterator[Input]:
     if not file.is_file() or (suffix_of(file) not in READERS and file.suffix.lower() != ".txt"):
         raise ConfigError(f"input={file}: texts are a file that ends in .txt, {', '.join(READERS)}")
     if file.suffix.lower() == ".txt":
-        try:
-            pairs: Iterator[tuple[Any, Any]] = ((line, None) for line in file.read_text(encoding="utf-8").splitlines())
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"input={file} is not UTF-8; {conversion_of(file)}") from error
-    else:
-        try:
-            header = columns_of(file)
-        except (ValueError, OSError, EOFError) as error:
-            raise ConfigError(f"input={file} cannot be read: {one_line(error)}") from error
-        if "text" not in header:
-            raise ConfigError(f"input={file}: there is no column text; there are {', '.join(map(str, header))}")
-        second = "text_pair" if "text_pair" in header and task == "text-classification" else None
-        pairs = ((row.text, row.second) for row in read_table(file, Columns("text", "text", second), by_name=False))
-    return _usable_texts(pairs)
+        return _usable_texts(_lines(file))
+    with _reading(file):
+        header = columns_of(file)
+    second = "text_pair" if "text_pair" in header and task == "text-classification" else None
+    for name in ("text", second):
+        if name and header.count(name) != 1:
+            wrong = "are several columns" if name in header else "is no column"
+            raise ConfigError(f"input={file}: there {wrong} {name}; there are {', '.join(map(str, header))}")
+    return _usable_texts(_rows(file, Columns("text", "text", second)))
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn what is raised on a file that cannot be read into a ConfigError that names it."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"input={file} is not UTF-8; {conversion_of(file)}") from error
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"input={file} cannot be read: {one_line(error)}") from error
+
+
+def _lines(file: Path) -> Iterator[tuple[str, None]]:
+    with _reading(file), file.open(encoding="utf-8-sig") as lines:
+        yield from ((line.rstrip("\n"), None) for line in lines)
+
+
+def _rows(file: Path, columns: Columns) -> Iterator[tuple[Any, Any]]:
+    with _reading(file):
+        yield from ((row.text, row.second) for row in read_table(file, columns, by_name=False))
 
 
 def _usable_texts(pairs: Iterator[tuple[Any, Any]]) -> Iterator[Input]:
@@ -155,10 +177,11 @@ def _usable_texts(pairs: Iterator[tuple[Any, Any]]) -> Iterator[Input]:
 def _pictures(root: Path) -> Iterator[Input]:
     found = [file for file in list_files(root) if not is_hidden(file, root)] if root.is_dir() else [root]
     for file in found:
+        name = str(file).encode("utf-8", "backslashreplace").decode()  # of bytes that are not UTF-8
         try:
-            yield {"input": str(file)}, read({"bytes": None, "path": str(file)}), ""
+            yield {"input": name}, read({"bytes": None, "path": str(file)}), ""
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            yield {"input": str(file)}, None, one_line(error)
+            yield {"input": name}, None, one_line(error)
 
 
 def _predicted(model: Any, batch: Sequence[Input], task: str) -> Iterator[Row]:

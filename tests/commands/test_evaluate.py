@@ -1,6 +1,7 @@
 """`mode=eval` gives what the run's validation gave; `mode=predict` gives an answer or a reason for every input."""
 
 import contextlib
+import gzip
 import json
 import os
 import shutil
@@ -51,7 +52,8 @@ def masked(compose: Compose, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    with (folder / "predictions.jsonl").open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def test_eval_is_the_best_validation_of_the_run(
@@ -127,6 +129,36 @@ def test_texts_of_every_format_are_predicted_in_order(
     assert all(len(row["fills"]) == row["input"].count("[MASK]") for row in rows if "fills" in row)
 
 
+def test_a_line_ends_where_an_editor_ends_it(compose: Compose, masked: Path, tmp_path: Path) -> None:
+    lines = ["the [MASK] sat", "the\u2028[MASK]\x0csat\x85on", "", "cat [MASK]"]
+    (tmp_path / "lines.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    predict(compose(f"ckpt={masked}", f"input={tmp_path / 'lines.txt'}", f"run_dir={tmp_path}"))
+    assert [row["input"] for row in rows_of(tmp_path)] == lines
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are UTF-8 elsewhere")
+def test_a_picture_whose_name_is_not_utf8_is_predicted(
+    compose: Compose, digits: tuple[Path, float], tmp_path: Path
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    for name in (b"caf\xe9.png", b"b.png"):
+        shutil.copy(tmp_path / "one.png", os.fsencode(tmp_path / "pictures") + b"/" + name)
+    assert predict(compose(f"ckpt={digits[0]}", f"input={tmp_path / 'pictures'}", f"run_dir={tmp_path}")) == 1
+    assert [Path(row["input"]).name for row in rows_of(tmp_path)] == ["b.png", "caf\\udce9.png"]
+
+
+def test_what_turns_out_unreadable_leaves_no_predictions_that_seem_whole(
+    compose: Compose, masked: Path, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "late.txt", tmp_path / "out"
+    file.write_bytes(b"the [MASK] sat\n" * 2000 + b"caf\xe9")
+    with pytest.raises(ConfigError, match=r"late.txt is not UTF-8; it looks like .*iconv"):
+        predict(compose(f"ckpt={masked}", f"input={file}", f"run_dir={out}"))
+    assert len((out / "predictions.unfinished").read_text().splitlines()) > 100
+    assert not (out / "predictions.jsonl").exists()
+
+
 @pytest.mark.parametrize("text", ["the [MASK] sat", "the [MASK] number 7 sat on [MASK]"])
 def test_one_text_is_predicted_too(compose: Compose, masked: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "one.txt").write_text(text)
@@ -147,7 +179,9 @@ def test_one_text_is_predicted_too(compose: Compose, masked: Path, tmp_path: Pat
         (["ckpt={run}", "input=/nowhere"], "input=/nowhere: there is no such"),
         (["ckpt={run}", "input={folder}/texts.pdf"], r"\.txt, \.csv"),
         (["ckpt={run}", "input={folder}/other.csv"], "no column text; there are a, b"),
+        (["ckpt={run}", "input={folder}/twice.csv"], "there are several columns text; there are text, text"),
         (["ckpt={run}", "input={folder}/torn.parquet"], "torn.parquet"),
+        (["ckpt={run}", "input={folder}/bad.csv.gz"], "bad.csv.gz cannot be read: .*while decompressing"),
     ],
 )
 def test_what_cannot_be_predicted_is_one_error(
@@ -157,7 +191,9 @@ def test_what_cannot_be_predicted_is_one_error(
     (tmp_path / "texts.pdf").write_bytes(b"%PDF")
     (tmp_path / "texts.txt").write_text("the [MASK]")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "twice.csv").write_text("text,text\n1,2\n")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
+    (tmp_path / "bad.csv.gz").write_bytes(gzip.compress(b"text")[:10] + b"\xff" * 99)
     given = [setting.format(folder=tmp_path, run=masked) for setting in settings]
     with pytest.raises(ConfigError, match=told) as error:
         predict(compose(*given, f"run_dir={tmp_path}/out", "trainer.max_steps=1"))
