@@ -156,7 +156,7 @@ def _listed(counts: Counter[str]) -> str:
 
 def _value(row: Row, split: str) -> float:
     try:
-        value = float(row.label)
+        value = math.nan if "_" in str(row.label) else float(row.label)  # float takes 1_5 for 15
     except (TypeError, ValueError):
         value = math.nan
     if not math.isfinite(value):

@@ -144,6 +144,7 @@ def test_rows_with_holes_are_counted_and_reported(tmp_path: Path, caplog: pytest
         ("text,label\na,\nb,\n", {}, r"the train split has no usable row \(left out: 4 with no label\)"),
         ("text,label\na,x\nb,x\n", {}, r"all 2 training rows have the label 'x'; two classes are needed"),
         ("text,label\na,x\nb,2\n", {"regression": True}, r"must be a number: row 1 of train has 'x'"),
+        ("text,label\na,1\nb,1_5\n", {"regression": True}, r"must be a number: row 2 of train has '1_5'"),
         ("text,label\n" + "".join(f"a,{n}.5\n" for n in range(1200)), {}, r"1,200 different labels .*regression=true"),
     ],
 )
