@@ -5,6 +5,7 @@ Adding a source is a class with `fingerprint()` and `load()`, and a file in conf
 
 import logging
 import math
+import os
 import re
 import sys
 import sysconfig
@@ -283,9 +284,7 @@ class LabeledFiles(TextSource):
             raise ConfigError(f"data=labeled_files needs data.path=: a folder, or a {', '.join(READERS)} file")
         self.columns = Columns(text_column, label_column, second_text_column)
         self.regression, self.val_fraction, self.max_left_out = regression, check_fraction(val_fraction), max_left_out
-        self.train_files, self.val_files, self._account = _find(path)
-        if val_path:
-            self.val_files = [existing_file(val_path, "data.val_path", READERS)]
+        self.train_files, self.val_files, self._account = _find(path, val_path)
 
     def fingerprint(self) -> str:
         settings = (self.columns, self.regression, self.val_fraction, self.max_left_out)
@@ -402,28 +401,32 @@ def held_out(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
     return sides
 
 
-def _find(path: str) -> tuple[list[Path], list[Path], str]:
-    """Files of training and of validation, and the account of all files at `path`."""
+def _find(path: str, val_path: str | None) -> tuple[list[Path], list[Path], str]:
+    """Files of training and of validation, and the account of all files at `path` and `val_path`."""
     folder = Path(path).expanduser()
-    if not folder.is_dir():
-        return [existing_file(path, "data.path", READERS)], [], account(1, {"training tables": 1}, {}, folder.parent)
+    given = existing_file(val_path, "data.val_path", READERS) if val_path else None
     splits: dict[str, list[Path]] = {"train": [], "val": []}
     unused: dict[str, list[Path]] = {}
-    found = list_files(folder)
-    for file in found:
+    if folder.is_dir():
+        found = list_files(folder)
+    else:
+        found = splits["train"] = [existing_file(path, "data.path", READERS)]
+    for file in found if folder.is_dir() else []:
         split = SPLIT_NAME.match(file.name.lower())
+        is_train = split is not None and split[1].startswith("train")
         reason = (
             "hidden" if is_hidden(file, folder)
             else "in a folder below" if file.parent != folder
             else "a link without a target" if not file.is_file()
             else "no table" if suffix_of(file) not in READERS
             else "tables whose names begin with neither train nor val" if split is None
+            else "not data.val_path" if given and not is_train
             else None
         )  # fmt: skip
-        if reason is None and split is not None:
-            splits["train" if split[1].startswith("train") else "val"].append(file)
-        else:
-            unused.setdefault(str(reason), []).append(file)
+        if reason is None:
+            splits["train" if is_train else "val"].append(file)
+        elif given is None or os.path.abspath(file) != os.path.abspath(given):
+            unused.setdefault(reason, []).append(file)
     for name, files in splits.items():
         endings = sorted({suffix_of(file) for file in files})
         if len(endings) > 1:
@@ -433,5 +436,12 @@ def _find(path: str) -> tuple[list[Path], list[Path], str]:
             )
     if not splits["train"]:
         raise ConfigError(f"data.path={path}: no train* file of {', '.join(READERS)} in it")
-    used = {"training tables": len(splits["train"]), "validation tables": len(splits["val"])}
-    return splits["train"], splits["val"], account(len(found), used, unused, folder)
+    if given:
+        splits["val"] = [given]
+    train, val = (set(map(os.path.abspath, files)) for files in splits.values())
+    named = f" ({val_path})" if given else ""
+    used = {"training tables": len(train - val), f"validation tables{named}": len(val - train)}
+    if both := len(train & val):
+        used["tables for both"] = both
+    on_disk = len({*map(os.path.abspath, found), *val})
+    return splits["train"], splits["val"], account(on_disk, used, unused, folder)

@@ -56,6 +56,31 @@ def test_the_summary_has_the_account(tmp_path: Path) -> None:
     )
 
 
+def test_the_account_has_the_validation_table_that_is_named(tmp_path: Path) -> None:
+    folder, other = tmp_path / "tables", tmp_path / "other.csv"
+    (folder / "below").mkdir(parents=True)
+    tables = [folder / "train.csv", folder / "val.csv", folder / "below" / "x.csv"]
+    for file in (*tables, other):
+        file.write_text(TABLE)
+    unused = {
+        "val": "1 not used: not data.val_path, such as val.csv",
+        "x": "1 not used: in a folder below, such as below/x.csv",
+    }
+    for val, on_disk, rest in ((other, 4, "val x"), (tables[1], 3, "x"), (tables[2], 3, "val")):
+        source = LabeledFiles(str(folder), val_path=str(val))
+        assert source.val_files == [val]
+        kept = [f"{on_disk} on disk = 1 training tables", f"1 validation tables ({val})"]
+        account = source.account()
+        assert account is not None
+        assert sorted(account.split(" + ")) == sorted([*kept, *(unused[name] for name in rest.split())])
+    assert LabeledFiles(str(tables[0]), str(other)).account() == (
+        f"2 on disk = 1 training tables + 1 validation tables ({other})"
+    )
+    assert LabeledFiles(str(other), str(other)).account() == (
+        f"1 on disk = 0 training tables + 0 validation tables ({other}) + 1 tables for both"
+    )
+
+
 def test_two_kinds_of_tables_for_one_split_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text(TABLE)
     (tmp_path / "train.jsonl").write_text('{"text": "some words 1", "label": "y"}\n')
