@@ -33,7 +33,7 @@ from ..tables import (
     read_table,
     suffix_of,
 )
-from ..text.corpus import PythonDocs, is_held_out
+from ..text.corpus import PythonDocs, digest, is_held_out
 
 log = logging.getLogger(__name__)
 MAX_CLASSES = 1000
@@ -295,12 +295,13 @@ class LabeledFiles(TextSource):
 
     def load(self) -> TextSplits:
         train, val = self._rows(self.train_files), self._rows(self.val_files)
+        pairs = self.columns.second is not None
         if not self.val_files:
-            train, val = held_out(train, self.val_fraction)
+            train, val = some_held_out(train, self.val_fraction, pairs, self.regression)
         return label_splits(
             train,
             val,
-            pairs=self.columns.second is not None,
+            pairs=pairs,
             regression=self.regression,
             declared=None if self.regression else declared_classes(self.train_files, self.columns.label),
             max_left_out=self.max_left_out,
@@ -397,7 +398,50 @@ def held_out(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
     """(kept, held out): by content alone, so that copies of a text are on the same side, whatever the order."""
     sides: tuple[list[Row], list[Row]] = ([], [])
     for row in rows:
-        sides[is_held_out(f"{row.text}\n{row.second}" if row.second else str(row.text), fraction)].append(row)
+        sides[is_held_out(_content(row), fraction)].append(row)
+    return sides
+
+
+def _content(row: Row) -> str:
+    return f"{row.text}\n{row.second}" if row.second else str(row.text)
+
+
+def some_held_out(rows: list[Row], fraction: float, pairs: bool, regression: bool) -> tuple[list[Row], list[Row]]:
+    """(kept, held out) as `held_out` has them, but whatever chance decides, there is a text to validate on.
+
+    Texts without which training would lack a class are kept, and where none is held out, one is.
+
+    Args:
+        rows: all of them.
+        fraction: the share that is held out.
+        pairs, regression: see `label_splits`.
+
+    Raises:
+        ConfigError: every text is the only one of its class.
+    """
+    usable = [
+        (_content(row), "" if regression else str(_name(row, "train")))
+        for row in rows
+        if _unusable(row, "train", pairs) is None
+    ]
+    held = {content for content, _ in usable if is_held_out(content, fraction)}
+    trained = {name for content, name in usable if content not in held}
+    held -= {content for content, name in usable if name not in trained}
+    if usable and not held:
+        texts: dict[str, set[str]] = {}
+        for content, name in usable:
+            texts.setdefault(name, set()).add(content)
+        needed = set(chain.from_iterable(found for found in texts.values() if len(found) == 1))
+        free = set(chain.from_iterable(texts.values())) - needed
+        if not free:
+            raise ConfigError(
+                f"data: none of the {len(usable)} usable rows can be held out for validation, since each is the only "
+                "text of its class; give more rows, or a validation file as data.val_path="
+            )
+        held = {min(free, key=digest)}
+    sides: tuple[list[Row], list[Row]] = ([], [])
+    for row in rows:
+        sides[_content(row) in held].append(row)
     return sides
 
 

@@ -14,6 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from lion_lightning.errors import ConfigError
 from lion_lightning.recipes.tables import Row
+from lion_lightning.recipes.text.corpus import is_held_out
 from lion_lightning.recipes.text_classification.sources import Glue, LabeledFiles, PythonPackages, label_splits
 
 ROWS = [
@@ -100,6 +101,32 @@ def test_without_a_validation_file_a_share_is_held_out_and_copies_stay_together(
     assert 150 < len(splits.val) < 350
     assert not set(splits.train.texts) & set(splits.val.texts)
     assert splits.classes == ("0", "1")
+
+
+def test_of_a_few_rows_one_is_held_out(tmp_path: Path) -> None:
+    for count in (3, 4, 5):
+        rows = [("alone", "z"), *[(f"text {number}", "x") for number in range(count - 1)]]
+        splits = LabeledFiles(str(write_csv(tmp_path / f"{count}.csv", rows)), val_fraction=1e-6).load()
+        assert (len(splits.train), len(splits.val)) == (count - 1, 1)
+        assert "alone" in splits.train.texts
+    values = write_csv(tmp_path / "values.csv", [("a", "0.5"), ("b", "4.75")])
+    splits = LabeledFiles(str(values), regression=True, val_fraction=1e-6).load()
+    assert (len(splits.train), len(splits.val)) == (1, 1)
+    alone = str(write_csv(tmp_path / "alone.csv", [("a", "x"), ("b", "y"), ("", "y")]))
+    with pytest.raises(ConfigError, match=r"none of the 2 usable rows can be held out .* data\.val_path="):
+        LabeledFiles(alone).load()
+
+
+def test_a_class_that_chance_would_hold_out_whole_is_kept(tmp_path: Path) -> None:
+    rows = [(f"text {number}", f"class {number // 2}") for number in range(400)]
+    file = str(write_csv(tmp_path / "rare.csv", rows))
+    splits = LabeledFiles(file, val_fraction=0.5).load()
+    assert len(splits.classes) == 200
+    assert set(splits.val.labels) < set(splits.train.labels)
+    held = {text for text, _ in rows if is_held_out(text, 0.5)}
+    assert set(splits.val.texts) < held
+    assert len(splits.val) > 60
+    assert len(splits.train) + len(splits.val) == 400
 
 
 def test_pairs_have_two_texts(tmp_path: Path) -> None:
