@@ -26,6 +26,7 @@ from ..tables import (
     Columns,
     Row,
     check_names,
+    columns_of,
     declared_names,
     is_number,
     label_name,
@@ -308,7 +309,12 @@ class LabeledFiles(TextSource):
         )
 
     def _rows(self, files: list[Path]) -> list[Row]:
-        return [row for file in files for row in read_table(file, self.columns, by_name=not self.regression)]
+        rows = [row for file in files for row in read_table(file, self.columns, by_name=not self.regression)]
+        for file in files:
+            header = columns_of(file)
+            if twice := [name for name in self.columns.wanted() if header.count(name) > 1]:
+                raise ConfigError(f"{file}: several columns have the name {twice[0]}; there are {', '.join(header)}")
+        return rows
 
 
 class Task(NamedTuple):

@@ -166,6 +166,7 @@ def test_rows_with_holes_are_counted_and_reported(tmp_path: Path, caplog: pytest
     ("content", "options", "told"),
     [
         ("text,class\na,x\n", {}, r"there is no column label; there are text, class"),
+        ("text,label,text\na,x,b\n", {}, r"several columns have the name text; there are text, label, text"),
         ("", {}, r"there is no column text, label; there are none"),
         ("text,label\na,x\nb,\n,x\n", {"max_left_out": 1}, r"over 1 rows cannot be used .*row 3 of train"),
         ("text,label\na,\nb,\n", {}, r"the train split has no usable row \(left out: 4 with no label\)"),
