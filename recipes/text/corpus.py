@@ -145,8 +145,9 @@ def find_files(path: str) -> tuple[list[Path], str]:
         ConfigError: there are none.
     """
     place = Path(path).expanduser()
+    is_folder = place.is_dir()
     unused: dict[str, list[Path]] = {}
-    if place.is_dir():
+    if is_folder:
         found = list_files(place)
         for file in found:
             if is_hidden(file, place):
@@ -161,9 +162,12 @@ def find_files(path: str) -> tuple[list[Path], str]:
     else:
         literal = str(place).replace("[", "[[]")
         matches = glob.glob(str(place), recursive=True) or glob.glob(literal, recursive=True)
-        found = files = sorted(Path(file) for file in matches if Path(file).is_file())
+        found = sorted({Path(file) for file in matches if not Path(file).is_dir()})
+        files = [file for file in found if file.is_file()]
+        unused["a link without a target"] = [file for file in found if not file.is_file()]
+        place = next(folder for folder in place.parents if not glob.has_magic(str(folder)))
     if not files:
-        missing = f"no {' or '.join(TEXT_ENDINGS)} file in it" if place.is_dir() else "there is no such file or folder"
+        missing = f"no {' or '.join(TEXT_ENDINGS)} file in it" if is_folder else "there is no such file or folder"
         raise ConfigError(f"data.path={path}: {missing}")
     return files, account(len(found), {"read": len(files)}, unused, place)
 

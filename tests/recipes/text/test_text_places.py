@@ -40,6 +40,21 @@ def test_brackets_in_a_path(tmp_path: Path, path: str) -> None:
     assert list(TextFiles(str(tmp_path / path)).documents()) == ["a book"]
 
 
+def test_a_glob_finds_a_file_once_and_tells_of_broken_links(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "book.txt").write_text("a book")
+    (tmp_path / "a" / "gone.txt").symlink_to(tmp_path / "missing.txt")
+    for pattern in ("**/**/*.txt", "a/**"):
+        corpus = TextFiles(str(tmp_path / pattern))
+        assert list(corpus.documents()) == ["a book"]
+        account = corpus.account()
+        assert account is not None
+        assert account.startswith("2 on disk = 1 read + 1 not used: a link without a target, such as ")
+        assert account.endswith("a/gone.txt" if pattern.startswith("*") else "such as gone.txt")
+    with pytest.raises(ConfigError, match="there is no such file or folder"):
+        TextFiles(str(tmp_path / "a" / "*.txt"))
+
+
 def test_the_summary_has_the_account(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text(TABLE)
     (tmp_path / "test.csv").write_text(TABLE)
