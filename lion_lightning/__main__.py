@@ -135,10 +135,12 @@ def report_error(error: Exception) -> NoReturn:
         code = EXIT_USAGE
     if isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename:
         code = EXIT_USAGE
-        error = ConfigError(
-            f"{error.filename}: {error.strerror}; run_dir=FOLDER keeps a run elsewhere, data.cache_dir=FOLDER or the "
-            "variable XDG_CACHE_HOME its prepared data"
+        elsewhere = (
+            "; run_dir=FOLDER keeps a run elsewhere, data.cache_dir=FOLDER or the variable XDG_CACHE_HOME its prepared "
+            "data"
         )
+        could_read = not os.path.exists(error.filename) or os.access(error.filename, os.R_OK)
+        error = ConfigError(f"{error.filename}: {error.strerror}{elsewhere if could_read else ''}")
     if code is None or WANTS_TRACEBACK:
         raise error
     if isinstance(error, MissingConfigException) and "hydra/launcher/submitit" in str(error):

@@ -28,7 +28,9 @@ def test_a_long_path_is_broken_after_slashes_alone(width: int) -> None:
     assert all(piece.endswith("/") for piece in pieces[:-1])
 
 
-def test_a_place_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_place_that_cannot_be_written_or_read_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         report_error(PermissionError(13, "Permission denied", "/srv/outputs"))
     assert stopped.value.code == 2
@@ -36,6 +38,12 @@ def test_a_place_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixtur
         "error: /srv/outputs: Permission denied; run_dir=FOLDER keeps a run elsewhere, data.cache_dir=FOLDER or the "
         "variable XDG_CACHE_HOME its prepared data"
     ]
+    file = tmp_path / "text.txt"
+    file.touch()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as root may read everything
+    with pytest.raises(SystemExit):
+        report_error(PermissionError(13, "Permission denied", str(file)))
+    assert capsys.readouterr().err == f"error: {file}: Permission denied\n"
     with pytest.raises(FileNotFoundError):  # may be a defect of ours: its traceback is needed
         report_error(FileNotFoundError(2, "No such file or directory", "x"))
 
