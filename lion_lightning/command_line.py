@@ -139,6 +139,10 @@ def check_arguments(arguments: Sequence[str], config: Path) -> None:
         is_value_of_flag = before.startswith("-") and "=" not in before and before not in FLAGS_WITHOUT_VALUE
         if not argument.startswith("-") and not is_value_of_flag:
             _check_syntax(argument, config)
+        if value == "null" and name.lstrip("+") in groups:  # which Hydra answers with a traceback
+            files = sorted(file.stem for file in (config / name.lstrip("+")).glob("*.yaml"))
+            choices = "none" if name.lstrip("+") == "tuned" else ", ".join(files)
+            raise ConfigError(f"{argument}: null is no choice of a group; allowed is {name}={choices}")
         if name.lstrip("+") == "tuned" and not extends:
             _check_tuned(value, config / "tuned")
     settings = {argument.partition("=")[0].lstrip("+") for argument in arguments}
@@ -166,7 +170,7 @@ def _check_syntax(argument: str, config: Path) -> None:
 def _check_tuned(value: str, folder: Path) -> None:
     names = sorted(file.stem for file in folder.glob("*.yaml"))
     for name in value.split(","):
-        if name.removesuffix(".yaml") not in (*names, "null", "none") and "${" not in name:
+        if name.removesuffix(".yaml") not in (*names, "none") and "${" not in name:
             raise ConfigError(f"tuned={name}: there is no conf/tuned/{name}.yaml{_meant(name, names)}")
 
 

@@ -18,6 +18,8 @@ from lion_lightning.errors import ConfigError
         (["--trainer.max_steps=5"], "write trainer.max_steps=5"),
         (["tuned=bert_mlm_loin"], "there is no conf/tuned/bert_mlm_loin.yaml; did you mean bert_mlm_lion"),
         (["-m", "tuned=bert_mlm_lion,bert_mlm_lino"], "tuned=bert_mlm_lino: there is no"),
+        (["tuned=null"], "tuned=null: null is no choice of a group; allowed is tuned=none"),
+        (["optim=null"], "optim=null: null is no choice of a group; allowed is optim=adafactor, adamw, "),
         (["resume=auto"], "without run_dir=FOLDER every run has a new one"),
     ],
 )
@@ -33,7 +35,7 @@ def test_what_hydra_does_not_check_is_refused(arguments, said):
         ["--cfg", "job"],
         ["optim=lion", "+optim.new=1", "~callbacks"],
         ["tuned=bert_mlm_lion"],
-        ["tuned=null"],
+        ["tuned=none"],
         ["resume=auto", "run_dir=out"],
         ["resume=auto", "hydra.run.dir=out"],
         ["--config-dir", "mine", "tuned=mine"],

@@ -267,7 +267,7 @@ def go(compose: Any, tmp_path: Path) -> Any:
     small = [
         "recipe=text_classification", "data=labeled_files", f"data.path={tmp_path / 'table.csv'}", "logger=none",
         "data.sequence_length=16", "data.vocab_size=256", "data.batch_size=16", "model.config.hidden_size=32",
-        "model.config.intermediate_size=64", "optim.lr=3e-3", "trainer.val_check_interval=10",
+        "model.config.intermediate_size=64", "tuned=none", "optim.lr=3e-3", "trainer.val_check_interval=10",
         f"run_dir={tmp_path}/run",
     ]  # fmt: skip
     return lambda *overrides: run(compose(*small, *overrides))
