@@ -70,8 +70,8 @@ class ImageFiles:
     Folders directly in `path` are the splits if all that hold images have names in `SPLITS` (train, val, test, ...) and
     one is for training; otherwise they are classes. A class is the path of its folder. A `metadata.csv`, `.jsonl` or
     `.parquet` in `path` or a split folder may give the labels instead, by `file_name`. The split of a parquet file is
-    in its name or that of its folder. Without a validation set a fixed share of the training set is held out. Every
-    file is used or reported.
+    a word in its name or that of its folder. Without a validation set a fixed share of the training set is held out.
+    Every file is used or reported.
 
     Args:
         path: the folder, or one parquet file.
@@ -144,7 +144,7 @@ class ImageFiles:
         try:
             unused = {reason: list(files) for reason, files in self.unused.items()}
             notes: dict[str, str] = {}
-            parts = self._parquet_parts(unused) if self.is_parquet else self._folder_parts(unused, notes)
+            parts = self._parquet_parts(unused, notes) if self.is_parquet else self._folder_parts(unused, notes)
             kind = "files" if self.is_parquet else "images"
             used = {f"{name} {kind}": sum(part.files for part in found) for name, found in parts.items()}
             if self.labels_from:
@@ -157,14 +157,18 @@ class ImageFiles:
         except ConfigError as error:
             raise ConfigError(f"data.path={self.path}: {error}") from error
 
-    def _parquet_parts(self, unused: dict[str, list[Path]]) -> Parts:
+    def _parquet_parts(self, unused: dict[str, list[Path]], notes: dict[str, str]) -> Parts:
         """The datasets of each split, one for each run of files that declare the same columns and class names."""
-        splits = {file: split_of(file.relative_to(self.folder)) for file in self.files}
-        if None in splits.values() and any(splits.values()):
+        names = {file: file.relative_to(self.folder) for file in self.files}
+        splits = {file: "train" if self.path.is_file() else split_of(name) for file, name in names.items()}
+        if not any(splits.values()) and len(splits) > 1:
+            notes["splits"] = f"no file has a name that says a split: all {len(splits)} are for training"
+        elif None in splits.values() and any(splits.values()):
             stray = next(file for file, split in splits.items() if split is None)
-            raise ConfigError(
-                f"the name of {stray.relative_to(self.folder)} says no split, while other files' names do"
-            )
+            raise ConfigError(f"the name of {names[stray]} says no split, while other files' names do")
+        elif not {"train", None} & {*splits.values()}:
+            taken = ", ".join(f"{names[file]} ({split})" for file, split in splits.items())
+            raise ConfigError(f"no file is for training; by their names there are {taken}")
         parts: Parts = {}
         for split in ("train", "val", "test"):
             files = [file for file, found in splits.items() if (found or "train") == split]
@@ -337,11 +341,19 @@ class HubImages(ImageFiles):
 
 
 def split_of(file: Path) -> str | None:
-    """`train`, `val` or `test` by the name of a file, else of its folder: `test-00000.parquet`, `test/0000.parquet`."""
+    """`train`, `val` or `test` by a word in the name of a file, else of its folder: `birds-test-00000.parquet`.
+
+    Raises:
+        ConfigError: one name has words of two splits.
+    """
     for name in (file.name, file.parent.name):
-        found = re.match(rf"({'|'.join(SPLITS)})(?![a-z])", name.lower())
+        found = {SPLITS[word] for word in re.findall(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])", name.lower())}
+        if len(found) > 1:
+            raise ConfigError(
+                f"the name {name} says {' and '.join(sorted(found))}; rename it, so that it says one split"
+            )
         if found:
-            return SPLITS[found[1]]
+            return found.pop()
     return None
 
 

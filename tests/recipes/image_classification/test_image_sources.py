@@ -18,6 +18,7 @@ from tests.recipes.written_images import (
     hub_dataset,
     load,
     picture,
+    prepared,
     write_folder,
     write_parquet,
 )
@@ -91,13 +92,43 @@ def test_parquet_files_in_a_folder_per_split(tmp_path: Path) -> None:
     assert splits.val.labels.tolist() == [1, 0, 1]
 
 
+@pytest.mark.parametrize(
+    "names", [("birds-train", "birds-test"), ("partial-train/0", "partial-test/0"), ("1_Train", "1_dev")]
+)
+def test_the_split_is_a_word_anywhere_in_the_name(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name, classes in zip(names, (["cat", "dog"] * 4, ["dog", "cat", "dog"] * 2), strict=True):
+        file = tmp_path / f"{name}.parquet"
+        file.parent.mkdir(exist_ok=True)
+        hub_dataset(classes).to_parquet(file)
+    splits = load(tmp_path)
+    assert (len(splits.train), len(splits.val)) == (8, 6), "the test set is trained on"
+
+
+def test_names_without_a_training_split_are_listed(tmp_path: Path) -> None:
+    hub_dataset(["cat", "dog"] * 4).to_parquet(tmp_path / "birds-test.parquet")
+    with pytest.raises(
+        ConfigError, match=r"no file is for training; by their names there are birds-test.parquet \(test"
+    ):
+        load(tmp_path)
+    assert len(load(tmp_path / "birds-test.parquet").train) == 6, "a file that is named is read whatever its name"
+    hub_dataset(["cat", "dog"] * 4).to_parquet(tmp_path / "train-or-test.parquet")
+    with pytest.raises(ConfigError, match=r"the name train-or-test.parquet says test and train; rename it"):
+        load(tmp_path)
+
+
+def test_several_files_whose_names_say_no_split_are_told(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        hub_dataset(["cat", "dog"] * 4).to_parquet(tmp_path / f"{name}.parquet")
+    assert prepared(tmp_path).describe()["splits"] == "no file has a name that says a split: all 2 are for training"
+
+
 def test_a_file_is_no_validation_set_for_the_first_letters_of_its_name(tmp_path: Path) -> None:
     hub_dataset(["cat", "dog"] * 8).to_parquet(tmp_path / "values.parquet")
     splits = load(tmp_path)
     assert (len(splits.train), len(splits.val)) == (12, 4)
 
 
-@pytest.mark.parametrize("name", ["birds.parquet", ".birds.parquet", "metadata.parquet"])
+@pytest.mark.parametrize("name", ["birds.parquet", "test.parquet", ".birds.parquet", "metadata.parquet"])
 def test_one_parquet_file(tmp_path: Path, name: str) -> None:
     """It is read whatever its name would mean in a folder."""
     hub_dataset(["cat", "dog", "owl", "cat"] * 5).to_parquet(tmp_path / name)
