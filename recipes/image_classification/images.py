@@ -30,6 +30,7 @@ MAX_PIXELS = 64_000_000  # a larger picture, as stored or as resized, is a mista
 AREA, LOG_ASPECT = (0.08, 1.0), (math.log(3 / 4), math.log(4 / 3))
 ATTEMPTS = 10
 SIXTEEN_BITS_PER_BYTE = 257  # 65,535 becomes 255
+SIXTEEN_BITS_IN_32 = ("PNG", "PPM")  # formats whose 16-bit values Pillow gives as 32-bit integers
 log = logging.getLogger(__name__)
 CHUNK = 256  # pictures that a process decodes before it reports the broken ones
 PICTURES_PER_PROCESS = 2_000  # with fewer, starting one costs more than it saves
@@ -147,12 +148,13 @@ def read(stored: Mapping[str, Any] | None) -> Picture.Image:
     with Picture.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as opened:
         if opened.width * opened.height > MAX_PIXELS:
             raise ValueError(f"{opened.width}x{opened.height} is over {MAX_PIXELS:,} pixels")
+        if opened.mode == "F" or (opened.mode == "I" and opened.format not in SIXTEEN_BITS_IN_32):
+            kind = "floats" if opened.mode == "F" else "or signed integers"
+            raise ValueError(f"its values are 32-bit {kind}, whose range is unknown")
         return _rgb(ImageOps.exif_transpose(opened))
 
 
 def _rgb(picture: Picture.Image) -> Picture.Image:
-    if picture.mode == "F":
-        raise ValueError("its values are 32-bit floats, whose range is unknown")
     if picture.mode.startswith("I"):  # Pillow's own conversion cuts 16 bits off at 255 instead of scaling them
         values = np.asarray(picture).clip(0, 65_535) // SIXTEEN_BITS_PER_BYTE
         picture = Picture.fromarray(values.astype(np.uint8))

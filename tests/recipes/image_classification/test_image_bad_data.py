@@ -40,6 +40,18 @@ def giant() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
+def tiff(pixels: np.ndarray) -> bytes:
+    """A grey TIFF of signed integers, which Pillow does not write with 16 bits."""
+    height, width = pixels.shape
+    fields = {
+        256: width, 257: height, 258: 8 * pixels.itemsize, 259: 1, 262: 1, 273: 8, 277: 1, 278: height,
+        279: pixels.nbytes, 339: 2,
+    }  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
+    head = b"II*\0" + struct.pack("<I", 8 + pixels.nbytes)
+    return head + pixels.tobytes() + struct.pack("<H", len(fields)) + entries + bytes(4)
+
+
 def test_a_class_that_only_validation_has_is_an_error(tmp_path: Path) -> None:
     blobs = [encoded(picture("cat"))] * 4
     write_parquet(tmp_path / "train.parquet", blobs, pa.array(["cat", "dog"] * 2))
@@ -191,6 +203,18 @@ def test_a_turned_photograph_is_turned_back(tmp_path: Path) -> None:
 def test_the_range_of_floats_is_not_guessed() -> None:
     with pytest.raises(ValueError, match="32-bit floats"):
         read({"bytes": encoded(Image.new("F", (8, 8)), "TIFF"), "path": None})
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int16])
+def test_the_range_of_wide_and_signed_integers_is_not_guessed(dtype: type) -> None:
+    """Scaled as 16 bits, a picture with values up to 255 is black; Pillow gives all of them as 32-bit integers."""
+    with pytest.raises(ValueError, match="32-bit or signed integers, whose range is unknown"):
+        read({"bytes": tiff(np.full((8, 8), 200, dtype)), "path": None})
+
+
+def test_sixteen_bits_of_a_ppm_file_are_scaled() -> None:
+    blob = b"P5 8 8 65535 " + np.full((8, 8), 25_700, ">u2").tobytes()
+    np.testing.assert_array_equal(np.asarray(read({"bytes": blob, "path": None})), 100)
 
 
 def test_a_validation_set_smaller_than_a_batch_is_used_whole(tmp_path: Path) -> None:
