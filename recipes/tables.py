@@ -12,6 +12,7 @@ import math
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -28,6 +29,7 @@ MAX_FIELD_CHARACTERS = 2**24
 LONG_TEXT_CHARACTERS = 100_000
 PARQUET_ROWS_PER_BATCH = 4096
 SHOWN_NAMES = 3
+HEADER_ROWS = 1_000  # of JSON lines; a key that only later rows have is no column
 Read = Callable[[Path], tuple[Sequence[str], Iterator[Sequence[Any]]]]
 
 
@@ -210,7 +212,7 @@ def _json_lines(file: Path) -> tuple[Sequence[str], Iterator[Sequence[Any]]]:
                 if line.strip():
                     yield _object(line, file, number)
 
-    header = list(next(objects(), {}))
+    header = list(dict.fromkeys(key for found in islice(objects(), HEADER_ROWS) for key in found))
     return header, ([found.get(name) for name in header] for found in objects())
 
 

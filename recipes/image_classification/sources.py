@@ -252,20 +252,24 @@ class ImageFiles:
 
     def _read_metadata(self, root: Path) -> dict[str, str] | None:
         """Label by path below `root`, None without metadata that has labels."""
+        mine = [file for file in self.metadata if file.parent == root]
+        columns = {file: column for file in mine if (column := self._label_column(file))}
+        self.labels_from.update(columns)
         labels: dict[str, str] = {}
-        files = [file for file in self.metadata if file.parent == root]
-        for file in files:
-            column = self.label or next((name for name in LABEL_NAMES if name in columns_of(file)), None)
-            if column is None:
-                return None
-            self.labels_from.add(file)
+        for file, column in columns.items():
             for row in read_table(file, Columns("file_name", column)):
                 label = label_name(row.label, f"{file.name}, row {row.number}")
                 if label is None:
                     raise ConfigError(f"{file.name}, row {row.number}: {row.text} has no {column}")
                 if labels.setdefault(str(row.text), label) != label:
                     raise ConfigError(f"{file.name} gives {row.text} the labels {labels[row.text]!r} and {label!r}")
-        return labels if files else None
+        return labels if columns else None
+
+    def _label_column(self, file: Path) -> str | None:
+        if self.label:
+            return self.label
+        names = columns_of(file)
+        return next((name for name in LABEL_NAMES if name in names), None)
 
     def _pictures(self, parts: Parts, notes: Mapping[str, str]) -> PictureSplits:
         return pictures_of(

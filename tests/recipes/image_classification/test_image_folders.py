@@ -136,6 +136,25 @@ def test_metadata_gives_the_labels_and_what_it_does_not_name_is_reported(tmp_pat
     )
 
 
+def test_a_first_row_without_a_label_does_not_hide_those_of_others(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"cat": 4, "dog": 4})
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "cat/0.png"}\n{"file_name": "cat/1.png", "label": "owl"}\n')
+    with pytest.raises(ConfigError, match=r"metadata.jsonl, row 1: cat/0.png has no label"):
+        load(tmp_path)
+
+
+def test_metadata_without_labels_hides_no_other_and_is_told(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"cat": 4, "dog": 4})
+    images = [f"{name}/{number}.png" for name in ("cat", "dog") for number in range(4)]
+    (tmp_path / "metadata.csv").write_text("file_name,label\n" + "".join(f"{name},{name[0]}\n" for name in images))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "cat/0.png", "text": "a cat"}\n')
+    assert per_class(load(tmp_path)) == {"c": 4, "d": 4}
+    assert files_line(tmp_path) == (
+        "10 on disk = 8 train images + 1 files with labels + 1 not used: metadata without labels of images here, such "
+        "as metadata.jsonl"
+    )
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
