@@ -232,16 +232,16 @@ class ImageFiles:
         self, root: Path, files: Sequence[Path], unused: dict[str, list[Path]]
     ) -> list[tuple[Path, str | tuple[str, ...]]]:
         """The images below `root`, each with the folders of its class, or with its label in the metadata."""
-        known = self._read_metadata(root)
+        base, known = self._read_metadata(root)
         if known is None:
             loose = [file for file in files if file.parent == root]
             if loose:
                 unused.setdefault("images in no class folder", []).extend(loose)
             return [(file, file.relative_to(root).parts[:-1]) for file in files if file.parent != root]
-        unnamed = [file for file in files if file.relative_to(root).as_posix() not in known]
+        named = {file.relative_to(base).as_posix(): file for file in files}
+        unnamed = [file for name, file in named.items() if name not in known]
         if unnamed:
             unused.setdefault("images that the metadata does not name", []).extend(unnamed)
-        named = {file.relative_to(root).as_posix(): file for file in files}
         missing = known.keys() - named.keys()
         if missing:
             raise ConfigError(
@@ -250,11 +250,29 @@ class ImageFiles:
             )
         return [(file, known[name]) for name, file in named.items() if name in known]
 
-    def _read_metadata(self, root: Path) -> dict[str, str] | None:
-        """Label by path below `root`, None without metadata that has labels."""
-        mine = [file for file in self.metadata if file.parent == root]
-        columns = {file: column for file in mine if (column := self._label_column(file))}
-        self.labels_from.update(columns)
+    def _read_metadata(self, root: Path) -> tuple[Path, dict[str, str] | None]:
+        """The folder whose metadata labels the images below `root`, and label by path below that folder, None without.
+
+        It is `root`, or `path` if the metadata there names images in the folders of splits.
+        """
+        for folder in dict.fromkeys((root, self.folder)):
+            mine = [file for file in self.metadata if file.parent == folder]
+            columns = {file: column for file in mine if (column := self._label_column(file))}
+            if not columns:
+                continue
+            labels = self._labels_in(columns)
+            if folder != root:
+                here = {file.relative_to(folder).as_posix() for file in self.files}
+                below = f"{root.relative_to(folder).as_posix()}/"
+                if here.isdisjoint(labels):
+                    continue
+                labels = {name: label for name, label in labels.items() if name.startswith(below) or name not in here}
+            self.labels_from.update(columns)
+            return folder, labels
+        return root, None
+
+    def _labels_in(self, columns: Mapping[Path, str]) -> dict[str, str]:
+        """Label by name in the metadata files of one folder, each with its label column."""
         labels: dict[str, str] = {}
         for file, column in columns.items():
             for row in read_table(file, Columns("file_name", column)):
@@ -263,7 +281,7 @@ class ImageFiles:
                     raise ConfigError(f"{file.name}, row {row.number}: {row.text} has no {column}")
                 if labels.setdefault(str(row.text), label) != label:
                     raise ConfigError(f"{file.name} gives {row.text} the labels {labels[row.text]!r} and {label!r}")
-        return labels if columns else None
+        return labels
 
     def _label_column(self, file: Path) -> str | None:
         if self.label:

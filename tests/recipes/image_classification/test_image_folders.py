@@ -136,6 +136,27 @@ def test_metadata_gives_the_labels_and_what_it_does_not_name_is_reported(tmp_pat
     )
 
 
+def test_metadata_above_split_folders_gives_the_labels(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"cat": 3, "dog": 3})
+    write_folder(tmp_path / "test", {"cat": 1, "dog": 2})
+    names = [file.relative_to(tmp_path).as_posix() for file in list_files(tmp_path)]
+    kinds = {"cat": "tom", "dog": "rex"}
+    rows = [f"{name},{kinds[name.split('/')[1]]}\n" for name in names if name != "test/dog/1.png"]
+    (tmp_path / "metadata.csv").write_text("file_name,label\n" + "".join(rows))
+    splits = load(tmp_path)
+    assert (splits.classes, len(splits.train), len(splits.val)) == (("rex", "tom"), 6, 2)
+    assert files_line(tmp_path) == (
+        "10 on disk = 6 train images + 2 val images + 1 files with labels + 1 not used: images that the metadata does "
+        "not name, such as test/dog/1.png"
+    )
+    (tmp_path / "metadata.csv").write_text("file_name,label\n" + "".join(rows) + "trian/cat/7.png,tom\n")
+    with pytest.raises(ConfigError, match=r"1 of the 7 images that the metadata names are not there.*trian/cat/7.png"):
+        load(tmp_path)
+    (tmp_path / "metadata.csv").write_text("file_name,label\ncat/0.png,tom\n")
+    assert load(tmp_path).classes == ("cat", "dog")
+    assert "1 not used: metadata without labels of images here" in files_line(tmp_path)
+
+
 def test_a_first_row_without_a_label_does_not_hide_those_of_others(tmp_path: Path) -> None:
     write_folder(tmp_path, {"cat": 4, "dog": 4})
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "cat/0.png"}\n{"file_name": "cat/1.png", "label": "owl"}\n')
