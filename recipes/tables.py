@@ -10,7 +10,9 @@ import json
 import logging
 import math
 import unicodedata
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -75,7 +77,7 @@ def read_table(file: Path, columns: Columns, by_name: bool = True) -> Iterator[R
         ConfigError: a column is missing, the file is not UTF-8, or its content does not fit its ending.
     """
     names = declared_names(file, columns.label) if by_name else None
-    try:
+    with _one_error(file):
         header, rows = READERS[suffix_of(file)](file)
         missing = [name for name in columns.wanted() if name not in header]
         if missing:
@@ -101,10 +103,17 @@ def read_table(file: Path, columns: Columns, by_name: bool = True) -> Iterator[R
                 "%s: %d texts have over %d characters, the first in row %d; is a quote not closed before it?",
                 file, len(long), LONG_TEXT_CHARACTERS, long[0],
             )  # fmt: skip
+
+
+@contextmanager
+def _one_error(file: Path) -> Iterator[None]:
+    """Whatever the readers raise for the content of `file` becomes a ConfigError."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         advice = "convert it first" if file.suffix.lower() == ".gz" else conversion_of(file)
         raise ConfigError(f"{file} is not UTF-8 (byte 0x{error.object[error.start]:02x}); {advice}") from error
-    except (csv.Error, pyarrow.ArrowException, OSError, EOFError) as error:
+    except (csv.Error, pyarrow.ArrowException, OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{file} cannot be read: {one_line(error)}") from error
 
 
@@ -113,18 +122,17 @@ def _clean(cell: Any) -> Any:
 
 
 def columns_of(file: Path) -> Sequence[str]:
-    """The names in the header of a table."""
-    return READERS[suffix_of(file)](file)[0]
+    """The names in the header of a table; ConfigError if it cannot be read."""
+    with _one_error(file):
+        return READERS[suffix_of(file)](file)[0]
 
 
 def declared_names(file: Path, label: str) -> tuple[str, ...] | None:
     """The names that a parquet file of the hub declares for the classes in its column `label`; None without any."""
     if file.suffix.lower() != ".parquet":
         return None
-    try:
+    with _one_error(file):
         feature = Features.from_arrow_schema(pyarrow.parquet.read_schema(file)).get(label)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"{file} cannot be read: {one_line(error)}") from error
     return tuple(feature.names) if isinstance(feature, ClassLabel) else None
 
 

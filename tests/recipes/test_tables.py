@@ -1,7 +1,11 @@
 """Tables on disk: their columns, and one clear message for each that cannot be read."""
 
+import gzip
 from pathlib import Path
 
+import pytest
+
+from lion_lightning.errors import ConfigError
 from lion_lightning.recipes.tables import Columns, Row, columns_of, read_table
 
 
@@ -10,3 +14,24 @@ def test_a_key_that_the_first_line_lacks_is_a_column(tmp_path: Path) -> None:
     file.write_text('{"text": "a"}\n{"label": "x", "text": "b"}\n')
     assert list(columns_of(file)) == ["text", "label"]
     assert list(read_table(file, Columns("text", "label"))) == [Row("a", None, None, 1), Row("b", None, "x", 2)]
+
+
+@pytest.mark.parametrize("read", [columns_of, lambda file: list(read_table(file, Columns("text", "label")))])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "text,label\nvoilà,x\n".encode("utf-16"), r"a.csv is not UTF-8 \(byte 0xff\); it looks like utf_16"),
+        ("a.csv", "text,label\nvoilà,x\n".encode("latin-1"), r"a.csv is not UTF-8 \(byte 0xe0\)"),
+        ("a.parquet", b"PAR1 and nothing more", "a.parquet cannot be read: Parquet"),
+        ("a.csv.gz", gzip.compress(b"text,label\n" * 99)[:25] + b"\xff" * 9, "a.csv.gz cannot be read: Error -3"),
+        ("a.csv.gz", gzip.compress(b"text,label\n" * 99)[:15], "a.csv.gz cannot be read: Compressed file ended"),
+        ("a.csv.gz", b"text,label\n", "a.csv.gz cannot be read: Not a gzipped file"),
+    ],
+    ids=["utf-16", "latin-1", "broken parquet", "corrupted gzip", "cut gzip", "no gzip"],
+)
+def test_a_table_that_cannot_be_read_is_one_line(tmp_path: Path, name: str, content: bytes, message: str, read) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as told:
+        read(file)
+    assert "\n" not in str(told.value)
