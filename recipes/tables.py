@@ -32,6 +32,10 @@ LONG_TEXT_CHARACTERS = 100_000
 PARQUET_ROWS_PER_BATCH = 4096
 SHOWN_NAMES = 3
 HEADER_ROWS = 1_000  # of JSON lines; a key that only later rows have is no column
+TEXT_HINT = (
+    "the first line of a table names its columns; data.source.text_column, data.source.second_text_column and "
+    "data.source.label_column choose among them"
+)
 Read = Callable[[Path], tuple[Sequence[str], Iterator[Sequence[Any]]]]
 
 
@@ -62,7 +66,7 @@ def suffix_of(file: Path) -> str:
     return endings if endings in READERS else file.suffix.lower()
 
 
-def read_table(file: Path, columns: Columns, by_name: bool = True) -> Iterator[Row]:
+def read_table(file: Path, columns: Columns, by_name: bool = True, hint: str = TEXT_HINT) -> Iterator[Row]:
     """The rows of a file with one of the endings in `READERS`.
 
     A row that is shorter or longer than its header has no label that could be trusted: it comes without one.
@@ -72,6 +76,7 @@ def read_table(file: Path, columns: Columns, by_name: bool = True) -> Iterator[R
         columns: what is read of it.
         by_name: whether numbers of classes become the names that the file declares for them; a number without a name,
             such as the hub's -1 for a secret label, becomes None.
+        hint: how to choose other columns, for the error message.
 
     Raises:
         ConfigError: a column is missing, the file is not UTF-8, or its content does not fit its ending.
@@ -83,8 +88,7 @@ def read_table(file: Path, columns: Columns, by_name: bool = True) -> Iterator[R
         if missing:
             raise ConfigError(
                 f"{file}: there is no column {', '.join(missing)}; there are {', '.join(map(str, header)) or 'none'} "
-                "(the first line of a table names its columns; data.source.text_column, "
-                "data.source.second_text_column and data.source.label_column choose among them)"
+                f"({hint})"
             )
         text, label = header.index(columns.text), header.index(columns.label)
         second = header.index(columns.second) if columns.second else None
@@ -142,7 +146,7 @@ def name_at(names: Sequence[str], number: int | None) -> str | None:
 
 
 def label_name(label: Any, place: str) -> str | None:
-    """The name of the class that a cell holds, None for an empty cell.
+    """The name of the class that a cell holds, None for a cell that is empty or blank.
 
     A column with holes turns whole numbers into floats, which must not make new classes: 2.0 is "2".
 
@@ -153,7 +157,9 @@ def label_name(label: Any, place: str) -> str | None:
     Raises:
         ConfigError: the cell holds a list or another structure.
     """
-    if label is None or label == "" or (isinstance(label, float) and math.isnan(label)):
+    if label is None or (isinstance(label, float) and math.isnan(label)):
+        return None
+    if isinstance(label, str) and not label.strip():
         return None
     if not isinstance(label, str | int | float):
         raise ConfigError(f"{place} has the label {label!r}, a {type(label).__name__}; a class is one word or number")

@@ -28,6 +28,7 @@ SPLITS = {
 }  # fmt: skip
 HUB_VALIDATION = ("validation", "val", "test")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # labels by file_name
+METADATA_HINT = "file_name is the path of a picture below the folder of the table; data.source.label chooses its label"
 
 
 class ImageSource(Protocol):
@@ -275,7 +276,7 @@ class ImageFiles:
         """Label by name in the metadata files of one folder, each with its label column."""
         labels: dict[str, str] = {}
         for file, column in columns.items():
-            for row in read_table(file, Columns("file_name", column)):
+            for row in read_table(file, Columns("file_name", column), hint=METADATA_HINT):
                 label = label_name(row.label, f"{file.name}, row {row.number}")
                 if label is None:
                     raise ConfigError(f"{file.name}, row {row.number}: {row.text} has no {column}")

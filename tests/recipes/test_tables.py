@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lion_lightning.errors import ConfigError
-from lion_lightning.recipes.tables import Columns, Row, columns_of, read_table
+from lion_lightning.recipes.tables import Columns, Row, columns_of, label_name, read_table
 
 
 def test_a_key_that_the_first_line_lacks_is_a_column(tmp_path: Path) -> None:
@@ -35,3 +35,16 @@ def test_a_table_that_cannot_be_read_is_one_line(tmp_path: Path, name: str, cont
     with pytest.raises(ConfigError, match=message) as told:
         read(file)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("cell", [None, "", " ", "\t\n", "\u00a0", float("nan")])
+def test_a_cell_without_a_word_is_no_label(cell: str | float | None) -> None:
+    assert label_name(cell, "row 1") is None
+
+
+def test_a_missing_column_comes_with_the_hint_of_the_caller(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("name,label\n")
+    with pytest.raises(ConfigError, match=r"no column text; there are name, label \(.* data.source.text_column"):
+        list(read_table(tmp_path / "a.csv", Columns("text", "label")))
+    with pytest.raises(ConfigError, match=r"there are name, label \(write it\)"):
+        list(read_table(tmp_path / "a.csv", Columns("text", "label"), hint="write it"))

@@ -176,12 +176,22 @@ def test_metadata_without_labels_hides_no_other_and_is_told(tmp_path: Path) -> N
     )
 
 
+def test_metadata_without_file_names_is_told_what_they_are(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"cat": 4, "dog": 4})
+    (tmp_path / "metadata.csv").write_text("name,label\ncat/0.png,tom\n")
+    with pytest.raises(
+        ConfigError, match=r"no column file_name; there are name, label \(file_name is the path .*label"
+    ):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("gone.png,cat", r"1 of the 5 images that the metadata names are not there, such as gone.png"),
         ("0.png,dog", r"metadata.csv gives 0.png the labels 'cat' and 'dog'"),
         ("1.png,", r"metadata.csv, row 5: 1.png has no label"),
+        ("1.png, ", r"metadata.csv, row 5: 1.png has no label"),
     ],
 )
 def test_metadata_that_contradicts_the_folder_is_an_error(tmp_path: Path, line: str, message: str) -> None:
