@@ -14,6 +14,7 @@ from lion_lightning.errors import ConfigError
 from ..tables import check_names, label_name, name_at
 from .images import Pictures, held_out
 
+IMAGE_NAMES = ("image", "img")
 LABEL_NAMES = ("label", "labels", "fine_label")
 MAX_CLASSES = 1_000_000  # a larger number in a column of bare numbers is no class
 
@@ -103,7 +104,9 @@ def pictures_of(
         raise ConfigError(f"{len(train)} training and {len(val)} validation images; need both")
     if len(only := set(train.labels.tolist())) < 2:
         raise ConfigError(f"all {len(train)} training images have the class {classes[only.pop()]!r}; two are needed")
-    remarks = {**notes, **class_notes(train.labels, val.labels, classes)}
+    choices = dict.fromkeys(found.choice for of_split in read.values() for found in of_split if found.choice)
+    chosen = {"columns": "; ".join(choices)} if choices else {}
+    remarks = {**notes, **chosen, **class_notes(train.labels, val.labels, classes)}
     return PictureSplits(train, val, classes, size, max_broken, share, remarks)
 
 
@@ -114,25 +117,30 @@ class _Labelled:
     Attributes:
         kind: how classes are given: `declared` numbers, bare `number`s or `name`s in a column, or by the `folder`.
         declared: the names in their order, where it declares them.
+        choice: which columns were taken, where there were several.
     """
 
     rows: Dataset
     names: list[str | None]
     kind: str
     declared: tuple[str, ...] = ()
+    choice: str = ""
 
 
 def _labelled(part: Part, label: str | None, split: str) -> _Labelled:
     if part.names is not None:
         return _Labelled(part.data, list(part.names), "folder")
-    image, column = find_columns(part.data, label)
+    image, column, choice = find_columns(part.data, label)
     rows = part.data.select_columns([image]).cast_column(image, Image(decode=False))
     rows = rows if image == "image" else rows.rename_column(image, "image")
     values, feature = part.data.select_columns([column])[:][column], part.data.features[column]
     if isinstance(feature, ClassLabel):
-        return _Labelled(rows, [name_at(feature.names, value) for value in values], "declared", tuple(feature.names))
+        return _Labelled(
+            rows, [name_at(feature.names, value) for value in values], "declared", tuple(feature.names), choice
+        )
     kind = "number" if feature.dtype.startswith(("int", "uint")) else "name"
-    return _Labelled(rows, [label_name(value, f"{split} image {n}") for n, value in enumerate(values)], kind)
+    names = [label_name(value, f"{split} image {n}") for n, value in enumerate(values)]
+    return _Labelled(rows, names, kind, choice=choice)
 
 
 def _classes(train: Sequence[_Labelled], val: Sequence[_Labelled]) -> tuple[str, ...]:
@@ -172,8 +180,8 @@ def _pictures(parts: Sequence[_Labelled], classes: Sequence[str], split: str) ->
     return Pictures(rows, labels)
 
 
-def find_columns(dataset: Dataset, label: str | None = None) -> tuple[str, str]:
-    """The names of the image and of the label column; `label` chooses one of several."""
+def find_columns(dataset: Dataset, label: str | None = None) -> tuple[str, str, str]:
+    """The names of the image and of the label column, and which others there were; `label` chooses one of several."""
     features = dataset.features
     images = [name for name, feature in features.items() if _is_image(feature)]
     labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
@@ -182,9 +190,20 @@ def find_columns(dataset: Dataset, label: str | None = None) -> tuple[str, str]:
     if not images or not labels:
         wanted = f"a label column {label}" if label else "a label column"
         raise ConfigError(f"needs an image column and {wanted}, found {', '.join(dataset.column_names)}")
-    if not isinstance(features[labels[0]], ClassLabel | Value):
-        raise ConfigError(f"the label column {labels[0]} must hold one class per image, not {features[labels[0]]}")
-    return images[0], labels[0]
+    image = _one_of(images, IMAGE_NAMES, "image", "call the one with the pictures image")
+    labels = [name for name in labels if isinstance(features[name], ClassLabel | Value)] or labels
+    column = _one_of(labels, LABEL_NAMES, "label", "data.source.label chooses")
+    if not isinstance(features[column], ClassLabel | Value):
+        raise ConfigError(f"the label column {column} must hold one class per image, not {features[column]}")
+    several = [(images, image), (labels, column)]
+    return image, column, "; ".join(f"{one} of {', '.join(found)}" for found, one in several if len(found) > 1)
+
+
+def _one_of(found: Sequence[str], preferred: Sequence[str], kind: str, advice: str) -> str:
+    best = [name for name in preferred if name in found] or found
+    if len(best) > 1 and best is found:
+        raise ConfigError(f"there are {len(found)} {kind} columns, {', '.join(found)}; {advice}")
+    return best[0]
 
 
 def _is_image(feature: Any) -> bool:

@@ -172,6 +172,9 @@ def test_lists_of_labels_are_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", [encoded(picture("cat"))] * 8, labels)
     with pytest.raises(ConfigError, match="label must hold one class per image"):
         load(tmp_path)
+    named = hub_dataset(["cat", "dog"] * 4, column="kind").add_column("label", labels.to_pylist())
+    named.to_parquet(tmp_path / "train.parquet")
+    assert colors_agree(load(tmp_path).train, CLASSES)
 
 
 def test_the_label_column_can_be_named(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Image sources: digits, folders and parquet files in the hub's schema, and what is kept of them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -141,6 +143,45 @@ def test_one_parquet_file(tmp_path: Path, name: str) -> None:
 def test_the_label_column_of_cifar100_is_found(tmp_path: Path) -> None:
     hub_dataset(["cat", "dog"] * 4, column="fine_label").to_parquet(tmp_path / "train.parquet")
     assert load(tmp_path).classes == CLASSES
+
+
+def several_columns(names: Sequence[str], images: Sequence[str], labels: Sequence[str]) -> datasets.Dataset:
+    """All image columns but the last are black, all label columns but the last say cat."""
+    features = {name: datasets.Image() for name in images}
+    features |= {name: datasets.ClassLabel(names=list(CLASSES)) for name in labels}
+    black, colored = [Image.new("RGB", (8, 8))] * len(names), [picture(name) for name in names]
+    rows = {name: colored if name == images[-1] else black for name in images}
+    rows |= {name: list(names) if name == labels[-1] else ["cat"] * len(names) for name in labels}
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (["mask", "image"], ["season", "label"]),
+        (["mask", "img"], ["coarse_label", "fine_label"]),
+    ],
+)
+def test_of_several_columns_the_one_with_the_usual_name_is_taken_and_told(
+    tmp_path: Path, images: list[str], labels: list[str]
+) -> None:
+    several_columns(["cat", "dog"] * 8, images, labels).to_parquet(tmp_path / "train.parquet")
+    data = prepared(tmp_path)
+    assert colors_agree(data.ready.train, CLASSES)
+    assert set(data.ready.train.labels) == {0, 1}
+    assert data.describe()["columns"] == f"{images[1]} of {', '.join(images)}; {labels[1]} of {', '.join(labels)}"
+
+
+def test_columns_that_cannot_be_told_apart_are_listed(tmp_path: Path) -> None:
+    several_columns(["cat", "dog"] * 8, ["image"], ["season", "kind"]).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ConfigError, match=r"there are 2 label columns, season, kind; data.source.label chooses"):
+        load(tmp_path)
+    assert "columns" not in prepared(tmp_path, label="kind").describe()
+    several_columns(["cat", "dog"] * 8, ["front", "back"], ["label"]).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(
+        ConfigError, match=r"there are 2 image columns, front, back; call the one with the pictures image"
+    ):
+        load(tmp_path)
 
 
 def test_parquet_with_names_for_labels(tmp_path: Path) -> None:
