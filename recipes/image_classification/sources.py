@@ -3,6 +3,7 @@
 Adding a source is a class with `fingerprint()` and `open()`, and a file in conf/data/.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from pyarrow.parquet import read_schema
 
 from lion_lightning.errors import ConfigError
 
-from ..files import account, existing, fingerprint_of, is_hidden, list_files
+from ..files import account, existing, fingerprint_of, is_hidden, list_files, without_surrogates
 from ..tables import Columns, columns_of, label_name, read_table
 from .images import Images, ImageSplits, held_out
 from .labels import LABEL_NAMES, Part, Parts, PictureSplits, pictures_of
@@ -117,6 +118,9 @@ class ImageFiles:
             )
         self.folder = self.path.parent if is_file else self.path
         self.found = [self.path] if is_file else list_files(self.path)
+        if bad := next((file for file in self.found if without_surrogates(str(file)) != str(file)), None):
+            name = next(part for part in bad.parts if without_surrogates(part) != part)
+            raise ConfigError(f"data.path={self.path}: the name {os.fsencode(name)!r} is not UTF-8; rename it")
         hidden = {file for file in self.found if not is_file and is_hidden(file, self.folder)}
         lost = {file for file in self.found if file not in hidden and not file.exists()}
         there = [file for file in self.found if file not in hidden and file not in lost]

@@ -247,3 +247,17 @@ def test_relabelling_and_moving_a_link_change_the_fingerprint(tmp_path: Path) ->
     with_metadata = ImageFiles(str(root)).fingerprint()
     (root / "metadata.csv").write_text("file_name,label\ncat/cat-1.png,dog\n")
     assert len({first, pointed, with_metadata, ImageFiles(str(root)).fingerprint()}) == 4
+
+
+@pytest.mark.parametrize("name", ["cat/caf\udce9.png", "caf\udce9/0.png"])
+def test_a_name_that_is_not_utf8_is_one_line(tmp_path: Path, name: str) -> None:
+    write_folder(tmp_path, {"cat": 4, "dog": 4})
+    file = tmp_path / name
+    try:
+        file.parent.mkdir(exist_ok=True)
+        picture("cat").save(file)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    with pytest.raises(ConfigError, match=r"the name b'caf\\xe9(.png)?' is not UTF-8; rename it") as told:
+        load(tmp_path)
+    str(told.value).encode()
