@@ -16,9 +16,11 @@ from omegaconf import DictConfig
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lion_lightning.__main__ import composed, report_error
 from lion_lightning.command_line import add_config_dir, search_path, take_trusted
+from lion_lightning.errors import ConfigError
 from lion_lightning.recipes.bert_mlm.data import TextBlocks
 from lion_lightning.recipes.image_classification.data import ImageArrays
 from lion_lightning.recipes.image_classification.plots import draw_mistakes
@@ -34,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return 0; a mistake in the settings or the data exits with one line and code 2."""
     options, overrides = _parser().parse_known_args(arguments)
     try:
+        if options.samples < 0:
+            raise ConfigError(f"--samples must be at least 0, got {options.samples}")
         overrides = [*take_trusted(overrides), *search_path(options.config_dir)]
         cfg = composed([*overrides, "run_dir=none"])
         check(cfg, Console(), options.samples, options.pictures)
@@ -48,7 +52,7 @@ def check(cfg: DictConfig, console: Console, samples: int, pictures: Path) -> No
     Args:
         cfg: the configuration of the run.
         console: where to.
-        samples: decoded texts, or pictures, that are shown of each split.
+        samples: decoded texts, or pictures, that are shown of each split; at 0 there are none.
         pictures: PNG file for the pictures.
     """
     for key, value in {"batch_size": 1, "batch_schedule": None}.items():  # nothing is trained: any amount is enough
@@ -65,13 +69,14 @@ def check(cfg: DictConfig, console: Console, samples: int, pictures: Path) -> No
         _tokens(console, data.tokenizer, [_texts(train), _texts(val)])
         for name, texts in (("training", train), ("validation", val)):
             for index, ids in enumerate(_texts(texts)[:samples]):
-                console.print(f"{name} {index}: {_label(data, texts, index)}: {decode(data.tokenizer, ids.tolist())}")
+                said = decode(data.tokenizer, ids.tolist())
+                console.print(Text(f"{name} {index}: {_label(data, texts, index)}: {said}"))
     elif isinstance(data, TextBlocks):
         train, val = data.ready.train, data.ready.val
         _tokens(console, data.ready.tokenizer, [train, val])
         for name, blocks in (("training", train), ("validation", val)):
             for block in blocks[:samples]:
-                console.print(f"{name}: {data.ready.tokenizer.decode(block.tolist())}", highlight=False, markup=False)
+                console.print(Text(f"{name}: {data.ready.tokenizer.decode(block.tolist())}"))
     else:
         console.print(f"{type(data).__name__} is read while it trains: it has no more to count")
 
@@ -80,18 +85,20 @@ def _images(data: ImageArrays, console: Console, samples: int, pictures: Path) -
     try:
         splits = data.ready
     except RuntimeError as on_access:
-        console.print(f"Duplicates and samples need decoded images: {on_access}")
+        console.print(Text(f"Duplicates and samples need decoded images: {on_access}"))
         train, val = (split.pictures.labels for split in (data.train_set, data.val_set))
         _classes(console, data.classes, train, val)
         return
     _classes(console, data.classes, splits.train.labels, splits.val.labels)
     _duplicates(console, "pictures with the same pixels", [splits.train.pixels, splits.val.pixels])
+    if not samples:
+        return
     shown = [(split, index) for split in (splits.train, splits.val) for index in _spread(len(split), samples)]
     captions = [(data.classes[split.labels[index]], f"number {index}") for split, index in shown]
     title = f"{samples} of the training set, then of the validation set, as training decodes them"
     sheet = draw_mistakes(np.stack([split.pixels[index] for split, index in shown]), captions, title)
     Image.fromarray(sheet).save(pictures)
-    console.print(f"Pictures: {pictures}")
+    console.print(Text(f"Pictures: {pictures}"))
 
 
 def _classes(console: Console, classes: Sequence[str], train: np.ndarray, val: np.ndarray) -> None:
@@ -102,14 +109,15 @@ def _classes(console: Console, classes: Sequence[str], train: np.ndarray, val: n
     table = Table("class", "training", "validation", "share", title=f"{len(classes)} classes, the rarest first")
     for index in np.argsort(counts.sum(0), kind="stable")[:CLASSES_SHOWN].tolist():
         share = counts[:, index].sum() / counts.sum()
-        table.add_row(classes[index], *(f"{count:,}" for count in counts[:, index]), f"{share:.2%}")
+        table.add_row(Text(classes[index]), *(f"{count:,}" for count in counts[:, index]), f"{share:.2%}")
     if len(classes) > CLASSES_SHOWN:
         table.add_row(f"{len(classes) - CLASSES_SHOWN} more", "", "", "")
     table.add_row("all", f"{counts[0].sum():,}", f"{counts[1].sum():,}", "100.00%")
     console.print(table)
     for split, row in zip(("training", "validation"), counts, strict=True):
         if missing := [classes[index] for index in np.flatnonzero(row == 0).tolist()]:
-            console.print(f"[bold]No {split} samples[/] of {', '.join(missing[:10])}{' ...' * (len(missing) > 10)}")
+            names = f" of {', '.join(missing[:10])}{' ...' * (len(missing) > 10)}"
+            console.print(Text.assemble((f"No {split} samples", "bold"), names))
 
 
 def _tokens(console: Console, tokenizer: Any, splits: Sequence[Iterable[np.ndarray]]) -> None:

@@ -40,7 +40,7 @@ def show(console: Console, title: str, lines: Mapping[str, str]) -> None:
     table.add_column(overflow="fold")
     width = console.width - max(map(len, lines)) - BORDERS
     for name, value in lines.items():
-        table.add_row(name, Text(" ".join(_in_pieces(word, width) for word in value.split(" "))))
+        table.add_row(Text(name), Text(" ".join(_in_pieces(word, width) for word in value.split(" "))))
     console.print(Panel(table, title=escape(title), title_align="left", expand=False), highlight=False)
 
 

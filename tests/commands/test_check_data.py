@@ -76,6 +76,29 @@ def test_a_few_pictures_are_enough(
     assert "2 classes, the rarest first" in capsys.readouterr().out
 
 
+def test_names_and_texts_in_brackets_are_no_markup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    for index, name in enumerate(("[red]", "[/x]", ":cat:") * 4):
+        picture(tmp_path / "data" / "train" / name.replace("/", "\u2215") / f"{index}.png", index)
+    picture(tmp_path / "data" / "test" / "[red]" / "0.png", 99)
+    settings = ["recipe=image_classification", "data=image_files", f"data.path={tmp_path / 'data'}"]
+    main([*settings, f"data.cache_dir={tmp_path / 'cache'}", "--samples", "0", "--pictures", str(tmp_path / "no.png")])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "│ [red] │ 4 │ 1 │" in said
+    assert "No validation samples of :cat:, [\u2215x]" in said
+    assert not (tmp_path / "no.png").exists(), "0 samples are none"
+    table = tmp_path / "reviews.csv"
+    rows = [f"a film [/that] is number {number},{('[good]', '[/bad]')[number % 2]}" for number in range(120)]
+    table.write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    settings = ["recipe=text_classification", "data=labeled_files", f"data.path={table}"]
+    main([*settings, f"data.cache_dir={tmp_path / 'cache'}", "--samples", "2"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "│ [/bad] │" in said
+    assert "validation 0: [good]: a film [ / that ] is number" in said
+
+
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["recipe=image_classification", "data=image_files", "data.path=/nowhere"])
@@ -84,3 +107,6 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--config-dir", "/nowhere"])
     assert capsys.readouterr().err == "error: --config-dir /nowhere: no such folder\n"
+    with pytest.raises(SystemExit):
+        main(["recipe=image_classification", "--samples", "-1"])
+    assert capsys.readouterr().err == "error: --samples must be at least 0, got -1\n"

@@ -28,6 +28,13 @@ def test_a_long_path_is_broken_after_slashes_alone(width: int) -> None:
     assert all(piece.endswith("/") for piece in pieces[:-1])
 
 
+def test_brackets_are_no_markup() -> None:
+    console = Console(width=60, file=io.StringIO())
+    show(console, "[red]", {"[/a]": "[/b]", ":cat:": "[bold]c"})
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(word in said for word in ("[red]", "[/a]", "[/b]", ":cat:", "[bold]c"))
+
+
 def test_a_place_that_cannot_be_written_or_read_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
