@@ -29,6 +29,22 @@ def _walk(folder: str, above: tuple[str, ...]) -> Iterator[Path]:
                 yield from _walk(entry.path, (*above, target))
 
 
+def folders_without(files: Iterable[Path], folder: Path) -> list[Path]:
+    """Folders in `folder`, and in those below it, that have none of `files` anywhere in them; hidden ones are left out.
+
+    Two levels are enough for splits and classes, and a folder in one that is told is not told again.
+    """
+    direct = {file.parent for file in files}
+    holding = direct.union(*(place.parents for place in direct))
+    return [place for place in _folders(folder) if place not in holding] + [
+        inner for place in _folders(folder) if place in holding for inner in _folders(place) if inner not in holding
+    ]
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(place for place in folder.iterdir() if place.is_dir() and not place.name.startswith("."))
+
+
 def is_hidden(file: Path, folder: Path) -> bool:
     """Whether `file` or a folder between it and `folder` has a name that begins with a dot."""
     return any(part.startswith(".") for part in file.relative_to(folder).parts)

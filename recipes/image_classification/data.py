@@ -25,7 +25,7 @@ from .images import (
     pixel_file,
     save,
 )
-from .labels import PictureSplits
+from .labels import PictureSplits, class_notes
 from .sources import ImageSource
 
 FORMAT_VERSION = 5  # raise it when what is written to the cache changes
@@ -124,6 +124,7 @@ class ImageArrays(StreamDataModule):
                 raise ConfigError(f"data.path={self.path}: none of the {len(encoded)} {name} images can be read")
             images[name] = Images(np.load(file, mmap_mode="r"), labels)
             notes |= _left_out(name, broken, len(encoded))
+        notes |= class_notes(images["train"].labels, images["val"].labels, splits.classes)
         return ImageSplits(images["train"], images["val"], splits.classes, notes)
 
     def _use(self, splits: ImageSplits, made: str) -> None:
@@ -134,7 +135,8 @@ class ImageArrays(StreamDataModule):
 
     def _decode_on_access(self, splits: PictureSplits) -> None:
         self.made = f"decoded on access: over {self.decoded_gib:g} GiB otherwise"
-        self.classes, self.notes, self.max_broken = splits.classes, dict(splits.notes), splits.max_broken
+        self.classes, self.max_broken = splits.classes, splits.max_broken
+        self.notes = {**splits.notes, **class_notes(splits.train.labels, splits.val.labels, splits.classes)}
         self.image_shape, self.val_share = (3, splits.size, splits.size), splits.share
         self.train_set = DecodedOnAccess(splits.train, splits.size, seed=self.seed)
         self.val_set = DecodedOnAccess(splits.val, splits.size, share=splits.share)

@@ -106,8 +106,7 @@ def pictures_of(
         raise ConfigError(f"all {len(train)} training images have the class {classes[only.pop()]!r}; two are needed")
     choices = dict.fromkeys(found.choice for of_split in read.values() for found in of_split if found.choice)
     chosen = {"columns": "; ".join(choices)} if choices else {}
-    remarks = {**notes, **chosen, **class_notes(train.labels, val.labels, classes)}
-    return PictureSplits(train, val, classes, size, max_broken, share, remarks)
+    return PictureSplits(train, val, classes, size, max_broken, share, {**notes, **chosen})
 
 
 @dataclass(frozen=True)
@@ -215,9 +214,10 @@ def class_notes(train: np.ndarray, val: np.ndarray, classes: Sequence[str]) -> d
     trained, validated = Counter(train.tolist()), Counter(val.tolist())
     never = [f"{classes[index]} ({validated[index]:,} images)" for index in sorted(validated.keys() - trained.keys())]
     absent = [classes[index] for index in range(len(classes)) if index not in trained and index not in validated]
-    notes = {"only in validation": _listed(never), "without any image": _listed(absent)}
+    notes = {"only in validation": listed(never), "without any image": listed(absent)}
     return {name: line for name, line in notes.items() if line}
 
 
-def _listed(names: Sequence[str], shown: int = 5) -> str:
+def listed(names: Sequence[str], shown: int = 5) -> str:
+    """The first `shown` names, and how many more there are."""
     return ", ".join(names[:shown]) + (f" and {len(names) - shown:,} more" if len(names) > shown else "")

@@ -17,10 +17,10 @@ from pyarrow.parquet import read_schema
 
 from lion_lightning.errors import ConfigError
 
-from ..files import account, existing, fingerprint_of, is_hidden, list_files, without_surrogates
+from ..files import account, existing, fingerprint_of, folders_without, is_hidden, list_files, without_surrogates
 from ..tables import Columns, columns_of, label_name, read_table
 from .images import Images, ImageSplits, held_out
-from .labels import LABEL_NAMES, Part, Parts, PictureSplits, pictures_of
+from .labels import LABEL_NAMES, Part, Parts, PictureSplits, listed, pictures_of
 
 IMAGE_SUFFIXES = frozenset(ImageFolder.EXTENSIONS) | {".avif"}
 SPLITS = {
@@ -132,6 +132,7 @@ class ImageFiles:
         self.files = parquet or (self.found if is_file else images)
         if not self.files:
             raise ConfigError(f"data.path={self.path}: no parquet file and no image in it")
+        self.empty = [] if self.is_parquet else folders_without(images, self.folder)
         known = {*self.files, *images, *self.metadata}
         self.unused = {
             "hidden": sorted(hidden),
@@ -143,7 +144,8 @@ class ImageFiles:
     def fingerprint(self) -> str:
         settings = f"{self.image_size} {self.val_fraction} {self.max_broken} {self.label} {self.split_folders}"
         unused = sum(map(len, self.unused.values()))
-        return f"image_files {settings} {unused} {fingerprint_of([*self.files, *self.metadata])}"
+        empty = [str(folder) for folder in self.empty]
+        return f"image_files {settings} {unused} {empty} {fingerprint_of([*self.files, *self.metadata])}"
 
     def open(self) -> PictureSplits:
         try:
@@ -157,6 +159,8 @@ class ImageFiles:
             unused["metadata without labels of images here"] = [
                 file for file in self.metadata if file not in self.labels_from
             ]
+            if self.empty:
+                notes["folders without images"] = listed([str(place.relative_to(self.folder)) for place in self.empty])
             notes["files"] = account(len(self.found), used, unused, self.folder)
             return self._pictures(parts, notes)
         except ConfigError as error:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from lion_lightning.errors import ConfigError
+from lion_lightning.recipes.image_classification.data import ImageArrays
 from lion_lightning.recipes.image_classification.images import read, square
 from lion_lightning.recipes.image_classification.sources import ImageFiles
 from tests.recipes.written_images import (
@@ -143,6 +144,30 @@ def test_a_class_without_training_images_is_told(tmp_path: Path) -> None:
     hub_dataset(["dog", "cat", "dog"]).to_parquet(tmp_path / "test.parquet")
     told = prepared(tmp_path).describe()
     assert told["only in validation"] == "dog (2 images)"
+
+
+def test_a_class_whose_pictures_are_all_broken_is_told(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"cat": 4, "dog": 4, "owl": 1})
+    write_folder(tmp_path / "val", {"cat": 1, "dog": 1})
+    (tmp_path / "train" / "owl" / "0.png").write_bytes(b"no picture")
+    told = prepared(tmp_path).describe()
+    assert told["without any image"] == "owl"
+    write_folder(tmp_path / "val", {"owl": 2})
+    assert prepared(tmp_path).describe()["only in validation"] == "owl (2 images)"
+    (tmp_path / "train" / "owl" / "0.png").unlink()
+    on_access = ImageArrays(ImageFiles(str(tmp_path), image_size=8), batch_size=4, decoded_gib=0.0)
+    on_access.setup("fit")
+    assert on_access.describe()["only in validation"] == "owl (2 images)"
+
+
+def test_an_empty_class_folder_is_told(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"cat": 4, "dog": 4, "owl": 0})
+    write_folder(tmp_path / "val", {"cat": 1, "dog": 1})
+    (tmp_path / "test" / "cat").mkdir(parents=True)
+    (tmp_path / "train" / ".hidden").mkdir()
+    assert prepared(tmp_path).describe()["folders without images"] == "test, train/owl"
+    (tmp_path / "val" / "owl").mkdir()
+    assert prepared(tmp_path).describe()["folders without images"] == "test, train/owl, val/owl", "from the cache"
 
 
 def test_files_that_are_no_images_are_counted(tmp_path: Path) -> None:
