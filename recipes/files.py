@@ -1,6 +1,7 @@
 """Files of data from outside, for every recipe: listed, accounted for, and identified for the cache."""
 
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,15 @@ import charset_normalizer
 from lion_lightning.errors import ConfigError
 
 SAMPLE_BYTES = 2**20
+ICONV_NAMES = {  # where it is not Python's name in capitals with hyphens
+    "latin_1": "LATIN1", "mac_roman": "MACINTOSH", "mac_latin2": "MAC-CENTRALEUROPE", "mac_iceland": "MAC-IS",
+    "utf_16_be": "UTF-16BE", "utf_16_le": "UTF-16LE", "utf_32_be": "UTF-32BE", "utf_32_le": "UTF-32LE",
+    "iso2022_jp": "ISO-2022-JP", "iso2022_jp_1": "ISO-2022-JP", "iso2022_jp_2": "ISO-2022-JP-2",
+    "iso2022_jp_3": "ISO-2022-JP-3", "iso2022_jp_2004": "ISO-2022-JP-3", "iso2022_jp_ext": "ISO-2022-JP",
+    "iso2022_kr": "ISO-2022-KR", "shift_jis_2004": "SHIFT_JISX0213", "shift_jisx0213": "SHIFT_JISX0213",
+    "euc_jis_2004": "EUC-JISX0213", "kz1048": "RK1048", "ptcp154": "PT154",
+}  # fmt: skip
+NOT_IN_ICONV = ("cp720", "cp1006", "hz", "mac_greek", "mac_turkish")
 SHOWN_CHARACTERS = 300  # of another library's error message
 
 
@@ -119,7 +129,12 @@ def conversion_of(file: Path) -> str:
     if best is None:
         return "it fits no encoding of text; is it a text file?"
     name = best.encoding
-    return f"it looks like {name}; convert it: iconv -f {name.upper()} -t UTF-8 {file.name} > converted{file.suffix}"
+    if name in NOT_IN_ICONV:
+        return f"it looks like {name}; convert it to UTF-8"
+    known = ICONV_NAMES.get(name, name.upper().replace("_", "-"))
+    return (
+        f"it looks like {name}; convert it: iconv -f {known} -t UTF-8 {shlex.quote(file.name)} > converted{file.suffix}"
+    )
 
 
 def without_surrogates(text: str) -> str:
