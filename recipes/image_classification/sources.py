@@ -125,6 +125,7 @@ class ImageFiles:
         lost = {file for file in self.found if file not in hidden and not file.exists()}
         there = [file for file in self.found if file not in hidden and file not in lost]
         self.labels_from: set[Path] = set()
+        self.unlabelled: dict[Path, Sequence[str]] = {}  # columns of metadata without one of LABEL_NAMES
         self.metadata = [file for file in there if not is_file and file.name in METADATA]
         images = [file for file in there if file.suffix.lower() in IMAGE_SUFFIXES]
         parquet = [file for file in there if file.suffix.lower() == ".parquet" and file.name not in METADATA]
@@ -156,12 +157,15 @@ class ImageFiles:
             used = {f"{name} {kind}": sum(part.files for part in found) for name, found in parts.items()}
             if self.labels_from:
                 used["files with labels"] = len(self.labels_from)
-            unused["metadata without labels of images here"] = [
-                file for file in self.metadata if file not in self.labels_from
-            ]
+            for file in self.metadata:
+                if file not in self.labels_from:
+                    columns = f" (its columns: {listed(self.unlabelled[file])})" if file in self.unlabelled else ""
+                    unused.setdefault(f"metadata without labels of images here{columns}", []).append(file)
             if self.empty:
                 notes["folders without images"] = listed([str(place.relative_to(self.folder)) for place in self.empty])
             notes["files"] = account(len(self.found), used, unused, self.folder)
+            if not parts.get("train"):
+                raise ConfigError(f"there is no training image in it: {notes['files']}")
             return self._pictures(parts, notes)
         except ConfigError as error:
             raise ConfigError(f"data.path={self.path}: {error}") from error
@@ -296,7 +300,10 @@ class ImageFiles:
         if self.label:
             return self.label
         names = columns_of(file)
-        return next((name for name in LABEL_NAMES if name in names), None)
+        found = next((name for name in LABEL_NAMES if name in names), None)
+        if found is None:
+            self.unlabelled[file] = names
+        return found
 
     def _pictures(self, parts: Parts, notes: Mapping[str, str]) -> PictureSplits:
         return pictures_of(

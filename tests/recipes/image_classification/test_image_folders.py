@@ -171,9 +171,25 @@ def test_metadata_without_labels_hides_no_other_and_is_told(tmp_path: Path) -> N
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "cat/0.png", "text": "a cat"}\n')
     assert per_class(load(tmp_path)) == {"c": 4, "d": 4}
     assert files_line(tmp_path) == (
-        "10 on disk = 8 train images + 1 files with labels + 1 not used: metadata without labels of images here, such "
-        "as metadata.jsonl"
+        "10 on disk = 8 train images + 1 files with labels + 1 not used: metadata without labels of images here (its "
+        "columns: file_name, text), such as metadata.jsonl"
     )
+
+
+def test_no_training_image_comes_with_what_was_found(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    picture("cat").save(tmp_path / "train" / "0.png")
+    write_folder(tmp_path / "val", {"cat": 2, "dog": 2})
+    with pytest.raises(
+        ConfigError,
+        match=r"no training image in it: 5 on disk = 4 val images \+ 1 not used: images in no class folder, such",
+    ):
+        load(tmp_path)
+    (tmp_path / "train" / "metadata.csv").write_text("file_name;label\n0.png;cat\n")
+    with pytest.raises(
+        ConfigError, match=r"metadata without labels of images here \(its columns: file_name;label\), such"
+    ):
+        load(tmp_path)
 
 
 def test_metadata_without_file_names_is_told_what_they_are(tmp_path: Path) -> None:
