@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Features, load_dataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from pyarrow import ArrowException
-from pyarrow.parquet import read_schema
+from pyarrow.parquet import read_metadata, read_schema
 
 from lion_lightning.errors import ConfigError
 
@@ -188,19 +188,26 @@ class ImageFiles:
             if split == "test" and "val" in parts:
                 unused["files of the test split, since there is a validation split"] = files
             elif files:
-                parts["val" if split == "test" else split] = self._read_parquet(files)
+                parts["val" if split == "test" else split] = self._read_parquet(files, unused)
+        if not self.path.is_file() and (missing := _missing_shards(map(str, names.values()))):
+            notes["missing files"] = listed(missing)
         return parts
 
-    def _read_parquet(self, files: Sequence[Path]) -> list[Part]:
+    def _read_parquet(self, files: Sequence[Path], unused: dict[str, list[Path]]) -> list[Part]:
         runs: list[tuple[Any, list[str]]] = []
         for file in files:
             try:
-                features = Features.from_arrow_schema(read_schema(file))
+                features, is_empty = Features.from_arrow_schema(read_schema(file)), not read_metadata(file).num_rows
             except (ArrowException, OSError) as error:
                 raise ConfigError(f"{file} cannot be read: {_root_cause(error)}") from error
+            if is_empty:
+                unused.setdefault("tables without rows", []).append(file)
+                continue
             if not runs or runs[-1][0] != features:
                 runs.append((features, []))
             runs[-1][1].append(str(file))
+        if not runs:
+            raise ConfigError(f"{listed([file.name for file in files])} has no rows")
         try:
             return [Part(load_dataset("parquet", data_files=run, split="train"), len(run)) for _, run in runs]
         except Exception as error:  # of pyarrow, fsspec and datasets, none with a common base
@@ -393,6 +400,21 @@ def split_of(file: Path) -> str | None:
         if found:
             return found.pop()
     return None
+
+
+def _missing_shards(names: Iterable[str]) -> list[str]:
+    """Names that are not among `names` though another says that there are so many: `train-00001-of-00003.parquet`."""
+    sets: dict[tuple[str, int, str], set[int]] = {}
+    for name in names:
+        if found := re.fullmatch(r"(.*-)(\d{1,6})-of-(\d{1,6})\.parquet", name):
+            sets.setdefault((found[1], len(found[2]), found[3]), set()).add(int(found[2]))
+    return [
+        f"{before}{number:0{width}}-of-{count}.parquet"
+        for (before, width, count), there in sets.items()
+        for number in range(int(count) + 1)
+        if number != (0 if int(count) in there else int(count))  # counted from 1 or from 0
+        if number not in there
+    ]
 
 
 def _root_cause(error: BaseException) -> str:

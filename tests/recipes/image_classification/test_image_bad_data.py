@@ -82,6 +82,32 @@ def test_a_parquet_file_without_images_is_an_error(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_plain_bytes_are_told_from_an_image_column(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [encoded(picture("cat"))] * 2, "label": [0, 1]}), tmp_path / "train.parquet")
+    with pytest.raises(ConfigError, match=r"found image, label \(an image column is a struct of bytes and path\)"):
+        load(tmp_path)
+
+
+def test_a_file_of_a_set_that_is_missing_is_told(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00003", "train-00002-of-00003", "test-0-of-1"):
+        hub_dataset(["cat", "dog"] * 4).to_parquet(tmp_path / f"{name}.parquet")
+    assert prepared(tmp_path).describe()["missing files"] == "train-00001-of-00003.parquet"
+    assert "missing files" not in prepared(tmp_path / "train-00000-of-00003.parquet").describe()
+    hub_dataset(["cat", "dog"]).to_parquet(tmp_path / "train-00001-of-00003.parquet")
+    assert "missing files" not in prepared(tmp_path).describe()
+    (tmp_path / "train-00000-of-00003.parquet").rename(tmp_path / "train-00003-of-00003.parquet")
+    assert "missing files" not in prepared(tmp_path).describe(), "counted from 1"
+
+
+def test_a_parquet_file_without_rows_is_left_out_and_told(tmp_path: Path) -> None:
+    hub_dataset(["cat", "dog"] * 4).to_parquet(tmp_path / "train-0.parquet")
+    hub_dataset([]).to_parquet(tmp_path / "train-1.parquet")
+    assert "1 not used: tables without rows, such as train-1.parquet" in prepared(tmp_path).describe()["files"]
+    hub_dataset([]).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(ConfigError, match=r"data.path=.*: test.parquet has no rows"):
+        load(tmp_path)
+
+
 def test_an_unlabelled_image_is_an_error(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", [encoded(picture("cat"))] * 4, pa.array([0, 1, None, 0]))
     with pytest.raises(ConfigError, match=r"train image 2 has the label None, .* so has 1 of 4 images"):
