@@ -118,9 +118,6 @@ class ImageFiles:
             )
         self.folder = self.path.parent if is_file else self.path
         self.found = [self.path] if is_file else list_files(self.path)
-        if bad := next((file for file in self.found if without_surrogates(str(file)) != str(file)), None):
-            name = next(part for part in bad.parts if without_surrogates(part) != part)
-            raise ConfigError(f"data.path={self.path}: the name {os.fsencode(name)!r} is not UTF-8; rename it")
         hidden = {file for file in self.found if not is_file and is_hidden(file, self.folder)}
         lost = {file for file in self.found if file not in hidden and not file.exists()}
         there = [file for file in self.found if file not in hidden and file not in lost]
@@ -134,6 +131,11 @@ class ImageFiles:
         if not self.files:
             raise ConfigError(f"data.path={self.path}: no parquet file and no image in it")
         self.empty = [] if self.is_parquet else folders_without(images, self.folder)
+        if bad := next(
+            (file for file in (*self.found, *self.empty) if without_surrogates(str(file)) != str(file)), None
+        ):
+            name = next(part for part in bad.parts if without_surrogates(part) != part)
+            raise ConfigError(f"data.path={self.path}: the name {os.fsencode(name)!r} is not UTF-8; rename it")
         known = {*self.files, *images, *self.metadata}
         self.unused = {
             "hidden": sorted(hidden),
@@ -180,7 +182,7 @@ class ImageFiles:
             stray = next(file for file, split in splits.items() if split is None)
             raise ConfigError(f"the name of {names[stray]} says no split, while other files' names do")
         elif not {"train", None} & {*splits.values()}:
-            taken = ", ".join(f"{names[file]} ({split})" for file, split in splits.items())
+            taken = listed([f"{names[file]} ({split})" for file, split in splits.items()])
             raise ConfigError(f"no file is for training; by their names there are {taken}")
         parts: Parts = {}
         for split in ("train", "val", "test"):

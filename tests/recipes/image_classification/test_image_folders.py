@@ -265,13 +265,16 @@ def test_relabelling_and_moving_a_link_change_the_fingerprint(tmp_path: Path) ->
     assert len({first, pointed, with_metadata, ImageFiles(str(root)).fingerprint()}) == 4
 
 
-@pytest.mark.parametrize("name", ["cat/caf\udce9.png", "caf\udce9/0.png"])
+@pytest.mark.parametrize("name", ["cat/caf\udce9.png", "caf\udce9/0.png", "caf\udce9/"])
 def test_a_name_that_is_not_utf8_is_one_line(tmp_path: Path, name: str) -> None:
     write_folder(tmp_path, {"cat": 4, "dog": 4})
     file = tmp_path / name
     try:
-        file.parent.mkdir(exist_ok=True)
-        picture("cat").save(file)
+        if name.endswith("/"):
+            file.mkdir()
+        else:
+            file.parent.mkdir(exist_ok=True)
+            picture("cat").save(file)
     except OSError:
         pytest.skip("this file system has no such names")
     with pytest.raises(ConfigError, match=r"the name b'caf\\xe9(.png)?' is not UTF-8; rename it") as told:
