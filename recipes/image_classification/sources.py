@@ -405,10 +405,13 @@ def split_of(file: Path) -> str | None:
 
 
 def _missing_shards(names: Iterable[str]) -> list[str]:
-    """Names that are not among `names` though another says that there are so many: `train-00001-of-00003.parquet`."""
+    """Names that are not among `names` though another says that there are so many: `train-00001-of-00003.parquet`.
+
+    The hub once wrote a hash before the ending, which nobody can tell of a missing file.
+    """
     sets: dict[tuple[str, int, str], set[int]] = {}
     for name in names:
-        if found := re.fullmatch(r"(.*-)(\d{1,6})-of-(\d{1,6})\.parquet", name):
+        if found := re.fullmatch(r"(.*-)(\d{1,6})-of-(\d{1,6})(-[0-9a-f]+)?\.parquet", name):
             sets.setdefault((found[1], len(found[2]), found[3]), set()).add(int(found[2]))
     return [
         f"{before}{number:0{width}}-of-{count}.parquet"

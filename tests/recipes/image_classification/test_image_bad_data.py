@@ -97,6 +97,11 @@ def test_a_file_of_a_set_that_is_missing_is_told(tmp_path: Path) -> None:
     assert "missing files" not in prepared(tmp_path).describe()
     (tmp_path / "train-00000-of-00003.parquet").rename(tmp_path / "train-00003-of-00003.parquet")
     assert "missing files" not in prepared(tmp_path).describe(), "counted from 1"
+    for number in (1, 2):  # as the hub once named them
+        place = tmp_path / f"train-0000{number}-of-00003.parquet"
+        place.rename(place.with_name(f"train-0000{number}-of-00003-ab{number}.parquet"))
+    (tmp_path / "train-00003-of-00003.parquet").unlink()
+    assert prepared(tmp_path).describe()["missing files"] == "train-00000-of-00003.parquet"
 
 
 def test_a_parquet_file_without_rows_is_left_out_and_told(tmp_path: Path) -> None:
