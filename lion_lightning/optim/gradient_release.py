@@ -98,7 +98,7 @@ class Release:
         self._optimizer, self._clip_value = optimizer, clip_value
         self._stepped: set[Tensor] = set()
         self._rates: list[float | None] = []
-        self._begun = self._inside_step = self._in_backward = False
+        self._begun = self._in_backward = False
         self._hooked: set[Tensor] = set()
         self._lock = threading.RLock()
         self.active = True
@@ -138,9 +138,8 @@ class Release:
             if self._begun:
                 return
             self._begun = True
-            if not self._inside_step:  # in `optimizer.step`, torch has just run them
-                for hook in [*_global_optimizer_pre_hooks.values(), *self._pre_hooks.values()]:
-                    hook(self._optimizer, (self._optimizer,), {})
+            for hook in [*_global_optimizer_pre_hooks.values(), *self._pre_hooks.values()]:
+                hook(self._optimizer, (self._optimizer,), {})
             self._rates = [_known_rate(group) for group in self._optimizer.param_groups]
 
     @torch.no_grad()
@@ -216,18 +215,22 @@ class Release:
         """Ends the iteration by the optimizer's own step, in which no parameter of the model has a gradient."""
         hidden: list[tuple[dict[int, Any], dict[int, Any]]] = []
         try:
+            loss = None
+            if closure is not None:  # its backward begins the iteration, and steps
+                with torch.enable_grad():
+                    loss = closure()
             if self._begun:
                 self._refuse_changes(grad_scaler)
                 # The pre-hooks ran when the iteration began. Handles refer to their dicts, which are emptied therefore.
                 hidden = [(hooks, dict(hooks)) for hooks in (_global_optimizer_pre_hooks, self._pre_hooks)]
                 for hooks, _ in hidden:
                     hooks.clear()
-            self._inside_step = True
-            return self._ordinary_step() if closure is None else self._ordinary_step(closure)
+            result = self._ordinary_step()
+            return result if closure is None else loss
         finally:
             for hooks, kept in hidden:
                 hooks.update(kept)
-            self._begun = self._inside_step = False
+            self._begun = False
             self._stepped.clear()
 
     def _refuse_changes(self, grad_scaler: Any) -> None:

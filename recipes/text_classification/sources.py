@@ -185,11 +185,15 @@ def _classes(train: Sequence[str], val: Sequence[str], declared: Sequence[str] |
     strange = validated.keys() - found.keys()
     if strange:
         shown = ", ".join(f"{name!r} ({validated[name]} rows)" for name in sorted(strange)[:SHOWN])
-        hint = "; values to predict need data.source.regression=true" if _are_values(strange) else ""
-        raise ConfigError(f"data: {len(strange)} labels of validation are in no training row: {shown}{hint}")
+        raise ConfigError(f"data: {len(strange)} labels of validation are in no training row: {shown}{_hint(strange)}")
     if declared is not None:
         return tuple(declared)
     return tuple(sorted(found, key=lambda name: (not is_number(name), int(name) if is_number(name) else 0, name)))
+
+
+def _hint(names: Iterable[str]) -> str:
+    """The end of a message about labels that may be values to predict."""
+    return "; values to predict need data.source.regression=true" if _are_values(names) else ""
 
 
 def _are_values(names: Iterable[str]) -> bool:
@@ -442,7 +446,7 @@ def some_held_out(rows: list[Row], fraction: float, pairs: bool, regression: boo
         if not free:
             raise ConfigError(
                 f"data: none of the {len(usable)} usable rows can be held out for validation, since each is the only "
-                "text of its class; give more rows, or a validation file as data.val_path="
+                f"text of its class; give more rows, or a validation file as data.val_path={_hint(texts)}"
             )
         held = {min(free, key=digest)}
     sides: tuple[list[Row], list[Row]] = ([], [])

@@ -118,7 +118,7 @@ PLACED = {
     (*TEXT_FILES, "data.path=PLACES/images/a/0.png"): ("0.png is not UTF-8", "is it a text file?"),
     (*TEXT_FILES, "data.path=PLACES/texts"): ("fills no block", "give more text"),
     (*TABLE, "data.path=PLACES/texts"): ("data.path=", "no train* file", ".csv"),
-    (*TABLE, "data.path=PLACES/values.csv"): ("in no training row", "data.source.regression=true"),
+    (*TABLE, "data.path=PLACES/values.csv"): ("only text of its class", "data.source.regression=true"),
     (*TABLE, "data.path=PLACES/renamed.csv"): ("no column label", "text, class", "data.source.label_column"),
     (*IMAGES, "model=bert_mini"): ("recipe=image_classification", "not bert", "try model=vit_micro"),
     (*IMAGES, "resume=PLACES/nowhere.ckpt"): ("nowhere.ckpt", "no such checkpoint file"),
