@@ -241,7 +241,8 @@ class LionGuard(Callback):
         self.recovery.module = pl_module
         if loaded is not None and self._restore(loaded):
             if len(self.monitors) == 1:  # the state of a guard that was off is older than the run
-                self.steps = self.warmup.step = max(self.steps, trainer.global_step)
+                missed = max(0, trainer.global_step - self.steps)
+                self.steps, self.warmup.step = self.steps + missed, self.warmup.step + missed
             # A number of steps that was given counts, even if the checkpoint has another.
             is_number = self.warmup_steps is not None and not 0 < self.warmup_steps < 1
             if is_number and length != self.warmup.warmup_steps:
@@ -361,8 +362,10 @@ class LionGuard(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._end_warmups()
-        self._leave(trainer)
+        try:
+            self._leave(trainer)
+        finally:
+            self._end_warmups()
         self._stage = None
 
     @override
@@ -370,8 +373,10 @@ class LionGuard(Callback):
         """Detaches, as Lightning calls no teardown then. A state loaded for this run is not of the next one."""
         if self._stage == "fit":
             self._loaded = None
-        self._end_warmups()
-        self._leave(trainer)
+        try:
+            self._leave(trainer)
+        finally:
+            self._end_warmups()
 
     @harmless
     def _leave(self, trainer: Trainer) -> None:
@@ -461,7 +466,13 @@ class LionGuard(Callback):
         """Copies and pickles have the settings and the state, but no hooks on anybody's optimizer."""
         # Lightning sets "log" and "log_dict", bound methods of the module.
         state = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
-        state |= {"monitors": [], "_telemetry": None, "losses": Losses(), "recovery": self._new_recovery()}
+        state |= {
+            "monitors": [],
+            "_warming": [],
+            "_telemetry": None,
+            "losses": Losses(),
+            "recovery": self._new_recovery(),
+        }
         state["_loaded"] = self.state_dict() if self.monitors else self._loaded
         return state
 

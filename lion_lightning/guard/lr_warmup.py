@@ -88,7 +88,7 @@ class WarmupHook:
 
     An exception between the hooks leaves the scaled rates in the groups; the next step restores the true ones before
     it scales them again, and so does `remove`. Groups without a rate, such as those of Adafactor, are left alone.
-    A rate that the step's closure sets is scaled and kept.
+    A rate that the step's closure sets is scaled and kept; one that a hook sets after the step is kept.
 
     Args:
         optimizer: of torch or with torch's hooks.
@@ -119,12 +119,10 @@ class WarmupHook:
             handle.remove()
 
     def _begin(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        """Scales the rates; where the step has a closure to run first, after each run of it."""
+        """Scales the rates for the step, but not for its closure."""
         self._is_in_step = True
-        changed = with_closure(args, kwargs, self._scaling)
-        if changed is None:
-            self._scale()
-        return changed
+        self._scale()  # some, such as LBFGS, read the rate before they run the closure
+        return with_closure(args, kwargs, self._scaling)
 
     def _scaling(self, closure: Callable[[], Any]) -> Any:
         self._restore()
@@ -148,8 +146,8 @@ class WarmupHook:
         self._is_in_step = False
 
     def _restore(self) -> None:
-        for group, rate in zip(self.optimizer.param_groups, self._true_rates, strict=False):
-            if rate is not None:
+        for group, rate, applied in zip(self.optimizer.param_groups, self._true_rates, self.applied, strict=False):
+            if rate is not None and not _differs(group.get("lr"), applied):
                 _assign(group, rate)
         self._true_rates = []
 
@@ -169,6 +167,15 @@ def with_closure(args: Any, kwargs: Any, run: Callable[[Callable[[], Any]], Any]
         return None
     changed = functools.partial(run, closure)
     return (args, {**kwargs, "closure": changed}) if "closure" in kwargs else ((args[0], changed, *args[2:]), kwargs)
+
+
+def _differs(rate: float | Tensor | None, applied: float | Tensor | None) -> bool:
+    """Whether somebody has set a rate since it was scaled. A tensor of an accelerator is not waited for."""
+    if rate is None or applied is None:
+        return rate is not applied
+    if isinstance(rate, Tensor) and rate.device.type != "cpu":
+        return False
+    return float(rate) != float(applied)
 
 
 def _copy(rate: float | Tensor | None) -> float | Tensor | None:

@@ -271,11 +271,12 @@ class Recovery:
 
     def treat(self, symptom: Symptom, step: int, monitor: GatedRules) -> Treated:
         """Chooses the remedy for a symptom of a step of `monitor` and carries it out."""
-        level = self.policy.level
+        level, last_escalation = self.policy.level, self.policy.last_escalation
         remedy = self.policy.remedy(symptom.kind, step)
         kept = None
         if self.is_ending and remedy in REWINDS and symptom.kind == "divergence":
             remedy = Remedy.NEW_LEVEL  # no step is left to show whether a rewind helps
+            self.policy.level, self.policy.last_escalation = level, last_escalation
         if remedy is Remedy.REPAIR or remedy in REWINDS:
             older = remedy is Remedy.REWIND_AT_HALF_RATE
             kept = self.ring.newest if remedy is Remedy.REPAIR else self.ring.proven(step, older)
@@ -335,8 +336,9 @@ class Recovery:
             step: optimizer steps so far.
             trusted: the state that training starts from.
         """
+        first = trusted and not self.ring.ring  # there is nothing else to go back to
         restores = self.policy.on_divergence == "recover" and not self.ignored >= RESTORED
-        if restores and self.ring.is_due(step) and not self._saw_nonfinite() and (trusted or self._is_settled()):
+        if restores and self.ring.is_due(step) and not self._saw_nonfinite() and (first or self._is_settled()):
             rules = [monitor.rules_state() for monitor in self.monitors]
             if self.acts:
                 self.ring.ring.append(Snapshot.of_run(step, self.module, self.optimizers, rules, trusted))
@@ -368,7 +370,7 @@ class Recovery:
         trial = self.trial.state_dict() if snapshots and self.trial is not None else None
         return {
             "policy": self.policy.state_dict(),
-            "snapshots": self.ring.state_dict() if snapshots else [],
+            "snapshots": self.ring.state_dict() if snapshots and self.acts else [],
             "trial": trial,
         }
 

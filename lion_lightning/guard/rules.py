@@ -10,6 +10,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from typing_extensions import override
+
 
 @dataclass(frozen=True)
 class Thresholds:
@@ -373,6 +375,11 @@ class RuleSet(Stateful):
         self.last_outlier = -math.inf
         self.nonfinite_in_a_row = self.clipped = self.skipped = self.bad_losses = self.steps = 0
         self.first_bad_losses: list[int] = []
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.last_outlier = min(self.last_outlier, self.steps)  # older checkpoints have the step of the run
 
     def observe(self, reading: Reading) -> list[Symptom]:
         """The symptoms in the next step's reading, in the order in which they should be acted on."""

@@ -130,16 +130,13 @@ def restore(
     """
     left = []
     tensors = [*_params_of(module)] if params else []
-    tensors += [pair for pair in _buffers_of(module) if buffers or _nonfinite(pair[1]) is not None]
+    tensors += [pair for pair in _buffers_of(module) if buffers or nonfinite(pair[1]) is not None]
     for name, tensor in tensors:
         kept = snapshot.tensors.get(name)
-        if kept is None or kept.shape != tensor.shape:
+        if kept is None or kept.shape != tensor.shape or _is_expanded(tensor):
             left.append(name)
-            continue
-        try:
+        else:
             tensor.copy_(kept, non_blocking=True)
-        except RuntimeError:  # its elements share memory, as after `expand`
-            left.append(name)
     for optimizer, saved in zip(optimizers, snapshot.optimizers, strict=False):
         for index, param in enumerate(_params(optimizer)):
             if index < saved["params"]:
@@ -172,13 +169,20 @@ def repair(snapshot: Snapshot, module: nn.Module, optimizers: Sequence[Optimizer
                     pairs.append((here, torch.zeros_like(here) if before is None else before))
     count = 0
     for tensor, before in pairs:
-        if tensor.shape == before.shape and (sick := _nonfinite(tensor)) is not None:
+        if tensor.shape == before.shape and (sick := nonfinite(tensor)) is not None:
             count += int(sick.sum())
             tensor.copy_(torch.where(sick, before.to(tensor.device), tensor))
     return count
 
 
-def _nonfinite(tensor: Tensor) -> Tensor | None:
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether elements share memory, as after `expand`: such a tensor cannot be written."""
+    if tensor.layout is not torch.strided:
+        return False
+    return any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def nonfinite(tensor: Tensor) -> Tensor | None:
     """Where a tensor is not finite, bool of its shape; None if it is nowhere, or is of a kind that cannot tell.
 
     Sparse and quantized tensors and those of 8-bit floats cannot.

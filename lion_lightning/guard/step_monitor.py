@@ -14,6 +14,7 @@ from lion_lightning.guard.gate import Gate, Verdict
 from lion_lightning.guard.lr_warmup import LinearWarmup, WarmupHook, with_closure
 from lion_lightning.guard.rules import FACTS, SUMS, UPDATE_SUMS, VERDICT, Reading, RuleSet, Thresholds, unpack
 from lion_lightning.guard.sampled_coordinates import SampledCoordinates
+from lion_lightning.guard.snapshots import nonfinite
 from lion_lightning.optim import Lion, layout
 
 Reduce = Callable[[Tensor], Tensor]
@@ -392,7 +393,7 @@ class StepMonitor(GatedRules):
         """Whether every weight and all optimizer state of this process is finite; waits for the device."""
         state = (value for param in self._params() for value in self.optimizer.state.get(param, {}).values())
         tensors = [layout.local(value) for value in (*self._params(), *state) if isinstance(value, Tensor)]
-        return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point())
+        return all(nonfinite(tensor) is None for tensor in tensors)
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.optimizer.param_groups for param in group["params"]]

@@ -92,6 +92,38 @@ def test_a_closure_that_is_run_several_times_runs_with_the_true_rate_each_time()
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
+def test_an_optimizer_that_reads_its_rate_before_the_closure_is_warmed_up_too():
+    moved = []
+    for steps in (0, 1000):
+        parameter = nn.Parameter(torch.full((1,), 3.0))
+        optimizer = LBFGS([parameter], lr=1.0, max_iter=1)
+        WarmupHook(optimizer, LinearWarmup(steps))
+
+        def closure(parameter=parameter, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = (parameter**2).sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        moved.append(3.0 - float(parameter.detach()))
+    assert moved[1] == pytest.approx(moved[0] / 1000, rel=1e-3)
+
+
+def test_a_rate_that_a_hook_after_the_step_sets_is_kept():
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = SGD([parameter], lr=1.0)
+
+    def halve(optimizer, *_):
+        optimizer.param_groups[0]["lr"] = 0.5
+
+    optimizer.register_step_post_hook(halve)
+    WarmupHook(optimizer, LinearWarmup(10))
+    parameter.grad = torch.ones(1)
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
 def rates_of(make_scheduler, warmup_steps, steps=STEPS, tensor_rate=False):
     """(rates seen inside each step, rates in the groups after each step)"""
     parameter = nn.Parameter(torch.ones(1))

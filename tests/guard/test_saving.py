@@ -1,5 +1,7 @@
 """What the guard lets be saved, and how a run ends under it: a healthy run loses nothing."""
 
+import pickle
+
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -104,6 +106,49 @@ def test_the_warm_up_of_a_guard_that_turned_itself_off_goes_on_and_is_not_repeat
     trainer(guard, Applied(), max_epochs=3).fit(Task(), ckpt_path=tmp_path / "off.ckpt", weights_only=False)
     assert set(rates) == {1e-3}
     assert guard.steps == 3 * BATCHES
+
+
+def test_a_guard_that_is_off_can_be_copied_and_leaves_the_optimizer_as_it_was_found():
+    class Copies(Callback):
+        def on_train_end(self, trainer, pl_module):
+            assert guard.is_off
+            assert not pickle.loads(pickle.dumps(guard)).monitors
+
+    guard = LionGuard(warmup_steps=100)
+
+    run = trainer(Odd(guard), guard, Copies())
+    run.fit(Task())
+    optimizer = run.optimizers[0]
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+class Odd(Callback):
+    """Turns a guard off in the middle of its warm-up."""
+
+    def __init__(self, guard):
+        self.guard = guard
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 4:
+            self.guard.turn_off("an odd batch")
+
+
+def test_an_error_at_the_guards_own_end_leaves_the_optimizer_as_it_was_found(tmp_path):
+    class Broken(Task):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 5:
+                guard.trace.flush = lambda: (_ for _ in ()).throw(OSError("the disk is full"))
+                raise RuntimeError("the run breaks")
+            return super().training_step(batch, batch_idx)
+
+    guard = LionGuard(warmup_steps=100, trace=tmp_path / "guard.csv")
+    run, module = trainer(guard), Broken()
+    with pytest.raises(RuntimeError, match="the run breaks"):
+        run.fit(module)
+    assert run.optimizers[0].param_groups[0]["lr"] == 1e-3
+    assert not run.optimizers[0]._optimizer_step_pre_hooks
 
 
 @pytest.mark.parametrize("end", [319, 320, 321, 322])
