@@ -136,11 +136,6 @@ class Rate(LambdaLR):
 class RateAndDecay(Rate):
     """Multiplies the weight decay of each group by the factor of its learning rate."""
 
-    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
-        for group in optimizer.param_groups:
-            group.setdefault("initial_decay", group.get("weight_decay", 0.0))
-        super().__init__(optimizer, factor)
-
     @override
     def step(self, epoch: int | None = None) -> None:
         super().step(epoch)

@@ -82,7 +82,7 @@ def read_table(file: Path, columns: Columns, by_name: bool = True, hint: str = T
         ConfigError: a column is missing, the file is not UTF-8, or its content does not fit its ending.
     """
     names = declared_names(file, columns.label) if by_name else None
-    with _one_error(file):
+    with reading(file):
         header, rows = READERS[suffix_of(file)](file)
         missing = [name for name in columns.wanted() if name not in header]
         if missing:
@@ -110,7 +110,7 @@ def read_table(file: Path, columns: Columns, by_name: bool = True, hint: str = T
 
 
 @contextmanager
-def _one_error(file: Path) -> Iterator[None]:
+def reading(file: Path) -> Iterator[None]:
     """Whatever the readers raise for the content of `file` becomes a ConfigError."""
     try:
         yield
@@ -127,7 +127,7 @@ def _clean(cell: Any) -> Any:
 
 def columns_of(file: Path) -> Sequence[str]:
     """The names in the header of a table; ConfigError if it cannot be read."""
-    with _one_error(file):
+    with reading(file):
         return READERS[suffix_of(file)](file)[0]
 
 
@@ -135,7 +135,7 @@ def declared_names(file: Path, label: str) -> tuple[str, ...] | None:
     """The names that a parquet file of the hub declares for the classes in its column `label`; None without any."""
     if file.suffix.lower() != ".parquet":
         return None
-    with _one_error(file):
+    with reading(file):
         feature = Features.from_arrow_schema(pyarrow.parquet.read_schema(file)).get(label)
     return tuple(feature.names) if isinstance(feature, ClassLabel) else None
 

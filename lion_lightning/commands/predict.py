@@ -2,9 +2,7 @@
 
 import json
 import tempfile
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -17,10 +15,10 @@ from transformers import AutoConfig, AutoImageProcessor, pipeline
 
 from lion_lightning.commands.evaluate import checkpoint_at, configuration_of, folder_of, is_export, trained
 from lion_lightning.errors import ConfigError
-from lion_lightning.recipes.files import conversion_of, existing, is_hidden, list_files, one_line
+from lion_lightning.recipes.files import existing, is_hidden, list_files, one_line
 from lion_lightning.recipes.image_classification import airbench, cifar_resnet  # noqa: F401 (tells transformers of them)
 from lion_lightning.recipes.image_classification.images import read
-from lion_lightning.recipes.tables import READERS, Columns, columns_of, read_table, suffix_of
+from lion_lightning.recipes.tables import READERS, Columns, columns_of, read_table, reading, suffix_of
 from lion_lightning.training import build
 from lion_lightning.training.logging_setup import quiet_libraries
 from lion_lightning.training.report import near, show
@@ -130,37 +128,19 @@ def _texts(file: Path, task: str) -> Iterator[Input]:
         raise ConfigError(f"input={file}: texts are a file that ends in .txt, {', '.join(READERS)}")
     if file.suffix.lower() == ".txt":
         return _usable_texts(_lines(file))
-    with _reading(file):
-        header = columns_of(file)
+    header = columns_of(file)
     second = "text_pair" if "text_pair" in header and task == "text-classification" else None
     for name in ("text", second):
         if name and header.count(name) != 1:
             wrong = "are several columns" if name in header else "is no column"
             raise ConfigError(f"input={file}: there {wrong} {name}; there are {', '.join(map(str, header))}")
-    return _usable_texts(_rows(file, Columns("text", "text", second)))
-
-
-@contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """Turn what is raised on a file that cannot be read into a ConfigError that names it."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"input={file} is not UTF-8; {conversion_of(file)}") from error
-    except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f"input={file} cannot be read: {one_line(error)}") from error
+    rows = read_table(file, Columns("text", "text", second), by_name=False)
+    return _usable_texts((row.text, row.second) for row in rows)
 
 
 def _lines(file: Path) -> Iterator[tuple[str, None]]:
-    with _reading(file), file.open(encoding="utf-8-sig") as lines:
+    with reading(file), file.open(encoding="utf-8-sig") as lines:
         yield from ((line.rstrip("\n"), None) for line in lines)
-
-
-def _rows(file: Path, columns: Columns) -> Iterator[tuple[Any, Any]]:
-    with _reading(file):
-        yield from ((row.text, row.second) for row in read_table(file, columns, by_name=False))
 
 
 def _usable_texts(pairs: Iterator[tuple[Any, Any]]) -> Iterator[Input]:

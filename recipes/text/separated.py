@@ -3,8 +3,6 @@
 Here every text is as it was written, the words NA and null included, or its row is named in an error.
 """
 
-import csv
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +13,8 @@ from datasets.builder import Key
 
 from lion_lightning.errors import ConfigError
 
-from ..files import conversion_of, fingerprint_of, one_line, without_surrogates
-from ..tables import READERS, suffix_of
+from ..files import fingerprint_of, without_surrogates
+from ..tables import READERS, reading, suffix_of
 
 SEPARATORS = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
 NO_OPTIONS = {"name", "version", "description", "data_dir", "data_files", "sep"}  # change nothing of how a row is read
@@ -75,7 +73,7 @@ def read_column(file: Path, column: str) -> Iterator[str]:
         ConfigError: the column is missing or there twice, a row has more or fewer fields than the header, or the file
             cannot be read.
     """
-    try:
+    with reading(file):
         header, rows = READERS[suffix_of(file)](file)
         if header.count(column) != 1:
             wrong = "there twice" if column in header else "not"
@@ -88,8 +86,3 @@ def read_column(file: Path, column: str) -> Iterator[str]:
                     f"{file}: row {number} after the header has {len(row)} fields, the header {len(header)}{hint}"
                 )
             yield without_surrogates(row[place])
-    except UnicodeDecodeError as error:
-        advice = "convert it first" if file.suffix.lower() == ".gz" else conversion_of(file)
-        raise ConfigError(f"{file} is not UTF-8 (byte 0x{error.object[error.start]:02x}); {advice}") from error
-    except (csv.Error, OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f"{file} cannot be read: {one_line(error)}") from error

@@ -153,7 +153,7 @@ def test_what_turns_out_unreadable_leaves_no_predictions_that_seem_whole(
 ) -> None:
     file, out = tmp_path / "late.txt", tmp_path / "out"
     file.write_bytes(b"the [MASK] sat\n" * 2000 + b"caf\xe9")
-    with pytest.raises(ConfigError, match=r"late.txt is not UTF-8; it looks like .*iconv"):
+    with pytest.raises(ConfigError, match=r"late.txt is not UTF-8 \(byte 0xe9\); it looks like .*iconv"):
         predict(compose(f"ckpt={masked}", f"input={file}", f"run_dir={out}"))
     assert len((out / "predictions.unfinished").read_text().splitlines()) > 100
     assert not (out / "predictions.jsonl").exists()
