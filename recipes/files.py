@@ -1,5 +1,6 @@
 """Files of data from outside, for every recipe: listed, accounted for, and identified for the cache."""
 
+import codecs
 import os
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,7 +10,8 @@ import charset_normalizer
 
 from lion_lightning.errors import ConfigError
 
-SAMPLE_BYTES = 2**20
+SAMPLE_BYTES = CHARACTERS_PER_READ = 2**20
+NAMED = 5  # most files that an error names, besides the first, as not UTF-8 either
 ICONV_NAMES = {  # where it is not Python's name in capitals with hyphens
     "latin_1": "LATIN1", "mac_roman": "MACINTOSH", "mac_latin2": "MAC-CENTRALEUROPE", "mac_iceland": "MAC-IS",
     "utf_16_be": "UTF-16BE", "utf_16_le": "UTF-16LE", "utf_32_be": "UTF-32BE", "utf_32_le": "UTF-32LE",
@@ -120,6 +122,44 @@ def check_fraction(fraction: float) -> float:
     if not 0 < fraction < 1:
         raise ConfigError(f"data.val_fraction must be between 0 and 1, got {fraction}")
     return fraction
+
+
+def pieces_of(file: Path) -> Iterator[str]:
+    """The text of a UTF-8 file in pieces of up to a million characters, without a byte order mark."""
+    with file.open(encoding="utf-8-sig") as text:
+        while piece := text.read(CHARACTERS_PER_READ):
+            yield piece
+
+
+def is_utf8(file: Path) -> bool:
+    """Whether a file is UTF-8; True where it cannot be read."""
+    try:
+        return all(pieces_of(file))
+    except UnicodeDecodeError:
+        return False
+    except OSError:  # reported when the file itself is read
+        return True
+
+
+def not_utf8(file: Path, others: Sequence[Path] = ()) -> ConfigError:
+    """The error that names the first byte of `file` that is not UTF-8, and which of the others are not UTF-8 either."""
+    wrong = [os.path.relpath(other, file.parent) for other in others if not is_utf8(other)]
+    more = f"; nor {'is' if len(wrong) == 1 else 'are'} {', '.join(wrong[:NAMED])}" if wrong else ""
+    more += f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    done = 0
+    with file.open("rb") as raw:
+        while True:
+            piece = raw.read(CHARACTERS_PER_READ)
+            begun = len(decoder.getstate()[0])  # bytes of a character that the last piece cut
+            try:
+                decoder.decode(piece, final=not piece)
+            except UnicodeDecodeError as error:
+                place, byte = done - begun + error.start, error.object[error.start]
+                return ConfigError(f"{file} is not UTF-8 (byte {place} is 0x{byte:02x}); {conversion_of(file)}{more}")
+            if not piece:
+                return ConfigError(f"{file} changed while it was read")
+            done += len(piece)
 
 
 def conversion_of(file: Path) -> str:

@@ -9,8 +9,9 @@ import numpy as np
 
 from lion_lightning.errors import ConfigError
 
-from ..files import fingerprint_of
-from .corpus import Corpus, account_of, find_files, join_rows, load, not_utf8, passages, reading
+from ..files import fingerprint_of, not_utf8
+from .corpus import Corpus, find_files, passages
+from .hub import account_of, join_rows, load, reading
 
 CHUNK_BYTES = 2**17
 CUT_WITHIN_BYTES = 2**16  # a chunk ends at the first good place within this many bytes

@@ -10,6 +10,7 @@ import pytest
 
 import lion_lightning.recipes.text.corpus as corpus_module
 from lion_lightning.errors import ConfigError
+from lion_lightning.recipes import files
 from lion_lightning.recipes.text.corpus import PythonDocs, TextFiles, is_held_out, passages
 
 
@@ -163,7 +164,7 @@ def test_where_a_text_is_cut_for_reading_changes_nothing(prose: Path, piece: int
 
 def test_one_enormous_line_is_cut_and_nothing_of_it_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus_module, "MAX_PARAGRAPH_CHARACTERS", 1000)
-    monkeypatch.setattr(corpus_module, "CHARACTERS_PER_READ", 300)
+    monkeypatch.setattr(files, "CHARACTERS_PER_READ", 300)
     for text in ("word " * 5000, "x" * 25_000):
         (tmp_path / "line.txt").write_text(text)
         found = read(tmp_path)
@@ -184,7 +185,7 @@ def test_all_files_that_are_not_utf8_are_told_at_once(tmp_path: Path) -> None:
 
 
 def test_the_byte_is_counted_from_the_beginning_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_module, "CHARACTERS_PER_READ", 64)
+    monkeypatch.setattr(files, "CHARACTERS_PER_READ", 64)
     for place in (0, 63, 64, 1000):
         (tmp_path / "bad.txt").write_bytes("é".encode() * (place // 2) + b"a" * (place % 2) + b"\xff rest")
         with pytest.raises(ConfigError, match=rf"\(byte {place} is 0xff\)"):
