@@ -419,7 +419,7 @@ class LionGuard(Callback):
             **metrics(self.monitors, self._latest),
             **{name: value for name, value in self._lion_metrics.items() if name not in NOT_LOGGED},
             "guard/effective_batch_size": self.batch.last,
-            "guard/events": len(self.events),
+            "guard/events": sum(event.step > 0 for event in self.events),  # a note on settings is not of a step
             "guard/recoveries": self.recovery.policy.level,
         }
         if math.isfinite(self.noise.value):

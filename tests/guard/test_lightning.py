@@ -254,6 +254,14 @@ def test_accumulation_is_not_promised_beside_a_callback_that_schedules_it():
         fit(Student(), guard, callbacks=[guard, GradientAccumulationScheduler({0: 1})])
 
 
+def test_notes_on_settings_are_not_events_of_the_training():
+    """Pictures mark the steps at which the count rises."""
+    guard = cold(min_batch_size=2 * BATCH)
+    trainer = fit(Student(), guard, batches=5)
+    assert [(event.step, event.kind) for event in guard.events] == [(0, "batch_size")]
+    assert trainer.logger.latest["guard/events"] == 0
+
+
 def test_too_small_a_batch_may_be_an_error():
     guard = cold(on_small_batch="error", min_batch_size=200)
     with pytest.raises(ValueError, match=r"effective batch is 64 samples, below min_batch_size=200"):
