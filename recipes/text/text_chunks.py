@@ -10,7 +10,7 @@ import numpy as np
 from lion_lightning.errors import ConfigError
 
 from ..files import fingerprint_of, not_utf8
-from .corpus import Corpus, find_files, passages
+from .corpus import ROWS_PER_READ, Corpus, find_files, passages
 from .hub import account_of, join_rows, load, reading
 
 CHUNK_BYTES = 2**17
@@ -138,7 +138,9 @@ class HubChunks(TextChunks):
 
     def documents(self, chunk: int) -> Iterator[str]:
         left = MAX_CHUNK_CHARACTERS
-        rows = (row[self.column] for row in self.data.shard(len(self), chunk))
+        # `iter(rows)` and not `for row in`: in a loading process that leaves all but the first process without rows.
+        batches = self.data.shard(len(self), chunk).iter(ROWS_PER_READ)
+        rows = (row for batch in batches for row in batch[self.column])
         with reading(self.label, self.path, self.config):
             for document in join_rows(rows, self.document_start):
                 left -= len(document)

@@ -294,6 +294,11 @@ def test_a_stream_from_a_dataset_resumes_too(hub_folder: Path, cache: str, worke
     assert plain(iter(resumed)) == batches[13:]
 
 
+def test_every_loading_process_reads_its_rows_of_a_dataset(hub_folder: Path, cache: str) -> None:
+    alone, shared = (streamed(cache, hub=str(hub_folder), num_workers=workers) for workers in (0, 2))
+    assert plain(iter(shared.train_dataloader())) == plain(iter(alone.train_dataloader()))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bytes_that_are_no_text_are_told_in_one_line(library: Path, cache: str, tmp_path: Path, workers: int) -> None:
     file = tmp_path / "bad.txt"
