@@ -187,6 +187,6 @@ def replacement_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 def starts_word(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Which tokens begin a word, by the marks of WordPiece, byte-level BPE or SentencePiece: bool (vocabulary,)."""
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    if any(piece.startswith(BEGINS) for piece in pieces) and not any(piece.startswith(CONTINUES) for piece in pieces):
-        return torch.tensor([piece.startswith(BEGINS) for piece in pieces])
-    return torch.tensor([not piece.startswith(CONTINUES) for piece in pieces])
+    begin, go_on = ([piece.startswith(mark) for piece in pieces] for mark in (BEGINS, CONTINUES))
+    # A few pieces may look like the other mark: RoBERTa's and ModernBERT's vocabularies have the headings ## and ###.
+    return torch.tensor(begin if sum(begin) > sum(go_on) else [not found for found in go_on])

@@ -14,7 +14,7 @@ from lion_lightning.errors import ConfigError
 from lion_lightning.recipes.bert_mlm.data import TextBlocks
 from lion_lightning.recipes.bert_mlm.masking import IGNORED
 from lion_lightning.recipes.text.corpus import TextFiles
-from lion_lightning.recipes.text.tokenizer import load_masking_tokenizer, replacement_ids, special_tokens
+from lion_lightning.recipes.text.tokenizer import load_masking_tokenizer, replacement_ids, special_tokens, starts_word
 from lion_lightning.training.run import run
 from tests.recipes.small_bert import build
 
@@ -79,6 +79,17 @@ def test_places_that_a_wordpiece_vocabulary_keeps_free_are_not_drawn(tmp_path: P
     assert tokenizer.convert_ids_to_tokens(list(range(11))) == pieces
     assert special_tokens(tokenizer).nonzero().flatten().tolist() == [0, 3, 4, 5, 6]
     assert replacement_ids(tokenizer).tolist() == [8, 9, 10]
+
+
+def test_a_piece_that_looks_like_wordpiece_changes_nothing_of_where_words_begin(documents: list[str]) -> None:
+    """RoBERTa's and ModernBERT's vocabularies have `##` and `###` of Markdown."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator([*documents, "## Title\n\n" * 99], trainers.BpeTrainer(vocab_size=400))
+    named = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    begins = starts_word(named)
+    assert begins[named.convert_tokens_to_ids("Ġthe")]
+    assert not begins[named.convert_tokens_to_ids(["##", "s", "."])].any()
 
 
 def test_blocks_are_made_of_the_tokenizers_own_ids(data: TextBlocks) -> None:
