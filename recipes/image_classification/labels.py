@@ -97,6 +97,12 @@ def pictures_of(
     train = _pictures(read["train"], classes, "train")
     if "val" in read:
         val = _pictures(read["val"], classes, "validation")
+        if not np.isin(val.labels, train.labels).any():
+            found = [[classes[label] for label in np.unique(split.labels)] for split in (val, train)]
+            raise ConfigError(
+                f"no validation image has a class of training: they have {listed(found[0])}, those of training "
+                f"{listed(found[1])}"
+            )
     else:
         kept, held = held_out(len(train), val_fraction)
         train, val = train.subset(kept), train.subset(held)

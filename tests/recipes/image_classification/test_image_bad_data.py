@@ -177,6 +177,15 @@ def test_a_class_without_training_images_is_told(tmp_path: Path) -> None:
     assert told["only in validation"] == "dog (2 images)"
 
 
+def test_a_validation_set_without_a_class_of_training_is_an_error(tmp_path: Path) -> None:
+    """Tiny ImageNet has `train/CLASS/images/0.png` but `val/images/0.png`, and its labels in a text file."""
+    write_folder(tmp_path / "train", {"cat": 4, "dog": 4})
+    (tmp_path / "val" / "images").mkdir(parents=True)
+    picture("cat").save(tmp_path / "val" / "images" / "0.png")
+    with pytest.raises(ConfigError, match=r"no validation image has a class of training: .* images, .* dog"):
+        load(tmp_path)
+
+
 def test_a_class_whose_pictures_are_all_broken_is_told(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", {"cat": 4, "dog": 4, "owl": 1})
     write_folder(tmp_path / "val", {"cat": 1, "dog": 1})
