@@ -70,10 +70,10 @@ class ImageFiles:
     """Pictures on disk: a folder with one folder per class, or parquet files as the Hugging Face hub writes them.
 
     Folders directly in `path` are the splits if all that hold images have names in `SPLITS` (train, val, test, ...) and
-    one is for training; otherwise they are classes. A class is the path of its folder. A `metadata.csv`, `.jsonl` or
-    `.parquet` in `path` or a split folder may give the labels instead, by `file_name`. The split of a parquet file is
-    a word in its name or that of its folder. Without a validation set a fixed share of the training set is held out.
-    Every file is used or reported.
+    one is for training; otherwise they are classes. The same holds one folder deeper where `path` has but that one. A
+    class is the path of its folder. A `metadata.csv`, `.jsonl` or `.parquet` in `path` or a split folder may give the
+    labels instead, by `file_name`. The split of a parquet file is a word in its name or that of its folder. Without a
+    validation set a fixed share of the training set is held out. Every file is used or reported.
 
     Args:
         path: the folder, or one parquet file.
@@ -130,7 +130,8 @@ class ImageFiles:
         self.files = parquet or (self.found if is_file else images)
         if not self.files:
             raise ConfigError(f"data.path={self.path}: no parquet file and no image in it")
-        self.empty = [] if self.is_parquet else folders_without(images, self.folder)
+        self.root = self.folder if self.is_parquet else self._top(images)
+        self.empty = [] if self.is_parquet else folders_without(images, self.root)
         if bad := next(
             (file for file in (*self.found, *self.empty) if without_surrogates(str(file)) != str(file)), None
         ):
@@ -143,6 +144,17 @@ class ImageFiles:
             "images beside parquet files": images if self.is_parquet else [],
             "no images": [file for file in there if file not in known],
         }
+
+    def _top(self, images: Sequence[Path]) -> Path:
+        """The folder of the splits or classes: `folder`, or one below it that alone has images, as in an archive."""
+        direct, labelled = ({file.parent for file in files} for files in (images, self.metadata))
+        top = self.folder
+        while top not in direct | labelled:
+            below = {top / folder.relative_to(top).parts[0] for folder in direct}
+            if len(below) > 1 or below & (direct - labelled) or min(below).name.lower() in SPLITS:
+                break
+            top = below.pop()
+        return top
 
     def fingerprint(self) -> str:
         settings = f"{self.image_size} {self.val_fraction} {self.max_broken} {self.label} {self.split_folders}"
@@ -219,7 +231,7 @@ class ImageFiles:
         """The pictures of each split with the names of their classes, from their folders or from metadata."""
         tops: dict[str, list[Path]] = {}
         for file in self.files:
-            inside = file.relative_to(self.folder).parts
+            inside = file.relative_to(self.root).parts
             tops.setdefault(inside[0] if len(inside) > 1 else "", []).append(file)
         splits = {top: SPLITS.get(top.lower()) for top in tops if top}
         by_name = bool(splits) and all(splits.values()) and "train" in splits.values()
@@ -240,7 +252,7 @@ class ImageFiles:
                 )
             roots = {"train": {"": self.files}}
         labels = {
-            split: [pair for top, files in found.items() for pair in self._labelled(self.folder / top, files, unused)]
+            split: [pair for top, files in found.items() for pair in self._labelled(self.root / top, files, unused)]
             for split, found in roots.items()
         }
         shortened = _short_names({name for found in labels.values() for _, name in found if isinstance(name, tuple)})
@@ -275,9 +287,9 @@ class ImageFiles:
     def _read_metadata(self, root: Path) -> tuple[Path, dict[str, str] | None]:
         """The folder whose metadata labels the images below `root`, and label by path below that folder, None without.
 
-        It is `root`, or `path` if the metadata there names images in the folders of splits.
+        It is `root`, or the one above if the metadata there names images in the folders of splits.
         """
-        for folder in dict.fromkeys((root, self.folder)):
+        for folder in dict.fromkeys((root, self.root)):
             mine = [file for file in self.metadata if file.parent == folder]
             columns = {file: column for file in mine if (column := self._label_column(file))}
             if not columns:

@@ -59,6 +59,19 @@ def test_the_top_folders_are_splits_and_deeper_names_are_not(tmp_path: Path) -> 
     )
 
 
+def test_a_folder_that_alone_holds_the_images_is_looked_into(tmp_path: Path) -> None:
+    inside = tmp_path / "archive" / "cats and dogs"
+    write_folder(inside / "train", {"cat": 4, "dog": 4})
+    write_folder(inside / "test", {"cat": 2, "dog": 2})
+    (tmp_path / "archive" / "LICENSE").write_text("")
+    data = prepared(tmp_path)
+    assert (len(data.ready.train), len(data.ready.val), data.classes) == (8, 4, ("cat", "dog"))
+    assert "13 on disk = 8 train images + 4 val images + 1 not used" in data.describe()["files"]
+    write_folder(tmp_path / "one", {"cat": 4})
+    with pytest.raises(ConfigError, match="images have the class 'cat'"):
+        load(tmp_path / "one")
+
+
 def test_splits_can_be_asked_for_and_refused(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", {"cat": 4, "dog": 4})
     write_folder(tmp_path / "val", {"cat": 2, "dog": 2})
@@ -155,6 +168,13 @@ def test_metadata_above_split_folders_gives_the_labels(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text("file_name,label\ncat/0.png,tom\n")
     assert load(tmp_path).classes == ("cat", "dog")
     assert "1 not used: metadata without labels of images here" in files_line(tmp_path)
+
+
+def test_metadata_beside_the_images_of_the_only_folder_gives_the_labels(tmp_path: Path) -> None:
+    write_folder(tmp_path / "images", {"cat": 4, "dog": 4})
+    rows = [f"{name}/{number}.png,{name[0]}\n" for name in ("cat", "dog") for number in range(4)]
+    (tmp_path / "images" / "metadata.csv").write_text("file_name,label\n" + "".join(rows))
+    assert per_class(load(tmp_path)) == {"c": 4, "d": 4}
 
 
 def test_a_first_row_without_a_label_does_not_hide_those_of_others(tmp_path: Path) -> None:
