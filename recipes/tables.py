@@ -11,7 +11,7 @@ import logging
 import math
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -182,6 +182,11 @@ def check_names(counts: Mapping[str, int]) -> None:
             raise ConfigError(
                 f"data: the labels {shown} differ only in spaces, leading zeros or Unicode form; write them alike"
             )
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes in the order of their numbers: 1, 2, 10, then those that are words."""
+    return tuple(sorted(names, key=lambda name: (not is_number(name), int(name) if is_number(name) else 0, name)))
 
 
 def is_number(name: str) -> bool:

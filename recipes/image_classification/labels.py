@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_da
 
 from lion_lightning.errors import ConfigError
 
-from ..tables import check_names, label_name, name_at
+from ..tables import check_names, in_order, label_name, name_at
 from .images import Pictures, held_out
 
 IMAGE_NAMES = ("image", "img")
@@ -156,12 +156,12 @@ def _classes(train: Sequence[_Labelled], val: Sequence[_Labelled]) -> tuple[str,
     if not trained:
         raise ConfigError("the label column is empty")
     if any(found.kind == "folder" for found in train):
-        return tuple(sorted(counts))
+        return in_order(counts)
     declared = tuple(dict.fromkeys(name for found in train for name in found.declared))
     if declared:
-        return (*declared, *sorted(trained - set(declared)))
+        return (*declared, *in_order(trained - set(declared)))
     if any(found.kind != "number" for found in train):
-        return tuple(sorted(trained))
+        return in_order(trained)
     most = max(map(int, trained))
     if most >= MAX_CLASSES:
         raise ConfigError(f"the label column holds {most}, which is no class below {MAX_CLASSES:,}")

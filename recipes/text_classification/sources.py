@@ -28,7 +28,7 @@ from ..tables import (
     check_names,
     columns_of,
     declared_names,
-    is_number,
+    in_order,
     label_name,
     name_at,
     read_table,
@@ -188,7 +188,7 @@ def _classes(train: Sequence[str], val: Sequence[str], declared: Sequence[str] |
         raise ConfigError(f"data: {len(strange)} labels of validation are in no training row: {shown}{_hint(strange)}")
     if declared is not None:
         return tuple(declared)
-    return tuple(sorted(found, key=lambda name: (not is_number(name), int(name) if is_number(name) else 0, name)))
+    return in_order(found)
 
 
 def _hint(names: Iterable[str]) -> str:

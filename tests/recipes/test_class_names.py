@@ -53,6 +53,18 @@ def test_image_files_that_number_the_classes_differently_keep_the_names(tmp_path
     assert colors_agree(splits.val, CLASSES)
 
 
+def test_images_of_numbered_classes_have_them_in_their_order(tmp_path: Path) -> None:
+    """A column of numbers with a hole is one of floats in pandas, and in CSV all are words."""
+    names = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10"]
+    for name in names:
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        picture("cat").save(tmp_path / "folders" / name / "0.png")
+    numbers = pa.array([*map(float, names)] * 2)
+    write_parquet(tmp_path / "train.parquet", [encoded(picture("cat"))] * len(numbers), numbers)
+    assert list(load(tmp_path / "folders").classes) == names
+    assert list(load(tmp_path / "train.parquet").classes) == names
+
+
 def test_image_files_with_bare_numbers_beside_declared_names_are_refused(tmp_path: Path) -> None:
     images(tmp_path / "train.parquet", ["cat", "dog", "owl"] * 4, CLASSES)
     write_parquet(tmp_path / "validation.parquet", [encoded(picture("cat"))] * 4, pa.array([0, 1, 0, 1]))
