@@ -83,7 +83,7 @@ def account(on_disk: int, used: Mapping[str, int], unused: Mapping[str, Sequence
         for reason, files in unused.items()
         if files
     ]
-    return f"{on_disk:,} on disk = {' + '.join(parts)}"
+    return f"{on_disk:,} on disk" + " = " * bool(parts) + " + ".join(parts)
 
 
 def fingerprint_of(files: Iterable[Path]) -> str:

@@ -129,7 +129,9 @@ class ImageFiles:
         self.is_parquet = bool(parquet) or is_file
         self.files = parquet or (self.found if is_file else images)
         if not self.files:
-            raise ConfigError(f"data.path={self.path}: no parquet file and no image in it")
+            unused = {"hidden": sorted(hidden), "a link without a target": sorted(lost), "neither": there}
+            found = account(len(self.found), {}, unused, self.folder)
+            raise ConfigError(f"data.path={self.path}: no parquet file and no image in it; {found}")
         self.root = self.folder if self.is_parquet else self._top(images)
         self.empty = [] if self.is_parquet else folders_without(images, self.root)
         if bad := next(

@@ -157,8 +157,10 @@ def find_files(path: str) -> tuple[list[Path], str]:
         unused["a link without a target"] = [file for file in found if not file.is_file()]
         place = next(folder for folder in place.parents if not glob.has_magic(str(folder)))
     if not files:
-        missing = f"no {' or '.join(TEXT_ENDINGS)} file in it" if is_folder else "there is no such file or folder"
-        raise ConfigError(f"data.path={path}: {missing}")
+        if not is_folder:
+            raise ConfigError(f"data.path={path}: there is no such file or folder")
+        seen = account(len(found), {}, unused, place)
+        raise ConfigError(f"data.path={path}: no {' or '.join(TEXT_ENDINGS)} file in it; {seen}")
     return files, account(len(found), {"read": len(files)}, unused, place)
 
 

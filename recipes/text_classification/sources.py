@@ -489,7 +489,9 @@ def _find(path: str, val_path: str | None) -> tuple[list[Path], list[Path], str]
                 "give one file as data.path="
             )
     if not splits["train"]:
-        raise ConfigError(f"data.path={path}: no train* file of {', '.join(READERS)} in it")
+        of_validation = len(found) - sum(map(len, unused.values()))
+        seen = account(len(found), {"validation tables": of_validation}, unused, folder)
+        raise ConfigError(f"data.path={path}: no train* file of {', '.join(READERS)} in it; {seen}")
     if given:
         splits["val"] = [given]
     train, val = (set(map(os.path.abspath, files)) for files in splits.values())

@@ -110,14 +110,14 @@ NUMBERS = {
     "recipe.mode=lower": ("mode", "min, max", "'lower'"),
 }
 PLACED = {
-    (*IMAGE_FILES, "data.path=PLACES/empty"): ("data.path=", "no parquet file and no image"),
-    (*IMAGE_FILES, "data.path=PLACES/texts"): ("data.path=", "no parquet file and no image"),
+    (*IMAGE_FILES, "data.path=PLACES/empty"): ("data.path=", "no parquet file and no image", "0 on disk"),
+    (*IMAGE_FILES, "data.path=PLACES/texts"): ("data.path=", "no parquet file and no image", "such as one.txt"),
     (*IMAGE_FILES, "data.path=PLACES/texts/one.txt"): ("one.txt is no .parquet file", "one folder of images per class"),
     (*IMAGE_FILES, "data.path=PLACES/nowhere"): ("data.path=", "no such file or folder"),
-    (*TEXT_FILES, "data.path=PLACES/images"): ("data.path=", "no .txt or .md file"),
+    (*TEXT_FILES, "data.path=PLACES/images"): ("data.path=", "no .txt or .md file", "such as a/0.png"),
     (*TEXT_FILES, "data.path=PLACES/images/a/0.png"): ("0.png is not UTF-8", "is it a text file?"),
     (*TEXT_FILES, "data.path=PLACES/texts"): ("fills no block", "give more text"),
-    (*TABLE, "data.path=PLACES/texts"): ("data.path=", "no train* file", ".csv"),
+    (*TABLE, "data.path=PLACES/texts"): ("data.path=", "no train* file", ".csv", "not used: no table, such as"),
     (*TABLE, "data.path=PLACES/values.csv"): ("only text of its class", "data.source.regression=true"),
     (*TABLE, "data.path=PLACES/renamed.csv"): ("no column label", "text, class", "data.source.label_column"),
     (*IMAGES, "model=bert_mini"): ("recipe=image_classification", "not bert", "try model=vit_micro"),
