@@ -107,7 +107,7 @@ def reading(name: str, path: str, config: str | None) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError, zlib.error, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, EOFError, StopIteration, zlib.error, DatasetsError) as error:
         causes: list[BaseException] = [error]
         while cause := causes[-1].__cause__ or causes[-1].__context__:
             causes.append(cause)
@@ -124,7 +124,8 @@ def reading(name: str, path: str, config: str | None) -> Iterator[None]:
         else:
             reason = "the dataset cannot be opened"
         told = next((cause for cause in causes if not isinstance(cause, DatasetGenerationError)), error)
-        raise ConfigError(f"{reason} ({name}): {one_line(told) or type(told).__name__}") from error
+        nothing = "there is nothing in it" if isinstance(told, StopIteration) else type(told).__name__
+        raise ConfigError(f"{reason} ({name}): {one_line(told) or nothing}") from error
 
 
 def _files_of(place: Path, config: str | None) -> dict[str, list[Path]]:

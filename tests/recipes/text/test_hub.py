@@ -183,6 +183,7 @@ BROKEN = {
     "bad.jsonl.gz": (gzip.compress(b"text")[:10] + b"\xff" * 99, r"cannot be opened .*while decompressing"),
     "torn.csv.gz": (gzip.compress(b"text\na\n" * 999)[:-20], r"torn.csv.gz cannot be read: .*end-of-stream marker"),
     "bad.jsonl": (b'{"text": "a"}\n{"text": ', r"bad.jsonl, train\): JSON parse error: .* row 1"),
+    "empty.jsonl": (b"", r"cannot be opened .*empty.jsonl.*: there is nothing in it"),
     "latin.jsonl": ('{"text": "caf\xe9"}\n'.encode("latin-1"), r"latin.jsonl is not UTF-8 \(byte 13 .*iconv"),
     "latin.txt": ("caf\xe9\n".encode("latin-1"), r"latin.txt is not UTF-8 \(byte 3 .*convert it"),
     "latin.csv": ("text\ncaf\xe9\n".encode("latin-1"), r"latin.csv is not UTF-8 \(byte 0xe9\).*convert it"),
