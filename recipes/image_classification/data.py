@@ -121,7 +121,9 @@ class ImageArrays(StreamDataModule):
             if len(labels) + len(broken) != len(encoded):
                 raise RuntimeError(f"{len(encoded)} images, but {len(labels)} decoded and {len(broken)} left out")
             if not len(labels):
-                raise ConfigError(f"data.path={self.path}: none of the {len(encoded)} {name} images can be read")
+                raise ConfigError(
+                    f"data.path={self.path}: none of the {len(encoded)} {name} images can be read: {broken[0][1]}"
+                )
             images[name] = Images(np.load(file, mmap_mode="r"), labels)
             notes |= _left_out(name, broken, len(encoded))
         notes |= class_notes(images["train"].labels, images["val"].labels, splits.classes)

@@ -166,7 +166,7 @@ def test_too_many_broken_pictures_are_an_error(tmp_path: Path) -> None:
 def test_no_picture_that_can_be_read_is_an_error(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", [encoded(picture("cat"))] * 4, pa.array(["cat", "dog"] * 2))
     write_parquet(tmp_path / "test.parquet", [b"broken"] * 3, pa.array(["cat"] * 3))
-    with pytest.raises(ConfigError, match="none of the 3 val images can be read"):
+    with pytest.raises(ConfigError, match="none of the 3 val images can be read: image 0: cannot identify"):
         load(tmp_path)
 
 
