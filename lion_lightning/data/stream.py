@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,7 +23,7 @@ class StreamDataModule(pl.LightningDataModule):
 
     A subclass sets `train_set` and `val_set` in `setup`: datasets with `__getitems__(pairs)`, where a pair is (position
     in the run, index of the item) and the result is a finished batch. The position seeds whatever is random about a
-    sample, so that nothing depends on workers, ranks or resumes.
+    sample, so that nothing depends on workers, ranks or resumes. `train_labels` is set where samples have classes.
 
     Args:
         batch_size: samples per micro-batch and rank.
@@ -35,6 +36,7 @@ class StreamDataModule(pl.LightningDataModule):
 
     train_set: Dataset
     val_set: Dataset
+    train_labels: np.ndarray | None = None
 
     def __init__(
         self,
@@ -62,13 +64,26 @@ class StreamDataModule(pl.LightningDataModule):
         return min(size, self.limit_train_samples or size)
 
     def check_samples(self, effective_batch_size: int) -> None:
-        """ConfigError if an optimizer step wants more samples than there are; warns of a limit above their number."""
+        """ConfigError if an optimizer step wants more samples than there are.
+
+        Warns of a limit above their number, and of one that leaves out classes.
+        """
         if self.limit_train_samples is not None and self.limit_train_samples > self.num_train_samples:
             rank_zero_only(log.warning)(
                 "data.limit_train_samples=%d is more than the training set has: all %d samples are used",
                 self.limit_train_samples,
                 self.num_train_samples,
             )
+        if self.train_labels is not None:
+            first = self.train_labels[: self.num_train_samples]
+            kept, classes = (np.unique(labels).size for labels in (first, self.train_labels))
+            if kept < classes:
+                rank_zero_only(log.warning)(
+                    "data.limit_train_samples=%d: the first samples have %d of the %d classes; is the data sorted?",
+                    self.limit_train_samples,
+                    kept,
+                    classes,
+                )
         if effective_batch_size > self.num_train_samples:
             raise ConfigError(
                 f"the effective batch of {effective_batch_size} samples is larger than the training set of "

@@ -134,6 +134,7 @@ class ImageArrays(StreamDataModule):
         self.classes, self.notes = splits.classes, dict(splits.notes)
         self.image_shape = tuple(splits.train.pixels.shape[1:])
         self.train_set, self.val_set = ImageDataset(splits.train), ImageDataset(splits.val)
+        self.train_labels = splits.train.labels
 
     def _decode_on_access(self, splits: PictureSplits) -> None:
         self.made = f"decoded on access: over {self.decoded_gib:g} GiB otherwise"
@@ -141,6 +142,7 @@ class ImageArrays(StreamDataModule):
         self.notes = {**splits.notes, **class_notes(splits.train.labels, splits.val.labels, splits.classes)}
         self.image_shape, self.val_share = (3, splits.size, splits.size), splits.share
         self.train_set = DecodedOnAccess(splits.train, splits.size, seed=self.seed)
+        self.train_labels = splits.train.labels
         self.val_set = DecodedOnAccess(splits.val, splits.size, share=splits.share)
         self._for_statistics = DecodedOnAccess(splits.train, splits.size, share=splits.share)
 

@@ -142,6 +142,7 @@ class LabeledTexts(StreamDataModule):
         as_text(self._tokenizer)
         length = self.sequence_length if self.padding == "fixed" else None
         self._texts = [_read(folder, name) for name in ("train", "val")]
+        self.train_labels = self._texts[0].labels if self.classes else None
         self.train_set, self.val_set = (TextDataset(part, self.tokenizer.pad_token_id, length) for part in self._texts)
 
     def _write(self, folder: Path, named: PreTrainedTokenizerBase | None) -> None:

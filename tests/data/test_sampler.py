@@ -2,6 +2,7 @@
 
 from itertools import chain
 
+import numpy as np
 import pytest
 
 from lion_lightning.data.sampler import FixedBatches, StepValues, StreamBatchSampler, StreamOrder
@@ -133,6 +134,20 @@ def test_a_limit_above_the_number_of_samples_is_named(limit: int, told: int, cap
     assert data.num_train_samples == min(limit, SIZE)
     if told:
         assert "data.limit_train_samples=24 is more than the training set has: all 23" in caplog.text
+
+
+def test_a_limit_that_leaves_out_classes_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """A folder per class, or a sorted table: the first samples are all of the first classes."""
+    labels = np.repeat([0, 1, 2], 8)
+    data = StreamDataModule(batch_size=2)
+    data.train_set = data.train_labels = labels  # type: ignore[assignment]
+    for limit in (None, 24, 17):
+        data.limit_train_samples = limit
+        data.check_samples(2)
+    assert not caplog.messages
+    data.limit_train_samples = 16
+    data.check_samples(2)
+    assert "data.limit_train_samples=16: the first samples have 2 of the 3 classes" in caplog.text
 
 
 STEPS = StepValues(((0, 2), (3, 5), (10, 8)))

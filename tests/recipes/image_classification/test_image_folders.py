@@ -72,6 +72,18 @@ def test_a_folder_that_alone_holds_the_images_is_looked_into(tmp_path: Path) -> 
         load(tmp_path / "one")
 
 
+@pytest.mark.parametrize("decoded_gib", [1.0, 0.0])
+def test_a_limit_that_has_the_first_classes_alone_is_told(
+    tmp_path: Path, decoded_gib: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_folder(tmp_path, {"cat": 9, "dog": 9, "owl": 9})
+    data = prepared(tmp_path)
+    data.decoded_gib, data.classes, data.limit_train_samples = decoded_gib, (), 4
+    data.setup("fit")
+    data.check_samples(2)
+    assert "the first samples have 1 of the 3 classes" in caplog.text
+
+
 def test_splits_can_be_asked_for_and_refused(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", {"cat": 4, "dog": 4})
     write_folder(tmp_path / "val", {"cat": 2, "dog": 2})
