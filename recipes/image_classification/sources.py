@@ -72,7 +72,7 @@ class ImageFiles:
     Folders directly in `path` are the splits if all that hold images have names in `SPLITS` (train, val, test, ...) and
     one is for training; otherwise they are classes. The same holds one folder deeper where `path` has but that one. A
     class is the path of its folder. A `metadata.csv`, `.jsonl` or `.parquet` in `path` or a split folder may give the
-    labels instead, by `file_name`. The split of a parquet file is a word in its name or that of its folder. Without a
+    labels instead, by `file_name`. The split of a parquet file is a word in its name or that of a folder. Without a
     validation set a fixed share of the training set is held out. Every file is used or reported.
 
     Args:
@@ -402,12 +402,12 @@ class HubImages(ImageFiles):
 
 
 def split_of(file: Path) -> str | None:
-    """`train`, `val` or `test` by a word in the name of a file, else of its folder: `birds-test-00000.parquet`.
+    """`train`, `val` or `test` by a word in the name of a file, else of a folder: `birds-test-0.parquet`.
 
     Raises:
         ConfigError: one name has words of two splits.
     """
-    for name in (file.name, file.parent.name):
+    for name in (file.name, *(folder.name for folder in file.parents)):
         found = {SPLITS[word] for word in re.findall(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])", name.lower())}
         if len(found) > 1:
             raise ConfigError(

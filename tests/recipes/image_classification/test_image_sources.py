@@ -95,12 +95,18 @@ def test_parquet_files_in_a_folder_per_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [("birds-train", "birds-test"), ("partial-train/0", "partial-test/0"), ("1_Train", "1_dev")]
+    "names",
+    [
+        ("birds-train", "birds-test"),
+        ("partial-train/0", "partial-test/0"),
+        ("1_Train", "1_dev"),
+        ("train/a/0", "test/a/0"),
+    ],
 )
 def test_the_split_is_a_word_anywhere_in_the_name(tmp_path: Path, names: tuple[str, str]) -> None:
     for name, classes in zip(names, (["cat", "dog"] * 4, ["dog", "cat", "dog"] * 2), strict=True):
         file = tmp_path / f"{name}.parquet"
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         hub_dataset(classes).to_parquet(file)
     splits = load(tmp_path)
     assert (len(splits.train), len(splits.val)) == (8, 6), "the test set is trained on"
