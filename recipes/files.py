@@ -2,6 +2,7 @@
 
 import codecs
 import os
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ ICONV_NAMES = {  # where it is not Python's name in capitals with hyphens
     "euc_jis_2004": "EUC-JISX0213", "kz1048": "RK1048", "ptcp154": "PT154",
 }  # fmt: skip
 NOT_IN_ICONV = ("cp720", "cp1006", "hz", "mac_greek", "mac_turkish")
+BEYOND_ASCII = re.compile(r"\S*[^\x00-\x7f]\S*")  # a word with a character that is not ASCII
 SHOWN_CHARACTERS = 300  # of another library's error message
 
 
@@ -163,18 +165,26 @@ def not_utf8(file: Path, others: Sequence[Path] = ()) -> ConfigError:
 
 
 def conversion_of(file: Path) -> str:
-    """What to do with a file that is not UTF-8: the encoding that its beginning fits best, and how to convert it."""
+    """What to do with a file that is not UTF-8: the encodings that its beginning fits best, and how to convert it.
+
+    Text of Western Europe fits several, of which the first is the usual one; how a word reads shows which one is right.
+    """
     with file.open("rb") as raw:
-        best = charset_normalizer.from_bytes(raw.read(SAMPLE_BYTES)).best()
-    if best is None:
+        matches = charset_normalizer.from_bytes(raw.read(SAMPLE_BYTES))
+    likely = [*(match for match in matches if match.encoding == "cp1252"), *matches]
+    if not likely:
         return "it fits no encoding of text; is it a text file?"
-    name = best.encoding
+    texts = {match.encoding: str(match) for match in (likely[0], matches[0])}
+    words = zip(*(BEYOND_ASCII.findall(text) for text in texts.values()), strict=False)
+    differ = next((reads for reads in words if len(set(reads)) == len(texts)), None)
+    name = likely[0].encoding
+    looks = f"it looks like {name}"
+    if differ:
+        looks = "it looks like " + " or ".join(f"{one} ({word[:20]})" for one, word in zip(texts, differ, strict=True))
     if name in NOT_IN_ICONV:
-        return f"it looks like {name}; convert it to UTF-8"
+        return f"{looks}; convert it to UTF-8"
     known = ICONV_NAMES.get(name, name.upper().replace("_", "-"))
-    return (
-        f"it looks like {name}; convert it: iconv -f {known} -t UTF-8 {shlex.quote(file.name)} > converted{file.suffix}"
-    )
+    return f"{looks}; convert it: iconv -f {known} -t UTF-8 {shlex.quote(file.name)} > converted{file.suffix}"
 
 
 def without_surrogates(text: str) -> str:

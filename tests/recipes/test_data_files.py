@@ -23,8 +23,15 @@ def test_the_command_that_is_advised_converts_the_file(tmp_path: Path, encoding:
     command = advice.partition("convert it: ")[2]
     assert command, advice
     subprocess.run(command, shell=True, check=True, cwd=tmp_path)
-    found = advice.removeprefix("it looks like ").partition(";")[0]
-    assert (tmp_path / "converted.txt").read_text(encoding="utf-8") == file.read_bytes().decode(found)
+    assert (tmp_path / "converted.txt").read_text(encoding="utf-8") == TEXT
+
+
+def test_the_usual_encoding_comes_first_and_a_word_shows_which_is_right(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(("Les élèves étaient déjà là où ils ont reçu des gâteaux. " * 20).encode("cp1252"))
+    assert conversion_of(file).startswith(
+        "it looks like cp1252 (élèves) or cp1257 (élčves); convert it: iconv -f CP1252"
+    )
 
 
 @needs_iconv
