@@ -6,7 +6,7 @@ Adding a source is a class with `fingerprint()` and `open()`, and a file in conf
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Protocol
 
 import numpy as np
@@ -315,8 +315,9 @@ class ImageFiles:
                 label = label_name(row.label, f"{file.name}, row {row.number}")
                 if label is None:
                     raise ConfigError(f"{file.name}, row {row.number}: {row.text} has no {column}")
-                if labels.setdefault(str(row.text), label) != label:
-                    raise ConfigError(f"{file.name} gives {row.text} the labels {labels[row.text]!r} and {label!r}")
+                name = PureWindowsPath(str(row.text)).as_posix()  # also of ./a.png and a\b.png
+                if labels.setdefault(name, label) != label:
+                    raise ConfigError(f"{file.name} gives {row.text} the labels {labels[name]!r} and {label!r}")
         return labels
 
     def _label_column(self, file: Path) -> str | None:

@@ -189,6 +189,13 @@ def test_metadata_beside_the_images_of_the_only_folder_gives_the_labels(tmp_path
     assert per_class(load(tmp_path)) == {"c": 4, "d": 4}
 
 
+def test_metadata_may_write_paths_as_the_shell_and_windows_do(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"cat": 4, "dog": 4})
+    rows = [f"./cat/{number}.png,tom\ndog\\{number}.png,rex\n" for number in range(4)]
+    (tmp_path / "metadata.csv").write_text("file_name,label\n" + "".join(rows))
+    assert per_class(load(tmp_path)) == {"rex": 4, "tom": 4}
+
+
 def test_a_first_row_without_a_label_does_not_hide_those_of_others(tmp_path: Path) -> None:
     write_folder(tmp_path, {"cat": 4, "dog": 4})
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "cat/0.png"}\n{"file_name": "cat/1.png", "label": "owl"}\n')
