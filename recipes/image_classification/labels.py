@@ -195,6 +195,7 @@ def find_columns(dataset: Dataset, label: str | None = None) -> tuple[str, str, 
     if not images or not labels:
         wanted = f"a label column {label}" if label else "a label column"
         form = "" if images else " (an image column is a struct of bytes and path)"
+        form += "" if labels else "; data.source.label chooses the label column"
         raise ConfigError(f"needs an image column and {wanted}, found {', '.join(dataset.column_names)}{form}")
     image = _one_of(images, IMAGE_NAMES, "image", "call the one with the pictures image")
     labels = [name for name in labels if isinstance(features[name], ClassLabel | Value)] or labels

@@ -175,7 +175,8 @@ class ImageFiles:
                 used["files with labels"] = len(self.labels_from)
             for file in self.metadata:
                 if file not in self.labels_from:
-                    columns = f" (its columns: {listed(self.unlabelled[file])})" if file in self.unlabelled else ""
+                    names = listed(self.unlabelled.get(file, ()))
+                    columns = f" (its columns: {names}; data.source.label chooses)" if names else ""
                     unused.setdefault(f"metadata without labels of images here{columns}", []).append(file)
             if self.empty:
                 notes["folders without images"] = listed([str(place.relative_to(self.folder)) for place in self.empty])

@@ -211,7 +211,7 @@ def test_metadata_without_labels_hides_no_other_and_is_told(tmp_path: Path) -> N
     assert per_class(load(tmp_path)) == {"c": 4, "d": 4}
     assert files_line(tmp_path) == (
         "10 on disk = 8 train images + 1 files with labels + 1 not used: metadata without labels of images here (its "
-        "columns: file_name, text), such as metadata.jsonl"
+        "columns: file_name, text; data.source.label chooses), such as metadata.jsonl"
     )
 
 
@@ -226,7 +226,8 @@ def test_no_training_image_comes_with_what_was_found(tmp_path: Path) -> None:
         load(tmp_path)
     (tmp_path / "train" / "metadata.csv").write_text("file_name;label\n0.png;cat\n")
     with pytest.raises(
-        ConfigError, match=r"metadata without labels of images here \(its columns: file_name;label\), such"
+        ConfigError,
+        match=r"metadata without labels of images here \(its columns: file_name;label; data\.source\.label chooses\)",
     ):
         load(tmp_path)
 
