@@ -23,7 +23,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the modules beside this one
 
 from lion_lightning.tracking.compare import variants_of
-from lion_lightning.tracking.plots import picture, style_of
+from lion_lightning.tracking.plots import picture, styles_of
 from lion_lightning.tracking.report import relative
 from lion_lightning.tracking.runs import Run
 from scripts.trained import load_run, run_folders
@@ -130,8 +130,8 @@ def _write(by_optimizer: dict[str, list[dict[float, float]]], shares: Sequence[f
     title = f"{METRIC} under noise on the weights{f', mean of {seeds} runs' if seeds > 1 else ''}"
     x_title = "noise, as a share of a matrix' root mean square"
     with picture(output.with_suffix(".png"), title, x_title, f"rise of {METRIC} (nats)") as axes:
-        for number, (optim, runs) in enumerate(by_optimizer.items()):
-            color, dash = style_of(number)
+        styles = styles_of(list(by_optimizer))
+        for (optim, runs), (color, dash) in zip(by_optimizer.items(), styles, strict=True):
             means = [statistics.fmean(run[share] for run in runs) for share in shares]
             axes.plot(shares, means, color=color, linestyle=dash, marker="o", markersize=3, label=optim)
             for run in runs:

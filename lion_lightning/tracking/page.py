@@ -5,7 +5,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,14 @@ def write_page(comparison: Comparison, file: Path, command: str, date: str) -> N
     units = {axis: plots.axis_unit(comparison, axis) for axis in comparison.axes}
     factors = {axis: factor for axis, (factor, _) in units.items()}
     metrics = _offered_metrics(comparison)
+    looks = _looks([variant.label for variant in comparison.variants])
     data = {
         "axes": {axis: title for axis, (_, title) in units.items()},
         "curves": {
-            metric: [_curve(comparison, *one, metric, factors) for one in enumerate(comparison.variants)]
+            metric: [
+                {**look, **_curve(comparison, variant, metric, factors)}
+                for look, variant in zip(looks, comparison.variants, strict=True)
+            ]
             for metric in metrics
         },
         "limits": {metric: plots.limits_of(comparison, metric) for metric in metrics},
@@ -68,9 +72,7 @@ def _offered_metrics(comparison: Comparison) -> list[str]:
     return list(dict.fromkeys([comparison.goal.metric, *others]))
 
 
-def _curve(
-    comparison: Comparison, number: int, variant: Variant, metric: str, factors: Mapping[str, float]
-) -> dict[str, Any]:
+def _curve(comparison: Comparison, variant: Variant, metric: str, factors: Mapping[str, float]) -> dict[str, Any]:
     bands = {axis: comparison.band(variant, axis, metric) for axis in factors}
     is_single_shown = metric == comparison.goal.metric or len(comparison.runs) <= MAX_SINGLE_RUNS
 
@@ -79,7 +81,6 @@ def _curve(
         return {"name": run.name, "state": run.state, "x": places, "y": _numbers(run.curve(metric)[1])}
 
     return {
-        **_look(variant.label, number),
         "x": {axis: _numbers(band.x / factors[axis]) for axis, band in bands.items()},
         "mean": _numbers(bands["steps"].mean),
         "std": _numbers(bands["steps"].std),
@@ -96,19 +97,19 @@ def _study(comparison: Comparison) -> dict[str, Any] | None:
         return None
     lines = [
         {
-            **_look(label, number),
+            **look,
             "x": _numbers(value for value, _ in line),
             "y": _numbers(spread.mean for _, spread in line),
             "std": _numbers(spread.std for _, spread in line),
         }
-        for number, (label, line) in enumerate(study.lines.items())
+        for look, line in zip(_looks(list(study.lines)), study.lines.values(), strict=True)
     ]
     return {"title": short(study.key), "is_log": study.is_logarithmic, "lines": lines}
 
 
-def _look(label: str, number: int) -> dict[str, str]:
-    color, dash = plots.style_of(number)
-    return {"label": label, "color": color, "dash": PLOTLY_DASHES[dash]}
+def _looks(labels: Sequence[str]) -> list[dict[str, str]]:
+    styles = zip(labels, plots.styles_of(labels), strict=True)
+    return [{"label": label, "color": color, "dash": PLOTLY_DASHES[dash]} for label, (color, dash) in styles]
 
 
 def _numbers(values: Iterable[float]) -> list[float | None]:

@@ -1,8 +1,9 @@
 """Pictures of a comparison: curves of a few variants, or the result of many against the setting that they vary."""
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 # The palette of Okabe and Ito (jfly.uni-koeln.de/color) is safe for colour-blind readers; dashes extend it.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
+USUAL_OPTIMIZERS = ("lion", "adamw", "signum", "muon", "adafactor", "sgd")
+"""Optimizers whose curves have the same colour in every picture, in the order of `COLORS`."""
 AXIS_TITLES = {"steps": "optimizer steps", "samples": "samples seen", "tokens": "tokens seen"}
 MAGNITUDES = ((1e9, 1e9, "billion "), (1e6, 1e6, "million "), (1e4, 1e3, "thousand "), (0, 1.0, ""))
 DURATIONS = ((3 * 3600, 3600.0, "hours"), (3 * 60, 60.0, "minutes"), (0, 1.0, "seconds"))
@@ -115,9 +118,10 @@ def write_picture(comparison: Comparison, file: Path, *, axis: str = "steps", me
     if max(seeds, default=1) > 1:
         title.append(f"mean of {'the' if len(seeds) > 1 else max(seeds)} seeds and one standard deviation")
     with picture(file, "\n".join(title), x_title, _title_of(metric)) as axes:
-        for number, (variant, band) in enumerate(zip(comparison.variants, bands, strict=True)):
-            count = f", {len(band.finished)} seed{'s' if len(band.finished) != 1 else ''}" if len(seeds) > 1 else ""
-            _draw(axes, band, factor, limits, variant.label + count, *style_of(number))
+        styles = styles_of([variant.label for variant in comparison.variants])
+        for variant, band, style in zip(comparison.variants, bands, styles, strict=True):
+            over = f", {len(band.finished)} seed{'s' if len(band.finished) != 1 else ''}" if len(seeds) > 1 else ""
+            _draw(axes, band, factor, limits, variant.label + over, *style)
         entropies = {round(value, 3) for run in comparison.runs if (value := run.last(UNIGRAM_ENTROPY)) is not None}
         if len(entropies) == 1 and metric == "val/loss":  # the loss of a model that ignores context
             axes.axhline(entropies.pop(), color="grey", linestyle="--", linewidth=1, label="unigram entropy")
@@ -164,6 +168,15 @@ def picture(
 def style_of(number: int) -> tuple[str, str]:
     """Colour and dash (in matplotlib's notation) of the curve with this number."""
     return COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)]
+
+
+def styles_of(labels: Sequence[str]) -> list[tuple[str, str]]:
+    """Colour and dash of each curve: the first one of a usual optimizer has its own, the rest take others."""
+    optimizers = [label.partition(" (")[0] for label in labels]
+    own = {name: number for number, name in enumerate(USUAL_OPTIMIZERS) if name in optimizers}
+    taken = set(own.values())
+    others = (number for number in count() if number not in taken)
+    return [style_of(own.pop(name) if name in own else next(others)) for name in optimizers]
 
 
 def axis_unit(comparison: Comparison, axis: str) -> tuple[float, str]:
@@ -246,8 +259,8 @@ def _write_study(comparison: Comparison, study: Study, file: Path) -> None:
         _write_ranking(comparison, file, title)
         return
     with picture(file, title, short(study.key).replace("_", " "), _title_of(goal.metric)) as axes:
-        for number, (label, line) in enumerate(study.lines.items()):
-            color, dash = style_of(number)
+        styles = styles_of(list(study.lines))
+        for (label, line), (color, dash) in zip(study.lines.items(), styles, strict=True):
             means, stds = (np.array([getattr(spread, name) for _, spread in line]) for name in ("mean", "std"))
             x = np.array([value for value, _ in line])
             look: dict[str, Any] = {"color": color, "linestyle": dash, "marker": "o", "markersize": 4, "capsize": 3}

@@ -162,3 +162,10 @@ def test_a_diverged_run_does_not_flatten_the_others(two, make_run):
 
 def test_more_variants_than_colours_are_told_apart_by_dashes():
     assert len({plots.style_of(number) for number in range(28)}) == 28
+
+
+def test_an_optimizer_has_one_colour_whatever_it_is_compared_with():
+    few, many = ["muon", "lion"], ["sgd", "mine", "lion (lr 0.1)", "lion (lr 0.2)", "adamw", "muon", "own"]
+    styles = [dict(zip(labels, plots.styles_of(labels), strict=True)) for labels in (few, many)]
+    assert styles[0] == {"muon": styles[1]["muon"], "lion": styles[1]["lion (lr 0.1)"]}
+    assert len(set(styles[1].values())) == len(many), "all are told apart"
