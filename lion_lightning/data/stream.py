@@ -95,6 +95,20 @@ class StreamDataModule(pl.LightningDataModule):
         trainer = self._trainer()
         return self.batch_schedule.before(step) * trainer.accumulate_grad_batches * trainer.world_size
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must find again: how many samples there are. A subclass adds what they mean."""
+        counts = {"training samples": len(self.train_set), "validation samples": len(self.val_set)}  # type: ignore[arg-type]
+        return {**counts, "limit_train_samples": self.limit_train_samples}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """ConfigError if the data is not that of the run."""
+        pairs = {name: (state_dict.get(name, value), value) for name, value in self.state_dict().items()}
+        if changed := [f"{name} was {was} and is now {now}" for name, (was, now) in pairs.items() if was != now]:
+            raise ConfigError(
+                f"resume: the data is not that of the run: {'; '.join(changed)}; a resumed run keeps its data, and "
+                "resume=null in another run_dir= starts afresh"
+            )
+
     def train_dataloader(self) -> Any:
         trainer = self._trainer()
         num_batches = trainer.max_steps * trainer.accumulate_grad_batches

@@ -18,7 +18,7 @@ from lion_lightning.errors import ConfigError
 from ..files import check_fraction
 from ..text.blocks import Blocks, BlockSettings, prepare_blocks
 from ..text.corpus import Corpus, Mixture, Source, mixture_of
-from ..text.tokenizer import special_tokens
+from ..text.tokenizer import special_tokens, vocabulary_of
 
 MIN_VOCAB_SIZE, MIN_SEQUENCE_LENGTH = 256, 8
 COUNTED_BLOCKS = 4096  # counted at once, since numpy makes a copy that takes eight bytes a token
@@ -127,6 +127,9 @@ class TextBlocks(StreamDataModule):
             corpora = [source.corpus for source in self.sources]
             self.blocks = prepare_blocks(corpora, self.settings, self.cache)
             self.train_set, self.val_set = BlockDataset(self.blocks.train), BlockDataset(self.blocks.val)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "vocabulary": vocabulary_of(self.ready.tokenizer)}
 
     def train_dataloader(self) -> Any:
         self.train_set = BlockDataset(self.ready.train, self._lengths())

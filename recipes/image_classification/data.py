@@ -154,6 +154,10 @@ class ImageArrays(StreamDataModule):
         return self.splits
 
     @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "classes": ", ".join(self.classes)}
+
+    @override
     def val_dataloader(self) -> Any:
         ranks, size = self._trainer().world_size, len(self.val_set)  # type: ignore[arg-type]
         if size < ranks:

@@ -1,6 +1,7 @@
 """The tokenizer: trained on the corpus in BERT's conventions, or loaded from a folder or the hub."""
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -162,6 +163,12 @@ def _origin(setting: str) -> str:
 def identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of the tokenizer's definition."""
     return hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=10).hexdigest()
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Size and a hash of the vocabulary: what decides which text an id stands for."""
+    entries = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    return f"{len(tokenizer)} tokens ({hashlib.blake2b(entries, digest_size=4).hexdigest()})"
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:

@@ -16,7 +16,7 @@ from lion_lightning.data.cache import cached_folder, default_cache
 from lion_lightning.data.stream import StreamDataModule
 from lion_lightning.errors import ConfigError
 
-from ..text.tokenizer import as_transformers, identity, load_tokenizer, train_tokenizer
+from ..text.tokenizer import as_transformers, identity, load_tokenizer, train_tokenizer, vocabulary_of
 from .sources import Labeled, TextSource
 
 FORMAT_VERSION = 2  # raise it when what is written to the cache changes
@@ -172,6 +172,10 @@ class LabeledTexts(StreamDataModule):
         """Tokens that a training text has on average, rounded; with fixed padding all of them."""
         texts = self._texts[0]
         return self.sequence_length if self.padding == "fixed" else max(1, round(len(texts.tokens) / len(texts)))
+
+    def state_dict(self) -> dict[str, Any]:
+        meaning = {"vocabulary": vocabulary_of(self.tokenizer), "classes": ", ".join(self.classes)}
+        return {**super().state_dict(), **meaning}
 
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start of a run."""

@@ -2,7 +2,9 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +32,17 @@ def blocks(documents: list[str], tmp_path_factory: pytest.TempPathFactory) -> Te
     data.prepare_data()
     data.setup("fit")
     return data
+
+
+def test_a_resume_with_other_text_is_refused(blocks: TextBlocks, documents: list[str], tmp_path: Path) -> None:
+    edited = [text.replace("e", "x") for text in documents]  # as many samples, but ids stand for other words
+    options: dict[str, Any] = {"batch_size": 4, "sequence_length": 16, "vocab_size": 400, "val_fraction": 0.2}
+    other = TextBlocks(Listed(edited), **options, cache_dir=str(tmp_path))  # type: ignore[arg-type]
+    other.setup("fit")
+    blocks.load_state_dict(blocks.state_dict())
+    blocks.load_state_dict({})  # of a checkpoint of an earlier version
+    with pytest.raises(ConfigError, match=r"resume: the data is not that of the run: .*vocabulary was 400 tokens \("):
+        other.load_state_dict(blocks.state_dict())
 
 
 def test_unigram_entropy_is_that_of_the_validation_tokens(blocks: TextBlocks) -> None:

@@ -113,6 +113,11 @@ def test_another_model_is_told_in_one_line(resume: Callable[..., float]) -> None
     assert "\n" not in str(told.value)
 
 
+def test_other_data_is_told_in_one_line(resume: Callable[..., float]) -> None:
+    with pytest.raises(ConfigError, match=r"the data is not that of the run: limit_train_samples was 32 and is now 48"):
+        resume(lambda kept: None, "data.limit_train_samples=48")
+
+
 def test_a_file_of_something_else_is_refused(train: Callable[..., float], tmp_path: Path) -> None:
     (tmp_path / "notes.ckpt").write_bytes(b"hello")
     with pytest.raises(ConfigError, match=r"resume=.*notes\.ckpt: it is no checkpoint"):
