@@ -81,6 +81,7 @@ class RunCheckpoint(Checkpoint):
         if not isinstance(keep, int) or keep < 1:
             raise ValueError(f"keep must be a whole number of at least 1, got {keep!r}")
         self.folder, self.monitor, self.mode, self.keep = Path(folder), monitor, mode, keep
+        self.goal = f"{mode} {monitor}"
         self.every_n_steps = every_n_steps
         self.every_seconds = math.inf if every_minutes is None else 60 * every_minutes
         self.stop, self.facts = stop or StopFlag(), facts or {}
@@ -288,11 +289,15 @@ class RunCheckpoint(Checkpoint):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"best_score": self.best_score, "best_step": self.best_step}
+        return {"best_score": self.best_score, "best_step": self.best_step, "goal": self.goal}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
+        score, step, goal = state_dict["best_score"], state_dict["best_step"], state_dict.get("goal", self.goal)
+        if goal == self.goal:
+            self.best_score, self.best_step = score, step
+        elif step is not None:
+            log.warning("the best checkpoint was of %s; the next validation makes the first of %s", goal, self.goal)
 
 
 def _largest(trainer: Trainer, *values: float) -> list[int]:

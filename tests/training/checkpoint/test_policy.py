@@ -118,6 +118,16 @@ def test_other_data_is_told_in_one_line(resume: Callable[..., float]) -> None:
         resume(lambda kept: None, "data.limit_train_samples=48")
 
 
+def test_a_best_value_of_another_metric_is_not_compared_with(
+    train: Callable[..., float], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tmp_path, 2)
+    with caplog.at_level(logging.WARNING, "lion_lightning"):
+        loss = train(tmp_path, 3, "resume=auto", "recipe.monitor=val/loss", "recipe.mode=min")
+    assert loss > 1, "an accuracy would be less"
+    assert "was of max val/top1; the next validation makes the first of min val/loss" in caplog.text
+
+
 def test_a_file_of_something_else_is_refused(train: Callable[..., float], tmp_path: Path) -> None:
     (tmp_path / "notes.ckpt").write_bytes(b"hello")
     with pytest.raises(ConfigError, match=r"resume=.*notes\.ckpt: it is no checkpoint"):
