@@ -265,14 +265,23 @@ class RunCheckpoint(Checkpoint):
         return True
 
     def _name(self, path: Path, best: bool) -> None:
-        """Make the checkpoint at `path` the last one, maybe the best, and remove those that it replaces."""
+        """Make the checkpoint at `path` the last one, maybe the best, and remove those that it replaces.
+
+        A run goes on from the newest whole one, so a later one that is whole is another run's, and stays.
+        """
+        for file in step_files(self.folder):
+            if file.name > path.name:
+                try:
+                    files.verify(file)
+                except InvalidCheckpoint:
+                    files.remove_marked(file)
+                else:
+                    raise RuntimeError(f"another run has written {file.name}; each needs a run_dir of its own")
         if best:
             files.write_weights(files.weights_of(path), self.best_path.with_suffix(".safetensors"))
             files.link_marked(path, self.best_path)
         files.link_marked(path, self.last_path)
-        older = [file for file in step_files(self.folder) if file.name < path.name]
-        later = [file for file in step_files(self.folder) if file.name > path.name]  # not valid, else resumed from
-        for file in [*older[: max(0, len(older) - self.keep + 1)], *later]:
+        for file in step_files(self.folder)[: -self.keep]:
             files.remove_marked(file)
 
     def _is_healthy(self, trainer: Trainer) -> bool:

@@ -12,8 +12,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from lion_lightning.errors import ConfigError
-from lion_lightning.training.checkpoint.files import load
-from lion_lightning.training.checkpoint.policy import KEY
+from lion_lightning.training.checkpoint.files import CheckpointFailed, load, marker_of, newest_valid, step_path
+from lion_lightning.training.checkpoint.policy import KEY, RunCheckpoint
 from lion_lightning.training.checkpoint.resume import WAY_OUT, restoring
 from lion_lightning.training.checkpoint.sharded_state import load_sharded
 from lion_lightning.training.performance import Throughput
@@ -126,6 +126,24 @@ def test_a_best_value_of_another_metric_is_not_compared_with(
         loss = train(tmp_path, 3, "resume=auto", "recipe.monitor=val/loss", "recipe.mode=min")
     assert loss > 1, "an accuracy would be less"
     assert "was of max val/top1; the next validation makes the first of min val/loss" in caplog.text
+
+
+def test_a_later_checkpoint_of_another_process_is_not_removed(
+    train: Callable[..., float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, 2)
+    begin = RunCheckpoint.on_train_start
+
+    def late(self: RunCheckpoint, *arguments: Any) -> None:
+        begin(self, *arguments)
+        for file in (step_path(self.folder, 2), marker_of(step_path(self.folder, 2))):
+            shutil.copy(file, file.with_name(file.name.replace("2.ckpt", "9.ckpt")))
+
+    monkeypatch.setattr(RunCheckpoint, "on_train_start", late)
+    with pytest.raises(CheckpointFailed, match=r"another run has written step-000000009\.ckpt"):
+        train(tmp_path, 4, "resume=auto")
+    assert newest_valid(tmp_path / "checkpoints") == (step_path(tmp_path / "checkpoints", 9), [])
+    assert load(tmp_path / "checkpoints/last.ckpt")["global_step"] == 2
 
 
 def test_a_file_of_something_else_is_refused(train: Callable[..., float], tmp_path: Path) -> None:
