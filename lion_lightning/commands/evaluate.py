@@ -45,6 +45,9 @@ def evaluate(cfg: DictConfig) -> float:
         raise ConfigError(f"ckpt={cfg.ckpt} is an export; mode=eval takes the folder of a run, or a checkpoint")
     cfg = configuration_of(place, cfg)
     module, data = trained(place, cfg)
+    if hasattr(module, "export") and is_export(folder_of(place) / "export"):
+        with tempfile.TemporaryDirectory(prefix="lion_lightning-export-") as temporary:
+            export(module, Path(temporary), place)
     trainer = build.build_trainer(cfg, None, [], bar=False)
     trainer.validate(module, datamodule=data, verbose=False)
     metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
@@ -161,12 +164,14 @@ def trained(place: Path, cfg: DictConfig) -> tuple[Any, Any]:
     module = build.build_module(cfg, data)
     with restoring(place, "ckpt"):
         module.load_state_dict(files.with_names_of(files.weights_of(place), module.state_dict()))
-    export = folder_of(place) / "export"
-    if is_export(export) and hasattr(module, "export"):
-        with tempfile.TemporaryDirectory(prefix="lion_lightning-export-") as temporary:
-            module.export(Path(temporary), "")
-            _check_same_meaning(export, Path(temporary))
     return module.eval(), data
+
+
+def export(module: Any, folder: Path, place: Path) -> None:
+    """Export the `module` of the checkpoint `place`; ConfigError if the export of its run means something else."""
+    module.export(folder, "")
+    if is_export(then := folder_of(place) / "export"):
+        _check_same_meaning(then, folder)
 
 
 def _check_same_meaning(then: Path, now: Path) -> None:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, pipeline
 
-from lion_lightning.commands.evaluate import checkpoint_at, configuration_of, folder_of, is_export, trained
+from lion_lightning.commands.evaluate import checkpoint_at, configuration_of, export, folder_of, is_export, trained
 from lion_lightning.errors import ConfigError
 from lion_lightning.recipes.files import existing, is_hidden, list_files, one_line
 from lion_lightning.recipes.image_classification import airbench, cifar_resnet  # noqa: F401 (tells transformers of them)
@@ -63,6 +63,7 @@ def predict(cfg: DictConfig) -> float:
         inputs = _pictures(source) if task == "image-classification" else _texts(source, task)
         kept = Path(cfg.run_dir) / "predictions.jsonl"
         kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.unlink(missing_ok=True)  # an earlier one would seem to be the answer where this one fails
         unfinished = kept.with_suffix(".unfinished")  # what an input that turns out unreadable leaves
         answered: list[Row] = []
         failed: list[Row] = []
@@ -90,17 +91,17 @@ def predict(cfg: DictConfig) -> float:
 
 def _export_of(place: Path, cfg: DictConfig, temporary: Path) -> Path:
     """The export of the run, if it is of this checkpoint, else a new one in `temporary`, which needs the data."""
-    export = folder_of(place) / "export"
-    weights = export / "model.safetensors"
-    is_best = place.name == "best.ckpt" and is_export(export) and weights.is_file()
+    kept = folder_of(place) / "export"
+    weights = kept / "model.safetensors"
+    is_best = place.name == "best.ckpt" and is_export(kept) and weights.is_file()
     if is_best and weights.stat().st_mtime >= place.stat().st_mtime:
-        return export
+        return kept
     module = trained(place, configuration_of(place, cfg))[0]
     if not hasattr(module, "export"):
         raise ConfigError(
             f"ckpt={place}: {type(module).__name__} has no export(folder, card), which mode=predict needs"
         )
-    module.export(temporary, "")
+    export(module, temporary, place)
     return temporary
 
 

@@ -25,6 +25,7 @@ from lion_lightning.commands.predict import predict
 from lion_lightning.errors import ConfigError
 from lion_lightning.recipes.image_classification.airbench import AirbenchConfig
 from lion_lightning.recipes.image_classification.cifar_resnet import CifarResNetConfig
+from lion_lightning.recipes.image_classification.module import ImageClassifier
 from lion_lightning.training.run import run
 from tests.processes import run_python
 
@@ -153,10 +154,25 @@ def test_what_turns_out_unreadable_leaves_no_predictions_that_seem_whole(
 ) -> None:
     file, out = tmp_path / "late.txt", tmp_path / "out"
     file.write_bytes(b"the [MASK] sat\n" * 2000 + b"caf\xe9")
+    out.mkdir()
+    (out / "predictions.jsonl").write_text("of an earlier input")
     with pytest.raises(ConfigError, match=r"late.txt is not UTF-8 \(byte 0xe9\); it looks like .*iconv"):
         predict(compose(f"ckpt={masked}", f"input={file}", f"run_dir={out}"))
     assert len((out / "predictions.unfinished").read_text().splitlines()) > 100
     assert not (out / "predictions.jsonl").exists()
+
+
+def test_a_checkpoint_is_exported_once(
+    compose: Compose, digits: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[Path] = []
+    export = ImageClassifier.export
+    spied = lambda self, *given: (folders.append(given[0]), export(self, *given))  # noqa: E731
+    monkeypatch.setattr(ImageClassifier, "export", spied)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    last = digits[0] / "checkpoints" / "last.ckpt"
+    assert predict(compose(f"ckpt={last}", f"input={tmp_path / 'a.png'}", f"run_dir={tmp_path}")) == 1
+    assert len(folders) == 1
 
 
 @pytest.mark.parametrize("text", ["the [MASK] sat", "the [MASK] number 7 sat on [MASK]"])
