@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -29,6 +30,11 @@ OTHER_NAMES = {
 }  # fmt: skip
 """What other trainers call some of our settings."""
 SHOWN_TUNED = 2  # lines of --explain from conf/tuned
+TEXTS = (
+    "run_dir", "run_name", "resume", "ckpt", "input", "data.path", "data.val_path", "data.cache_dir", "data.tokenizer",
+    "model.pretrained",
+)  # fmt: skip
+"""Settings that are a path or a name."""
 FLAGS_WITHOUT_VALUE = ("-m", "--multirun", "--run", "-r", "--resolve", "--help", "-h", "--hydra-help")
 
 
@@ -160,11 +166,24 @@ def _check_syntax(argument: str, config: Path) -> None:
         meant = f"; did you mean {groups[0]}={argument}?" if groups else ", such as 'data.path=my folder'"
         raise ConfigError(f"{argument}: a setting is key=value without spaces, or with quotes around it{meant}")
     try:
-        OverridesParser.create().parse_override(argument)
+        override = OverridesParser.create().parse_override(argument)
     except HydraException as error:
         if any(value.count(pair[0]) != value.count(pair[1]) for pair in ("[]", "{}", "()")):
             raise ConfigError(f"{argument}: a bracket is not closed, or not opened") from error
         raise ConfigError(f"{argument}: the value needs quotes of its own: '{name}=\"{value}\"'") from error
+    if name.lstrip("+") in TEXTS and not override.is_sweep_override():
+        _check_text(argument, override.value())
+
+
+def _check_text(argument: str, value: Any) -> None:
+    """Refuses a path or name that is a number for Hydra, such as that of a job, and one that has been left out."""
+    name, _, text = argument.lstrip("+").partition("=")
+    if isinstance(value, int | float):  # of which zeros and underscores are lost
+        raise ConfigError(f"{argument}: a text that looks like a number needs quotes of its own: '{name}=\"{text}\"'")
+    if value == "" or (value is None and name in ("run_dir", "run_name")):
+        raise ConfigError(f"{argument} is empty; is a variable of the shell not set?")
+    if name == "run_dir" and value.startswith("~"):
+        raise ConfigError(f"{argument}: ~ would be the name of a folder; write $HOME in its place")
 
 
 def _check_tuned(value: str, folder: Path) -> None:

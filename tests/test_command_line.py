@@ -20,6 +20,13 @@ from lion_lightning.errors import ConfigError
         (["-m", "tuned=bert_mlm_lion,bert_mlm_lino"], "tuned=bert_mlm_lino: there is no"),
         (["tuned=null"], "tuned=null: null is no choice of a group; allowed is tuned=none"),
         (["optim=null"], "optim=null: null is no choice of a group; allowed is optim=adafactor, adamw, "),
+        (["run_dir=2026_12"], """run_dir=2026_12: .* needs quotes of its own: 'run_dir="2026_12"'"""),
+        (["input=1e3"], "looks like a number"),
+        (["+run_dir=true"], "looks like a number"),
+        (["data.path="], "data.path= is empty; is a variable of the shell not set"),
+        (["ckpt=''"], "is empty"),
+        (["run_dir=null"], "run_dir=null is empty"),
+        (["run_dir='~/runs'"], r"write \$HOME in its place"),
         (["resume=auto"], "without run_dir=FOLDER every run has a new one"),
     ],
 )
@@ -40,6 +47,8 @@ def test_what_hydra_does_not_check_is_refused(arguments, said):
         ["resume=auto", "hydra.run.dir=out"],
         ["--config-dir", "mine", "tuned=mine"],
         ["-m", "seed=1,2"],
+        ["-m", "data.path=a,b", "run_name=1,2"],
+        ["run_dir='2026'", "resume=null", "data.path='~/texts'", "ckpt=${oc.env:HOME}"],
     ],
 )
 def test_what_is_right_passes(arguments):
