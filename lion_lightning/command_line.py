@@ -35,6 +35,8 @@ TEXTS = (
     "model.pretrained",
 )  # fmt: skip
 """Settings that are a path or a name."""
+MORE_THAN_ONE = {"callbacks", "debug", "tuned"}
+"""Groups of which a run can have several choices."""
 FLAGS_WITHOUT_VALUE = ("-m", "--multirun", "--run", "-r", "--resolve", "--help", "-h", "--hydra-help")
 
 
@@ -149,6 +151,8 @@ def check_arguments(arguments: Sequence[str], config: Path) -> None:
             files = sorted(file.stem for file in (config / name.lstrip("+")).glob("*.yaml"))
             choices = "none" if name.lstrip("+") == "tuned" else ", ".join(files)
             raise ConfigError(f"{argument}: null is no choice of a group; allowed is {name}={choices}")
+        if value.startswith("[") and "," in value and name.lstrip("+") in groups - MORE_THAN_ONE:
+            raise ConfigError(f"{argument}: a list would mix the settings of its choices; name one, or sweep with -m")
         if name.lstrip("+") == "tuned" and not extends:
             _check_tuned(value, config / "tuned")
     settings = {argument.partition("=")[0].lstrip("+") for argument in arguments}
