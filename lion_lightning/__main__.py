@@ -95,8 +95,8 @@ def main() -> None:
     # Without this Hydra prints an excerpt of its own and hides the exception from us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        if sys.argv[1:2] == ["--explain"]:
-            print(explain(take_trusted(sys.argv[2:]), CONFIG_FOLDER))
+        if "--explain" in sys.argv:
+            print(explain(take_trusted([word for word in sys.argv[1:] if word != "--explain"]), CONFIG_FOLDER))
             return
         sys.argv[1:] = take_trusted(sys.argv[1:])
         refuse_secrets_of_a_sweep(sys.argv[1:])

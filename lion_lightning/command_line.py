@@ -89,7 +89,7 @@ def trusted() -> tuple[str, ...]:
 def add_config_dir(parser: argparse.ArgumentParser) -> None:
     """Add `--config-dir FOLDER`, which can be given several times; see `search_path`."""
     told = "more configurations, as lion-train takes them"
-    parser.add_argument("--config-dir", action="append", default=[], metavar="FOLDER", help=told)
+    parser.add_argument("--config-dir", "-cd", action="append", default=[], metavar="FOLDER", help=told)
 
 
 def search_path(folders: Sequence[str | Path]) -> list[str]:
@@ -228,19 +228,25 @@ def explain(keys: Sequence[str], config: Path) -> str:
     """The value of settings in a run, and where they are written: the lines of the files that have them.
 
     Args:
-        keys: as the command line writes them: `optim.lr`, `seed`, or a group; with `=` a setting of the run.
+        keys: as the command line writes them: `optim.lr`, `seed`, or a group; with `=` a setting of the run; and
+            `--config-dir FOLDER`.
         config: the folder with train.yaml and its groups.
 
     Raises:
-        ConfigError: no key is given, or a file has none of that name.
+        ConfigError: no key is given, or no file has one of that name.
     """
+    parser = argparse.ArgumentParser(add_help=False)
+    add_config_dir(parser)
+    options, keys = parser.parse_known_args(keys)
+    more = search_path(options.config_dir)
+    folders = [config, *map(Path, options.config_dir)]
     settings = [word for word in keys if "=" in word]
     keys = [word for word in keys if word not in settings]
     if not keys:
         raise ConfigError("--explain needs a setting, such as optim.lr; --cfg job lists all of a run")
-    told = ["\n".join(_explanation(key, config)) for key in keys]
+    told = ["\n".join(_explanation(key, *folders)) for key in keys]
     with hydra.initialize_config_dir(str(config), version_base="1.3"):
-        cfg = hydra.compose("train", settings)
+        cfg = hydra.compose("train", [*settings, *more])
     run = " ".join(["a run", *(["with", *settings] if settings else [])])
     for number, key in enumerate(keys):
         value = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)  # Hydra's own are not there
@@ -249,13 +255,13 @@ def explain(keys: Sequence[str], config: Path) -> str:
     return "\n\n".join(told)
 
 
-def _explanation(key: str, config: Path) -> list[str]:
-    if "." not in key and (config / key).is_dir():
-        files = sorted((config / key).glob("*.yaml"))
+def _explanation(key: str, *folders: Path) -> list[str]:
+    files = [] if "." in key else [file for folder in folders for file in sorted((folder / key).glob("*.yaml"))]
+    if files:
         return [f"{key}=...", *(f"  {file.stem:<28} {_first_comment(file)}" for file in files)]
-    lines = [line for name, line in _settings(config) if name == key]
+    lines = [line for name, line in _settings(*folders) if name == key]
     if not lines:
-        raise ConfigError(f"--explain {key}: no file in conf/ has it{_meant(key, known_keys(config))}")
+        raise ConfigError(f"--explain {key}: no file in conf/ has it{_meant(key, known_keys(*folders))}")
     tuned = [line for line in lines if line.startswith("  conf/tuned/")]
     if len(tuned) > SHOWN_TUNED:
         others = (
@@ -271,24 +277,26 @@ def _first_comment(file: Path) -> str:
     return next(comments, "")
 
 
-def known_keys(config: Path) -> list[str]:
-    """Every setting of every file below `config`, with the name that the command line gives it, and the groups."""
-    keys = {entry.stem for entry in config.iterdir() if any(entry.glob("*.yaml"))}
-    keys.update(key for key, _ in _settings(config))
+def known_keys(*folders: Path) -> list[str]:
+    """Every setting of every file below `folders`, with the name that the command line gives it, and the groups."""
+    keys = {entry.stem for folder in folders for entry in folder.iterdir() if any(entry.glob("*.yaml"))}
+    keys.update(key for key, _ in _settings(*folders))
     return sorted(key for key in keys if not re.search(r"^hydra\b|\bdefaults$|(?:^|\.)_", key))
 
 
-def _settings(config: Path) -> Iterator[tuple[str, str]]:
+def _settings(*folders: Path) -> Iterator[tuple[str, str]]:
     """The settings of all files: the name on the command line, and the file and line that it stands in."""
-    for file in sorted(config.rglob("*.yaml")):
-        place, text = file.relative_to(config), file.read_text(encoding="utf-8")
-        groups = () if "@package _global_" in text else place.parent.parts
-        above = [(-1, group) for group in groups]  # indentation and name
+    for folder, file in [(root, path) for root in folders for path in sorted(root.rglob("*.yaml"))]:
+        place, text = file.relative_to(folder), file.read_text(encoding="utf-8")
+        shown = (file if folder != folders[0] else "conf" / place).as_posix()
+        package = re.search(r"^# @package (\S+)", text, re.MULTILINE)
+        groups = package[1].replace("_global_", "").split(".") if package else place.parent.parts
+        above = [(-1, group) for group in groups if group]  # indentation and name
         for line in text.splitlines():
             if match := re.match(r"( *)([\w@/-]+):", line):
                 indent = len(match[1])
                 above = [(depth, name) for depth, name in above if depth < indent] + [(indent, match[2])]
-                yield ".".join(name for _, name in above), f"  conf/{place}: {re.sub(r' {2,}', '  ', line.strip())}"
+                yield ".".join(name for _, name in above), f"  {shown}: {re.sub(r' {2,}', '  ', line.strip())}"
 
 
 def _meant(name: str, known: Iterable[str]) -> str:

@@ -103,6 +103,20 @@ def test_explain_prints_default_and_comment_wherever_a_key_is_set():
             explain(no_key, CONFIG_FOLDER)
 
 
+def test_explain_reads_the_folders_of_config_dir(tmp_path):
+    (tmp_path / "optim").mkdir()
+    file = tmp_path / "optim" / "mine.yaml"
+    file.write_text("# Of mine.\n_target_: torch.optim.SGD\n_partial_: true\nname: mine\nhurry: 3  # how much\n")
+    text = explain(["optim.hurry", "--config-dir", str(tmp_path), "optim=mine"], CONFIG_FOLDER)
+    assert text == f"optim.hurry\n  {file}: hurry: 3  # how much\n  a run with optim=mine has 3"
+    choices = explain(["optim", f"-cd={tmp_path}"], CONFIG_FOLDER)
+    assert re.search(r"  lion +Lion, .*\n(.*\n)*  mine +Of mine\.", choices)
+
+
+def test_keys_of_a_package_have_its_name():
+    assert "conf/callbacks/ema.yaml: decay: 0.999" in explain(["callbacks.ema.decay"], CONFIG_FOLDER)
+
+
 def test_every_known_key_is_explained():
     keys = known_keys(CONFIG_FOLDER)
     for key, told in zip(keys, explain(keys, CONFIG_FOLDER).split("\n\n"), strict=True):
