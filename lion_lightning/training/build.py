@@ -242,8 +242,12 @@ def build_callbacks(cfg: DictConfig, group: str) -> list[Callback]:
         return [instantiate(node) for node in nodes if "_target_" in node]
 
 
-def build_logger(cfg: DictConfig, continues: bool = False) -> Logger | None:
-    """The logger; if `continues`, one of W&B goes on with the online run that this folder has had."""
+def build_logger(cfg: DictConfig, continues: Path | None = None) -> Logger | None:
+    """The logger; where the run continues from a checkpoint of its own folder, what was logged there stays.
+
+    One of W&B goes on with the online run that this folder has had. Lightning's CSV logger begins by removing the
+    metrics.csv of its folder, so it gets another, named after the checkpoint.
+    """
     if "_target_" not in cfg.logger:
         return None
     try:
@@ -251,6 +255,8 @@ def build_logger(cfg: DictConfig, continues: bool = False) -> Logger | None:
             file = Path(cfg.run_dir) / RUN_ID_FILE
             run_id = file.read_text().strip() if continues and file.is_file() else None
             return instantiate(cfg.logger, run_id=run_id or None)
+        if cfg.logger.name == "csv" and continues:
+            return instantiate(cfg.logger, name="csv", version=f"from-{continues.stem}")
         return instantiate(cfg.logger, name=cfg.logger.name)  # of a file logger, the folder it writes to
     except (ModuleNotFoundError, ValueError) as error:
         raise ConfigError(f"logger={cfg.logger.name}: {error}") from error

@@ -44,7 +44,7 @@ def run(cfg: DictConfig, more_callbacks: Sequence[pl.Callback] = ()) -> float:
     data = build.build_data(cfg)
     cfg.trainer.max_steps = build.max_steps(cfg, data)
     module = build.build_module(cfg, data)
-    logger = build.build_logger(cfg, continues=cfg.resume == AUTO and resumed is not None)
+    logger = build.build_logger(cfg, resumed if cfg.resume == AUTO else None)
     throughput = Throughput()
     with StopFlag(alone=not build.started_by_launcher()) as stop:
         checkpoint = build.build_checkpoint(cfg, stop)

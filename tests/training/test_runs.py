@@ -1,5 +1,6 @@
 """Whole runs through `training.run.run`: they learn, return what they monitored, go on, and leave what they promise."""
 
+import csv
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -254,3 +255,15 @@ def test_file_loggers_write_into_the_run_folder(bert: Go, tmp_path: Path, logger
     else:
         assert list(folder.rglob("events.out.tfevents.*"))
     assert not list(folder.rglob("wandb"))
+
+
+def test_a_resumed_run_keeps_the_csv_that_it_had(compose: Any, tmp_path: Path) -> None:
+    common = ["recipe=image_classification", "logger=csv", "export=false", f"run_dir={tmp_path}", "resume=auto"]
+    common += ["trainer.log_every_n_steps=1", "trainer.val_check_interval=2"]
+    for steps in (2, 4):
+        run(compose(*common, f"trainer.max_steps={steps}"))
+    logged = {}
+    for file in tmp_path.rglob("metrics.csv"):
+        with file.open() as lines:
+            logged[file.parent.name] = {int(row["step"]) for row in csv.DictReader(lines) if row["train/loss"]}
+    assert logged == {"csv": {0, 1}, "from-step-000000002": {2, 3}}
