@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lion_lightning.guard.rules import RULES, Reading, Stateful, StuckMomentum, Symptom, Thresholds
-from lion_lightning.guard.snapshots import Snapshot, SnapshotRing, repair, restore
+from lion_lightning.guard.snapshots import Snapshot, SnapshotRing, buffers_with_nan, repair, restore
 from lion_lightning.guard.step_monitor import GatedRules
 
 OnDivergence = Literal["recover", "stop", "warn", "ignore"]
@@ -29,6 +29,7 @@ class Remedy(str, Enum):
     NEW_LEVEL = "noted; the loss is compared with its new level from now on"
     ZERO_MOMENTUM = "the momentum was zeroed"
     REPAIR = "what was not finite was restored from the newest snapshot"
+    RESET_STATISTICS = "running statistics of normalization layers with NaN start anew"
     REWIND = "rewound to the newest healthy snapshot"
     REWIND_AT_HALF_RATE = "rewound to an older snapshot, at half the learning rate"
     UNDO_REWIND = "the rewind was undone; the loss is compared with its new level from now on"
@@ -81,6 +82,8 @@ class EscalationPolicy(Stateful):
             return Remedy.REBASELINE  # what lasts without an outlier is how the task is
         if kind == "raised_loss":
             return Remedy.NEW_LEVEL
+        if kind == "sick_buffers":
+            return Remedy.REPAIR if self.on_divergence == "recover" else Remedy.RESET_STATISTICS
         if kind not in ("divergence", "sick_weights", "nonfinite_limit"):
             return Remedy.NOTE
         if kind != "divergence" and self.on_divergence == "warn":
@@ -225,6 +228,10 @@ class Recovery:
         elif count and count % limits.nonfinite_steps == 0 and not reading.is_finite and not is_finite():
             message = "weights or optimizer state are no longer finite: every further step is lost"
             symptoms.append(Symptom("sick_weights", message))
+        if not reading.is_finite and (sick := buffers_with_nan(self.module)):
+            more = f" and {len(sick) - 1} more" if len(sick) > 1 else ""
+            message = f"the forward pass has left NaN in buffers ({sick[0]}{more}): evaluation may be NaN from now on"
+            symptoms.append(Symptom("sick_buffers", message))
         if monitor.scaled and not reading.bad_ranks:  # the GradScaler finds its scale by steps that overflow
             symptoms = [symptom for symptom in symptoms if symptom.kind != "nonfinite"]
         for symptom in symptoms:
@@ -280,7 +287,8 @@ class Recovery:
         if remedy is Remedy.REPAIR or remedy in REWINDS:
             older = remedy is Remedy.REWIND_AT_HALF_RATE
             kept = self.ring.newest if remedy is Remedy.REPAIR else self.ring.proven(step, older)
-            remedy = Remedy.STOP if kept is None else remedy
+            if kept is None:
+                remedy = Remedy.RESET_STATISTICS if symptom.kind == "sick_buffers" else Remedy.STOP
         said = remedy.value if kept is None else f"{remedy.value} (of step {kept.step})"
         if not self.acts or (not self.gates and remedy in (Remedy.CLIP, Remedy.SKIP)):
             return Treated(symptom, remedy, f"nothing was done (would be: {said})")
@@ -292,7 +300,13 @@ class Recovery:
             monitor.rules.divergence.take_level()
         elif remedy is Remedy.REPAIR and kept is not None:
             repair(kept, self.module, self.optimizers)
-            monitor.rules.nonfinite_in_a_row = 0
+            if symptom.kind == "sick_weights":
+                monitor.rules.nonfinite_in_a_row = 0
+        elif remedy is Remedy.RESET_STATISTICS:
+            for part in self.module.modules():
+                reset = getattr(part, "reset_running_stats", None)
+                if callable(reset) and buffers_with_nan(part):
+                    reset()
         elif kept is not None:
             said += self._rewind(kept, remedy, step, monitor, level if symptom.kind == "divergence" else None)
         return Treated(symptom, remedy, said)
@@ -350,11 +364,11 @@ class Recovery:
 
         It is not while a rewind is on trial or a rule counts steps towards a symptom on which the guard would act, nor
         after `nonfinite_steps` steps in a row that were not finite. After fewer, which were skipped and have changed
-        nothing, or after one that was taken, weights and optimizer state of this process decide.
+        nothing, or after one that was taken, weights, buffers and optimizer state of this process decide.
         """
         streak = max((monitor.rules.nonfinite_in_a_row for monitor in self.monitors), default=0)
-        sick = self._saw_nonfinite() and not all(monitor.is_finite() for monitor in self.monitors)
-        if sick or streak >= self.thresholds.nonfinite_steps:
+        finite = [monitor.is_finite() for monitor in self.monitors] if self._saw_nonfinite() else []
+        if streak >= self.thresholds.nonfinite_steps or not all(finite) or (finite and buffers_with_nan(self.module)):
             return False
         return self.is_ending or not self.acts or self._is_settled()
 

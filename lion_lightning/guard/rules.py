@@ -137,7 +137,7 @@ class Symptom:
 
 
 RULES: dict[str, tuple[str, ...]] = {
-    "nonfinite": ("nonfinite", "nonfinite_loss", "nonfinite_limit", "sick_weights"),
+    "nonfinite": ("nonfinite", "nonfinite_loss", "nonfinite_limit", "sick_weights", "sick_buffers"),
     "outlier": ("outlier",),
     "bad_loss": ("bad_loss", "bad_losses"),
     "stuck_momentum": ("poison", "low_flip_rate"),

@@ -195,6 +195,11 @@ def nonfinite(tensor: Tensor) -> Tensor | None:
     return sick if bool(sick.any()) else None
 
 
+def buffers_with_nan(module: nn.Module) -> list[str]:
+    """Names of the buffers that hold NaN. Infinities are left out: masks and observers begin with them."""
+    return [name for name, buffer in _buffers_of(module) if nonfinite(buffer) is not None and buffer.isnan().any()]
+
+
 def _restore_state(states: Any, param: Tensor, kept: dict[str, Any]) -> None:
     if not kept:  # it had none yet
         states.pop(param, None)

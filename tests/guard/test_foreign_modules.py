@@ -388,6 +388,49 @@ def test_a_rewind_that_stands_names_the_buffers_that_the_snapshot_lacks(tmp_path
     assert stands.remedy == "noted; not in the snapshot in its present shape, and left as it is: late"
 
 
+class Normalized(Regression):
+    """Batch norm, and a mask of infinities; the sixth batch has a NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1))
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step == 5:
+            batch[0][0, 0] = torch.nan
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("mode", "remedy"), [("warn", "running statistics of"), ("recover", "what was not finite was restored from")]
+)
+def test_a_batch_with_nan_does_not_stay_in_the_running_statistics(tmp_path, mode, remedy):
+    guard, module = LionGuard(on_divergence=mode), Normalized()
+    trainer_with(guard, tmp_path).fit(module)
+    assert module.net[0].running_mean.isfinite().all()
+    assert module.net[0].running_var.isfinite().all()
+    assert module.mask[1] == -torch.inf
+    (event,) = (event for event in guard.events if event.kind == "sick_buffers")
+    assert event.step == 6
+    assert event.remedy.startswith(remedy)
+    assert "net.0.running_mean and 1 more" in event.message
+
+
+def test_running_statistics_with_nan_are_not_saved_as_healthy(tmp_path):
+    healthy = []
+
+    class Saves(Callback):
+        def on_train_batch_end(self, *_):
+            healthy.append(guard.is_healthy())
+
+    guard = LionGuard()
+    trainer = trainer_with(guard, tmp_path)
+    trainer.callbacks.append(Saves())
+    trainer.fit(Normalized())
+    assert healthy == [True] * 5 + [False] + [True] * 2
+
+
 class Endless(IterableDataset):
     def __iter__(self):
         while True:
