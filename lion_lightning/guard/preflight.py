@@ -1,7 +1,7 @@
 """Checks of a run's settings before the first step, and of the batch that its steps really use."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -291,9 +291,9 @@ def samples_in(batch: Any) -> int:
         return int(batch.batch_sizes[0])
     if isinstance(batch, (list, tuple)) and batch and all(isinstance(it, Tensor) and it.ndim == 3 for it in batch):
         return 0  # images
-    entries = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else (batch,)
+    entries = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else (batch,)
     sizes = [entry.size(0) for entry in entries if isinstance(entry, Tensor) and entry.ndim]
-    if not sizes and isinstance(batch, (list, tuple, dict)):
+    if not sizes and isinstance(batch, (list, tuple, Mapping)):
         lists = [entry for entry in entries if isinstance(entry, (list, tuple))]
         sizes = [0 if _is_batch(entry) else len(entry) for entry in lists]
     return sizes[0] if sizes and sizes.count(sizes[0]) == len(sizes) else 0

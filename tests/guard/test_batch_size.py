@@ -1,5 +1,7 @@
 """The batch of a step is counted, and its accumulation worked out."""
 
+from collections import UserDict
+
 import torch
 
 from lion_lightning.guard.preflight import EffectiveBatch, samples_in
@@ -8,6 +10,7 @@ from lion_lightning.guard.preflight import EffectiveBatch, samples_in
 def test_the_samples_of_a_batch_are_counted_where_its_structure_tells_them():
     x, y, image = torch.ones(64, 4), torch.ones(64, 1), torch.ones(3, 8, 8)
     assert samples_in([x, y]) == samples_in({"x": x, "y": y}) == samples_in(x) == 64
+    assert samples_in(UserDict(x=x, y=y)) == 64  # as transformers' BatchEncoding
     assert samples_in({"texts": ["a"] * 5}) == samples_in([[image] * 5, [{"boxes": y}] * 5]) == 5
     assert samples_in({"ragged": [torch.ones(length) for length in (3, 5, 7)]}) == 3
     for several_loaders in ({"a": [x, y], "b": [x, y]}, [[x, y], [x, y]], [[x, x], [x, x]], [[x, y]]):
