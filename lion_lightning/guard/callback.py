@@ -298,6 +298,8 @@ class LionGuard(Callback):
         number = [monitor.optimizer for monitor in self.monitors].index(optimizer)
         if self.monitors[number].is_measured:  # LBFGS and SAM evaluate the loss several times for one step
             self.losses = Losses()
+            # They compare these gradients with each other: one alone must not be made smaller.
+            self.monitors[number].gate.clips_outliers = False
             return
         if number == 0:
             self.batch.close()

@@ -205,6 +205,24 @@ def test_a_step_of_any_optimizer_counts_once(tmp_path, module):
     assert [event.kind for event in guard.events if event.kind != "batch_size"] == []
 
 
+class Jumps(Regression):
+    """One batch has gradients a million times as large."""
+
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters(), lr=1e-3, max_iter=3)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (1e6 if self.trainer.global_step == 40 else 1)
+
+
+def test_gradients_that_an_optimizer_compares_within_a_step_are_not_clipped(tmp_path):
+    guarded = trainer_with(LionGuard(), tmp_path, max_epochs=6)
+    guarded.fit(module := Jumps())
+    trainer_with(LionGuard(gate=False), tmp_path, max_epochs=6).fit(alone := Jumps())
+    assert torch.equal(module.net.weight, alone.net.weight)
+    assert [event.kind for event in guarded.callbacks[0].events] == ["bad_losses"]
+
+
 def test_a_step_of_a_raw_optimizer_is_told_once(tmp_path):
     class Raw(Regression):
         automatic_optimization = False
