@@ -51,7 +51,8 @@ class LionMixin:
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        if getattr(cls, "configure_optimizers", None) is LightningModule.configure_optimizers:
+        found = getattr(cls.configure_optimizers, "__qualname__", "")
+        if found == LightningModule.configure_optimizers.__qualname__:  # also where it is pytorch_lightning's
             raise TypeError(f"{cls.__name__} has LightningModule before LionMixin: write LionMixin, LightningModule")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

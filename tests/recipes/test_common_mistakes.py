@@ -238,9 +238,11 @@ def test_the_rest_of_an_epoch_is_no_small_batch(caplog: pytest.LogCaptureFixture
     assert [record.message for record in caplog.records if "the effective batch is 20 samples" in record.message]
 
 
-def test_the_mixin_after_the_module_is_refused() -> None:
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_the_mixin_after_the_module_is_refused(package: str) -> None:
+    module = pytest.importorskip(package).LightningModule
     with pytest.raises(TypeError, match="Behind has LightningModule before LionMixin"):
-        type("Behind", (LightningModule, LionMixin), {})
+        type("Behind", (module, LionMixin), {})
 
 
 def test_an_optimizer_factory_that_makes_nothing_is_refused() -> None:
