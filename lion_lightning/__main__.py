@@ -114,9 +114,9 @@ def main() -> None:
         folder = given.get("run_dir") or (None if is_training else "outputs/${mode}/${run_stamp:}")
         if folder and "hydra.run.dir" not in given:  # Hydra's log goes there too, and it makes no folder
             more.append(f"hydra.run.dir={folder}")
-        if more:
-            first = next(place for place, word in enumerate(sys.argv) if place and "=" in word and word[0] != "-")
-            sys.argv[first:first] = more  # settings stand together
+        # Hydra reads settings that stand together alone; of two for one key the last counts, which is the one typed.
+        flags = [word for word in sys.argv[1:] if word not in settings]
+        sys.argv[1:] = [*flags, *more, *settings]
         train()
     except Exception as error:
         if failed_jobs:

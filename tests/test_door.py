@@ -122,3 +122,13 @@ def test_every_failing_job_of_a_sweep_is_named_at_its_end(root: Path, tmp_path: 
     assert first.startswith("job 0 (data.batch_size=5000 logger=none optim=lion")
     assert second.startswith("job 1 (data.batch_size=5000 logger=none optim=adamw")
     assert last.startswith("error: the effective batch of 5000 samples is larger than the training set")
+
+
+def test_a_flag_may_stand_between_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("HYDRA_FULL_ERROR", "OMP_WAIT_POLICY"):  # `main` sets them
+        monkeypatch.setenv(variable, os.environ.get(variable, "1"))
+    seen: list[str] = []
+    monkeypatch.setattr(__main__, "train", lambda: seen.extend(sys.argv[1:]))
+    monkeypatch.setattr(sys, "argv", ["train.py", "recipe=cifar10", "-m", "run_dir=a", "seed=1,2", "--config-dir", "."])
+    __main__.main()
+    assert seen == ["-m", "--config-dir", ".", "hydra.run.dir=a", "recipe=cifar10", "run_dir=a", "seed=1,2"]
