@@ -32,7 +32,7 @@ OTHER_NAMES = {
 SHOWN_TUNED = 2  # lines of --explain from conf/tuned
 TEXTS = (
     "run_dir", "run_name", "resume", "ckpt", "input", "data.path", "data.val_path", "data.cache_dir", "data.tokenizer",
-    "model.pretrained",
+    "model.pretrained", "group", "logger.project",
 )  # fmt: skip
 """Settings that are a path or a name."""
 MORE_THAN_ONE = {"callbacks", "debug", "tuned"}

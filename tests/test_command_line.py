@@ -22,6 +22,7 @@ from lion_lightning.errors import ConfigError
         (["optim=null"], "optim=null: null is no choice of a group; allowed is optim=adafactor, adamw, "),
         (["logger=[csv,tensorboard]"], "a list would mix the settings of its choices"),
         (["run_dir=2026_12"], """run_dir=2026_12: .* needs quotes of its own: 'run_dir="2026_12"'"""),
+        (["group=5"], "looks like a number"),
         (["input=1e3"], "looks like a number"),
         (["+run_dir=true"], "looks like a number"),
         (["data.path="], "data.path= is empty; is a variable of the shell not set"),

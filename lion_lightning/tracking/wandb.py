@@ -31,7 +31,7 @@ class RunLogger(WandbLogger):
             offline run always gets a new id.
 
     Raises:
-        ValueError: Unknown mode.
+        ValueError: Unknown mode, or a project or tag that W&B does not take.
     """
 
     def __init__(
@@ -47,6 +47,10 @@ class RunLogger(WandbLogger):
         run_id: str | None = None,
     ) -> None:
         self.mode = choose_mode(mode)
+        try:  # what wandb.init refuses, refused here
+            settings = wandb.Settings(silent=True, project=project, run_tags=tuple(tags))
+        except wandb.Error as error:
+            raise ValueError(str(error)) from error
         super().__init__(
             name=run_name,
             project=project,
@@ -58,7 +62,7 @@ class RunLogger(WandbLogger):
             # Chosen before training, so that it can be stored beside the checkpoints. A sweep agent's id overrides it.
             id=(run_id if self.mode == "online" else None) or secrets.token_hex(4),
             mode=self.mode,  # `offline=True` would set WANDB_MODE for the whole process
-            settings=wandb.Settings(silent=True),
+            settings=settings,
         )
         self._wandb_init.pop("anonymous", None)  # Lightning passes this argument, which W&B is removing
         Path(save_dir).mkdir(parents=True, exist_ok=True)  # W&B silently uses a temporary folder if it is missing

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import wandb
 
+from lion_lightning.errors import ConfigError
 from lion_lightning.tracking.runs import Run, find_runs, read_file
 from lion_lightning.training.run import run
 
@@ -71,3 +72,10 @@ def test_offline_a_resumed_run_is_a_new_one_of_the_group(train: Callable[..., fl
     assert len({seen.id for seen in runs}) == len(runs) == 2
     assert {seen.group for seen in runs} == {"g"}
     assert not (tmp_path / "wandb_run_id").exists()
+
+
+@pytest.mark.parametrize("setting", ["logger.project='a/b'", f"logger.tags=[{'x' * 65}]"])
+def test_a_name_that_wandb_does_not_take_is_one_line(train: Callable[..., float], tmp_path: Path, setting: str) -> None:
+    with pytest.raises(ConfigError, match=r"logger=wandb: (Invalid project name 'a/b'|.*\n.*\n.*Tags must be)"):
+        train(tmp_path, 2, setting)
+    assert not (tmp_path / "checkpoints").exists()
