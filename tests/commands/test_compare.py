@@ -10,7 +10,6 @@ import wandb
 
 from lion_lightning.commands import compare
 from lion_lightning.tracking.wandb import RunLogger
-from scripts import plot_runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -159,16 +158,6 @@ def test_a_copied_run_counts_once(runs: Path, capsys: pytest.CaptureFixture[str]
     _, output, _ = call([runs / "one", tmp_path / "copy"], capsys, tmp_path)
     assert "over 1 seed;" in output
     assert "!" not in output
-
-
-def test_one_picture_is_drawn_without_the_statistics(
-    runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    assert plot_runs.main([str(runs / "good"), "--output", str(tmp_path / "curve.png")]) == 0
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert "4 of 4 runs" in capsys.readouterr().out
-    assert plot_runs.main([str(runs / "empty")]) == 2
-    assert capsys.readouterr().err == "error: there are no runs to compare\n"
 
 
 @pytest.mark.slow
