@@ -17,12 +17,14 @@ text = Dataset.from_dict({"text": ["the cat sat on the mat", "the dog ran to the
 config = LlamaConfig(
     vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
 )
+settings = from_adamw(lr=2e-2, weight_decay=0.01)
 trainer = SFTTrainer(
     LlamaForCausalLM(config),
     SFTConfig(
         tempfile.mkdtemp(),
         num_train_epochs=10,
         per_device_train_batch_size=16,
+        weight_decay=settings["weight_decay"],  # the Trainer gives its groups this decay, whatever Lion is given
         logging_steps=10,
         report_to=[],
         bf16=False,
@@ -32,6 +34,6 @@ trainer = SFTTrainer(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     ),
     peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
-    optimizer_cls_and_kwargs=(Lion, from_adamw(lr=2e-2, weight_decay=0.01)),
+    optimizer_cls_and_kwargs=(Lion, {"lr": settings["lr"]}),
 )
 trainer.train()

@@ -66,6 +66,18 @@ def test_the_loss_falls(script: str, needs: str, at_most: float, root: Path, tmp
     assert losses(printed)[-1] < at_most
 
 
+@pytest.mark.parametrize(
+    ("script", "needs", "decay"),
+    [("hf_trainer.py", "transformers accelerate", 0.2), ("trl_sft.py", "trl peft", 0.1)],
+)
+def test_hugging_face_trainers_decay_by_what_from_adamw_gives(
+    script: str, needs: str, decay: float, root: Path, tmp_path: Path
+) -> None:
+    groups = f"runpy.run_path({str(root / 'examples' / script)!r})['trainer'].optimizer.param_groups"
+    (tmp_path / "decays.py").write_text(f"import runpy\nprint([group['weight_decay'] for group in {groups}])")
+    assert f"[{decay}, 0.0]" in run(root, tmp_path, "decays.py", needs=needs)
+
+
 def test_a_lora_of_trl_and_peft_trains(root: Path, tmp_path: Path) -> None:
     first, *_, last = losses(run(root, tmp_path, "examples/trl_sft.py", needs="trl peft"))
     assert last < first
