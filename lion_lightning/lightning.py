@@ -77,7 +77,7 @@ class LionMixin:
         if self.weight_decay_timescale is not None:
             timescale = self.weight_decay_timescale * (steps if self.weight_decay_timescale < 1 else 1)
             for group in optimizer.param_groups:
-                if group.get("name") == "decay":
+                if str(group.get("name")).split("/")[0] == "decay":  # MuonWithLion and lion_amos split it
                     group["weight_decay"] = decay_for_timescale(float(group["lr"]), timescale)
         if math.isinf(steps):
             log.warning("LionMixin: the length of this run is not known, so the learning rate stays as it is")

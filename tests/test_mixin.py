@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lion_lightning import Lion, LionMixin, from_adamw
-from lion_lightning.hyperparams import linear, parameter_groups
+from lion_lightning.hyperparams import linear, lion_amos, parameter_groups
+from lion_lightning.optim.muon import MuonWithLion
 
 
 class Regression(LightningModule):
@@ -160,6 +161,16 @@ def test_decay_may_be_a_share_of_the_run(tmp_path):
     trainer = fit(WithATimescale(), tmp_path)
     decays = {group["name"]: group["weight_decay"] for group in trainer.optimizers[0].param_groups}
     assert decays == {"decay": pytest.approx(1 / (1e-3 * 20)), "no_decay": 0.0}  # half of 40 steps
+
+
+@pytest.mark.parametrize("factory", [partial(MuonWithLion, lr=1e-3), lion_amos])
+def test_the_share_of_the_run_reaches_groups_that_the_factory_splits(factory, tmp_path):
+    class Module(WithATimescale):
+        optimizer_factory = staticmethod(factory)
+
+    for group in fit(Module(), tmp_path).optimizers[0].param_groups:
+        decays = group["name"].startswith("decay/")
+        assert group["weight_decay"] == pytest.approx(1 / (group["initial_lr"] * 20) if decays else 0.0)
 
 
 def test_decay_may_follow_the_rate(tmp_path):
