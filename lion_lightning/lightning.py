@@ -81,21 +81,17 @@ class LionMixin:
                     group["weight_decay"] = decay_for_timescale(float(group["lr"]), timescale)
         if math.isinf(steps):
             log.warning("LionMixin: the length of this run is not known, so the learning rate stays as it is")
-        factor = self._schedule()(int(steps)) if math.isfinite(steps) else lambda step: 1.0
+        factor = self._given("schedule")(int(steps)) if math.isfinite(steps) else lambda step: 1.0
         scheduler = (RateAndDecay if self.decay_follows_rate else Rate)(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
 
-    def _schedule(self) -> Schedule:
-        """The schedule; a function that is set as a class attribute is not taken for a method."""
-        static = inspect.getattr_static(self, "schedule")
-        if not inspect.isfunction(static):
-            return self._given("schedule")
-        required = [entry for entry in inspect.signature(static).parameters.values() if entry.default is entry.empty]
-        return static if len(required) == 1 else self.schedule
-
     def _given(self, name: str) -> Any:
-        """An attribute; a `partial` of the class is not taken for a method, which Python does from 3.14 on."""
+        """An attribute; neither a function of one argument nor a `partial` (Python 3.14) is taken for a method."""
         static = inspect.getattr_static(self, name)
+        if inspect.isfunction(static):
+            positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            entries = [entry for entry in inspect.signature(static).parameters.values() if entry.kind in positional]
+            return static if sum(entry.default is entry.empty for entry in entries) == 1 else getattr(self, name)
         return static if isinstance(static, partial) else getattr(self, name)
 
 

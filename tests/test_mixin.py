@@ -97,7 +97,11 @@ def test_a_function_as_factory_keeps_the_decay_that_it_gives(tmp_path):
             super().__init__()
             self.optimizer_factory = lambda groups: torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.3)
 
-    for module, decay in ((WithAMethod(), 0.7), (WithALambda(), 0.3)):
+    class WithAFunction(LionMixin, Regression):
+        def optimizer_factory(groups, **options):
+            return Lion(groups, lr=1e-3, weight_decay=0.5, **options)
+
+    for module, decay in ((WithAMethod(), 0.7), (WithALambda(), 0.3), (WithAFunction(), 0.5)):
         (optimizer,) = fit(module, tmp_path, max_epochs=1).optimizers
         assert [(group["name"], group["weight_decay"]) for group in optimizer.param_groups] == [
             ("decay", decay), ("no_decay", 0.0)
