@@ -376,13 +376,12 @@ class Lion(Optimizer):
             raise ValueError(f"state_dict has parameter groups of sizes {saved_sizes}; allowed here are {sizes}")
         groups = []
         for saved, current in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            group = {**self.defaults, **deepcopy({key: value for key, value in saved.items() if key != "params"})}
+            given = deepcopy({key: value for key, value in saved.items() if key != "params"})
+            group = {**self.defaults, **current, "step": 0, **given}  # what was not saved stays
             group_options.check({**group, "fused": current["fused"]})
             group.update(params=current["params"], fused=current["fused"])
             group["momentum_dtype"] = group_options.momentum_dtype(group["momentum_dtype"])
-            group["step"] = int(group.get("step", 0))
-            if "param_names" in current:
-                group.setdefault("param_names", current["param_names"])
+            group["step"] = int(group["step"])
             groups.append(group)
         saved_ids = [key for group in state_dict["param_groups"] for key in group["params"]]
         unknown = [key for key in state_dict["state"] if key not in saved_ids]

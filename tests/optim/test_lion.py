@@ -91,7 +91,7 @@ def test_a_step_at_lr_zero_without_gradient_changes_nothing(dtype: torch.dtype, 
 def test_a_state_of_another_lion_with_exp_avg_alone_loads() -> None:
     """lion-pytorch and timm keep one tensor named exp_avg and no step counter."""
     param = random_param(torch.bfloat16)
-    optimizer = Lion([param], lr=1e-4, weight_decay=0.1)
+    optimizer = Lion([{"params": [param], "weight_bits": 16, "name": "decay"}], lr=1e-4, weight_decay=0.1)
     saved = {
         "state": {0: {"exp_avg": torch.ones_like(param)}},
         "param_groups": [{"params": [0], "lr": 3e-4, "betas": (0.95, 0.98), "weight_decay": 0.2}],
@@ -100,6 +100,7 @@ def test_a_state_of_another_lion_with_exp_avg_alone_loads() -> None:
     advance(optimizer, 0, 1)
     assert optimizer.param_groups[0]["betas"] == (0.95, 0.98)
     assert optimizer.param_groups[0]["step"] == 1
+    assert (optimizer.param_groups[0]["weight_bits"], optimizer.param_groups[0]["name"]) == (16, "decay")
     assert optimizer.state[param]["exp_avg"].mean() > 0.9
 
 
