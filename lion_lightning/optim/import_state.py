@@ -226,11 +226,11 @@ def optimizer_state(checkpoint: StateDict) -> StateDict:
     )
 
 
-def check_loadable(state_dict: Any) -> None:
-    """Refuses what `Lion.load_state_dict` cannot load, or could load only with another meaning.
+def check_structure(state_dict: Any) -> None:
+    """Refuses what is no state dict of a torch optimizer.
 
     Raises:
-        ValueError: this is no state dict, or the state dict of another optimizer; names the way to convert it.
+        ValueError: names what was found and what is allowed.
     """
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         found = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
@@ -244,6 +244,16 @@ def check_loadable(state_dict: Any) -> None:
         params = group.get("params")
         if not isinstance(params, Sequence) or len(set(params)) != len(params):
             raise ValueError(f"params={params!r} of a group is not allowed: use a list of different names or numbers")
+
+
+def check_loadable(state_dict: Any) -> None:
+    """Refuses what `Lion.load_state_dict` cannot load, or could load only with another meaning.
+
+    Raises:
+        ValueError: this is no state dict, or the state dict of another optimizer; names the way to convert it.
+    """
+    check_structure(state_dict)
+    states, groups = state_dict["state"], state_dict["param_groups"]
     tensors = {key for entry in states.values() if isinstance(entry, Mapping) for key in entry}
     options = sorted(OTHER_OPTIONS & {key for group in groups for key in group})
     try:

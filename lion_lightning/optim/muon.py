@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Muon, Optimizer
 from typing_extensions import override
 
-from lion_lightning.optim import group_options, state
+from lion_lightning.optim import group_options, import_state, state
 from lion_lightning.optim.lion import Lion, ParamsT
 
 NOT_MUON = ("embed", "wte", "wpe", "head", "classifier", "decoder")
@@ -109,12 +109,13 @@ class MuonWithLion(Optimizer):
         """Restores a `state_dict`.
 
         Raises:
-            ValueError: it is of another optimizer, or its groups have other sizes.
+            ValueError: it is no state dict, is of another optimizer, or does not fit.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
+        import_state.check_structure(state_dict)
         groups = state_dict["param_groups"]
         found, allowed = (
             [("muon" if "ns_steps" in group else "other", len(group["params"])) for group in each]
@@ -122,6 +123,9 @@ class MuonWithLion(Optimizer):
         )
         if found != allowed:
             raise ValueError(f"state_dict has groups (kind, number of parameters) {found}; allowed here are {allowed}")
+        for saved, group in zip(groups, self.param_groups, strict=True):
+            for key, param in zip(saved["params"], group["params"], strict=True) if "ns_steps" in group else ():
+                _check_muon(key, param, state_dict["state"].get(key, {}))
         loaded = list(self.param_groups)
         fresh: dict[Tensor, Any] = {}
         for part in (self._parts[kind] for kind in (Lion, Muon) if kind in self._parts):  # Lion checks first
@@ -145,3 +149,11 @@ class MuonWithLion(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = ("_muon", "_lion", "_not_muon", "_parts")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+
+def _check_muon(key: object, param: Tensor, entry: Mapping[str, Any]) -> None:
+    """Refuses state of Muon that does not fit a parameter, which torch's would find in the middle of a step."""
+    buffer = entry.get("momentum_buffer", param) if isinstance(entry, Mapping) else entry
+    if not isinstance(buffer, Tensor) or buffer.shape != param.shape:
+        seen = tuple(buffer.shape) if isinstance(buffer, Tensor) else f"a {type(buffer).__name__}"
+        raise ValueError(f"parameter {key}: the momentum_buffer is {seen}; allowed here is {tuple(param.shape)}")

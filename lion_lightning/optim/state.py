@@ -11,6 +11,7 @@ identifies the sharding, so that the state of another sharding is refused.
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ DTYPES = {
     "weight_remainder": (torch.int16, torch.int8),
 }
 """The tensors of a state, and the dtypes in which they are accepted."""
+
+OF_OTHER_OPTIMIZERS = {"exp_avg_sq", "momentum_buffer", "square_avg", "step"}
+"""Usual names of what other optimizers keep; beside them `exp_avg` means something else."""
 
 _ROUND_TO_NEAREST = -(2**31)
 """The random word with which `storage_formats.store_words` rounds to nearest: only its top bit is set."""
@@ -200,25 +204,30 @@ def momentum_slice(state: dict[str, Tensor], start: int, stop: int) -> Tensor:
 def loaded(entry: Any, param: Tensor) -> dict[str, Any]:
     """Loads a parameter's state: copies on the parameter's device, in the dtype saved.
 
-    Momentum in fp16, or in fp64 beside a parameter that is not fp64, becomes fp32, as no engine reads it.
+    Momentum in fp16, or in fp64 beside a parameter that is not fp64, becomes fp32, as no engine reads it. What tools
+    around the optimizer keep there, such as the slow weights of Lookahead, is copied as it is.
 
     Args:
         entry: the parameter's entry in a state dict; does not change.
         param: the parameter.
 
     Raises:
-        ValueError: the entry is no dict, has unknown keys, or `check` refuses it.
+        ValueError: the entry is no dict, has unknown keys without a momentum or keys of other optimizers, or `check`
+            refuses it.
     """
     if not isinstance(entry, Mapping):
         raise ValueError(f"the state is a {type(entry).__name__}, which is not allowed: use a dict")
     # torch.distributed.checkpoint's unflattening leaves an empty dict where a tensor is missing.
     entry = {key: value for key, value in entry.items() if not (isinstance(value, dict) and not value)}
     unknown = [key for key in entry if key not in DTYPES]
-    if unknown:
+    if unknown and ("exp_avg" not in entry or OF_OTHER_OPTIMIZERS & set(unknown)):
         raise ValueError(f"the state has unknown keys {unknown}; allowed are {', '.join(DTYPES)}")
     check(entry, param)
     fresh = {}
     for key, value in entry.items():
+        if key in unknown:
+            fresh[key] = value.to(param.device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
+            continue
         dtype = _stored_dtype(value.dtype, param, None) if key == "exp_avg" else value.dtype
         moved = value.detach().to(param.device, dtype)
         fresh[key] = moved.clone() if layout.local(moved).data_ptr() == layout.local(value).data_ptr() else moved

@@ -113,6 +113,21 @@ def test_options_out_of_range_are_refused_when_loaded() -> None:
     in_a_fork(check)
 
 
+def test_what_a_tool_around_the_optimizer_keeps_is_loaded_as_it_is() -> None:
+    """Lookahead (timm's, for one) has its slow weights in the state of the optimizer inside."""
+    params, optimizer = trained(FP32, **INT8)
+    optimizer.state[params[1]].update(slow=params[1].detach().half(), count=[3])
+    saved = copy.deepcopy(optimizer.state_dict())
+    fresh = Lion(params, **INT8)
+    fresh.load_state_dict(saved)
+    loaded = fresh.state[params[1]]
+    assert torch.equal(loaded["slow"], params[1].detach().half())
+    assert loaded["count"] == [3]
+    assert loaded["slow"].data_ptr() != saved["state"][1]["slow"].data_ptr(), "nothing is shared with what was saved"
+    assert loaded["count"] is not saved["state"][1]["count"]
+    assert_step_is_exact(fresh, params[1], random(3, FP32), others=(params[0],))
+
+
 def test_options_of_older_checkpoints_are_filled_in() -> None:
     _, optimizer = trained(FP32, cautious=True)
     saved = copy.deepcopy(optimizer.state_dict())

@@ -127,6 +127,28 @@ def test_a_foreign_state_is_refused_and_changes_nothing() -> None:
     assert str(optimizer.state_dict()) == str(before)
 
 
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda saved: {}, "param_groups"),
+        (lambda saved: [1], "list"),
+        (lambda saved: saved["state"][0].update(momentum_buffer=torch.ones(3)), r"parameter 0.*\(3,\)"),
+        (lambda saved: saved["state"].update({0: torch.ones(3)}), r"parameter 0.*\(3,\)"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(edit: Any, named: str) -> None:
+    model = net()
+    optimizer = optimizer_of(model)
+    advance(model, optimizer)
+    before = str(optimizer.state_dict())
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert "ns_steps" in optimizer.param_groups[0], "parameter 0 is Muon's"
+    edited = edit(saved)
+    with pytest.raises(ValueError, match=named):
+        optimizer.load_state_dict(saved if edited is None else edited)
+    assert str(optimizer.state_dict()) == before
+
+
 def test_hooks_on_load_state_dict_run() -> None:
     """A pre-hook may replace the state dict, as with any optimizer of torch."""
     model = net()
