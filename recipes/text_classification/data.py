@@ -17,7 +17,8 @@ from lion_lightning.data.stream import StreamDataModule
 from lion_lightning.errors import ConfigError
 
 from ..text.tokenizer import as_transformers, identity, load_tokenizer, train_tokenizer, vocabulary_of
-from .sources import Labeled, TextSource
+from .labels import Labeled
+from .sources import TextSource
 
 FORMAT_VERSION = 2  # raise it when what is written to the cache changes
 MIN_SEQUENCE_LENGTH, MIN_VOCAB_SIZE = 8, 256

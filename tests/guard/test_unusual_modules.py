@@ -6,7 +6,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from lion_lightning import LionGuard
-from tests.guard.test_foreign_modules import Regression, trainer_with
+from tests.guard.regression import Regression, trainer_with
 
 
 class KeywordClosure(torch.optim.SGD):

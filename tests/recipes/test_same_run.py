@@ -15,7 +15,8 @@ from lion_lightning.recipes.image_classification.data import ImageArrays
 from lion_lightning.recipes.image_classification.images import ImageSplits
 from lion_lightning.recipes.image_classification.sources import ImageFiles
 from lion_lightning.recipes.text_classification.data import LabeledTexts
-from lion_lightning.recipes.text_classification.sources import LabeledFiles, TextSplits
+from lion_lightning.recipes.text_classification.labels import TextSplits
+from lion_lightning.recipes.text_classification.sources import LabeledFiles
 from tests.recipes.listed import Listed
 from tests.recipes.small_images import Noise
 from tests.recipes.written_images import write_folder

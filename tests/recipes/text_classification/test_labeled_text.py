@@ -15,7 +15,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from lion_lightning.errors import ConfigError
 from lion_lightning.recipes.tables import Row
 from lion_lightning.recipes.text.corpus import is_held_out
-from lion_lightning.recipes.text_classification.sources import Glue, LabeledFiles, PythonPackages, label_splits
+from lion_lightning.recipes.text_classification.labels import label_splits
+from lion_lightning.recipes.text_classification.sources import Glue, LabeledFiles, PythonPackages
 
 ROWS = [
     ("a film, worth seeing", "good"),

@@ -16,10 +16,12 @@ from lion_lightning.errors import ConfigError
 from lion_lightning.hyperparams import cosine
 from lion_lightning.optim import Lion
 from lion_lightning.recipes.bert_mlm.data import TextBlocks
+from lion_lightning.recipes.tables import Row
 from lion_lightning.recipes.text.model import ModelOptions
 from lion_lightning.recipes.text_classification.data import LabeledTexts
+from lion_lightning.recipes.text_classification.labels import TextSplits, label_splits
 from lion_lightning.recipes.text_classification.module import TextClassifier, build_metrics, scores
-from lion_lightning.recipes.text_classification.sources import Row, TextSource, TextSplits, label_splits
+from lion_lightning.recipes.text_classification.sources import TextSource
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
