@@ -27,6 +27,7 @@ SPLITS = {
     "train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val",
     "testing": "test", "test": "test",
 }  # fmt: skip
+SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
 HUB_VALIDATION = ("validation", "val", "test")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # labels by file_name
 METADATA_HINT = "file_name is the path of a picture below the folder of the table; data.source.label chooses its label"
@@ -69,11 +70,12 @@ class Digits:
 class ImageFiles:
     """Pictures on disk: a folder with one folder per class, or parquet files as the Hugging Face hub writes them.
 
-    Folders directly in `path` are the splits if all that hold images have names in `SPLITS` (train, val, test, ...) and
-    one is for training; otherwise they are classes. The same holds one folder deeper where `path` has but that one. A
-    class is the path of its folder. A `metadata.csv`, `.jsonl` or `.parquet` in `path` or a split folder may give the
-    labels instead, by `file_name`. The split of a parquet file is a word in its name or that of a folder. Without a
-    validation set a fixed share of the training set is held out. Every file is used or reported.
+    Folders directly in `path` are the splits if all that hold images have names in `SPLITS` (train, val, test, ...), or
+    names that differ in such a word alone (`seg_train` and `seg_test`), and one is for training; otherwise they are
+    classes. The same holds one folder deeper where `path` has but that one. A class is the path of its folder. A
+    `metadata.csv`, `.jsonl` or `.parquet` in `path` or a split folder may give the labels instead, by `file_name`. The
+    split of a parquet file is a word in its name or that of a folder. Without a validation set a fixed share of the
+    training set is held out. Every file is used or reported.
 
     Args:
         path: the folder, or one parquet file.
@@ -236,7 +238,7 @@ class ImageFiles:
         for file in self.files:
             inside = file.relative_to(self.root).parts
             tops.setdefault(inside[0] if len(inside) > 1 else "", []).append(file)
-        splits = {top: SPLITS.get(top.lower()) for top in tops if top}
+        splits = _splits_of_folders([top for top in tops if top])
         by_name = bool(splits) and all(splits.values()) and "train" in splits.values()
         if self.split_folders if self.split_folders is not None else by_name:
             sides = {split: [top for top in splits if splits[top] == split] for split in ("train", "val", "test")}
@@ -258,7 +260,7 @@ class ImageFiles:
             split: [pair for top, files in found.items() for pair in self._labelled(self.root / top, files, unused)]
             for split, found in roots.items()
         }
-        shortened = _short_names({name for found in labels.values() for _, name in found if isinstance(name, tuple)})
+        shortened = _short_names({name for _, name in found if isinstance(name, tuple)} for found in labels.values())
         return {
             split: [Part.of_files([file for file, _ in pairs], [shortened.get(name) or str(name) for _, name in pairs])]
             for split, pairs in labels.items()
@@ -340,12 +342,30 @@ def _files_of(tops: Mapping[str, list[Path]], names: Iterable[str]) -> list[Path
     return [file for name in names for file in tops[name]]
 
 
-def _short_names(folders: set[tuple[str, ...]]) -> dict[str | tuple[str, ...], str]:
-    """The name of a class by the folders of its images: their path, without a first or last part that all share."""
-    short = {folder: folder for folder in folders}
+def _splits_of_folders(names: Sequence[str]) -> dict[str, str | None]:
+    """`train`, `val` or `test` for folders with such a name, or with names that differ in such a word alone."""
+    by_rest: dict[str, dict[str, str]] = {}
+    for name in names:
+        if len(words := SPLIT_WORD.findall(name.lower())) == 1:
+            by_rest.setdefault(SPLIT_WORD.sub("", name.lower()), {})[name] = SPLITS[words[0]]
+    known: dict[str, str] = {}
+    for rest, found in by_rest.items():
+        if not rest or ("train" in found.values() and len({*found.values()}) > 1):
+            known.update(found)
+    return {name: known.get(name) for name in names}
+
+
+def _short_names(splits: Iterable[set[tuple[str, ...]]]) -> dict[str | tuple[str, ...], str]:
+    """The name of a class by the folders of its images: their path, without a first or last part shared in a split."""
+    each = [folders for folders in splits if folders]
+    short = {folder: folder for folders in each for folder in folders}
     for end, rest in ((-1, slice(None, -1)), (0, slice(1, None))):
-        while len(short) > 1 and all(len(s) > 1 for s in short.values()) and len({s[end] for s in short.values()}) == 1:
-            short = {folder: s[rest] for folder, s in short.items()}
+        while (
+            len(short) > 1
+            and all(len(parts) > 1 for parts in short.values())
+            and all(len({short[folder][end] for folder in folders}) == 1 for folders in each)
+        ):
+            short = {folder: parts[rest] for folder, parts in short.items()}
     return {folder: "/".join(s) for folder, s in short.items()}
 
 
@@ -410,7 +430,7 @@ def split_of(file: Path) -> str | None:
         ConfigError: one name has words of two splits.
     """
     for name in (file.name, *(folder.name for folder in file.parents)):
-        found = {SPLITS[word] for word in re.findall(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])", name.lower())}
+        found = {SPLITS[word] for word in SPLIT_WORD.findall(name.lower())}
         if len(found) > 1:
             raise ConfigError(
                 f"the name {name} says {' and '.join(sorted(found))}; rename it, so that it says one split"

@@ -72,6 +72,35 @@ def test_a_folder_that_alone_holds_the_images_is_looked_into(tmp_path: Path) -> 
         load(tmp_path / "one")
 
 
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ("seg_train/seg_train", "seg_test/seg_test"),
+        ("training_set/training_set", "test_set/test_set"),
+        ("train2017", "val2017"),
+        ("Train Images", "Validation Images"),
+    ],
+)
+def test_folders_that_differ_in_the_word_for_a_split_are_splits(tmp_path: Path, train: str, val: str) -> None:
+    write_folder(tmp_path / train, {"cat": 4, "dog": 4})
+    write_folder(tmp_path / val, {"cat": 2, "dog": 2})
+    splits = load(tmp_path)
+    assert (len(splits.train), len(splits.val), splits.classes) == (8, 4, ("cat", "dog"))
+    write_folder(tmp_path / "pred", {"owl": 5})
+    tops = ", ".join(sorted(name.split("/")[0] for name in (train, val)))
+    assert f"{tops}: taken for classes" in prepared(tmp_path).describe()["folders"]
+    assert len(load(tmp_path, split_folders=True).train) == 8
+
+
+@pytest.mark.parametrize(
+    "names", [("steam train", "electric train"), ("train_test", "bus_test"), ("train", "test tube")]
+)
+def test_classes_with_the_word_for_a_split_are_classes(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name, color in zip(names, ("cat", "dog"), strict=True):
+        (write_folder(tmp_path, {color: 5}) / color).rename(tmp_path / name)
+    assert per_class(load(tmp_path)) == dict.fromkeys(names, 5)
+
+
 @pytest.mark.parametrize("decoded_gib", [1.0, 0.0])
 def test_a_limit_that_has_the_first_classes_alone_is_told(
     tmp_path: Path, decoded_gib: float, caplog: pytest.LogCaptureFixture
