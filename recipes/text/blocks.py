@@ -32,7 +32,7 @@ _EMPTY = 0  # stands for the digest of a document without text
 SHARD_CHARACTERS = 2**24  # about 4 M tokens, a few seconds of work
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**21, 512  # a token takes 100 bytes while it is an `Encoding`
 SPLITS = {"train": TRAIN, "val": VAL}
-FORMAT_VERSION = 5  # raise it when what is written to the cache changes
+FORMAT_VERSION = 6  # raise it when what is written to the cache changes
 TOKENIZER_DONE, HELD_OUT = "tokenizer.done", "held_out.npy"
 
 

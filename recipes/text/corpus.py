@@ -14,6 +14,7 @@ import math
 import re
 import sys
 import sysconfig
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -120,7 +121,7 @@ class TextFiles(Corpus):
         size = min(PASSAGE_CHARACTERS, max(MIN_PASSAGE_CHARACTERS, size))
         for number, file in enumerate(self.files):
             try:
-                yield from passages(pieces_of(file), size)
+                yield from passages(pieces_of(file), size, longest=size)
             except UnicodeDecodeError:
                 raise not_utf8(file, self.files[number + 1 :]) from None
 
@@ -164,21 +165,32 @@ def find_files(path: str) -> tuple[list[Path], str]:
     return files, account(len(found), {"read": len(files)}, unused, place)
 
 
-def passages(text: str | Iterable[str], size: int = PASSAGE_CHARACTERS) -> Iterator[str]:
-    """Cut a long text at paragraph breaks into passages of about `size` characters, long paragraphs at line ends too.
+def passages(
+    text: str | Iterable[str], size: int = PASSAGE_CHARACTERS, longest: int = PASSAGE_CHARACTERS
+) -> Iterator[str]:
+    """Cut a long text into passages of about `size` characters, at paragraph breaks where it can be.
 
     A book as one document could not be shared between training and validation; its passages can.
 
     Args:
         text: whole, or in pieces that are cut anywhere.
         size: characters.
+        longest: characters of a paragraph that is not cut at line ends, and of a line that is not cut between words.
     """
     paragraphs = _paragraphs([text] if isinstance(text, str) else text)
     parts = (
-        [paragraph] if len(paragraph) <= PASSAGE_CHARACTERS else _joined(paragraph.split("\n"), "\n", size)
+        [paragraph] if len(paragraph) <= longest else _joined(_lines(paragraph, longest), "\n", size)
         for paragraph in paragraphs
     )
     return _joined(chain.from_iterable(parts), "\n\n", size)
+
+
+def _lines(paragraph: str, longest: int) -> Iterator[str]:
+    for line in paragraph.split("\n"):
+        if len(line) <= longest:
+            yield line
+        else:
+            yield from textwrap.wrap(line, longest, expand_tabs=False, replace_whitespace=False, break_on_hyphens=False)
 
 
 def _joined(parts: Iterable[str], separator: str, size: int) -> Iterator[str]:

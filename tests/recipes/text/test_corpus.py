@@ -173,6 +173,17 @@ def test_one_enormous_line_is_cut_and_nothing_of_it_lost(tmp_path: Path, monkeyp
         assert max(map(len, found)) <= 20_000 + 1300
 
 
+@pytest.mark.parametrize("ends", ["\n", " "])
+def test_a_short_text_without_an_empty_line_can_be_held_out_from(tmp_path: Path, prose: Path, ends: str) -> None:
+    text = ends.join(prose.read_text(encoding="utf-8")[:15_000].split())
+    (tmp_path / "short.txt").write_text(text)
+    found = read(tmp_path)
+    assert len(found) > 15
+    assert " ".join(found).split() == text.split()
+    assert sum(map(len, found)) + len(found) - 1 == len(text)
+    assert max(map(len, found)) < 1_000
+
+
 def test_all_files_that_are_not_utf8_are_told_at_once(tmp_path: Path) -> None:
     for number in range(9):
         (tmp_path / f"{number}.txt").write_bytes(b"na\xefve" if number % 2 else b"good")
