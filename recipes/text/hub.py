@@ -21,6 +21,7 @@ FORMATS: dict[str, tuple[str, dict[str, str]]] = {  # of `datasets`, by the endi
     ".parquet": ("parquet", {}), ".arrow": ("arrow", {}), ".jsonl": ("json", {}), ".json": ("json", {}),
     ".csv": ("csv", {}), ".tsv": ("csv", {"sep": "\t"}), ".txt": ("text", {}), ".md": ("text", {}),
 }  # fmt: skip
+ROWS_PER_BATCH = 1000  # of parquet files
 TEXT_FORMATS = set(FORMATS) - {".parquet", ".arrow"}
 
 
@@ -62,6 +63,8 @@ def load(path: str, config: str | None, split: str, column: str, revision: str |
             found = datasets.load_dataset(path, config, split=split, revision=revision, streaming=streaming)
         else:
             builder = strict(_builder(place, config), column)
+            if builder.name == "parquet" and not builder.config.batch_size:
+                builder.config.batch_size = ROWS_PER_BATCH  # else that of the first row group, which may be empty
             if not streaming:
                 builder.download_and_prepare()
             found = builder.as_streaming_dataset(split) if streaming else builder.as_dataset(split)
@@ -104,6 +107,7 @@ def reading(name: str, path: str, config: str | None) -> Iterator[None]:
         path, config: see `HubText`.
     """
     from datasets.exceptions import DatasetGenerationError, DatasetsError
+    from pyarrow import ArrowException
 
     try:
         yield
@@ -115,10 +119,11 @@ def reading(name: str, path: str, config: str | None) -> Iterator[None]:
             if isinstance(cause, ConfigError):
                 raise cause from None
         place = local_place(path)
-        if place is not None and any(isinstance(cause, UnicodeDecodeError) for cause in causes):
+        if place is not None and any(isinstance(cause, UnicodeDecodeError | ArrowException) for cause in causes):
             for file in chain.from_iterable(_files_of(place, config).values()):
                 if file.suffix.lower() in TEXT_FORMATS and not is_utf8(file):
                     raise not_utf8(file) from error
+                _is_empty(file)  # raises if it is no parquet file by its metadata
         if isinstance(error, ConnectionError) and place is None:
             reason = "the hub cannot be reached, and the dataset is not in its cache"
         else:
@@ -149,11 +154,13 @@ def account_of(path: str, config: str | None, splits: Sequence[str]) -> str | No
     unused: dict[str, list[Path]] = {}
     for file in found:
         split = of_split.get(os.path.abspath(file))
-        if split in names or (split and "all" in names):
+        is_read = split in names or (split and "all" in names)
+        if is_read and not _is_empty(file):
             read += 1
             continue
         reason = (
-            f"of the split {split}" if split
+            "without rows" if is_read
+            else f"of the split {split}" if split
             else "hidden" if is_hidden(file, place)
             else "a link without a target" if not file.is_file()
             else f"not {' or '.join(sorted(endings))}" if file.suffix.lower() not in endings
@@ -161,3 +168,15 @@ def account_of(path: str, config: str | None, splits: Sequence[str]) -> str | No
         )  # fmt: skip
         unused.setdefault(reason, []).append(file)
     return account(len(found), {"read": read}, unused, place)
+
+
+def _is_empty(file: Path) -> bool:
+    """Whether a file has no rows; ConfigError for a parquet file whose metadata cannot be read."""
+    if file.suffix.lower() != ".parquet":
+        return not file.stat().st_size
+    from pyarrow.parquet import read_metadata  # here, as datasets
+
+    from ..tables import reading as reading_table
+
+    with reading_table(file):
+        return not read_metadata(file).num_rows

@@ -127,7 +127,8 @@ class HubChunks(TextChunks):
         found = load(path, config, split, column, revision, streaming=True)
         if not hasattr(found, "reshard"):
             raise ConfigError("streaming from the hub needs datasets >= 5, which can split files into row groups")
-        self.data = found.select_columns([column]).reshard()
+        with reading(self.label, path, config):
+            self.data = found.select_columns([column]).reshard()
         self.account = account_of(path, config, [split])
 
     def __len__(self) -> int:

@@ -118,7 +118,7 @@ def test_what_is_wrong_is_told_in_one_line(folder: Path, wrong: dict[str, Any], 
 
 def test_a_broken_file_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(ConfigError, match="cannot be opened") as error:
+    with pytest.raises(ConfigError, match=r"train\.parquet cannot be read: Parquet magic bytes") as error:
         HubText(str(tmp_path / "train.parquet")).fingerprint()
     assert "\n" not in str(error.value)
 
@@ -201,6 +201,26 @@ def test_the_cause_of_an_unreadable_file_is_told(tmp_path: Path, name: str) -> N
     with pytest.raises(ConfigError, match=told):
         list(HubChunks(str(tmp_path / name)).documents(0))
     assert "An error occurred" not in str(error.value)
+
+
+def test_shards_without_rows_are_told_and_left_out(tmp_path: Path) -> None:
+    """Spark writes such a shard for each empty partition, and `datasets` takes the size of its batches from it."""
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "train-0.parquet")
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "train-1.parquet")
+    assert list(HubText(str(tmp_path)).documents()) == ["a", "b"]
+    account = HubText(str(tmp_path)).account()
+    assert account == "2 on disk = 1 read + 1 not used: without rows, such as train-0.parquet"
+    chunks = HubChunks(str(tmp_path))
+    assert chunks.account == account
+    assert [text for number in range(len(chunks)) for text in chunks.documents(number)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("corpus", [HubText, HubChunks])
+def test_the_shard_that_is_broken_is_named(tmp_path: Path, corpus: type[HubText] | type[HubChunks]) -> None:
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "train-0.parquet")
+    (tmp_path / "train-1.parquet").write_bytes(b"PAR1 torn off PAR1")
+    with pytest.raises(ConfigError, match=r"train-1\.parquet cannot be read: Parquet file size is 18"):
+        corpus(str(tmp_path)).fingerprint()
 
 
 def test_a_markdown_file_is_text(tmp_path: Path) -> None:
