@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -12,11 +13,45 @@ class ConfigError(ValueError):
 
 
 @contextmanager
-def configuring(setting: str) -> Iterator[None]:
-    """Turn a constructor's complaint about a bad value into a ConfigError that names the `setting` it came from."""
+def configuring(setting: str, errors: tuple[type[Exception], ...] = (ValueError, TypeError)) -> Iterator[None]:
+    """Turn a constructor's complaint about a bad value into a ConfigError that names the `setting` it came from.
+
+    Args:
+        errors: what a complaint may be.
+    """
     try:
         yield
     except ConfigError:
         raise
-    except (ValueError, TypeError) as error:
+    except errors as error:
         raise ConfigError(f"{setting}: {error}") from error
+
+
+def check_number(name: str, value: Any, interval: str, *, whole: bool = False, or_null: bool = False) -> None:
+    """Raise ConfigError unless the setting `name` has a number in `interval`. True and False are no numbers.
+
+    Args:
+        interval: such as `[0, 1)` or `(0, inf)`.
+        whole: whether it must be an int.
+        or_null: whether None is allowed too.
+    """
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    is_inside = is_number and low <= value <= high
+    if is_inside and (value != low or interval[0] == "[") and (value != high or interval[-1] == "]"):
+        return
+    if value is None and or_null:
+        return
+    words = {
+        f"({low:g}, {high:g})": f"between {low:g} and {high:g}",
+        f"({low:g}, inf)": f"above {low:g}",
+        f"[{low:g}, inf)": f"of at least {low:g}" if whole else f"at least {low:g}",
+    }
+    allowed = words.get(interval, f"in {interval}")
+    raise ConfigError(f"{name} must be {'a whole number ' * whole}{allowed}{' or null' * or_null}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise ConfigError unless the setting `name` is true or false."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false, got {value!r}")

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lion_lightning.errors import check_number
 from lion_lightning.optim import Lion
 
 Factor: TypeAlias = Callable[[int], float]
@@ -306,8 +307,7 @@ def wsd(total_steps: int, decay: float = 0.2, final: float = 0.0) -> Factor:
         final: factor at `total_steps` and after it.
     """
     _check_schedule(total_steps, final)
-    if not 0 < decay <= 1:
-        raise ValueError(f"decay must be above 0 and at most 1, got {decay}")
+    check_number("decay", decay, "(0, 1]")
     stable_steps = total_steps - max(1, round(decay * total_steps))
 
     def factor(step: int) -> float:
@@ -333,5 +333,4 @@ def amos(total_steps: int, final: float = 0.1) -> Factor:
 def _check_schedule(total_steps: int, final: float) -> None:
     if total_steps < 1:
         raise ValueError(f"total_steps must be at least 1, got {total_steps}")
-    if not 0 <= final <= 1:
-        raise ValueError(f"final must be between 0 and 1, got {final}")
+    check_number("final", final, "[0, 1]")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import charset_normalizer
 
-from lion_lightning.errors import ConfigError
+from lion_lightning.errors import ConfigError, check_number
 
 SAMPLE_BYTES = CHARACTERS_PER_READ = 2**20
 NAMED = 5  # most files that an error names, besides the first, as not UTF-8 either
@@ -121,8 +121,7 @@ def existing_file(path: str, setting: str, suffixes: Iterable[str]) -> Path:
 
 def check_fraction(fraction: float) -> float:
     """`fraction`, if it is a possible `data.val_fraction`; else ConfigError."""
-    if not 0 < fraction < 1:
-        raise ConfigError(f"data.val_fraction must be between 0 and 1, got {fraction}")
+    check_number("data.val_fraction", fraction, "(0, 1)")
     return fraction
 
 

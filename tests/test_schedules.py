@@ -31,7 +31,7 @@ def test_amos_is_the_inverse_of_a_line_in_the_step():
 def test_impossible_schedules_are_refused_with_the_value(schedule):
     with pytest.raises(ValueError, match=r"total_steps must be at least 1, got 0"):
         schedule(0)
-    with pytest.raises(ValueError, match=r"final must be between 0 and 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"final must be in \[0, 1\], got 1\.5"):
         schedule(10, final=1.5)
     with pytest.raises(ValueError, match=r"final must be above 0"):
         amos(10, final=0.0)

@@ -37,9 +37,9 @@ def test_a_short_run_decays_for_one_step_at_least() -> None:
 
 @pytest.mark.parametrize("decay", [0.0, -0.1, 1.5])
 def test_an_impossible_decay_is_refused_with_its_value(decay: float) -> None:
-    with pytest.raises(ValueError, match=rf"decay must be above 0 and at most 1, got {decay}"):
+    with pytest.raises(ValueError, match=rf"decay must be in \(0, 1\], got {decay}"):
         wsd(10, decay=decay)
-    with pytest.raises(ValueError, match=r"final must be between 0 and 1, got -1"):
+    with pytest.raises(ValueError, match=r"final must be in \[0, 1\], got -1"):
         wsd(10, final=-1)
 
 

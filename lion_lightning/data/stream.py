@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
 from lion_lightning.data.sampler import FixedBatches, StepValues, StreamBatchSampler, StreamOrder
-from lion_lightning.errors import ConfigError
+from lion_lightning.errors import ConfigError, check_number
 
 log = logging.getLogger(__name__)
 VAL_BATCH_FACTOR = 2  # validation keeps no gradients, so twice the batch fits
@@ -47,12 +47,10 @@ class StreamDataModule(pl.LightningDataModule):
         batch_schedule: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
-        least = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0)}
-        if limit_train_samples is not None:
-            least["limit_train_samples"] = (limit_train_samples, 1)
-        for name, (value, minimum) in least.items():
-            if not isinstance(value, int) or value < minimum:
-                raise ConfigError(f"data.{name} must be a whole number of at least {minimum}, got {value!r}")
+        check_number("data.batch_size", batch_size, "[1, inf)", whole=True)
+        check_number("data.num_workers", num_workers, "[0, inf)", whole=True)
+        check_number("data.seed", seed, "[0, inf)", whole=True)
+        check_number("data.limit_train_samples", limit_train_samples, "[1, inf)", whole=True, or_null=True)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.limit_train_samples = limit_train_samples
         self.batch_schedule = read_schedule("batch_schedule", batch_schedule, "batch_size", batch_size)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lion_lightning.errors import check_flag, check_number
 from lion_lightning.guard import preflight
 from lion_lightning.guard.events import NOT_LOGGED, Event, EventLog, TelemetryReader, Trace, metrics, report
 from lion_lightning.guard.lr_warmup import LinearWarmup, WarmupHook, warmup_length
@@ -129,8 +130,7 @@ class LionGuard(Callback):
             ("warmup_steps", warmup_steps or 0),
             ("telemetry_every", telemetry_every),
         ):
-            if not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be at least 0, got {value!r}")
+            check_number(name, value, "[0, inf)")
         choices: tuple[tuple[str, str, Any], ...] = (
             ("on_small_batch", on_small_batch, OnSmallBatch),
             ("manual_optimization", manual_optimization, Manual),
@@ -141,8 +141,7 @@ class LionGuard(Callback):
             if choice not in get_args(literal):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(literal))}, got {choice!r}")
         for name, flag in (("gate", gate), ("dry_run", dry_run), ("checkpoint_snapshots", checkpoint_snapshots)):
-            if not isinstance(flag, bool):
-                raise ValueError(f"{name} must be True or False, got {flag!r}")
+            check_flag(name, flag)
         if thresholds is not None and not isinstance(thresholds, Thresholds):
             raise ValueError(f"thresholds must be a lion_lightning.guard.rules.Thresholds, got {thresholds!r}")
         if samples is not None and not callable(samples):

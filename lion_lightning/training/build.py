@@ -20,6 +20,7 @@ from typing import Any
 import hydra
 import lightning.pytorch as pl
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.callbacks import Callback
@@ -31,7 +32,7 @@ from torch import nn
 
 from lion_lightning.command_line import TRUST, trusted
 from lion_lightning.data.stream import StreamDataModule
-from lion_lightning.errors import ConfigError, configuring
+from lion_lightning.errors import ConfigError, check_flag, check_number, configuring
 from lion_lightning.training.checkpoint.files import DurableCheckpointIO
 from lion_lightning.training.checkpoint.policy import RunCheckpoint
 from lion_lightning.training.checkpoint.sharded import ShardedStrategy
@@ -142,21 +143,18 @@ def resolve(path: str) -> Callable[..., Any]:
 def check(cfg: DictConfig) -> None:
     """Raise ConfigError for the first setting that cannot work on this machine, before anything is built."""
     for name in POSITIVE:
-        value = cfg.trainer[name]
-        if not isinstance(value, int) or value < 1:
-            raise ConfigError(f"trainer.{name} must be a whole number of at least 1, got {value!r}")
-    epochs, precision, seed = cfg.trainer.max_epochs, cfg.trainer.precision, cfg.seed
-    if epochs is not None and not (isinstance(epochs, int | float) and epochs > 0):
-        raise ConfigError(f"trainer.max_epochs must be a number above 0 or null, got {epochs!r}")
+        check_number(f"trainer.{name}", cfg.trainer[name], "[1, inf)", whole=True)
+    check_number("trainer.max_epochs", cfg.trainer.max_epochs, "(0, inf)", or_null=True)
+    check_number("trainer.gradient_clip_val", cfg.trainer.gradient_clip_val, "[0, inf)", or_null=True)
+    check_number("trainer.timeout_minutes", cfg.trainer.timeout_minutes, "(0, inf)")
+    check_number("trainer.check_replicas_every", cfg.trainer.check_replicas_every, "[0, inf)", whole=True)
+    check_number("seed", cfg.seed, "[0, 4294967295]", whole=True)
+    check_flag("export", cfg.export)
+    if cfg.trainer.deterministic != "warn":
+        check_flag("trainer.deterministic", cfg.trainer.deterministic)
+    precision = cfg.trainer.precision
     if precision not in PRECISIONS:
         raise ConfigError(f"trainer.precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ConfigError(f"seed must be a whole number in [0, 2**32), got {seed!r}")
-    clip, export = cfg.trainer.gradient_clip_val, cfg.export
-    if clip is not None and not (isinstance(clip, int | float) and 0 <= clip < math.inf):
-        raise ConfigError(f"trainer.gradient_clip_val must be a number of at least 0 or null, got {clip!r}")
-    if not isinstance(export, bool):
-        raise ConfigError(f"export must be true or false, got {export!r}")
     gpus, cpus = torch.cuda.device_count(), os.cpu_count() or 1
     counts = {"gpu": gpus, "cuda": gpus, "mps": int(torch.backends.mps.is_available()), "cpu": cpus}
     counts["auto"] = gpus or counts["mps"] or cpus
@@ -166,7 +164,7 @@ def check(cfg: DictConfig) -> None:
     available = counts[accelerator]
     if not available:
         raise ConfigError(f"trainer.accelerator={accelerator}: this machine has none; try auto or cpu")
-    if devices != "auto" and not (isinstance(devices, int) and 1 <= devices <= available):
+    if devices != "auto" and not (type(devices) is int and 1 <= devices <= available):
         raise ConfigError(f"trainer.devices={devices}: accelerator={accelerator} has 1 to {available} here")
     if precision == "16-mixed" and (accelerator == "cpu" or (accelerator == "auto" and not (gpus or counts["mps"]))):
         raise ConfigError("trainer.precision=16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true")
@@ -227,9 +225,14 @@ def build_module(cfg: DictConfig, data: StreamDataModule) -> Any:
     with configuring("schedule"):
         schedule = instantiate(cfg.schedule)
         schedule(cfg.trainer.max_steps)
-    with configuring("model.config"):
+    for name, value in cfg.model.config.items():
+        if "dropout" in name and not isinstance(value, str):  # `transformers` looks at the type alone
+            check_number(f"model.config.{name}", value, "[0, 1)", or_null=True)
+        if name.startswith("num_") and isinstance(value, int):
+            check_number(f"model.config.{name}", value, "[0, inf)", whole=True)
+    with configuring("model.config", (ValueError, TypeError, StrictDataclassError)):
         config = instantiate(cfg.model.config)
-    with configuring("recipe.module"):
+    with configuring("recipe.module", (ValueError, TypeError, RuntimeError)):  # the last for shapes that cannot be
         return instantiate(
             cfg.recipe.module, config=config, data=data, optimizer_factory=factory, schedule=schedule, seed=cfg.seed
         )

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 from typing_extensions import override
 
-from lion_lightning.errors import ConfigError
+from lion_lightning.errors import ConfigError, check_number
 from lion_lightning.training.checkpoint.sharded import ShardedStrategy
 
 METRICS_FORMAT = ".3f"
@@ -224,8 +224,7 @@ class AverageWeights(WeightAveraging):
     """
 
     def __init__(self, decay: float = 0.999) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {decay!r}")
+        check_number("decay", decay, "[0, 1)")
 
         def average(kept: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
             if not torch.is_floating_point(kept):

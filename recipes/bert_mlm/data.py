@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from lion_lightning.data.cache import default_cache
 from lion_lightning.data.sampler import StepValues, StreamOrder
 from lion_lightning.data.stream import StreamDataModule, read_schedule
-from lion_lightning.errors import ConfigError
+from lion_lightning.errors import ConfigError, check_flag, check_number
 
 from ..files import check_fraction
 from ..text.blocks import Blocks, BlockSettings, prepare_blocks
@@ -99,10 +99,9 @@ class TextBlocks(StreamDataModule):
         path: str | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, limit_train_samples, batch_schedule)
-        if sequence_length < MIN_SEQUENCE_LENGTH:
-            raise ConfigError(f"data.sequence_length must be at least {MIN_SEQUENCE_LENGTH}, got {sequence_length}")
-        if vocab_size < MIN_VOCAB_SIZE:
-            raise ConfigError(f"data.vocab_size must be at least {MIN_VOCAB_SIZE}, got {vocab_size}")
+        check_number("data.sequence_length", sequence_length, f"[{MIN_SEQUENCE_LENGTH}, inf)", whole=True)
+        check_number("data.vocab_size", vocab_size, f"[{MIN_VOCAB_SIZE}, inf)", whole=True)
+        check_flag("data.lowercase", lowercase)
         corpus = mixture_of(sources) if corpus is None else corpus
         self.sources = corpus.sources if isinstance(corpus, Mixture) else (Source("text", corpus, 1.0),)
         if limit_train_samples is not None and len(self.sources) > 1:

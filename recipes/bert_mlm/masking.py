@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lion_lightning.errors import ConfigError, check_number
+
 UNITS = ("token", "word", "span")
 IGNORED = -100  # what torch's cross_entropy leaves out
 _MASK32 = 0xFFFFFFFF
@@ -39,19 +41,17 @@ class Masking:
     span_max: int = 10
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate < 1:
-            raise ValueError(f"rate must be between 0 and 1, got {self.rate}")
-        if not (self.mask_share >= 0 and self.random_share >= 0 and self.mask_share + self.random_share <= 1):
-            raise ValueError(
-                f"mask_share and random_share must be at least 0 and add up to at most 1, "
-                f"got {self.mask_share} and {self.random_share}"
+        check_number("rate", self.rate, "(0, 1)")
+        check_number("mask_share", self.mask_share, "[0, 1]")
+        check_number("random_share", self.random_share, "[0, 1]")
+        if self.mask_share + self.random_share > 1:
+            raise ConfigError(
+                f"mask_share and random_share must add up to at most 1, got {self.mask_share} and {self.random_share}"
             )
         if self.unit not in UNITS:
             raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
-        if not 0 < self.span_p < 1:
-            raise ValueError(f"span_p must be between 0 and 1, got {self.span_p}")
-        if not isinstance(self.span_max, int) or self.span_max < 1:
-            raise ValueError(f"span_max must be a whole number of at least 1, got {self.span_max!r}")
+        check_number("span_p", self.span_p, "(0, 1)")
+        check_number("span_max", self.span_max, "[1, inf)", whole=True)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import Beta
 from torch.nn.functional import cross_entropy
 
-from lion_lightning.errors import ConfigError
+from lion_lightning.errors import check_flag, check_number
 
 SEED_STRIDE = 1_000_003
 PARTS = 16  # of a batch, each with operations of its own; choosing for each image would launch them image by image
@@ -62,13 +62,13 @@ class Augmentation:
         mixup: float = 0.0,
         cutmix: float = 0.0,
     ) -> None:
-        if not isinstance(crop_padding, int) or crop_padding < 0:
-            raise ConfigError(f"recipe.module.crop_padding must be a whole number of at least 0, got {crop_padding!r}")
-        if not 0 <= random_erasing <= 1:
-            raise ConfigError(f"recipe.module.random_erasing must be in [0, 1], got {random_erasing}")
-        for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
-            if not 0 <= alpha < math.inf:
-                raise ConfigError(f"recipe.module.{name} must be a number of at least 0, got {alpha}")
+        check_number("recipe.module.crop_padding", crop_padding, "[0, inf)", whole=True)
+        check_flag("recipe.module.flip", flip)
+        check_number("recipe.module.randaugment_layers", randaugment_layers, "[0, inf)", whole=True)
+        check_number("recipe.module.randaugment_magnitude", randaugment_magnitude, "[0, 30]")
+        check_number("recipe.module.random_erasing", random_erasing, "[0, 1]")
+        check_number("recipe.module.mixup", mixup, "[0, inf)")
+        check_number("recipe.module.cutmix", cutmix, "[0, inf)")
         self.seed, self.mixup, self.cutmix = seed, mixup, cutmix
         steps: list[Any] = [RandomCrop((size[0], size[1]), padding=crop_padding)] if crop_padding else []
         steps += [RandomHorizontalFlip(p=0.5)] if flip else []
@@ -136,15 +136,11 @@ class RandAugment:
     """`layers` operations in a row on each image, drawn from torch's CPU generator.
 
     Args:
-        layers: operations.
+        layers: operations, at least one.
         magnitude: their strength; 0 to 30.
     """
 
     def __init__(self, layers: int, magnitude: float) -> None:
-        if not isinstance(layers, int) or layers < 1:
-            raise ConfigError(f"recipe.module.randaugment_layers must be a whole number of at least 0, got {layers!r}")
-        if not 0 <= magnitude <= 30:
-            raise ConfigError(f"recipe.module.randaugment_magnitude must be in [0, 30], got {magnitude}")
         self.layers, self.level = layers, magnitude / 10
 
     def __call__(self, images: Tensor) -> Tensor:

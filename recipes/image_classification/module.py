@@ -22,7 +22,7 @@ from transformers import (
 )
 from typing_extensions import override
 
-from lion_lightning.errors import ConfigError
+from lion_lightning.errors import ConfigError, check_flag, check_number
 from lion_lightning.hyperparams import Schedule
 from lion_lightning.lightning import LionMixin, OptimizerFactory
 
@@ -80,8 +80,8 @@ class ImageClassifier(LionMixin, LightningModule):
         **augmentation: Any,
     ) -> None:
         super().__init__()
-        if not 0 <= label_smoothing < 1:
-            raise ConfigError(f"recipe.module.label_smoothing must be in [0, 1), got {label_smoothing}")
+        check_number("recipe.module.label_smoothing", label_smoothing, "[0, 1)")
+        check_flag("recipe.module.test_time_flip", test_time_flip)
         self.optimizer_factory, self.schedule, self.data = optimizer_factory, schedule, data
         self.label_smoothing, self.test_time_flip, self.attention = label_smoothing, test_time_flip, attention
         self.model = build_model(config, data, attention)
@@ -259,7 +259,7 @@ def build_model(config: PretrainedConfig, data: ImageArrays, attention: str | No
         return _timm(config)
     try:
         return AutoModelForImageClassification.from_config(config, attn_implementation=attention)
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:  # the other of a value that is no text
         if attention is None:
             raise
         reason = str(error).splitlines()[0]

@@ -15,9 +15,18 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from pyarrow import ArrowException
 from pyarrow.parquet import read_metadata, read_schema
 
-from lion_lightning.errors import ConfigError
+from lion_lightning.errors import ConfigError, check_flag, check_number
 
-from ..files import account, existing, fingerprint_of, folders_without, is_hidden, list_files, without_surrogates
+from ..files import (
+    account,
+    check_fraction,
+    existing,
+    fingerprint_of,
+    folders_without,
+    is_hidden,
+    list_files,
+    without_surrogates,
+)
 from ..tables import Columns, columns_of, label_name, read_table
 from .images import Images, ImageSplits, held_out
 from .labels import LABEL_NAMES, Part, Parts, PictureSplits, listed, pictures_of
@@ -53,7 +62,7 @@ class Digits:
     """
 
     def __init__(self, val_fraction: float = 0.2) -> None:
-        self.val_fraction = val_fraction
+        self.val_fraction = check_fraction(val_fraction)
 
     def fingerprint(self) -> str:
         return f"digits {self.val_fraction}"
@@ -102,10 +111,12 @@ class ImageFiles:
     ) -> None:
         if not path:
             raise ConfigError("data.path=null: it must be an image folder, or parquet files in the hub's schema")
-        if not isinstance(image_size, int) or image_size < 1:
-            raise ConfigError(f"data.image_size must be a whole number of at least 1, got {image_size!r}")
-        if not 0 < val_share <= 1:
-            raise ConfigError(f"data.source.val_share must be in (0, 1], got {val_share}")
+        check_number("data.image_size", image_size, "[1, inf)", whole=True)
+        check_number("data.source.val_share", val_share, "(0, 1]")
+        check_number("data.source.max_broken", max_broken, "[0, inf)", whole=True)
+        check_fraction(val_fraction)
+        if split_folders is not None:
+            check_flag("data.source.split_folders", split_folders)
         self.path = Path(path).expanduser()
         self.image_size, self.val_fraction, self.max_broken = image_size, val_fraction, max_broken
         self.label, self.val_share, self.split_folders = label, val_share, split_folders

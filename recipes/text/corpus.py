@@ -21,7 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lion_lightning.errors import ConfigError
+from lion_lightning.errors import ConfigError, check_number
 
 from ..files import account, fingerprint_of, is_hidden, list_files, not_utf8, pieces_of
 from .hub import account_of, join_rows, load, reading
@@ -349,8 +349,7 @@ def mixture_of(sources: Sequence[Mapping[str, Any]] | None) -> Mixture:
 def check_weight(source: Mapping[str, Any]) -> float:
     """The weight of `source`; ConfigError if it is none."""
     weight = source.get("weight", 1)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-        raise ConfigError(f"{SETTING}: weight must be a number above 0, got {weight!r}")
+    check_number(f"{SETTING}: weight", weight, "(0, inf)")
     return float(weight)
 
 

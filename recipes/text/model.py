@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
-from lion_lightning.errors import ConfigError
+from lion_lightning.errors import ConfigError, check_flag
 
 from .tokenizer import existing, load_tokenizer, opening
 
@@ -53,8 +53,7 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         for name in ("activation_checkpointing", "within_documents"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"model.{name} must be true or false, got {getattr(self, name)!r}")
+            check_flag(f"model.{name}", getattr(self, name))
         # Only where one is named: the list comes with the whole of torch's compiler.
         if not isinstance(self.compile, bool) and self.compile not in torch.compiler.list_backends(exclude_tags=()):
             raise ConfigError(

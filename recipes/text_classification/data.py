@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lion_lightning.data.cache import cached_folder, default_cache
 from lion_lightning.data.stream import StreamDataModule
-from lion_lightning.errors import ConfigError
+from lion_lightning.errors import ConfigError, check_flag, check_number
 
 from ..text.tokenizer import as_transformers, identity, load_tokenizer, train_tokenizer, vocabulary_of
 from .labels import Labeled
@@ -113,10 +113,9 @@ class LabeledTexts(StreamDataModule):
         task: str | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, limit_train_samples)
-        if not isinstance(sequence_length, int) or sequence_length < MIN_SEQUENCE_LENGTH:
-            raise ConfigError(f"data.sequence_length must be at least {MIN_SEQUENCE_LENGTH}, got {sequence_length!r}")
-        if not isinstance(vocab_size, int) or vocab_size < MIN_VOCAB_SIZE:
-            raise ConfigError(f"data.vocab_size must be at least {MIN_VOCAB_SIZE}, got {vocab_size!r}")
+        check_number("data.sequence_length", sequence_length, f"[{MIN_SEQUENCE_LENGTH}, inf)", whole=True)
+        check_number("data.vocab_size", vocab_size, f"[{MIN_VOCAB_SIZE}, inf)", whole=True)
+        check_flag("data.lowercase", lowercase)
         if padding not in PADDINGS:
             raise ConfigError(f"data.padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
         self.source, self.sequence_length, self.padding = source, sequence_length, padding

@@ -18,7 +18,7 @@ from torchmetrics.classification import (
 )
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
-from lion_lightning.errors import ConfigError
+from lion_lightning.errors import ConfigError, check_number
 from lion_lightning.hyperparams import Schedule
 from lion_lightning.lightning import LionMixin, OptimizerFactory
 
@@ -191,8 +191,7 @@ def build_model(config: PretrainedConfig, data: LabeledTexts, dropout: float, op
         )
     if options.within_documents:
         raise ConfigError("model.within_documents=true is for packed blocks; here every text has a row of its own")
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"recipe.module.classifier_dropout must be in [0, 1), got {dropout}")
+    check_number("recipe.module.classifier_dropout", dropout, "[0, 1)")
     config = usable_config("text_classification", config, data.sequence_length, options)
     config.classifier_dropout = dropout
     config.problem_type = "single_label_classification" if data.classes else "regression"

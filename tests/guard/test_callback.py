@@ -174,8 +174,8 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -3"):
         LionGuard(warmup_steps=-3)
     for arguments, message in (
-        ({"gate": "off"}, "gate must be True or False, got 'off'"),
-        ({"dry_run": "false"}, "dry_run must be True or False, got 'false'"),
+        ({"gate": "off"}, "gate must be true or false, got 'off'"),
+        ({"dry_run": "false"}, "dry_run must be true or false, got 'false'"),
         ({"thresholds": {"outlier_z": 10}}, "thresholds must be a lion_lightning.guard.rules.Thresholds"),
         ({"samples": 64}, "samples must be a function from a batch to its number of samples, got 64"),
         ({"disabled": None}, "disabled must be a list of rules"),

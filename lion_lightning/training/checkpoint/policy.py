@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
 from lion_lightning import __version__
-from lion_lightning.errors import ConfigError
+from lion_lightning.errors import ConfigError, check_number
 from lion_lightning.training.checkpoint import files
 from lion_lightning.training.checkpoint.files import (
     CheckpointFailed,
@@ -74,12 +74,9 @@ class RunCheckpoint(Checkpoint):
     ) -> None:
         if mode not in ("min", "max"):
             raise ValueError(f"mode must be one of min, max, got {mode!r}")
-        if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
-            raise ValueError(f"every_n_steps must be a whole number of at least 1 or null, got {every_n_steps!r}")
-        if every_minutes is not None and not (isinstance(every_minutes, int | float) and every_minutes > 0):
-            raise ValueError(f"every_minutes must be a number above 0 or null, got {every_minutes!r}")
-        if not isinstance(keep, int) or keep < 1:
-            raise ValueError(f"keep must be a whole number of at least 1, got {keep!r}")
+        check_number("checkpoint.every_n_steps", every_n_steps, "[1, inf)", whole=True, or_null=True)
+        check_number("checkpoint.every_minutes", every_minutes, "(0, inf)", or_null=True)
+        check_number("checkpoint.keep", keep, "[1, inf)", whole=True)
         self.folder, self.monitor, self.mode, self.keep = Path(folder), monitor, mode, keep
         self.goal = f"{mode} {monitor}"
         self.every_n_steps = every_n_steps

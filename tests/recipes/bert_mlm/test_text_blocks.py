@@ -94,8 +94,8 @@ def test_the_summary_says_tokens_blocks_vocabulary_and_a_sample(blocks: TextBloc
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"sequence_length": 7}, "data.sequence_length must be at least 8, got 7"),
-        ({"vocab_size": 255}, "data.vocab_size must be at least 256, got 255"),
+        ({"sequence_length": 7}, "data.sequence_length must be a whole number of at least 8, got 7"),
+        ({"vocab_size": 255}, "data.vocab_size must be a whole number of at least 256, got 255"),
         ({"val_fraction": 0.0}, r"data\.val_fraction must be between 0 and 1, got 0\.0"),
         ({"val_fraction": 1.0}, r"data\.val_fraction must be between 0 and 1, got 1\.0"),
     ],

@@ -207,8 +207,8 @@ def test_erasing_blackens_a_part_of_a_share_of_the_images() -> None:
         ({"randaugment_layers": -1}, "randaugment_layers must be a whole number of at least 0, got -1"),
         ({"randaugment_layers": 2, "randaugment_magnitude": 31}, r"randaugment_magnitude must be in \[0, 30\], got 31"),
         ({"random_erasing": 1.5}, r"random_erasing must be in \[0, 1\], got 1.5"),
-        ({"mixup": -0.5}, "mixup must be a number of at least 0, got -0.5"),
-        ({"cutmix": -1}, "cutmix must be a number of at least 0, got -1"),
+        ({"mixup": -0.5}, "mixup must be at least 0, got -0.5"),
+        ({"cutmix": -1}, "cutmix must be at least 0, got -1"),
         ({"crop_padding": 0.5}, "crop_padding must be a whole number of at least 0, got 0.5"),
     ],
 )
