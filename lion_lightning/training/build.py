@@ -266,19 +266,28 @@ def build_logger(cfg: DictConfig, continues: Path | None = None) -> Logger | Non
 
 
 def build_checkpoint(cfg: DictConfig, stop: StopFlag) -> RunCheckpoint:
-    """The policy of checkpoints; each keeps the facts that a resumed run must have again."""
+    """The policy of checkpoints; each keeps the facts that a resumed run must have again, and what it may change."""
+    whole: Any = OmegaConf.to_container(cfg, resolve=True)
     facts = {
         "recipe": cfg.recipe.name,
         "model": cfg.model.name,
         "data": cfg.data.name,
         "seed": cfg.seed,
-        "optim": OmegaConf.to_container(cfg.optim, resolve=True),
+        "optim": whole["optim"],
         "effective batch size": effective_batch_size(cfg),
         "precision": cfg.trainer.precision,
     }
+    settings = {
+        "schedule": whole["schedule"],
+        "recipe.module": whole["recipe"]["module"],
+        "guard": {name: value for name, value in whole["guard"].items() if name != "trace"},
+        "trainer.gradient_clip_val": cfg.trainer.gradient_clip_val,
+    }
     folder, recipe = Path(cfg.run_dir) / "checkpoints", cfg.recipe
     with configuring("checkpoint"):
-        return RunCheckpoint(folder, recipe.monitor, recipe.mode, stop=stop, facts=facts, **cfg.checkpoint)
+        return RunCheckpoint(
+            folder, recipe.monitor, recipe.mode, stop=stop, facts=facts, settings=settings, **cfg.checkpoint
+        )
 
 
 def build_trainer(cfg: DictConfig, logger: Logger | None, callbacks: list[Callback], bar: bool) -> pl.Trainer:

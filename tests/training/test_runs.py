@@ -175,7 +175,9 @@ def test_a_run_is_the_same_twice_and_differs_by_seed(bert: Go, watch: Callable[[
     assert losses[0] != losses[2]
 
 
-def test_without_a_logger_no_log_is_written_and_a_resumed_run_has_what_it_had(bert: Go, tmp_path: Path) -> None:
+def test_without_a_logger_no_log_is_written_and_a_resumed_run_has_what_it_had(
+    bert: Go, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     bert("trainer.max_steps=2", *QUICK)
     assert sorted(entry.name for entry in (tmp_path / "bert").iterdir()) == ["checkpoints", "config.yaml", "guard.csv"]
     kept = OmegaConf.load(tmp_path / "bert/config.yaml")
@@ -192,6 +194,12 @@ def test_without_a_logger_no_log_is_written_and_a_resumed_run_has_what_it_had(be
     for change, named in changes.items():
         with pytest.raises(ConfigError, match=rf"resume: {named}; a resumed run keeps what it was"):
             bert("trainer.max_steps=4", *QUICK, change, f"resume={checkpoint}")
+    allowed = ("schedule.final=0.5", "trainer.gradient_clip_val=1.0")
+    bert("trainer.max_steps=4", *QUICK, *allowed, f"resume={checkpoint}")
+    assert (
+        "resume: schedule.final was 0.0 and is now 0.5; trainer.gradient_clip_val was None and is now 1.0"
+        in caplog.text
+    )
 
 
 def test_micro_batches_make_one_optimizer_step(bert: Go, watch: Callable[[], Losses]) -> None:

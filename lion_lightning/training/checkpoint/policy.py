@@ -53,6 +53,7 @@ class RunCheckpoint(Checkpoint):
         keep: how many of the latest step files are kept.
         stop: checked after every step and every validation batch.
         facts: plain values that a resumed run must have again, kept in each checkpoint.
+        settings: plain values that a resumed run may change, kept too; what has changed is logged.
 
     Raises:
         ValueError: an argument out of its range.
@@ -71,6 +72,7 @@ class RunCheckpoint(Checkpoint):
         keep: int = 2,
         stop: StopFlag | None = None,
         facts: dict[str, Any] | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         if mode not in ("min", "max"):
             raise ValueError(f"mode must be one of min, max, got {mode!r}")
@@ -81,7 +83,7 @@ class RunCheckpoint(Checkpoint):
         self.goal = f"{mode} {monitor}"
         self.every_n_steps = every_n_steps
         self.every_seconds = math.inf if every_minutes is None else 60 * every_minutes
-        self.stop, self.facts = stop or StopFlag(), facts or {}
+        self.stop, self.facts, self.settings = stop or StopFlag(), facts or {}, settings or {}
         self.best_path, self.last_path = self.folder / "best.ckpt", self.folder / "last.ckpt"
         self.best_score: float | None = None
         self.best_step: int | None = None
@@ -124,6 +126,10 @@ class RunCheckpoint(Checkpoint):
         kept = checkpoint[KEY]
         if differing := [text for name, value in self.facts.items() for text in differences(name, kept[name], value)]:
             raise ConfigError(f"resume: {'; '.join(differing)}; a resumed run keeps what it was")
+        before = {**self.settings, **kept.get("settings", {})}
+        changed = [text for name, value in self.settings.items() for text in differences(name, before[name], value)]
+        if changed and trainer.is_global_zero:
+            log.warning("resume: %s", "; ".join(changed))
         convert_loop_counters(checkpoint, kept.get("accumulate_grad_batches"), trainer.accumulate_grad_batches)
 
     @override
@@ -289,7 +295,7 @@ class RunCheckpoint(Checkpoint):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         accumulate = {"accumulate_grad_batches": trainer.accumulate_grad_batches}
-        checkpoint[KEY] = {**self.facts, **accumulate, "version": __version__}
+        checkpoint[KEY] = {**self.facts, **accumulate, "settings": self.settings, "version": __version__}
         if self._validation_due:
             expect_validation(checkpoint)
 
