@@ -79,12 +79,12 @@ class Digits:
 class ImageFiles:
     """Pictures on disk: a folder with one folder per class, or parquet files as the Hugging Face hub writes them.
 
-    Folders directly in `path` are the splits if all that hold images have names in `SPLITS` (train, val, test, ...), or
-    names that differ in such a word alone (`seg_train` and `seg_test`), and one is for training; otherwise they are
-    classes. The same holds one folder deeper where `path` has but that one. A class is the path of its folder. A
-    `metadata.csv`, `.jsonl` or `.parquet` in `path` or a split folder may give the labels instead, by `file_name`. The
-    split of a parquet file is a word in its name or that of a folder. Without a validation set a fixed share of the
-    training set is held out. Every file is used or reported.
+    Folders directly in `path` are splits by their names in `SPLITS` (train, val, test, ...), or by names that differ in
+    such a word alone (`seg_train` and `seg_test`): if all that hold images are, or a training one with folders in it
+    and another. Otherwise they are classes. The same holds one folder deeper where `path` has but that one. A class is
+    the path of its folder. A `metadata.csv`, `.jsonl` or `.parquet` in `path` or a split folder may give the labels
+    instead, by `file_name`. The split of a parquet file is a word in its name or that of a folder. Without a validation
+    set a fixed share of the training set is held out. Every file is used or reported.
 
     Args:
         path: the folder, or one parquet file.
@@ -250,8 +250,7 @@ class ImageFiles:
             inside = file.relative_to(self.root).parts
             tops.setdefault(inside[0] if len(inside) > 1 else "", []).append(file)
         splits = _splits_of_folders([top for top in tops if top])
-        by_name = bool(splits) and all(splits.values()) and "train" in splits.values()
-        if self.split_folders if self.split_folders is not None else by_name:
+        if self._are_splits(splits, tops) if self.split_folders is None else self.split_folders:
             sides = {split: [top for top in splits if splits[top] == split] for split in ("train", "val", "test")}
             if sides["val"] and sides["test"]:
                 unused["images of the test split, since there is a validation split"] = _files_of(
@@ -263,8 +262,7 @@ class ImageFiles:
         else:
             if named := sorted(top for top, split in splits.items() if split):
                 notes["folders"] = (
-                    f"{', '.join(named)}: taken for classes, since not all folders are splits; "
-                    "data.source.split_folders=true reads them as splits"
+                    f"{', '.join(named)}: taken for classes; data.source.split_folders=true reads them as splits"
                 )
             roots = {"train": {"": self.files}}
         labels = {
@@ -277,6 +275,16 @@ class ImageFiles:
             for split, pairs in labels.items()
             if pairs
         }
+
+    def _are_splits(self, splits: Mapping[str, str | None], tops: Mapping[str, list[Path]]) -> bool:
+        """Whether folders with these names are splits: all of them, or a training and another one with classes."""
+        found = {*splits.values()}
+        has_classes = any(
+            len(file.relative_to(self.root).parts) > 2
+            for top, split in splits.items()
+            for file in (tops[top] if split == "train" else ())
+        )
+        return "train" in found and (None not in found or (has_classes and len(found - {None}) > 1))
 
     def _labelled(
         self, root: Path, files: Sequence[Path], unused: dict[str, list[Path]]
