@@ -221,7 +221,9 @@ def build_module(cfg: DictConfig, data: StreamDataModule) -> Any:
     """The recipe's module for `data`, with its optimizer and schedule, each tried once: bad options fail now."""
     with configuring("optim"):
         factory = instantiate(cfg.optim)
-        factory([{"name": "decay", "params": [("weight", nn.Parameter(torch.ones(2, 2)))]}])
+        shapes = {"weight": (2, 2), "bias": (2,)}  # ones, since random numbers would change the run's
+        params = [(name, nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
+        factory([{"name": "decay", "params": params}])
     with configuring("schedule"):
         schedule = instantiate(cfg.schedule)
         schedule(cfg.trainer.max_steps)

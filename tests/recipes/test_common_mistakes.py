@@ -159,6 +159,12 @@ def test_a_value_that_cannot_work(answer: Any, argument: str) -> None:
     assert all(part in line for part in ("error: ", *NUMBERS[argument])), line
 
 
+def test_an_option_of_the_second_optimizer_in_one(answer: Any) -> None:
+    line, code = answer(*IMAGES, "optim=muon", "tuned=none", "optim.lion.betas=0.9")
+    assert code == 2
+    assert "optim: betas=0.9 is not allowed: use two numbers in [0, 1)" in line
+
+
 @pytest.mark.parametrize("arguments", PLACED, ids=" ".join)
 def test_a_path_or_a_choice_that_does_not_belong(answer: Any, arguments: tuple[str, ...]) -> None:
     line, code = answer(*arguments)
