@@ -57,8 +57,11 @@ def gather(options: argparse.Namespace) -> tuple[list[Run], list[str]]:
     runs = [run for run in read if isinstance(run, Run)]
     errors = [str(error).partition(": ") for error in read if isinstance(error, UnreadableRun)]
     unreadable = [f"not read: {report.relative(file)}: {reason}" for file, _, reason in errors]
-    # A copied folder counts once; two folders of one id are the parts of a run that was resumed online.
-    runs = list({(run.id or run.source, run.created): run for run in reversed(runs)}.values())[::-1]
+    # Of copies the most complete one counts; two folders of one id are the parts of a run that was resumed online.
+    copies: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        copies.setdefault((run.id or run.source, run.created), []).append(run)
+    runs = [max(same, key=lambda run: (run.exit_code is not None, len(run.history))) for same in copies.values()]
     if options.wandb:
         known = {run.id for run in runs}
         runs += [run for run in fetch_runs(options.wandb, options.group) if run.id not in known]

@@ -196,7 +196,7 @@ class Comparison:
         return quantile * statistics.stdev(differences) / math.sqrt(len(differences)) or math.nan
 
     def _best_by_seed(self, variant: Variant) -> dict[Any, float]:
-        best = {run.setting("seed"): self.goal.best(run.curve(self.goal.metric)[1]) for run in variant.counted}
+        best = {_seed(run): self.goal.best(run.curve(self.goal.metric)[1]) for run in variant.counted}
         return {seed: value for seed, value in best.items() if seed is not None and math.isfinite(value)}
 
     def to_target(self, variant: Variant, axis: str) -> list[float]:
@@ -280,7 +280,7 @@ def compare(
     members: dict[str, list[tuple[Variant, Run]]] = {}
     for variant, run in zip(variants_of(runs, by, aside), runs, strict=True):
         members.setdefault(variant.label, []).append((variant, run))
-    variants = [_filled(same[0][0], [run for _, run in same], remarks) for same in members.values()]
+    variants = [_filled(same[0][0], [run for _, run in same], goal, remarks) for same in members.values()]
     groups = ", ".join(sorted({run.group for run in runs if run.group}))
     return Comparison(goal, _baseline(variants, baseline), variants, groups, remarks)
 
@@ -409,13 +409,16 @@ def _baseline(variants: Sequence[Variant], wanted: str | None) -> Variant:
     return next((variant for variant in candidates if variant.counted), candidates[0])
 
 
-def _filled(variant: Variant, runs: Sequence[Run], remarks: list[str]) -> Variant:
+def _filled(variant: Variant, runs: Sequence[Run], goal: Goal, remarks: list[str]) -> Variant:
     """Sort the runs of a variant into `counted` and `others`, one per seed."""
     by_seed: dict[Any, list[Run]] = {}
     for number, run in enumerate(sorted(runs, key=lambda run: run.created)):
-        by_seed.setdefault(("no seed", number) if run.setting("seed") is None else run.setting("seed"), []).append(run)
+        by_seed.setdefault(("no seed", number) if _seed(run) is None else _seed(run), []).append(run)
     for seed, attempts in by_seed.items():
-        chosen = next((run for run in reversed(attempts) if run.state == "finished"), attempts[-1])
+        finished = [run for run in attempts if run.state == "finished"]
+        # Repeating the command of a run that is over makes one that has nothing to log.
+        with_result = [run for run in finished if run.last(goal.metric) is not None]
+        chosen = (with_result or finished or attempts)[-1]
         joined = _with_first_part(chosen, attempts)
         (variant.counted if chosen.state == "finished" else variant.others).append(joined)
         if len(attempts) > 1:
@@ -424,6 +427,12 @@ def _filled(variant: Variant, runs: Sequence[Run], remarks: list[str]) -> Varian
     if any(run.setting("seed") is None for run in runs):
         remarks.append(f"{variant.label}: no `seed` in the configuration; each of its {len(runs)} runs counts as one")
     return variant
+
+
+def _seed(run: Run) -> Any:
+    """What a run's weights and data are drawn by: its seed, and that of the data where it is another; None without."""
+    seed, of_data = run.setting("seed"), run.setting("data.seed")
+    return seed if of_data in (None, seed) else f"{seed} (data.seed {of_data})"
 
 
 def _with_first_part(run: Run, attempts: Sequence[Run]) -> Run:
@@ -436,11 +445,7 @@ def _with_first_part(run: Run, attempts: Sequence[Run]) -> Run:
     kept = [row for row in before.history if row.get(STEP, 0) < start]
     if not kept:  # `resume=auto` found no checkpoint
         return run
-    spent = max(row.get("perf/seconds", 0.0) for row in kept)
-    shifted = [
-        {**row, "perf/seconds": row["perf/seconds"] + spent} if "perf/seconds" in row else row for row in run.history
-    ]
-    return replace(run, history=[*kept, *shifted])
+    return replace(run, history=[*kept, *run.history])
 
 
 def _spread(runs: Sequence[Run], value: Callable[[Run], float | None]) -> Spread:

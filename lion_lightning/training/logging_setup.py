@@ -108,26 +108,33 @@ def refuse_secrets_of_a_sweep(arguments: Sequence[str]) -> None:
             )
 
 
-def log_config(logger: "Logger | None", config: Mapping[str, Any], run_dir: Path) -> None:
-    """Keep the resolved configuration beside the checkpoints and in the logger, without its secrets; on rank 0.
+def keep_config(config: Mapping[str, Any], run_dir: Path) -> None:
+    """Keep the resolved configuration beside the checkpoints, without its secrets; on rank 0.
 
     Args:
-        logger: None for the file alone.
         config: the whole configuration, in plain types.
-        run_dir: where `config.yaml`, the settings of the command line (`overrides.yaml`) and the id of an online W&B
-            run are kept.
+        run_dir: where `config.yaml` and the settings of the command line (`overrides.yaml`) are kept.
     """
-    plain = redacted(config)
-    OmegaConf.save(OmegaConf.create(plain), run_dir / "config.yaml")
+    OmegaConf.save(OmegaConf.create(redacted(config)), run_dir / "config.yaml")
     if HydraConfig.initialized():
         given = [redacted_argument(argument) for argument in HydraConfig.get().overrides.task]
         OmegaConf.save(OmegaConf.create(given), run_dir / OVERRIDES_FILE)
+
+
+def log_config(logger: "Logger | None", config: Mapping[str, Any], run_dir: Path) -> None:
+    """Log the resolved configuration, without its secrets, which begins the W&B run; on rank 0.
+
+    Args:
+        logger: None for nothing.
+        config: the whole configuration, in plain types.
+        run_dir: where the id of an online W&B run is kept.
+    """
     if logger is None:
         return
     given = sys.argv
     sys.argv = [given[0], *map(redacted_argument, given[1:])]  # W&B records them when its run begins, which is here
     try:
-        logger.log_hyperparams(plain)
+        logger.log_hyperparams(redacted(config))
     finally:
         sys.argv = given
     if wandb_logger := wandb_logger_of(logger):

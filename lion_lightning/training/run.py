@@ -8,13 +8,16 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import rich
+from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from lion_lightning.training import build
 from lion_lightning.training.callbacks import ReplicaCheck, SmoothedLoss, StepSeed, ValidateAtEnd, progress
+from lion_lightning.training.checkpoint.files import is_of_step
 from lion_lightning.training.checkpoint.resume import AUTO, checkpoint_to_resume
 from lion_lightning.training.checkpoint.sharded import ShardedStrategy
-from lion_lightning.training.logging_setup import closing, log_config, quiet_libraries
+from lion_lightning.training.logging_setup import closing, keep_config, log_config, quiet_libraries
 from lion_lightning.training.performance import Throughput
 from lion_lightning.training.report import conclude, duration, show
 from lion_lightning.training.signals import StopFlag
@@ -44,23 +47,30 @@ def run(cfg: DictConfig, more_callbacks: Sequence[pl.Callback] = ()) -> float:
     data = build.build_data(cfg)
     cfg.trainer.max_steps = build.max_steps(cfg, data)
     module = build.build_module(cfg, data)
-    logger = build.build_logger(cfg, resumed if cfg.resume == AUTO else None)
+    is_done = resumed is not None and is_of_step(resumed, cfg.trainer.max_steps)  # nothing is left to be logged
+    logger = None if is_done else build.build_logger(cfg, resumed if cfg.resume == AUTO else None)
     throughput = Throughput()
     with StopFlag(alone=not build.started_by_launcher()) as stop:
         checkpoint = build.build_checkpoint(cfg, stop)
-        callbacks = [StepSeed(cfg.seed), *build.build_callbacks(cfg, "guard"), throughput, ValidateAtEnd()]
+        config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+        # Not before what was resumed has been found to fit: a refused resume leaves the folder as it is.
+        keep = LambdaCallback(on_train_start=rank_zero_only(lambda *_: keep_config(config, folder)))
+        callbacks = [keep, StepSeed(cfg.seed), *build.build_callbacks(cfg, "guard"), throughput, ValidateAtEnd()]
         callbacks += [SmoothedLoss(), *build.build_callbacks(cfg, "callbacks")]
         callbacks += [checkpoint, ReplicaCheck(cfg.trainer.check_replicas_every)]
         callbacks += [*more_callbacks, *progress(console, ["train/loss", cfg.recipe.monitor])]
         trainer = build.build_trainer(cfg, logger, callbacks, bar=console.is_terminal)
+        if resumed:
+            checkpoint.refuse_misfit(resumed)
         about = build.describe(cfg, data, module, trainer, resumed, precision)
         with closing(logger):
             if trainer.is_global_zero:
                 show(console, cfg.run_name, about)
-                log_config(logger, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), folder)
+                log_config(logger, config, folder)
             started = time.perf_counter()
             with checkpoint.resuming():
                 trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+            checkpoint.settle(trainer)
             steps = trainer.global_step - checkpoint.first_step
             took = duration(time.perf_counter() - started, steps, throughput.measured(trainer))
             if trainer.is_global_zero:

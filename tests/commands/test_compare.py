@@ -64,6 +64,16 @@ def test_a_good_comparison_writes_every_file(runs: Path, capsys: pytest.CaptureF
     assert "![val_loss-steps](val_loss-steps.png)" in (tmp_path / "out" / "compare.md").read_text()
 
 
+def test_of_two_copies_the_whole_one_counts(runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (whole,) = (runs / "one").rglob("run-*.wandb")
+    for name, size in (("a backup of the run as it was", 2000), ("z", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / whole.name).write_bytes(whole.read_bytes()[:size])
+    code, output, _ = call([tmp_path], capsys, tmp_path)
+    assert code == 0
+    assert "lion is best with 2.0000 over 1 seed" in output
+
+
 def test_one_run_is_shown_and_nothing_is_claimed(
     runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -202,6 +202,40 @@ def test_without_a_logger_no_log_is_written_and_a_resumed_run_has_what_it_had(
     )
 
 
+def test_a_refused_resume_leaves_the_run_as_it_is(compose: Any, digits: Go, tmp_path: Path) -> None:
+    digits("trainer.max_steps=4", *QUICK)
+    files = [file for file in (tmp_path / "digits").rglob("*") if file.is_file()]
+    kept = {file: file.read_bytes() for file in files}
+    again = (
+        "recipe=image_classification",
+        f"run_dir={tmp_path / 'digits'}",
+        "resume=auto",
+        "trainer.max_steps=8",
+        *QUICK,
+    )
+    for change in ("seed=2", "optim=adamw", "data.limit_train_samples=640", "model.config.num_hidden_layers=1"):
+        with pytest.raises(ConfigError, match="resume"):
+            run(compose(*again, change, "logger=wandb", "tuned=none"))
+        assert {file: file.read_bytes() for file in files} == kept, change
+        assert not (tmp_path / "digits/wandb").exists() or change not in ("seed=2", "optim=adamw")
+
+
+def test_repeating_a_run_that_is_over_repairs_it_and_logs_nothing(compose: Any, digits: Go, tmp_path: Path) -> None:
+    """A kill after the last checkpoint, while it was given its other names; `resume=auto` then exports the best."""
+    folder = tmp_path / "digits"
+    best = digits("trainer.max_steps=4", *QUICK[:-1])
+    places = [folder / "checkpoints" / name for name in ("best.ckpt", "best.safetensors", "last.ckpt")]
+    whole = {place: place.read_bytes() for place in places} | {folder / "export": None}
+    for place in places:
+        place.unlink()
+        place.with_name(f"{place.name}.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / "export")
+    again = ("recipe=image_classification", f"run_dir={folder}", "resume=auto", "trainer.max_steps=4", *QUICK[:-1])
+    assert run(compose(*again, "logger=wandb")) == best
+    assert all(place.exists() if kept is None else place.read_bytes() == kept for place, kept in whole.items())
+    assert not (folder / "wandb").exists()
+
+
 def test_micro_batches_make_one_optimizer_step(bert: Go, watch: Callable[[], Losses]) -> None:
     whole, parts = watch(), None
     bert("data.batch_size=16", "trainer.max_steps=4", "trainer.val_check_interval=2", "export=false")

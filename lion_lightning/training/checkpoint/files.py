@@ -134,15 +134,19 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     return None, wrong
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, mmap: bool = False) -> dict[str, Any]:
     """The checkpoint at `path`, onto the CPU.
+
+    Args:
+        path: a file.
+        mmap: whether tensors are read when they are used.
 
     Raises:
         pickle.UnpicklingError: it is no checkpoint, or holds anything but plain types.
         OSError: it cannot be read.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, MemoryError, pickle.UnpicklingError):
         raise
     except Exception as error:  # arbitrary bytes fail in arbitrary ways
@@ -252,6 +256,11 @@ def read_marker(path: Path) -> Marker:
         raise InvalidCheckpoint(f"{path}: no marker beside it, so it was never finished") from None
     except (ValueError, TypeError) as error:
         raise InvalidCheckpoint(f"{path}: its marker cannot be read ({error})") from error
+
+
+def is_of_step(path: Path, global_step: int) -> bool:
+    """Whether the checkpoint at `path` is marked as one of this step or a later one."""
+    return marker_of(path).is_file() and read_marker(path).global_step >= global_step
 
 
 def verify(path: Path) -> Marker:

@@ -31,6 +31,7 @@ from lion_lightning.training.checkpoint.resume import (
     expect_validation,
     restoring,
 )
+from lion_lightning.training.checkpoint.sharded_state import META_FILE
 from lion_lightning.training.signals import StopFlag, TrainingInterrupted
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,17 @@ class RunCheckpoint(Checkpoint):
             with restoring(self._io.loaded):
                 raise error
 
+    def refuse_misfit(self, path: Path) -> None:
+        """Raise ConfigError if the checkpoint at `path` is of a run with other facts, before anything has begun."""
+        with restoring(path):
+            kept = files.load(path / META_FILE if path.is_dir() else path, mmap=path.is_file())
+            self._checked(kept[KEY])
+
+    def _checked(self, kept: dict[str, Any]) -> dict[str, Any]:
+        if differing := [text for name, value in self.facts.items() for text in differences(name, kept[name], value)]:
+            raise ConfigError(f"resume: {'; '.join(differing)}; a resumed run keeps what it was")
+        return kept
+
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
@@ -123,9 +135,7 @@ class RunCheckpoint(Checkpoint):
         if fresh and trainer.is_global_zero:
             log.warning("resume: the checkpoint has no state of %s, which start(s) afresh", ", ".join(fresh))
         self._restored = {name: len(checkpoint[name]) for name in (_OPTIMIZERS, _SCHEDULES) if name in checkpoint}
-        kept = checkpoint[KEY]
-        if differing := [text for name, value in self.facts.items() for text in differences(name, kept[name], value)]:
-            raise ConfigError(f"resume: {'; '.join(differing)}; a resumed run keeps what it was")
+        kept = self._checked(checkpoint[KEY])
         before = {**self.settings, **kept.get("settings", {})}
         changed = [text for name, value in self.settings.items() for text in differences(name, before[name], value)]
         if changed and trainer.is_global_zero:
@@ -142,24 +152,36 @@ class RunCheckpoint(Checkpoint):
         self._step = self.first_step = trainer.global_step
         self._saved_step = self._step if step_path(self.folder, self._step).exists() else -1
         self._saved_at = time.monotonic()
-        if trainer.is_global_zero and self.best_step is not None:
-            self._repair_best(self.best_step)
+        self._repair(trainer)
         signum, _ = self._agree(trainer)
         if signum:
             raise TrainingInterrupted(f"stopped by signal {signum} before the first step; nothing new to save", signum)
 
-    def _repair_best(self, step: int) -> None:
-        """Link `best.ckpt` again after a kill between a step file and its names."""
-        try:
-            if files.read_marker(self.best_path).global_step == step:
-                return
-        except InvalidCheckpoint as error:
-            log.warning("%s", error)
-        if step_path(self.folder, step).exists():
-            files.link_marked(step_path(self.folder, step), self.best_path)
+    def settle(self, trainer: Trainer) -> None:
+        """After `Trainer.fit`: what `on_train_start` does, where the run was over already and there was no step."""
+        if not self._has_begun:
+            self.first_step = trainer.global_step
+            self._repair(trainer)
+
+    def _repair(self, trainer: Trainer) -> None:
+        """Link `best` and `last` again after a kill between a step file and its names."""
+        if not trainer.is_global_zero:
+            return
+        newest = step_path(self.folder, trainer.global_step)
+        if newest.exists() and not _is_of(self.last_path, trainer.global_step):
+            files.link_marked(newest, self.last_path)
+        if self.best_step is None or _is_of(self.best_path, self.best_step):
+            return
+        best = step_path(self.folder, self.best_step)
+        if best.exists():
+            self._name_best(best)
         else:
-            log.warning("the best checkpoint, of step %d, is gone: the next validation makes a new one", step)
+            log.warning("the best checkpoint, of step %d, is gone: the next validation makes a new one", self.best_step)
             self.best_step = self.best_score = None
+
+    def _name_best(self, path: Path) -> None:
+        files.write_weights(files.weights_of(path), self.best_path.with_suffix(".safetensors"))
+        files.link_marked(path, self.best_path)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -281,8 +303,7 @@ class RunCheckpoint(Checkpoint):
                 else:
                     raise RuntimeError(f"another run has written {file.name}; each needs a run_dir of its own")
         if best:
-            files.write_weights(files.weights_of(path), self.best_path.with_suffix(".safetensors"))
-            files.link_marked(path, self.best_path)
+            self._name_best(path)
         files.link_marked(path, self.last_path)
         for file in step_files(self.folder)[: -self.keep]:
             files.remove_marked(file)
@@ -310,6 +331,14 @@ class RunCheckpoint(Checkpoint):
             self.best_score, self.best_step = score, step
         elif step is not None:
             log.warning("the best checkpoint was of %s; the next validation makes the first of %s", goal, self.goal)
+
+
+def _is_of(path: Path, step: int) -> bool:
+    try:
+        return files.read_marker(path).global_step == step
+    except InvalidCheckpoint as error:
+        log.warning("%s", error)
+        return False
 
 
 def _largest(trainer: Trainer, *values: float) -> list[int]:
