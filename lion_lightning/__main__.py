@@ -18,7 +18,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from lion_lightning.command_line import check_arguments, explain, overrides_of, run_folder, suggestion, take_trusted
+from lion_lightning.command_line import (
+    check_arguments,
+    explain,
+    overrides_of,
+    run_folder,
+    suggestion,
+    take_trusted,
+    text_of,
+)
 from lion_lightning.errors import ConfigError
 from lion_lightning.training.logging_setup import refuse_secrets_of_a_sweep
 
@@ -109,7 +117,7 @@ def main() -> None:
         changes = [name for name in names if name not in OF_EVALUATION]
         if not is_training and "ckpt" in given and changes:
             # What the run was told comes first, so that its groups are chosen.
-            kept = overrides_of(run_folder(given["ckpt"].strip("'\""))) or []
+            kept = overrides_of(run_folder(text_of(f"ckpt={given['ckpt']}"))) or []
             more += [word for word in kept if word.partition("=")[0] not in given]
         folder = given.get("run_dir") or (None if is_training else "outputs/${mode}/${run_stamp:}")
         if folder and "hydra.run.dir" not in given:  # Hydra's log goes there too, and it makes no folder

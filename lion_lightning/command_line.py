@@ -107,7 +107,7 @@ def search_path(folders: Sequence[str | Path]) -> list[str]:
 
 def run_folder(ckpt: str | Path) -> Path | None:
     """The folder of the run that `ckpt` means: itself, or the one it lies in; None where no `config.yaml` is kept."""
-    place = Path(ckpt).resolve()
+    place = Path(ckpt).expanduser().resolve()
     return next((folder for folder in (place, *place.parents[:2]) if (folder / "config.yaml").is_file()), None)
 
 
@@ -122,6 +122,11 @@ def overrides_of(folder: Path | None) -> list[str] | None:
     kept = OmegaConf.to_container(OmegaConf.load(folder / OVERRIDES_FILE))
     words = [str(word) for word in kept] if isinstance(kept, list) else []
     return [word for word in words if not word.startswith(("run_dir=", "resume=", "hydra.", "hydra/"))]
+
+
+def text_of(argument: str) -> str:
+    """The value of a setting `key=value` as Hydra reads it: without quotes and escapes."""
+    return str(OverridesParser.create().parse_override(argument).value())
 
 
 def check_arguments(arguments: Sequence[str], config: Path) -> None:

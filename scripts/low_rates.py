@@ -77,6 +77,7 @@ class Cell:
     rate: str
     seed: int
     steps: int
+    batch_size: int
     start: float
     loss: float
     travelled: float
@@ -92,16 +93,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (reason := _of_another_run(read(table), options)) is not None:
         print(f"error: {reason}", file=sys.stderr)
         return EXIT_USAGE
+    budget = options.steps, options.batch_size
     for seed in options.seeds:
         for rate in RATES:
             for name, (dtype, make) in chosen.items():
-                done = {(cell.variant, cell.rate, cell.seed, cell.steps) for cell in read(table)}
-                if (name, str(rate), seed, options.steps) not in done:
-                    numbers = train(options.run, dtype, make, rate, seed, options.steps, options.batch_size)
-                    cell = Cell(name, str(rate), seed, options.steps, *numbers)
+                key = name, str(rate), seed, *budget
+                if all(
+                    (cell.variant, cell.rate, cell.seed, cell.steps, cell.batch_size) != key for cell in read(table)
+                ):
+                    cell = Cell(*key, *train(options.run, dtype, make, rate, seed, *budget))
                     append(table, cell)
                     print(f"{name:>16}  {rate}  seed {seed}: {cell.start:.4f} -> {cell.loss:.4f}", flush=True)
-    cells = [cell for cell in read(table) if cell.steps == options.steps]
+    cells = [cell for cell in read(table) if (cell.steps, cell.batch_size) == budget]
     print(markdown(cells))
     draw(cells, options.output.with_suffix(".png"))
     print(f"{relative(str(table))}, {options.output.with_suffix('.png').name}")
@@ -183,7 +186,7 @@ def read(table: Path) -> list[Cell]:
         return []
     with table.open(newline="", encoding="utf-8") as stream:
         return [
-            Cell(row["variant"], row["rate"], int(row["seed"]), int(row["steps"]),
+            Cell(row["variant"], row["rate"], *(int(row[key]) for key in ("seed", "steps", "batch_size")),
                  *(float(row[key]) for key in ("start", "loss", "travelled", "norm")))
             for row in csv.DictReader(stream)
         ]  # fmt: skip

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         extra = "wandb-report" if error.name and error.name.startswith("wandb_workspaces") else "report"
         return _refuse(f"{error.name} is not installed; pip install 'lion-lightning[{extra}]'")
-    except (Incomparable, UnreadableRun) as error:
+    except (Incomparable, UnreadableRun, OSError) as error:
         return _refuse(str(error))
     return code
 

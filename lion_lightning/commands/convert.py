@@ -18,6 +18,7 @@ cannot be read, 2 wrong arguments.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,7 +86,13 @@ def convert(options: argparse.Namespace) -> str:
         drop_compensation=options.drop_compensation,
     )
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(fresh, options.output)
+    temporary = options.output.with_name(f".writing-{options.output.name}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(fresh, file)
+        os.replace(temporary, options.output)
+    finally:
+        temporary.unlink(missing_ok=True)
     groups = fresh["param_groups"]
     remainders = sum("weight_remainder" in entry for entry in fresh["state"].values())
     return (
@@ -98,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     try:
         print(convert(options))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # the last of torch, where it cannot write
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -15,8 +15,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
+from yaml import YAMLError
 
 from lion_lightning.guard.events import read_trace
 from lion_lightning.guard.recovery import ON_DIVERGENCE, Remedy
@@ -55,7 +57,10 @@ def read(place: Path) -> tuple[dict[int, list[Reading]], Settings, str]:
     trace = place / "guard.csv" if place.is_dir() else place
     if trace.suffix == ".csv" and trace.is_file():
         config = trace.parent / "config.yaml"
-        rules = settings_of(OmegaConf.load(config)) if config.is_file() else Settings()  # type: ignore[arg-type]
+        try:
+            rules = settings_of(OmegaConf.load(config)) if config.is_file() else Settings()  # type: ignore[arg-type]
+        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+            raise ValueError(f"{config} cannot be read: {' '.join(str(error).split())}") from error
         return _some(read_trace(trace), place), rules, ""
     if not place.exists():
         raise ValueError(f"{place}: there is no such file or folder")

@@ -120,11 +120,12 @@ def main(arguments: Sequence[str] | None = None, run: Run | None = None) -> int:
     """
     try:
         options = _options(arguments)
+        Path(options.output).mkdir(parents=True, exist_ok=True)  # found out now, not after hours of search
         searches = [_search(optim, options) for optim in options.optim]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, OSError) as error:
         report_error(error)
     try:
         studies = [(search, explore(search, run or train)) for search in searches]

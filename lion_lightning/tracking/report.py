@@ -11,6 +11,7 @@ import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lion_lightning.tracking.compare import COSTS, Comparison, Incomparable, Spread, Welch
 from lion_lightning.tracking.runs import AXES, STEP, Run
@@ -79,17 +80,17 @@ def origin(comparison: Comparison, date: str) -> str:
 
 def show(comparison: Comparison, console: Console) -> None:
     """Print verdict, tables and notes in the width of the console."""
-    console.print(verdict(comparison), highlight=False)
+    console.print(verdict(comparison), highlight=False, markup=False)
     for caption, (header, rows) in tables(comparison):
-        console.print(f"\n{caption}", highlight=False, style="italic")
+        console.print(f"\n{caption}", highlight=False, markup=False, style="italic")
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
         for number, name in enumerate(header):
-            table.add_column(name, justify="right" if number else "left", overflow="fold")
+            table.add_column(Text(name), justify="right" if number else "left", overflow="fold")
         for row in rows:
-            table.add_row(*row, style="bold" if row[0] == winner(comparison) else None)
+            table.add_row(*map(Text, row), style="bold" if row[0] == winner(comparison) else None)
         console.print(table, highlight=False)
     for line in notes(comparison):
-        console.print(f"! {line}", highlight=False, style="yellow")
+        console.print(f"! {line}", highlight=False, markup=False, style="yellow")
 
 
 def markdown(comparison: Comparison, command: str, date: str, pictures: Sequence[str]) -> str:

@@ -74,6 +74,15 @@ def test_of_two_copies_the_whole_one_counts(runs: Path, capsys: pytest.CaptureFi
     assert "lion is best with 2.0000 over 1 seed" in output
 
 
+def test_an_output_that_is_a_file_is_one_line(runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    code, _, error = call([runs / "one"], capsys, tmp_path)
+    assert code == 2
+    assert error.startswith("error: ")
+    assert "out" in error
+    assert error.count("\n") == 1
+
+
 def test_one_run_is_shown_and_nothing_is_claimed(
     runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

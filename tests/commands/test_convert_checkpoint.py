@@ -68,3 +68,22 @@ def test_help_explains_the_order_and_wrong_arguments_end_with_2(capsys: pytest.C
     with pytest.raises(SystemExit) as wrong:
         main(["in.pt", "out.pt", "--from", "adam"])
     assert wrong.value.code == 2
+
+
+def test_a_place_that_cannot_be_written_is_a_sentence_and_the_old_file_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = state_file("lion_pytorch_float32", tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert main([str(source), str(tmp_path / "folder"), "--force"]) == 1
+    assert "directory" in capsys.readouterr().err
+
+    def full(*_: object) -> None:
+        raise RuntimeError("file write failed")
+
+    before = source.read_bytes()
+    monkeypatch.setattr(torch, "save", full)
+    assert main([str(source), str(source), "--force"]) == 1
+    assert capsys.readouterr().err == "error: file write failed\n"
+    assert source.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "in.pt"]

@@ -20,6 +20,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, CLIPImageProcessorPil
 
 from lion_lightning.__main__ import runner
+from lion_lightning.command_line import run_folder, text_of
 from lion_lightning.commands.evaluate import evaluate
 from lion_lightning.commands.predict import predict
 from lion_lightning.errors import ConfigError
@@ -314,6 +315,15 @@ def renamed(place: Path, name: str) -> Iterator[None]:
         yield
     finally:
         moved.rename(place)
+
+
+@pytest.mark.parametrize("quoted", ["'~/{}'", '"~/{}"'])
+def test_a_run_below_the_home_folder_keeps_its_settings(
+    pictures: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch, quoted: str
+) -> None:
+    folder = pictures[0] / "run"
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert run_folder(text_of(f"ckpt={quoted.format(folder.name)}")) == folder.resolve()
 
 
 def test_settings_of_a_run_without_its_command_line_cannot_change(pictures: tuple[Path, list[str]], root: Path) -> None:

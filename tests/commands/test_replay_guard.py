@@ -173,3 +173,12 @@ def test_several_steps_are_written_as_stretches():
 
 def test_thresholds_are_changed_one_by_one():
     assert changed(Thresholds(), ["window=64", "outlier_z=6"]) == Thresholds(window=64, outlier_z=6.0)
+
+
+def test_a_torn_configuration_is_one_line(run, capsys, monkeypatch, tmp_path):
+    (tmp_path / "guard.csv").write_bytes((run[0] / "guard.csv").read_bytes())
+    (tmp_path / "config.yaml").write_text("guard: {on_divergence: [recover\n")
+    code, _, error = call(capsys, monkeypatch, tmp_path)
+    assert code == 2
+    assert "config.yaml cannot be read" in error
+    assert error.count("\n") == 1

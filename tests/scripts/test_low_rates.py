@@ -26,15 +26,15 @@ def test_the_interval_is_students() -> None:
 def test_the_table_compares_with_fp32_of_the_same_seed(tmp_path: Path) -> None:
     file = tmp_path / "cells.csv"
     for seed, norm in ((1, 0.98), (2, 0.96)):
-        append(file, Cell("lion fp32", "1e-05 constant", seed, 10, 4.0, 3.0, 1.0, norm))
-        append(file, Cell("lion bf16/16", "1e-05 constant", seed, 10, 4.0, 3.5, 1.0, 1 - (1 - norm) / 2))
+        append(file, Cell("lion fp32", "1e-05 constant", seed, 10, 32, 4.0, 3.0, 1.0, norm))
+        append(file, Cell("lion bf16/16", "1e-05 constant", seed, 10, 32, 4.0, 3.5, 1.0, 1 - (1 - norm) / 2))
     cells = read(file)
     assert len(cells) == 4
     assert "| lion bf16/16 | 0.5000 ± 0.0000 | 50% |" in markdown(cells)
 
 
 def test_a_table_without_the_control_has_no_share_of_it(tmp_path: Path) -> None:
-    cells = [Cell("lion bf16/16", "1e-05 constant", seed, 10, 4.0, 3.5, 1.0, 0.9) for seed in (1, 2)]
+    cells = [Cell("lion bf16/16", "1e-05 constant", seed, 10, 32, 4.0, 3.5, 1.0, 0.9) for seed in (1, 2)]
     assert "| lion bf16/16 | 0.5000 ± 0.0000 | - |" in markdown(cells)
     low_rates.draw(cells, tmp_path / "a.png")
 

@@ -124,3 +124,14 @@ def test_the_page_survives_not_a_number_and_hostile_names(make_run, tmp_path):
     text = (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert hostile not in text
     assert "[3.0, 2.0, null]" in text.replace("3.0,2.0,null", "3.0, 2.0, null")
+
+
+def test_brackets_in_a_name_are_shown_as_they_are(make_run):
+    runs = [
+        make_run("lion[/x]", 1),
+        make_run("lion [v1]", 1),
+        make_run("lion [v1]", 2, state="crashed", exit_code=None),
+    ]
+    text = shown(compare(runs), 120)
+    assert "lion[/x]" in text
+    assert "r-lion [v1]-s2" in text
