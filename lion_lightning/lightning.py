@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any, TypeAlias, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
@@ -75,6 +75,11 @@ class LionMixin:
             for group in optimizer.param_groups:
                 group.pop("param_names", None)
         if self.weight_decay_timescale is not None:
+            if self.weight_decay_timescale < 1 and math.isinf(steps):
+                raise ValueError(
+                    f"weight_decay_timescale={self.weight_decay_timescale} is a share of the run, whose length is not "
+                    "known: use a number of optimizer steps"
+                )
             timescale = self.weight_decay_timescale * (steps if self.weight_decay_timescale < 1 else 1)
             for group in optimizer.param_groups:
                 if str(group.get("name")).split("/")[0] == "decay":  # MuonWithLion and lion_amos split it
@@ -109,7 +114,7 @@ def total_steps(trainer: Trainer | None) -> float:
         return math.inf
     try:
         steps = float(trainer.estimated_stepping_batches)
-    except (MisconfigurationException, TypeError, ValueError, ZeroDivisionError):
+    except Exception:  # of the loaders, which may have no data yet; Lightning asks them again when training starts
         return math.inf
     return steps if steps > 0 else math.inf
 
@@ -128,6 +133,11 @@ class Rate(LambdaLR):
                 factor = self.lr_lambdas[0](self.last_epoch)
                 self.base_lrs.append(float(group["lr"]) / factor if factor else float(group["lr"]))
         super().step(epoch)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.lr_lambdas += [self.lr_lambdas[0]] * (len(state_dict["lr_lambdas"]) - len(self.lr_lambdas))
+        super().load_state_dict(state_dict)
 
 
 class RateAndDecay(Rate):
@@ -180,7 +190,7 @@ class GradientRelease(Callback):
         self._clip_value, trainer.gradient_clip_val = trainer.gradient_clip_val, None
 
     @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         check(trainer, pl_module)  # GradientAccumulationScheduler changes the Trainer at an epoch's start
 
     @override

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lion_lightning.guard.callback import LionGuard
 from lion_lightning.lightning import GradientRelease, check
 from lion_lightning.optim import Lion
+from tests.guard.memory_logger import MemoryLogger
 
 
 class Regression(LightningModule):
@@ -53,9 +54,8 @@ def fit(module: LightningModule, folder: Path, *callbacks: Callback, **options: 
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    trainer = Trainer(
-        max_epochs=2, accelerator="cpu", devices=1, default_root_dir=folder, callbacks=[*callbacks], **quiet, **options
-    )
+    where = {"accelerator": "cpu", "devices": 1, "default_root_dir": folder}
+    trainer = Trainer(max_epochs=2, callbacks=[*callbacks], **{**where, **quiet, **options})
     trainer.fit(module, DataLoader(data, batch_size=8))
     return trainer
 
@@ -119,3 +119,23 @@ def test_several_optimizers_are_refused() -> None:
     trainer = SimpleNamespace(optimizers=[None, None])
     with pytest.raises(ValueError, match="2 optimizers are not allowed"):
         check(cast(Trainer, trainer), Regression())
+
+
+def test_averaging_of_weights_in_an_epoch_without_steps_goes_on(tmp_path: Path) -> None:
+    steps = []
+    for release in ([], [GradientRelease()]):
+        module = Regression()
+        module.net.insert(1, nn.BatchNorm1d(80))
+        steps.append(fit(module, tmp_path, StochasticWeightAveraging(1e-3), *release).global_step)
+    assert steps[0] == steps[1]
+
+
+def test_telemetry_beside_the_guard_is_of_its_step(tmp_path: Path) -> None:
+    found = []
+    for callbacks in ([], [GradientRelease()]):
+        logger = MemoryLogger()
+        guard = LionGuard(telemetry_every=3, disabled=["settings", "batch_size"])
+        fit(Regression(), tmp_path, *callbacks, guard, logger=logger, log_every_n_steps=1)
+        found.append([row.get("lion/momentum_rms") for row in logger.rows if "guard/events" in row])
+    assert any(value is not None for value in found[0])
+    assert found[0] == found[1]

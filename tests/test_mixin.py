@@ -220,3 +220,79 @@ def test_parameters_that_a_callback_adds_during_training_are_trained_on_the_same
     assert [len(found) for found in rates] == [2, 2, 3, 3]
     assert rates[3][2] / rates[2][2] == pytest.approx(rates[3][0] / rates[2][0])
     assert not torch.equal(before, module.backbone[0].weight)
+
+
+def test_data_that_are_made_when_training_starts_leave_the_length_unknown(tmp_path, caplog):
+    class OwnData(LionMixin, Regression):
+        def on_fit_start(self):
+            self.data = loader()
+
+        def train_dataloader(self):
+            return self.data
+
+    trainer = Trainer(
+        max_epochs=1, default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(OwnData())
+    assert trainer.global_step == 8
+    assert "the length of this run is not known" in caplog.text
+
+
+def test_a_decay_as_a_share_of_a_run_of_unknown_length_is_named():
+    module = WithDefaults()
+    module.weight_decay_timescale = 0.1
+    with pytest.raises(ValueError, match=r"weight_decay_timescale=0.1 is a share of the run, whose length is not"):
+        module.configure_optimizers()
+
+
+class Falling:
+    """A schedule that is an object with values of its own, which a scheduler saves."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def __call__(self, step):
+        return 1 - step / (2 * self.steps)
+
+
+@pytest.mark.parametrize("factory", [partial(Lion, lr=1e-3), partial(MuonWithLion, lr=1e-3)])
+@pytest.mark.parametrize("schedule", [staticmethod(linear), Falling])
+def test_a_run_that_has_unfrozen_a_part_resumes(tmp_path, factory, schedule):
+    class Unfrozen(LionMixin, Regression):
+        optimizer_factory = factory
+
+        def __init__(self):
+            super().__init__()
+            self.backbone = nn.Linear(8, 8)
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step((self.backbone(batch[0]), batch[1]), batch_idx)
+
+    Unfrozen.schedule = schedule
+    whole = fit(Unfrozen(), tmp_path, max_epochs=3, callbacks=[BackboneFinetuning(1)])
+    part = fit(Unfrozen(), tmp_path, max_epochs=3, callbacks=[BackboneFinetuning(1), StopAfter(2)])
+    part.save_checkpoint(tmp_path / "part.ckpt")
+    resumed = part_trainer(tmp_path, callbacks=[BackboneFinetuning(1)])
+    resumed.fit(Unfrozen(), loader(), ckpt_path=tmp_path / "part.ckpt", weights_only=False)
+    assert (part.global_step, resumed.global_step, whole.global_step) == (16, 24, 24)
+    first, second = (trainer.optimizers[0].param_groups for trainer in (whole, resumed))
+    assert [len(group["params"]) for group in first] == [len(group["params"]) for group in second]
+    assert [first[number]["lr"] for number in (0, 1)] == [second[number]["lr"] for number in (0, 1)]
+
+
+class StopAfter(Callback):
+    """Ends a run early, as an interruption would."""
+
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
+def part_trainer(tmp_path, **options):
+    return Trainer(
+        max_epochs=3, default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, **options,
+    )  # fmt: skip

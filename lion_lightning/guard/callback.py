@@ -172,7 +172,7 @@ class LionGuard(Callback):
         self._lion_metrics: dict[str, float] = {}  # not logged yet
         self._latest = Reading()
         self._samples = self._micro_samples = 0
-        self._stepped = self._loss_compares = self._was_small = False
+        self._stepped = self._loss_compares = self._was_small = self._losses_are_read = False
 
     def _new_recovery(self) -> Recovery:
         return Recovery(self.thresholds, self.on_divergence, acts=self.acts, gates=self.gates, disabled=self.disabled)
@@ -209,8 +209,10 @@ class LionGuard(Callback):
         self.recovery.acts = acts
         steps = total_steps(trainer)
         length = warmup_length(self.warmup_steps, steps)
-        self.warmup = LinearWarmup(length)
-        self.steps = self.warmup.step = trainer.global_step
+        warmups = [LinearWarmup(length) for _ in optimizers] or [LinearWarmup(length)]
+        self.warmup, self.steps = warmups[0], trainer.global_step
+        for each in warmups:
+            each.step = self.steps
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         # A GradScaler scales the loss; with several optimizers it is not known whose loss it is.
         self._loss_compares = not scaled and plain
@@ -218,7 +220,7 @@ class LionGuard(Callback):
             StepMonitor(
                 optimizer,
                 self.thresholds,
-                LinearWarmup(length) if number else self.warmup,
+                warmup,
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
                 reduce=partial(trainer.strategy.reduce, reduce_op="sum") if trainer.world_size > 1 else None,
@@ -228,7 +230,7 @@ class LionGuard(Callback):
                 disabled=self.disabled,
                 contains_errors=trainer.world_size == 1,
             )
-            for number, optimizer in enumerate(optimizers)
+            for optimizer, warmup in zip(optimizers, warmups, strict=False)
         ]
         lion = next((optimizer for optimizer in optimizers if isinstance(optimizer, Lion)), None)
         self._telemetry = TelemetryReader(lion, self.telemetry_every) if lion and self.telemetry_every else None
@@ -263,6 +265,8 @@ class LionGuard(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         for monitor in self.monitors:
             monitor.begin_batch()
+        if self._telemetry is not None:
+            self._telemetry.before_step(self.steps + 1)  # gradient release steps inside backward
         self._samples = int(self.samples(batch)) if self.samples is not None else preflight.samples_in(batch)
         if not self.batch.pending:
             self._micro_samples = self._samples
@@ -316,6 +320,7 @@ class LionGuard(Callback):
             self.losses = Losses()
         else:
             self.losses.nonfinite = 0.0  # counted for this optimizer, not for the next one
+            self._losses_are_read = True
 
     @override
     @harmless
@@ -325,11 +330,15 @@ class LionGuard(Callback):
         if any(monitor.steps_unseen for monitor in self.monitors):
             self._report_once(trainer, "unseen_steps", preflight.UNSEEN_STEPS)
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if self._losses_are_read:  # by an optimizer of this batch
+            self.losses, self._losses_are_read = Losses(), False
         if isinstance(loss, Tensor):
             # Lightning divides the loss of automatic optimization by the number of micro-batches.
             parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
             self.losses.add(loss * parts, self._samples or 1)
         if not self._stepped:
+            if len(self.monitors) > 1:  # the others may step alone
+                self._react(trainer, flush=False)
             return
         self._stepped = False
         self._read_telemetry(trainer)
@@ -367,6 +376,8 @@ class LionGuard(Callback):
             self._leave(trainer)
         finally:
             self._end_warmups()
+        if stage == "fit" and self._loaded is not None:  # the run was over: no later one begins with its state
+            self._final, self._loaded = self._loaded, None
         self._stage = None
 
     @override
@@ -525,7 +536,8 @@ class LionGuard(Callback):
 
     def _take_over(self, state: dict[str, Any]) -> None:
         self.steps = int(state["steps"])
-        self.warmup.load_state_dict(state["warmup"])
+        for warmup in [monitor.rate for monitor in self.monitors] or [self.warmup]:
+            warmup.load_state_dict(state["warmup"])
         is_ours = state.get("format") == FORMAT
         if is_ours and not isinstance(state["monitors"], list):
             raise TypeError(f"monitors are a {type(state['monitors']).__name__}")

@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
+from lion_lightning.errors import check_number
+
 
 @dataclass(frozen=True)
 class Thresholds:
@@ -70,11 +72,11 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            value = getattr(self, entry.name)
-            if not value > 0:
-                raise ValueError(f"thresholds.{entry.name} must be above 0, got {value}")
-            if entry.type is int and not isinstance(value, int):
-                raise ValueError(f"thresholds.{entry.name} must be a whole number, got {value}")
+            name, value = f"thresholds.{entry.name}", getattr(self, entry.name)
+            if entry.type is int:
+                check_number(name, value, "[1, inf)", whole=True)
+            elif value != math.inf:
+                check_number(name, value, "(0, inf)")
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """Copies of a run in host memory: taking them, a ring of the newest few, and restoring a run from one."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +129,7 @@ def restore(
         left as they are.
     """
     left = []
-    tensors = [*_params_of(module)] if params else []
+    tensors = [*_params_of(module, snapshot.tensors)] if params else []  # also those that have been frozen since
     tensors += [pair for pair in _buffers_of(module) if buffers or nonfinite(pair[1]) is not None]
     for name, tensor in tensors:
         kept = snapshot.tensors.get(name)
@@ -169,7 +169,7 @@ def repair(snapshot: Snapshot, module: nn.Module, optimizers: Sequence[Optimizer
                     pairs.append((here, torch.zeros_like(here) if before is None else before))
     count = 0
     for tensor, before in pairs:
-        if tensor.shape == before.shape and (sick := nonfinite(tensor)) is not None:
+        if tensor.shape == before.shape and not _is_expanded(tensor) and (sick := nonfinite(tensor)) is not None:
             count += int(sick.sum())
             tensor.copy_(torch.where(sick, before.to(tensor.device), tensor))
     return count
@@ -185,9 +185,11 @@ def _is_expanded(tensor: Tensor) -> bool:
 def nonfinite(tensor: Tensor) -> Tensor | None:
     """Where a tensor is not finite, bool of its shape; None if it is nowhere, or is of a kind that cannot tell.
 
-    Sparse and quantized tensors and those of 8-bit floats cannot.
+    Sparse and quantized tensors, lazy ones and those of 8-bit floats cannot.
     """
-    if tensor.layout is not torch.strided or tensor.is_quantized or not tensor.is_floating_point():
+    if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.is_quantized:
+        return None
+    if not (tensor.is_floating_point() or tensor.is_complex()):
         return None
     if tensor.element_size() == 1:
         return None
@@ -214,19 +216,35 @@ def _restore_state(states: Any, param: Tensor, kept: dict[str, Any]) -> None:
         if isinstance(value, Tensor) and isinstance(state.get(key), Tensor):
             layout.local(state[key]).copy_(value, non_blocking=True)
         else:
-            state[key] = value.clone() if isinstance(value, Tensor) else value
+            state[key] = _nested(value, lambda tensor: _beside(tensor, param))
+
+
+def _beside(tensor: Tensor, param: Tensor) -> Tensor:
+    """A copy on the device of `param`; of a number, such as a step counter, on the host."""
+    return tensor.to(param.device if tensor.ndim else "cpu", copy=True)
+
+
+def _nested(value: Any, copy: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with copies of the tensors in it, also of those in lists, tuples and dicts; others as they are."""
+    if isinstance(value, Tensor):
+        return copy(value)
+    if type(value) is dict:
+        return {key: _nested(item, copy) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_nested(item, copy) for item in value)
+    return value
 
 
 def _kept_state(optimizer: Optimizer) -> dict[str, Any]:
     states = {
-        index: {key: _to_host(value) for key, value in optimizer.state[param].items()}
+        index: {key: _nested(value, _to_host) for key, value in optimizer.state[param].items()}
         for index, param in enumerate(_params(optimizer))
         if param in optimizer.state
     }
     return {
         "state": states,
         "params": sum(1 for _ in _params(optimizer)),
-        "steps": [_to_host(group.get("step")) for group in optimizer.param_groups],
+        "steps": [_nested(group.get("step"), _to_host) for group in optimizer.param_groups],
     }
 
 
@@ -235,10 +253,13 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from _buffers_of(module)
 
 
-def _params_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Trainable parameters. Frozen ones do not change in training and need no copies; lazy ones have no values yet."""
+def _params_of(module: nn.Module, also: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Trainable parameters, and those with names in `also`.
+
+    Frozen ones do not change in training and need no copies; lazy ones have no values yet.
+    """
     for name, param in module.named_parameters():
-        if param.requires_grad and not is_lazy(param):
+        if (param.requires_grad or name in also) and not is_lazy(param):
             yield name, layout.local(param.detach())
 
 
@@ -253,10 +274,8 @@ def _params(optimizer: Optimizer) -> Iterator[Tensor]:
         yield from group["params"]
 
 
-def _to_host(value: Any) -> Any:
-    """A copy on the host, pinned if it comes from a GPU; anything but tensors as it is."""
-    if not isinstance(value, Tensor):
-        return value
+def _to_host(value: Tensor) -> Tensor:
+    """A copy on the host, pinned if it comes from a GPU."""
     tensor = layout.local(value.detach())
     if tensor.device.type != "cuda":
         return tensor.to("cpu", copy=True)

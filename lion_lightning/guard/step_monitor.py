@@ -427,5 +427,6 @@ def _sum_of_squares(grads: Sequence[Tensor], device: torch.device, dtype: torch.
         return torch.zeros((), device=device, dtype=dtype)
     each = torch.stack([norm.to(device, dtype) for norm in norms])
     if device.type == "cpu" and not each.isfinite().all():  # squares of large fp32 values overflow
-        each = torch.stack([torch.linalg.vector_norm(grad.double()) for grad in grads])
+        wide = [grad.to(torch.complex128 if grad.is_complex() else torch.float64) for grad in grads]
+        each = torch.stack([torch.linalg.vector_norm(grad) for grad in wide])
     return each.square().sum()

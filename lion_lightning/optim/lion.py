@@ -125,10 +125,15 @@ class Lion(Optimizer):
         super().add_param_group(group)
 
     @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "telemetry_every": self.telemetry_every}
+
+    @override
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
         self.__dict__.setdefault("_nonfinite", {})
         self.__dict__.setdefault("_telemetry", Telemetry())
+        self.telemetry_every = state.get("telemetry_every", self.telemetry_every)
+        super().__setstate__({name: value for name, value in state.items() if name != "telemetry_every"})
         self._step_settings, self._places = {}, {}
         self.defaults.pop("differentiable", None)  # torch sets it, and Lion has no such option
         for group in self.param_groups:

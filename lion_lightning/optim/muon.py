@@ -88,10 +88,16 @@ class MuonWithLion(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._share_groups()
         for part in self._parts.values():
             part.state = self.state
             part.step()
         return loss
+
+    def _share_groups(self) -> None:
+        """Gives each part the groups of its kind: callbacks may have replaced the list of groups."""
+        for kind, part in self._parts.items():
+            part.param_groups = [group for group in self.param_groups if ("ns_steps" in group) == (kind is Muon)]
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -126,6 +132,7 @@ class MuonWithLion(Optimizer):
         for saved, group in zip(groups, self.param_groups, strict=True):
             for key, param in zip(saved["params"], group["params"], strict=True) if "ns_steps" in group else ():
                 _check_muon(key, param, state_dict["state"].get(key, {}))
+        self._share_groups()
         loaded = list(self.param_groups)
         fresh: dict[Tensor, Any] = {}
         for part in (self._parts[kind] for kind in (Lion, Muon) if kind in self._parts):  # Lion checks first

@@ -275,3 +275,8 @@ def test_one_huge_loss_is_no_divergence():
     losses = [2.0 + 0.1 * math.sin(step) for step in range(300)]
     assert not any(divergence.observe(loss) for loss in [*losses, 14.0, *losses])
     assert any(divergence.observe(14.0) for _ in range(25)), "but many are"
+
+
+def test_a_limit_of_another_type_is_named():
+    with pytest.raises(ValueError, match=r"thresholds.window must be a whole number of at least 1, got '8'"):
+        Thresholds(window="8")  # type: ignore[arg-type]

@@ -1,5 +1,7 @@
 """A run that was put back goes on bit for bit as it did the first time, in the tensors that everybody holds."""
 
+import copy
+import math
 from functools import partial
 
 import pytest
@@ -232,3 +234,61 @@ def test_a_restored_ring_restores_the_run():
     step(module, optimizer, 3)
     restore(again.newest, module, [optimizer])
     assert_same(then, everything(module, optimizer))
+
+
+def test_lists_of_tensors_in_a_state_go_back_too():
+    """LBFGS keeps its history in lists, which it changes in place."""
+    net, inputs = nn.Linear(WIDE, 1), torch.randn(16, WIDE)
+    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=3)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (net(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    kept, before = Snapshot.of_run(1, net, [optimizer], [{}]), copy.deepcopy(optimizer.state_dict()["state"][0])
+    twice = []
+    for _ in range(2):
+        optimizer.step(closure)
+        twice.append(net.weight.detach().clone())
+        assert restore(kept, net, [optimizer]) == []
+        after = optimizer.state_dict()["state"][0]
+        assert after.keys() == before.keys()
+        for key, value in before.items():
+            if isinstance(value, list):
+                assert len(after[key]) == len(value)
+                pairs = zip(after[key], value, strict=True)
+                assert all(torch.equal(one, other) for one, other in pairs if isinstance(one, torch.Tensor)), key
+    assert torch.equal(*twice)
+
+
+def test_a_parameter_that_was_frozen_since_goes_back_with_its_state():
+    net = nn.Linear(2, 2)
+    optimizer = SGD(net.parameters(), lr=1.0, momentum=0.9)
+    kept, before = Snapshot.of_run(0, net, [optimizer], [{}]), net.weight.detach().clone()
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    net.weight.requires_grad_(False)
+    assert restore(kept, net, [optimizer]) == []
+    assert torch.equal(net.weight, before)
+
+
+def test_a_repair_leaves_alone_what_cannot_be_written_or_has_no_values():
+    net = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))
+    net.register_buffer("mask", torch.full((1,), -torch.inf).expand(4, 4))
+    net.register_parameter("spectrum", nn.Parameter(torch.ones(2, dtype=torch.complex64)))
+    optimizer = SGD([*net[0].parameters(), net.spectrum], lr=0.1, momentum=0.9)
+    (net[0](torch.ones(1, 2)).sum() + net.spectrum.abs().sum()).backward()
+    optimizer.step()
+    kept = Snapshot.of_run(1, net, [optimizer], [{}])
+    weights = [net[0].weight, net.spectrum]
+    before = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        weights[0].fill_(torch.nan)
+        weights[1][1] = complex(1.0, math.nan)
+    optimizer.state[weights[0]]["momentum_buffer"].fill_(torch.nan)
+    assert repair(kept, net, [optimizer]) == 9
+    assert all(torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))
+    assert bool(optimizer.state[weights[0]]["momentum_buffer"].isfinite().all())

@@ -1,5 +1,7 @@
 """Modules and optimizers of unusual kinds train with the guard as without it."""
 
+import math
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -89,3 +91,41 @@ def test_a_rate_that_the_module_sets_while_it_trains_is_kept(tmp_path):
     trainer = trainer_with(LionGuard(warmup_steps=0.5), tmp_path)
     trainer.fit(OwnRate())
     assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-4
+
+
+def test_a_state_of_a_run_that_was_over_is_not_of_the_next_one(tmp_path):
+    trainer = trainer_with(LionGuard(warmup_steps=20, disabled=["settings", "batch_size"]), tmp_path)
+    trainer.fit(Regression())
+    trainer.save_checkpoint(tmp_path / "done.ckpt")
+    guard, rates = LionGuard(warmup_steps=20, disabled=["settings", "batch_size"]), []
+    trainer_with(guard, tmp_path).fit(Regression(), ckpt_path=tmp_path / "done.ckpt", weights_only=True)
+    assert guard.state_dict()["steps"] == 8, "what was loaded is what is saved"
+
+    class Watched(Regression):
+        def on_train_batch_end(self, *_):
+            rates.append(guard.monitors[0].warmup.applied[0])
+
+    trainer_with(guard, tmp_path).fit(Watched())
+    assert rates[0] == pytest.approx(1e-3 / 20)
+    assert guard.steps == 8
+
+
+def test_a_nan_in_the_imaginary_part_of_a_gradient_is_skipped(tmp_path):
+    class Spectral(Regression):
+        def __init__(self):
+            super().__init__()
+            self.spectrum = torch.nn.Parameter(torch.ones(4, dtype=torch.complex64))
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx) + self.spectrum.abs().square().mean()
+            if batch_idx == 3:
+                self.spectrum.register_hook(lambda grad: torch.complex(grad.real, grad.real * math.nan))
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+    module, guard = Spectral(), LionGuard(disabled=["settings", "batch_size"])
+    trainer_with(guard, tmp_path, max_steps=4).fit(module)
+    assert "nonfinite" in [event.kind for event in guard.events]
+    assert bool(module.spectrum.isfinite().all())

@@ -178,3 +178,19 @@ def test_bad_options_are_refused() -> None:
         MuonWithLion([torch.ones(2)], lion={"betas": (0.9, 1.5)})
     with pytest.raises(ValueError, match="Learning rate"):
         MuonWithLion([torch.ones(2, 2)], lr=-1.0)
+
+
+def test_groups_that_were_replaced_are_those_of_the_step() -> None:
+    """Lightning's callbacks that freeze assign a new list of groups to an optimizer that resumes."""
+    model = net()
+    optimizer = optimizer_of(model)
+    model(torch.arange(12).view(3, 4)).square().sum().backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    optimizer.param_groups = [{**group, "lr": 0.0} for group in optimizer.param_groups]
+    before = [param.detach().clone() for param in model.parameters()]
+    optimizer.step()
+    assert all(torch.equal(param, old) for param, old in zip(model.parameters(), before, strict=True))
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    assert not any(torch.equal(param, old) for param, old in zip(model.parameters(), before, strict=True))

@@ -1,5 +1,7 @@
 """Telemetry: the figures against float64, alike in every engine, and only when asked for."""
 
+import copy
+import pickle
 import weakref
 from typing import Any
 
@@ -206,3 +208,12 @@ def test_a_step_that_found_inf_moves_nothing_and_counts_its_gradients() -> None:
     figures = optimizer.telemetry()
     assert figures["lion/nonfinite"] == 300
     assert figures["lion/unmoved"] == figures["lion/zero_update"] == 1
+
+
+def test_a_copy_samples_as_often() -> None:
+    optimizer = Lion([nn.Parameter(torch.ones(2))])
+    optimizer.telemetry_every = 5
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert twin.telemetry_every == 5
+    optimizer.load_state_dict(Lion([nn.Parameter(torch.ones(2))]).state_dict())
+    assert optimizer.telemetry_every == 5
