@@ -9,6 +9,7 @@ import gzip
 import json
 import logging
 import math
+import re
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ MAX_FIELD_CHARACTERS = 2**24
 LONG_TEXT_CHARACTERS = 100_000
 PARQUET_ROWS_PER_BATCH = 4096
 SHOWN_NAMES = 3
+WHOLE_FLOAT = re.compile(r"-?\d+\.0+", re.ASCII)
 HEADER_ROWS = 1_000  # of JSON lines; a key that only later rows have is no column
 TEXT_HINT = (
     "the first line of a table names its columns; data.source.text_column, data.source.second_text_column and "
@@ -136,7 +138,11 @@ def declared_names(file: Path, label: str) -> tuple[str, ...] | None:
     if file.suffix.lower() != ".parquet":
         return None
     with reading(file):
-        feature = Features.from_arrow_schema(pyarrow.parquet.read_schema(file)).get(label)
+        schema = pyarrow.parquet.read_schema(file)
+        if label not in schema.names:
+            return None
+        # The column alone: `datasets` does not know every type that another may have.
+        feature = Features.from_arrow_schema(pyarrow.schema([schema.field(label)], schema.metadata)).get(label)
     return tuple(feature.names) if isinstance(feature, ClassLabel) else None
 
 
@@ -163,6 +169,8 @@ def label_name(label: Any, place: str) -> str | None:
         return None
     if not isinstance(label, str | int | float):
         raise ConfigError(f"{place} has the label {label!r}, a {type(label).__name__}; a class is one word or number")
+    if isinstance(label, str):  # as pandas writes such a column
+        return label.partition(".")[0] if WHOLE_FLOAT.fullmatch(label) else label
     return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
 
 

@@ -14,6 +14,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch.utils.data import Sampler
 
+from lion_lightning.errors import check_number
+
 MAX_TURNS = 10_000  # weights of several sources are rounded to this precision
 MAX_SOURCES = 100
 
@@ -35,9 +37,9 @@ class StepValues:
         steps = [step for step, _ in self.changes]
         if not steps or steps[0] != 0 or any(later <= step for step, later in pairwise(steps)):
             raise ValueError(f"the steps must begin with 0 and rise, got {steps}")
-        for _, value in self.changes:
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"every value must be a whole number of at least 1, got {value!r}")
+        for step, value in self.changes:
+            check_number("every step", step, "[0, inf)", whole=True)
+            check_number("every value", value, "[1, inf)", whole=True)
 
     @property
     def last(self) -> int:
@@ -176,18 +178,26 @@ class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
 class FixedBatches(Sampler[list[tuple[int, int]]]):
     """Every item once, in order, each rank its share; an item's position is its index, so all passes are alike.
 
+    All ranks have the same number of batches, since sharded models wait for each other in each. A rank with too few
+    items for that cuts its last batch in two.
+
     Args:
-        size: number of items.
-        batch_size: items per batch.
+        size: number of items, at least `world_size`.
+        batch_size: items per batch, at least 2 with several ranks.
         rank, world_size: this rank takes the items `rank`, `rank + world_size`, ...
     """
 
     def __init__(self, size: int, batch_size: int, rank: int, world_size: int) -> None:
-        self.indices, self.batch_size = range(rank, size, world_size), batch_size
+        indices = range(rank, size, world_size)
+        most = len(range(0, size, world_size))
+        ends = [min(end, len(indices)) for end in range(batch_size, most + batch_size, batch_size)]
+        if len(ends) > 1 and ends[-1] == ends[-2]:
+            ends[-2] -= 1
+        self.batches = [indices[start:end] for start, end in pairwise([0, *ends])]
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for start in range(0, len(self.indices), self.batch_size):
-            yield [(index, index) for index in self.indices[start : start + self.batch_size]]
+        for batch in self.batches:
+            yield [(index, index) for index in batch]

@@ -130,8 +130,10 @@ class StreamDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         trainer = self._trainer()
-        size = len(self.val_set)  # type: ignore[arg-type]
-        batches = FixedBatches(size, VAL_BATCH_FACTOR * self.batch_size, trainer.global_rank, trainer.world_size)
+        size, ranks = len(self.val_set), trainer.world_size  # type: ignore[arg-type]
+        if ranks > 1 and size < ranks:
+            raise ConfigError(f"{size} validation samples are too few for {ranks} processes; each needs at least one")
+        batches = FixedBatches(size, VAL_BATCH_FACTOR * self.batch_size, trainer.global_rank, ranks)
         return DataLoader(self.val_set, batch_sampler=batches, **self._options())
 
     def _options(self) -> dict[str, Any]:

@@ -124,7 +124,9 @@ class BertMLM(LionMixin, LightningModule):
     def export(self, folder: Path, card: str) -> None:
         """Write a Hugging Face model folder that `pipeline("fill-mask")` opens, with `card` as its README."""
         self.model.save_pretrained(folder)
-        self.data.ready.tokenizer.save_pretrained(folder)
+        tokenizer = self.data.ready.tokenizer  # one with a name may be made for longer texts, or know no limit
+        tokenizer.model_max_length = min(tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     def showcase(self) -> list[str]:

@@ -158,13 +158,6 @@ class ImageArrays(StreamDataModule):
         return {**super().state_dict(), "classes": ", ".join(self.classes)}
 
     @override
-    def val_dataloader(self) -> Any:
-        ranks, size = self._trainer().world_size, len(self.val_set)  # type: ignore[arg-type]
-        if size < ranks:
-            raise ConfigError(f"{size} validation images are too few for {ranks} processes; each needs at least one")
-        return super().val_dataloader()
-
-    @override
     def transfer_batch_to_device(
         self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int
     ) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 Adding a source is a class with `fingerprint()` and `open()`, and a file in conf/data/.
 """
 
+import glob
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -228,7 +229,7 @@ class ImageFiles:
         for file in files:
             try:
                 features, is_empty = Features.from_arrow_schema(read_schema(file)), not read_metadata(file).num_rows
-            except (ArrowException, OSError) as error:
+            except (ArrowException, OSError, ValueError) as error:  # the last of a column of unknown type
                 raise ConfigError(f"{file} cannot be read: {_root_cause(error)}") from error
             if is_empty:
                 unused.setdefault("tables without rows", []).append(file)
@@ -239,7 +240,9 @@ class ImageFiles:
         if not runs:
             raise ConfigError(f"{listed([file.name for file in files])} has no rows")
         try:
-            return [Part(load_dataset("parquet", data_files=run, split="train"), len(run)) for _, run in runs]
+            # Escaped, since `datasets` takes brackets in a path for a pattern.
+            names = [[glob.escape(file) for file in run] for _, run in runs]
+            return [Part(load_dataset("parquet", data_files=run, split="train"), len(run)) for run in names]
         except Exception as error:  # of pyarrow, fsspec and datasets, none with a common base
             raise ConfigError(f"cannot be read: {_root_cause(error)}") from error
 

@@ -1,5 +1,6 @@
 """Datasets of the Hugging Face hub, or of files here in one of its formats: opening them, accounting for files."""
 
+import glob
 import os
 import re
 import sys
@@ -33,7 +34,10 @@ def join_rows(rows: Iterable[str | None], document_start: str | None) -> Iterato
     if document_start is None:
         yield from (row or "" for row in rows)
         return
-    begins = re.compile(document_start)
+    try:
+        begins = re.compile(document_start)
+    except re.error as error:
+        raise ConfigError(f"data.document_start={document_start} is no regular expression: {error}") from error
     kept: list[str] = []
     for row in rows:
         if kept and row and begins.match(row):
@@ -88,6 +92,10 @@ def _builder(place: Path, config: str | None) -> "datasets.DatasetBuilder":
     import datasets
 
     if place.is_dir():
+        if glob.has_magic(str(place.absolute())):
+            raise ConfigError(
+                f"data.path={place}: `datasets` takes *, ? and brackets in a folder's name for a pattern; rename it"
+            )
         return datasets.load_dataset_builder(str(place), config)
     ending = (place.with_suffix("") if place.suffix.lower() == ".gz" else place).suffix.lower()
     if ending not in FORMATS:
@@ -95,7 +103,7 @@ def _builder(place: Path, config: str | None) -> "datasets.DatasetBuilder":
             f"data.path={place} must be a folder or a file of {', '.join(FORMATS)}, or one of these in .gz"
         )
     kind, options = FORMATS[ending]
-    return datasets.load_dataset_builder(kind, config, data_files=str(place), **options)
+    return datasets.load_dataset_builder(kind, config, data_files=glob.escape(str(place)), **options)
 
 
 @contextmanager
@@ -146,14 +154,14 @@ def account_of(path: str, config: str | None, splits: Sequence[str]) -> str | No
         return None
     files = _files_of(place, config)
     names = {part.split("[")[0].strip() for split in splits for part in split.split("+")}
-    of_split = {os.path.abspath(file): name for name, found in files.items() for file in found}
+    of_split = {os.path.realpath(file): name for name, found in files.items() for file in found}
     endings = {Path(file).suffix.lower() for file in of_split}
     found = list_files(place) if place.is_dir() else [place]
-    found += [Path(file) for file in of_split.keys() - set(map(os.path.abspath, found))]
+    found += [Path(file) for file in of_split.keys() - set(map(os.path.realpath, found))]
     read = 0
     unused: dict[str, list[Path]] = {}
     for file in found:
-        split = of_split.get(os.path.abspath(file))
+        split = of_split.get(os.path.realpath(file))
         is_read = split in names or (split and "all" in names)
         if is_read and not _is_empty(file):
             read += 1

@@ -87,7 +87,7 @@ def load_tokenizer(
         roles: special tokens that it must have.
 
     Raises:
-        ConfigError: there is none, it is empty, or it lacks one of `roles`.
+        ConfigError: there is none, it is empty, not a fast one, or lacks one of `roles`.
     """
     with opening(setting, place):
         tokenizer = AutoTokenizer.from_pretrained(existing(setting, place))
@@ -97,6 +97,8 @@ def load_tokenizer(
             f"{setting}={place} has no tokenizer that a BERT can use: it "
             f"{'has no ' + ', '.join(missing) if missing else 'is empty'}"
         )
+    if not tokenizer.is_fast:
+        raise ConfigError(f"{setting}={place} is not a fast tokenizer, which needs a tokenizer.json")
     return tokenizer
 
 
@@ -104,11 +106,9 @@ def load_masking_tokenizer(place: str) -> PreTrainedTokenizerBase:
     """The tokenizer at `data.tokenizer=place`, which has everything that masked language modelling needs.
 
     Raises:
-        ConfigError: see `load_tokenizer`; or it is not a fast one, or leaves out ids.
+        ConfigError: see `load_tokenizer`; or it leaves out ids.
     """
     tokenizer = load_tokenizer(place, roles=("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"))
-    if not tokenizer.is_fast:
-        raise ConfigError(f"data.tokenizer={place} is not a fast tokenizer, which needs a tokenizer.json")
     highest = max(tokenizer.get_vocab().values())
     if highest >= len(tokenizer):
         raise ConfigError(

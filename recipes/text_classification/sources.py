@@ -116,7 +116,7 @@ class LabeledFiles(TextSource):
     ) -> None:
         if not path:
             raise ConfigError(f"data=labeled_files needs data.path=: a folder, or a {', '.join(READERS)} file")
-        self.columns = Columns(text_column, label_column, second_text_column)
+        self.columns = Columns(_named("text", text_column), _named("label", label_column), second_text_column)
         self.regression, self.val_fraction, self.max_left_out = regression, check_fraction(val_fraction), max_left_out
         self.train_files, self.val_files, self._account = _find(path, val_path)
 
@@ -233,6 +233,13 @@ def declared_classes(files: Sequence[Path], label: str) -> tuple[str, ...] | Non
     return tuple(dict.fromkeys(chain.from_iterable(declared))) if declared else None
 
 
+def _named(which: str, column: Any) -> str:
+    """The name of a column, which Hydra reads as a number where it is one."""
+    if column is None:
+        raise ConfigError(f"data.source.{which}_column=null: it must be the name of a column")
+    return str(column)
+
+
 def _find(path: str, val_path: str | None) -> tuple[list[Path], list[Path], str]:
     """Files of training and of validation, and the account of all files at `path` and `val_path`."""
     folder = Path(path).expanduser()
@@ -244,6 +251,8 @@ def _find(path: str, val_path: str | None) -> tuple[list[Path], list[Path], str]
     else:
         found = splits["train"] = [existing_file(path, "data.path", READERS)]
     for file in found if folder.is_dir() else []:
+        if given and os.path.realpath(file) == os.path.realpath(given):
+            continue  # for validation, whatever its name says
         split = SPLIT_NAME.match(file.name.lower())
         is_train = split is not None and split[1].startswith("train")
         reason = (
@@ -257,7 +266,7 @@ def _find(path: str, val_path: str | None) -> tuple[list[Path], list[Path], str]
         )  # fmt: skip
         if reason is None:
             splits["train" if is_train else "val"].append(file)
-        elif given is None or os.path.abspath(file) != os.path.abspath(given):
+        else:
             unused.setdefault(reason, []).append(file)
     for name, files in splits.items():
         endings = sorted({suffix_of(file) for file in files})

@@ -98,18 +98,27 @@ def test_bad_arguments_are_named(wrong: dict[str, int], named: str) -> None:
         sampler_of(**wrong)
 
 
+@pytest.mark.parametrize("changes", [[[0, 16], [1e3, 64]], [[0, 16], [1.5, 64]], [[0, True], [10, 64]]])
+def test_a_schedule_of_other_than_whole_numbers_is_named(changes: list[list[float]]) -> None:
+    with pytest.raises(ConfigError, match=r"data.batch_schedule=.* every (step|value) must be a whole number"):
+        StreamDataModule(batch_size=64, batch_schedule=changes)  # type: ignore[arg-type]
+
+
 def test_an_empty_source_is_named() -> None:
     with pytest.raises(ValueError, match=r"every source must have at least 1 item, got \[5, 0\]"):
         StreamOrder([5, 0], seed=1)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_validation_sees_every_item_once_over_all_ranks(world_size: int) -> None:
-    ranks = [FixedBatches(SIZE, 4, rank, world_size) for rank in range(world_size)]
-    pairs = [pair for rank in ranks for batch in rank for pair in batch]
-    assert sorted(index for _, index in pairs) == list(range(SIZE))
-    assert all(position == index for position, index in pairs)
-    assert all(len(rank) == len(list(rank)) for rank in ranks)
+    for size in range(world_size, 80):
+        ranks = [FixedBatches(size, 4, rank, world_size) for rank in range(world_size)]
+        pairs = [pair for rank in ranks for batch in rank for pair in batch]
+        assert sorted(index for _, index in pairs) == list(range(size))
+        assert all(position == index for position, index in pairs)
+        assert all(len(rank) == len(list(rank)) for rank in ranks)
+        assert len({len(rank) for rank in ranks}) == 1, "sharded ranks wait for each other in every batch"
+        assert all(0 < len(batch) <= 4 for rank in ranks for batch in rank)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +126,7 @@ def test_validation_sees_every_item_once_over_all_ranks(world_size: int) -> None
     [
         ({"batch_size": 0}, "data.batch_size must be a whole number of at least 1, got 0"),
         ({"num_workers": -1}, "data.num_workers must be a whole number of at least 0, got -1"),
-        ({"limit_train_samples": 0}, "data.limit_train_samples must be a whole number of at least 1, got 0"),
+        ({"limit_train_samples": 0}, "data.limit_train_samples must be a whole number of at least 1 or null, got 0"),
     ],
 )
 def test_a_data_module_names_bad_settings(wrong: dict[str, int], named: str) -> None:

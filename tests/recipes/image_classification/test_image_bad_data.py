@@ -294,7 +294,7 @@ def test_a_validation_set_smaller_than_a_batch_is_used_whole(tmp_path: Path) -> 
     )
     assert sum(len(batch["labels"]) for batch in data.val_dataloader()) == 3
     data.trainer.world_size = 4
-    with pytest.raises(ConfigError, match="3 validation images are too few for 4 processes"):
+    with pytest.raises(ConfigError, match="3 validation samples are too few for 4 processes"):
         data.val_dataloader()
 
 

@@ -272,3 +272,21 @@ def test_pixel_statistics_are_those_of_the_training_images() -> None:
     pixels = Digits().open().train.pixels.astype(np.float64) / 255
     assert mean == pytest.approx([pixels.mean()] * 3, rel=1e-4)
     assert std == pytest.approx([pixels.std()] * 3, rel=1e-4)
+
+
+def test_brackets_in_the_name_of_a_parquet_file_are_no_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "birds [v2]"
+    folder.mkdir()
+    write_parquet(folder / "train[1].parquet", [encoded(picture("cat"))] * 9, ["x"] * 9)
+    write_parquet(folder / "train1.parquet", [encoded(picture("dog"))] * 9, ["a"] * 9)
+    assert load(folder).classes == ("a", "x")
+
+
+def test_the_only_picture_of_a_class_is_trained_on(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"cat": 40, "dog": 40})
+    for number in range(6):
+        (tmp_path / f"rare {number}").mkdir()
+        picture("owl").save(tmp_path / f"rare {number}" / "one.png")
+    splits = load(tmp_path, val_fraction=0.3)
+    assert set(splits.train.labels.tolist()) == set(range(8))
+    assert len(splits.train) + len(splits.val) == 86

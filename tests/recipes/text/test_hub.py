@@ -226,3 +226,23 @@ def test_the_shard_that_is_broken_is_named(tmp_path: Path, corpus: type[HubText]
 def test_a_markdown_file_is_text(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("# Notes\nand a line\n")
     assert list(HubText(str(tmp_path / "notes.md")).documents()) == ["# Notes", "and a line"]
+
+
+def test_a_wrong_regular_expression_is_one_line(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.document_start=\*row is no regular expression: nothing to repeat"):
+        list(HubText(str(folder), document_start="*row").documents())
+
+
+def test_brackets_in_a_name_are_no_pattern(tmp_path: Path) -> None:
+    for name in ("train[1].txt", "train1.txt"):
+        (tmp_path / name).write_text(name)
+    assert list(HubText(str(tmp_path / "train[1].txt")).documents()) == ["train[1].txt"]
+    (tmp_path / "words [v2]").mkdir()
+    (tmp_path / "words [v2]" / "train.txt").write_text("a line")
+    with pytest.raises(ConfigError, match=r"words \[v2\]: `datasets` takes .* brackets .*; rename it"):
+        HubText(str(tmp_path / "words [v2]")).fingerprint()
+
+
+def test_files_behind_a_link_to_their_folder_count_once(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    assert HubText(str(tmp_path / "link")).account() == HubText(str(folder)).account()

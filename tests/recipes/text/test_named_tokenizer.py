@@ -140,6 +140,7 @@ def test_a_run_ends_in_a_folder_that_fills_masks(folder: Path, prose: Path, comp
     assert all(0 < guess["token"] <= GAP for guess in best)
     assert all("statement" in guess["sequence"] for guess in best)
     config = fill.model.config
+    assert fill.tokenizer.model_max_length <= config.max_position_embeddings
     assert (config.vocab_size, config.pad_token_id) == (UNUSED.stop, fill.tokenizer.pad_token_id)
 
 

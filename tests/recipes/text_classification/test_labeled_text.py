@@ -9,6 +9,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
@@ -318,3 +320,38 @@ def test_a_glue_task_that_is_not_there_is_named(tmp_path: Path) -> None:
         Glue("rte", str(tmp_path))
     with pytest.raises(ConfigError, match=r"data.task=rte cannot be loaded: .*data.path= takes a folder"):
         Glue("rte").load()  # offline
+
+
+def test_a_validation_file_that_is_named_is_not_trained_on(tmp_path: Path) -> None:
+    write_csv(tmp_path / "train.csv", ROWS)
+    holdout = write_csv(tmp_path / "train_holdout.csv", [("held out", "good"), ("too", "bad")])
+    source = LabeledFiles(str(tmp_path), val_path=str(holdout))
+    splits = source.load()
+    assert (len(splits.train), splits.val.texts) == (len(ROWS), ["held out", "too"])
+    assert source.account() == f"2 on disk = 1 training tables + 1 validation tables ({holdout})"
+
+
+def test_columns_with_numbers_for_names(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("0,1\n" + "".join(f"text {number},{number % 2}\n" for number in range(60)))
+    splits = LabeledFiles(str(table), text_column=0, label_column=1).load()  # type: ignore[arg-type]  # as Hydra reads them
+    assert splits.classes == ("0", "1")
+    with pytest.raises(ConfigError, match=r"data.source.text_column=null: it must be the name of a column"):
+        LabeledFiles(str(table), text_column=None)  # type: ignore[arg-type]
+
+
+def test_numbers_of_classes_that_pandas_wrote_as_floats_are_the_same_classes(tmp_path: Path) -> None:
+    write_csv(tmp_path / "train-1.csv", [(f"a {number}", number % 2) for number in range(40)])
+    write_csv(
+        tmp_path / "train-2.csv", [("no label", ""), *((f"b {number}", float(number % 2)) for number in range(40))]
+    )
+    assert LabeledFiles(str(tmp_path)).load().classes == ("0", "1")
+
+
+def test_a_column_of_another_type_does_not_matter(tmp_path: Path) -> None:
+    """A map, as Spark writes it, which `datasets` does not know."""
+    kinds = pyarrow.map_(pyarrow.string(), pyarrow.int64())
+    columns = {"text": [f"text {n}" for n in range(60)], "label": [n % 2 for n in range(60)]}
+    table = pyarrow.table({**columns, "extra": pyarrow.array([[("a", 1)]] * 60, kinds)})
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    assert LabeledFiles(str(tmp_path)).load().classes == ("0", "1")
