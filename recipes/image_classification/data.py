@@ -20,6 +20,7 @@ from .images import (
     DecodedOnAccess,
     Images,
     ImageSplits,
+    copies,
     decode,
     load,
     pixel_file,
@@ -127,6 +128,10 @@ class ImageArrays(StreamDataModule):
             images[name] = Images(np.load(file, mmap_mode="r"), labels)
             notes |= _left_out(name, broken, len(encoded))
         notes |= class_notes(images["train"].labels, images["val"].labels, splits.classes)
+        if count := copies(images["train"], images["val"]):
+            notes["copies"] = (
+                f"{count:,} of {len(images['val']):,} validation images have the pixels of a training image"
+            )
         return ImageSplits(images["train"], images["val"], splits.classes, notes)
 
     def _use(self, splits: ImageSplits, made: str) -> None:

@@ -1,5 +1,6 @@
 """Images as arrays: one picture decoded to RGB pixels of one size, all of them into a file, and that file read back."""
 
+import hashlib
 import io
 import json
 import logging
@@ -90,6 +91,16 @@ def load(folder: Path) -> ImageSplits:
         for split in ("train", "val")
     )
     return ImageSplits(train, val, tuple(about["classes"]), about["notes"])
+
+
+def copies(train: Images, val: Images) -> int:
+    """How many validation images have the pixels of a training image."""
+    known = {_digest(image) for image in train.pixels}
+    return sum(_digest(image) in known for image in val.pixels)
+
+
+def _digest(image: np.ndarray) -> bytes:
+    return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
 def held_out(count: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:

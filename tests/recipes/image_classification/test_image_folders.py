@@ -36,6 +36,13 @@ def test_a_class_named_train_is_a_class(tmp_path: Path) -> None:
     assert "train: taken for classes" in data.describe()["folders"]
 
 
+def test_copies_of_training_images_in_the_validation_set_are_told(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"cat": 4, "dog": 4})
+    write_folder(tmp_path / "val", {"cat": 2})
+    picture("owl").save(tmp_path / "val" / "cat" / "new.png")
+    assert prepared(tmp_path).describe()["copies"] == "2 of 3 validation images have the pixels of a training image"
+
+
 def test_words_in_file_names_decide_nothing(tmp_path: Path) -> None:
     write_folder(tmp_path, {"cat": 25, "dog": 25})
     for number in range(10):
