@@ -127,7 +127,7 @@ class LionGuard(Callback):
     ) -> None:
         for name, value in (
             ("min_batch_size", min_batch_size),
-            ("warmup_steps", warmup_steps or 0),
+            ("warmup_steps", 0 if warmup_steps is None else warmup_steps),
             ("telemetry_every", telemetry_every),
         ):
             check_number(name, value, "[0, inf)")

@@ -17,7 +17,7 @@ from lion_lightning.errors import check_number
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Limits of the rules. docs/guard.md has the measured false-alarm rate and delay of each default.
+    """Limits of the rules: docs/guard.md; how often the defaults are wrong and how soon they see: docs/guard/evidence.md.
 
     Steps are optimizer steps. Raises ValueError for a limit that is not above 0.
     """

@@ -219,6 +219,9 @@ def build_data(cfg: DictConfig) -> StreamDataModule:
 
 def build_module(cfg: DictConfig, data: StreamDataModule) -> Any:
     """The recipe's module for `data`, with its optimizer and schedule, each tried once: bad options fail now."""
+    for name in ("lr", "weight_decay", "momentum", "eps"):
+        if isinstance(cfg.optim.get(name), bool):  # which torch takes for 0 or 1
+            raise ConfigError(f"optim.{name} must be a number, got {cfg.optim[name]!r}")
     with configuring("optim"):
         factory = instantiate(cfg.optim)
         shapes = {"weight": (2, 2), "bias": (2,)}  # ones, since random numbers would change the run's

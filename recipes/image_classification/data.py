@@ -29,7 +29,7 @@ from .images import (
 from .labels import PictureSplits, class_notes
 from .sources import ImageSource
 
-FORMAT_VERSION = 7  # raise it when what is written to the cache changes
+FORMAT_VERSION = 8  # raise it when what is written to the cache changes
 BYTES_PER_GIB = 2**30
 STATISTICS_FROM_ARRAYS, STATISTICS_FROM_PICTURES = 10_000, 512
 SAMPLED_AT_ONCE = 100

@@ -118,6 +118,7 @@ NUMBERS = {
     "optim.betas=[1.0,0.99]": ("betas=(1.0, 0.99)", "two numbers in [0, 1)"),
     "optim.betas=0.9": ("betas=0.9", "two numbers in [0, 1)"),
     "optim.weight_decay=-1": ("weight_decay=-1", "0 or above"),
+    "guard.warmup_steps=false": ("warmup_steps", "at least 0", "False"),
     "guard.warmup_steps=lots": ("warmup_steps", "at least 0", "'lots'"),
     "guard.on_divergence=rewind": ("on_divergence", "recover", "'rewind'"),
     "checkpoint.keep=0": ("keep", "at least 1", "0"),
@@ -157,6 +158,12 @@ def test_a_value_that_cannot_work(answer: Any, argument: str) -> None:
     line, code = answer(*IMAGES, argument)
     assert code == 2
     assert all(part in line for part in ("error: ", *NUMBERS[argument])), line
+
+
+def test_a_rate_that_is_no_number(answer: Any) -> None:
+    line, code = answer(*IMAGES, "optim=adamw", "optim.lr=true")
+    assert code == 2
+    assert "error: optim.lr must be a number, got True" in line
 
 
 def test_an_option_of_the_second_optimizer_in_one(answer: Any) -> None:
