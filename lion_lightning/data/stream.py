@@ -37,6 +37,8 @@ class StreamDataModule(pl.LightningDataModule):
     train_set: Dataset
     val_set: Dataset
     train_labels: np.ndarray | None = None
+    neighbours = 1
+    """Training samples in a row that may belong together, such as the blocks of a document."""
 
     def __init__(
         self,
@@ -107,6 +109,15 @@ class StreamDataModule(pl.LightningDataModule):
                 "resume=null in another run_dir= starts afresh"
             )
 
+    def hold_out(self, is_held: np.ndarray) -> None:
+        """Validate on some of the training samples, and train on the others.
+
+        Args:
+            is_held: bool (training samples,).
+        """
+        whole = self.train_set
+        self.train_set, self.val_set = (Picked(whole, np.flatnonzero(part)) for part in (~is_held, is_held))
+
     def train_dataloader(self) -> Any:
         trainer = self._trainer()
         num_batches = trainer.max_steps * trainer.accumulate_grad_batches
@@ -149,6 +160,24 @@ class StreamDataModule(pl.LightningDataModule):
         if self.trainer is None:
             raise RuntimeError("the data module belongs to no Trainer yet; pass it to Trainer.fit(..., datamodule=...)")
         return self.trainer
+
+
+class Picked(Dataset):
+    """Some samples of a recipe's data set.
+
+    Args:
+        whole: takes lists of (position in the run, index).
+        indices: int64 (samples,) of those in this one.
+    """
+
+    def __init__(self, whole: Any, indices: np.ndarray) -> None:
+        self.whole, self.indices = whole, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitems__(self, pairs: list[tuple[int, int]]) -> Any:
+        return self.whole.__getitems__([(position, int(self.indices[index])) for position, index in pairs])
 
 
 class StreamLoader(DataLoader):

@@ -17,7 +17,7 @@ from lion_lightning.errors import check_number
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Limits of the rules: docs/guard.md; how often the defaults are wrong and how soon they see: docs/guard/evidence.md.
+    """Limits of the rules (docs/guard.md; docs/guard/evidence.md has how often the defaults are wrong).
 
     Steps are optimizer steps. Raises ValueError for a limit that is not above 0.
     """

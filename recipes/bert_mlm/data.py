@@ -1,6 +1,7 @@
 """Text for masked language modelling, as a LightningDataModule."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from lion_lightning.data.cache import default_cache
 from lion_lightning.data.sampler import StepValues, StreamOrder
@@ -79,6 +81,8 @@ class TextBlocks(StreamDataModule):
         path: argument of the corpus.
     """
 
+    neighbours = 50
+
     def __init__(
         self,
         corpus: Corpus | Mixture | None = None,
@@ -126,6 +130,15 @@ class TextBlocks(StreamDataModule):
             corpora = [source.corpus for source in self.sources]
             self.blocks = prepare_blocks(corpora, self.settings, self.cache)
             self.train_set, self.val_set = BlockDataset(self.blocks.train), BlockDataset(self.blocks.val)
+
+    @override
+    def hold_out(self, is_held: np.ndarray) -> None:
+        if len(self.sources) > 1:
+            raise ConfigError("settings are chosen on one source of text; data.sources has several")
+        train = self.ready.train
+        kept = train[~is_held]
+        self.blocks = replace(self.ready, train=kept, val=train[is_held], rows=(len(kept),))
+        self.train_set, self.val_set = BlockDataset(self.blocks.train), BlockDataset(self.blocks.val)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "vocabulary": vocabulary_of(self.ready.tokenizer)}
