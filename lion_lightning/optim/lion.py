@@ -1,8 +1,10 @@
 """The optimizers Lion and SIGNUM: parameter groups, the step, the step counter and the state dict."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -210,7 +212,9 @@ class Lion(Optimizer):
         self._run(entries, settings)
         self._telemetry.end_step()
         for number, group in enumerate(self.param_groups):
-            used = (each for (owner, _), each in settings.items() if owner == number and each is not None)
+            # ZeroRedundancyOptimizer leaves a rank groups without parameters, and may save their counters.
+            owners = {number} if group["params"] else range(len(self.param_groups))
+            used = (each for (owner, _), each in settings.items() if owner in owners and each is not None)
             self._count_step(group, next(used, None))
 
     @torch.no_grad()
@@ -302,6 +306,8 @@ class Lion(Optimizer):
         grad_scale = _number(self.grad_scale, device)
         is_random = group["weight_bits"] != 32 or group_options.momentum_dtype(group["momentum_dtype"]) == torch.int8
         if is_random and device.type != "cpu" and not isinstance(group["step"], Tensor):
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("a graph would round alike in every replay: take one step before it is captured")
             # Where the kernels may be replayed from a graph, the counter has to advance on the device.
             group["step"] = torch.full((), group["step"], dtype=torch.int64, device=device)
         return Settings(
@@ -348,9 +354,8 @@ class Lion(Optimizer):
                 state.check_gatherable(self.state.get(param, {}), param)
             except ValueError as error:
                 raise ValueError(f"{self._label(index)}: {error}") from None
-        saved = super().state_dict()
-        saved["param_groups"] = [group_options.saved(group) for group in saved["param_groups"]]
-        return saved
+        with saving_plain_groups(self):
+            return super().state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -363,6 +368,8 @@ class Lion(Optimizer):
             ValueError: the state is of another optimizer, or does not fit; names the parameter, tensor or option, what
                 was found and what is allowed.
         """
+        if not hasattr(state_dict, "copy"):
+            import_state.check_structure(state_dict)
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
@@ -386,7 +393,7 @@ class Lion(Optimizer):
             group_options.check({**group, "fused": current["fused"]})
             group.update(params=current["params"], fused=current["fused"])
             group["momentum_dtype"] = group_options.momentum_dtype(group["momentum_dtype"])
-            group["step"] = int(group["step"])
+            group["step"] = _like(int(group["step"]), current["step"])
             groups.append(group)
         saved_ids = [key for group in state_dict["param_groups"] for key in group["params"]]
         unknown = [key for key in state_dict["state"] if key not in saved_ids]
@@ -410,6 +417,8 @@ class Signum(Lion):
     SIGNUM updates the momentum first, m <- b*m + (1-b)*g, and steps along sign(m). Lion with both betas equal to b
     steps along sign(b*m + (1-b)*g), which is the same.
 
+    A parameter group may have a `momentum` of its own. Schedules that cycle the first beta, as `OneCycleLR`, move b.
+
     Args:
         params: as for `Lion`.
         lr: size of every weight's step.
@@ -427,6 +436,40 @@ class Signum(Lion):
         **options: Any,
     ) -> None:
         super().__init__(params, lr, (momentum, momentum), weight_decay, **options)
+
+    @override
+    def add_param_group(self, param_group: Group) -> None:
+        if "momentum" in param_group:
+            momentum = param_group["momentum"]
+            param_group = {name: value for name, value in param_group.items() if name != "momentum"}
+            param_group["betas"] = (momentum, momentum)
+        super().add_param_group(param_group)
+
+    @override
+    def _read_settings(self, group: Group, device: torch.device) -> Settings | None:
+        settings = super()._read_settings(group, device)
+        return None if settings is None else replace(settings, beta2=settings.beta1)
+
+
+@contextmanager
+def saving_plain_groups(optimizer: Optimizer) -> Iterator[None]:
+    """Lets `optimizer.state_dict` make Lion's groups plain numbers and names before other hooks see them."""
+
+    def plain(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        groups = state_dict["param_groups"]
+        groups = [group_options.saved(group) if "weight_bits" in group else group for group in groups]
+        return {**state_dict, "param_groups": groups}
+
+    handle = optimizer.register_state_dict_post_hook(plain, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _like(count: int, counter: int | Tensor) -> int | Tensor:
+    """A step counter where the one before was: on a device it stays there, for graphs that are captured."""
+    return torch.full_like(counter, count) if isinstance(counter, Tensor) else count
 
 
 def _number(value: Any, device: torch.device) -> Any:

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.optim import Muon, Optimizer
 from typing_extensions import override
 
-from lion_lightning.optim import group_options, import_state, state
-from lion_lightning.optim.lion import Lion, ParamsT
+from lion_lightning.optim import import_state, state
+from lion_lightning.optim.lion import Lion, ParamsT, saving_plain_groups
 
 NOT_MUON = ("embed", "wte", "wpe", "head", "classifier", "decoder")
 """Parts of the names of embeddings and output layers, which Muon is not made for."""
@@ -104,11 +104,8 @@ class MuonWithLion(Optimizer):
         """As of any torch optimizer; the groups are those of the two optimizers, in the order of `param_groups`."""
         for param, entry in self.state.items():
             state.check_gatherable(entry, param)
-        saved = super().state_dict()
-        saved["param_groups"] = [
-            group_options.saved(group) if "weight_bits" in group else group for group in saved["param_groups"]
-        ]
-        return saved
+        with saving_plain_groups(self):
+            return super().state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

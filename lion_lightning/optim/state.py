@@ -285,9 +285,14 @@ def _scale_shape(param: Tensor) -> torch.Size:
     ways = [1] * param.ndim
     placements: tuple[Any, ...] = param.placements  # type: ignore[attr-defined]
     for cut, placement in zip(param.device_mesh.shape, placements, strict=True):  # type: ignore[attr-defined]
-        if placement.is_shard():
+        if _is_cut(placement):
             ways[placement.dim] *= cut
     return torch.Size((_scale_count(param.shape, ways),))
+
+
+def _is_cut(placement: Any) -> bool:
+    """Whether a placement shards; that of FSDP over tensor parallelism says False to `is_shard`."""
+    return not (placement.is_replicate() or placement.is_partial())
 
 
 def _zero_scale(param: Tensor) -> Tensor:
@@ -298,9 +303,9 @@ def _zero_scale(param: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor, Shard
 
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-    shards = math.prod(ways for ways, placement in zip(mesh.shape, placements, strict=True) if placement.is_shard())
+    shards = math.prod(ways for ways, placement in zip(mesh.shape, placements, strict=True) if _is_cut(placement))
     here = torch.zeros(shape[0] // shards, dtype=torch.float32, device=layout.local(param).device)
-    across = [Shard(0) if placement.is_shard() else placement for placement in placements]
+    across = [Shard(0) if _is_cut(placement) else placement for placement in placements]
     return DTensor.from_local(here, mesh, across, run_check=False, shape=shape, stride=(1,))
 
 

@@ -436,3 +436,52 @@ def test_grad_scaler_skips_and_unscales() -> None:
     scaler.scale(torch.ones(()))
     scaler.step(optimizer)
     assert torch.equal(param, before)
+
+
+def test_state_dict_hooks_see_and_give_the_final_form() -> None:
+    seen: list[Any] = []
+    optimizer = Lion([random_param()], momentum_dtype="int8")
+    optimizer.register_state_dict_post_hook(lambda _, state: seen.append(state["param_groups"][0]["momentum_dtype"]))
+    optimizer.register_state_dict_post_hook(lambda _, state: {"wrapped": state})
+    assert optimizer.state_dict()["wrapped"]["param_groups"][0]["fused"] is None
+    assert seen == ["int8"]
+    assert "wrapped" not in copy.deepcopy(optimizer).state_dict(), "as with torch's, a copy has no hooks"
+    assert copy.deepcopy(optimizer).state_dict()["param_groups"][0]["momentum_dtype"] == "int8"
+
+
+def test_signum_keeps_one_momentum_in_groups_and_schedules() -> None:
+    first, second = random_param(), random_param()
+    optimizer = Signum([{"params": [first], "momentum": 0.5}, {"params": [second]}], lr=1e-3, momentum=0.9)
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.5, 0.5), (0.9, 0.9)]
+    with pytest.raises(ValueError, match="betas"):
+        optimizer.add_param_group({"params": [random_param()], "momentum": 1.5})
+    cycled, plain = random_param(), random_param()
+    plain.data.copy_(cycled.data)
+    ours, theirs = Signum([cycled], lr=1e-3), Signum([plain], lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(ours, 1e-3, total_steps=10)
+    for number in range(5):
+        theirs.param_groups[0]["betas"] = (ours.param_groups[0]["betas"][0],) * 2
+        theirs.param_groups[0]["lr"] = ours.param_groups[0]["lr"]
+        for param in (cycled, plain):
+            generator = torch.Generator().manual_seed(number)
+            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        ours.step()
+        theirs.step()
+        schedule.step()
+    assert ours.param_groups[0]["betas"][0] < 0.9
+    assert torch.equal(cycled, plain)
+
+
+def test_a_group_that_another_rank_owns_counts_its_steps() -> None:
+    """As ZeroRedundancyOptimizer has them: rank 0 saves the groups, and owns no parameter of the second."""
+    optimizer = Lion([{"params": [random_param()]}, {"params": []}], weight_bits=16)
+    optimizer.param_groups[0]["params"][0].grad = torch.ones_like(optimizer.param_groups[0]["params"][0])
+    for _ in range(3):
+        optimizer.step()
+    assert [group["step"] for group in optimizer.param_groups] == [3, 3]
+
+
+@pytest.mark.parametrize("wrong", [None, "x", 3])
+def test_what_is_no_state_dict_is_named(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="which is not allowed: use a dict of 'state' and 'param_groups'"):
+        Lion([random_param()]).load_state_dict(wrong)
