@@ -21,6 +21,7 @@ from tests.optim.exactness import assert_refused, assert_step_is_exact
 from tests.optim.trained import BF16, FP32, random, trained
 
 # Frozen, lazy and odd parameters.
+from tests.processes import run_python
 
 
 @pytest.mark.parametrize(
@@ -208,3 +209,34 @@ def test_an_interrupted_iteration_can_be_begun_again() -> None:
         model(torch.ones(2, 8)).sum().backward()
     optimizer.step()
     assert optimizer.param_groups[0]["step"] == 2
+
+
+STRIDED = """
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from lion_lightning.optim import Lion
+
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+placed = {"shape": torch.Size((128, 64)), "stride": (64, 1), "run_check": False}
+made = lambda: DTensor.from_local(torch.randn(32, 64), mesh, (_StridedShard(0, split_factor=2), Shard(0)), **placed)
+weight = nn.Parameter(made())
+weight.grad = made()
+optimizer = Lion([weight], momentum_dtype="int8")
+optimizer.step()
+scale = optimizer.state[weight]["exp_avg_scale"]
+print(tuple(scale.to_local().shape), tuple(scale.full_tensor().shape))
+"""
+
+
+def test_scales_under_fsdp_over_tensor_parallelism_are_those_of_the_shard(tmp_path: Path) -> None:
+    """32 x 64 elements are 8 blocks on each of 4 ranks."""
+    (tmp_path / "strided.py").write_text(STRIDED)
+    answer = run_python(["strided.py"], tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.split("\n")[0] == "(8,) (32,)"
