@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from lion_lightning.tracking.runs import AXES, STEP, Run
+from lion_lightning.tracking.runs import AXES, SECONDS, STEP, Run
 
 Mode = Literal["min", "max"]
 USUAL_BASELINE = "adamw"
@@ -445,7 +445,9 @@ def _with_first_part(run: Run, attempts: Sequence[Run]) -> Run:
     kept = [row for row in before.history if row.get(STEP, 0) < start]
     if not kept:  # `resume=auto` found no checkpoint
         return run
-    return replace(run, history=[*kept, *run.history])
+    spent = max(row.get(SECONDS, 0.0) for row in kept)
+    shifted = [{**row, SECONDS: row[SECONDS] + spent} if SECONDS in row else row for row in run.history]
+    return replace(run, history=[*kept, *shifted])
 
 
 def _spread(runs: Sequence[Run], value: Callable[[Run], float | None]) -> Spread:

@@ -5,7 +5,7 @@ import math
 import re
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from wandb.apis.public import Run as ServerRun
 
 State = Literal["finished", "failed", "crashed", "running"]
+SECONDS = "perf/seconds"
 # The metric that holds a run's place on each axis; every row has the optimizer step.
 AXES: Mapping[str, str | None] = {
     "steps": None,
     "samples": "data/samples_seen",
     "tokens": "data/tokens_seen",
-    "seconds": "perf/seconds",
+    "seconds": SECONDS,
 }
 STEP = "trainer/global_step"
 GUARD_EVENTS = "guard/events"
@@ -216,10 +217,24 @@ def _from_server(run: "ServerRun") -> Run:
         state=state if state in get_args(State) else "crashed",
         exit_code=None,
         config=dict(run.config),
-        history=list(run.scan_history()),
+        history=continued(run.scan_history()),
         created=run.created_at or "",
         hardware=_hardware(run.metadata or {}),
     )
+
+
+def continued(history: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a run with seconds that go on where it was resumed, which begins them again."""
+    rows: list[dict[str, Any]] = []
+    spent = last = 0.0
+    for row in history:
+        if (seconds := row.get(SECONDS)) is not None:
+            if seconds < last:
+                before = [one[SECONDS] for one in rows if SECONDS in one and one.get(STEP, 0) < row.get(STEP, 0)]
+                spent = max(before, default=0.0)
+            last, row = seconds, {**row, SECONDS: seconds + spent}
+        rows.append(row)
+    return rows
 
 
 def read_file(file: Path) -> Run | UnreadableRun:

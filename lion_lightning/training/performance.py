@@ -76,13 +76,11 @@ class Throughput(Callback):
     batch has `input_ids`), `mfu` (model FLOPs utilisation: what the module's `flops_per_sample` asks for, over
     `peak_flops`; recomputed activations do not count), `data_wait` (share of the time spent waiting for a batch),
     `peak_memory_gib` (device, or the process on a CPU), `bytes_per_parameter` (weights and optimizer state), `seconds`
-    (since training began, in all processes). Under `data/`: `samples_seen`, `tokens_seen`.
+    (since training began or was resumed). Under `data/`: `samples_seen`, `tokens_seen`.
     """
 
     def __init__(self) -> None:
         self.samples_seen = self.tokens_seen = 0
-        self._seconds = 0.0  # of training before this process
-        self._began = time.perf_counter()
         self._peak_flops: float | None = None
         self._flops_per_sample = self._tokens_per_sample = self._batches = 0
         self._samples, self._tokens, self._waits, self.durations = (
@@ -96,8 +94,7 @@ class Throughput(Callback):
             self._flops_per_sample = flops()
             self._tokens_per_sample = getattr(pl_module, "tokens_per_sample", int)() or 0
             self._peak_flops = peak_flops(trainer.strategy.root_device, str(trainer.precision))
-        self._mark = time.perf_counter()
-        self._began = self._mark - self._seconds
+        self._began = self._mark = time.perf_counter()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -164,13 +161,11 @@ class Throughput(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        seen = {"samples_seen": self.samples_seen, "tokens_seen": self.tokens_seen}
-        return {**seen, "seconds": time.perf_counter() - self._began}
+        return {"samples_seen": self.samples_seen, "tokens_seen": self.tokens_seen}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.samples_seen, self.tokens_seen = state_dict["samples_seen"], state_dict["tokens_seen"]
-        self._seconds = state_dict.get("seconds", 0.0)
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -105,8 +105,9 @@ def pictures_of(
             )
     else:
         kept, held = held_out(len(train), val_fraction)
-        lone = ~np.isin(train.labels[held], train.labels[kept])  # the only pictures of a class are for training
-        kept, held = np.sort(np.concatenate([kept, held[lone]])), held[~lone]
+        lone = ~np.isin(train.labels[held], train.labels[kept])
+        if not lone.all():  # the only pictures of a class are for training
+            kept, held = np.sort(np.concatenate([kept, held[lone]])), held[~lone]
         train, val = train.subset(kept), train.subset(held)
     if not len(train) or not len(val):
         raise ConfigError(f"{len(train)} training and {len(val)} validation images; need both")

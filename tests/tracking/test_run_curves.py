@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lion_lightning.tracking.runs import Run
+from lion_lightning.tracking.runs import Run, continued
 
 
 def run_of(history):
@@ -62,3 +62,12 @@ def test_settings_are_found_by_dotted_keys(run):
     assert run.setting("optim.lr") == 0.5
     assert run.setting("optim.lr.deeper") is None
     assert run.setting("no.such") is None
+
+
+def test_seconds_of_a_run_that_was_resumed_online_go_on():
+    """The first process got to step 40 and saved step 30; the second one begins there, and its seconds at 0."""
+    first = [{"trainer/global_step": step - 1, "perf/seconds": step / 2} for step in (10, 20, 30, 40)]
+    second = [{"trainer/global_step": step - 1, "perf/seconds": (step - 30) / 2} for step in (40, 50)]
+    rows = continued([*first, {"trainer/global_step": 39, "val/loss": 1.0}, *second])
+    assert [row["perf/seconds"] for row in rows if "perf/seconds" in row] == [5.0, 10.0, 15.0, 20.0, 20.0, 25.0]
+    assert rows[4] == {"trainer/global_step": 39, "val/loss": 1.0}
