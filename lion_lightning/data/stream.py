@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
@@ -117,6 +118,12 @@ class StreamDataModule(pl.LightningDataModule):
         """
         whole = self.train_set
         self.train_set, self.val_set = (Picked(whole, np.flatnonzero(part)) for part in (~is_held, is_held))
+        if self.train_labels is not None:
+            self.train_labels = self.train_labels[~is_held]
+
+    def samples_in(self, batch: Any) -> int:
+        """How many training samples a batch has."""
+        return extract_batch_size(batch)
 
     def train_dataloader(self) -> Any:
         trainer = self._trainer()

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lion_lightning.data.stream import StreamDataModule
+
 try:
     import resource
 except ImportError:  # Windows
@@ -110,7 +112,9 @@ class Throughput(Callback):
     ) -> None:
         now = time.perf_counter()
         ids = batch.get("input_ids") if isinstance(batch, dict) else None
-        samples = extract_batch_size(batch) * trainer.world_size
+        data = getattr(trainer, "datamodule", None)
+        count = data.samples_in if isinstance(data, StreamDataModule) else extract_batch_size
+        samples = count(batch) * trainer.world_size
         tokens = ids.numel() * trainer.world_size if isinstance(ids, Tensor) else 0  # padding included
         self.samples_seen += samples
         self.tokens_seen += tokens
@@ -140,12 +144,15 @@ class Throughput(Callback):
         """The `perf/*` figures so far; empty before the first measured batch."""
         if not self.durations:
             return {}
-        duration = statistics.median(self.durations)
-        samples, tokens = (statistics.median(seen) / duration for seen in (self._samples, self._tokens))
+        parts = trainer.accumulate_grad_batches
+        duration, samples, tokens, wait = (
+            _of_a_step(values, parts) for values in (self.durations, self._samples, self._tokens, self._waits)
+        )
+        samples, tokens = samples / duration, tokens / duration
         figures = {
-            "perf/step_ms": 1000 * duration * trainer.accumulate_grad_batches,
+            "perf/step_ms": 1000 * duration,
             "perf/samples_per_second": samples,
-            "perf/data_wait": statistics.median(self._waits) / duration,
+            "perf/data_wait": wait / duration,
         }
         if (peak_bytes := peak_memory(trainer.strategy.root_device)) is not None:
             figures["perf/peak_memory_gib"] = peak_bytes / BYTES_PER_GIB
@@ -175,6 +182,20 @@ def peak_memory(device: torch.device) -> int | None:
     if resource is None:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _of_a_step(values: Sequence[float], parts: int) -> float:
+    """The median over optimizer steps of what their micro-batches add up to.
+
+    Args:
+        values: of each micro-batch. Any `parts` of them in a row have one optimizer step among them.
+        parts: micro-batches of a step.
+    """
+    latest = list(values)
+    ends = range(len(latest), parts - 1, -parts)
+    if not ends:
+        return statistics.fmean(latest) * parts
+    return statistics.median(sum(latest[end - parts : end]) for end in ends)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

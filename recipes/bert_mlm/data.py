@@ -140,6 +140,10 @@ class TextBlocks(StreamDataModule):
         self.blocks = replace(self.ready, train=kept, val=train[is_held], rows=(len(kept),))
         self.train_set, self.val_set = BlockDataset(self.blocks.train), BlockDataset(self.blocks.val)
 
+    @override
+    def samples_in(self, batch: dict[str, Tensor]) -> int:
+        return batch["input_ids"].numel() // self.settings.sequence_length  # blocks that a schedule cuts up are one
+
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "vocabulary": vocabulary_of(self.ready.tokenizer)}
 

@@ -1,5 +1,6 @@
 """BERT pre-training by masked language modelling, as a LightningModule."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class BertMLM(LionMixin, LightningModule):
         # batches and one for all others.
         self._loss = options.compiled(hidden_loss, dynamic=False)
         self._logits = options.compiled(hidden_logits)
-        self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
+        self.val_loss, self.val_accuracy = MeanMetric(nan_strategy=math.nan), MeanMetric()  # NaN stays in the mean
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         masked = self._mask(batch, self.masking, self.seed)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lion_lightning.data.cache import cached_folder, default_cache
-from lion_lightning.data.stream import StreamDataModule
+from lion_lightning.data.stream import Picked, StreamDataModule
 from lion_lightning.errors import ConfigError
 
 from .images import (
@@ -196,10 +196,18 @@ class ImageArrays(StreamDataModule):
         batch = self.val_set.__getitems__([(index, index) for index in indices])  # type: ignore[attr-defined]
         return batch["pixels"].numpy()
 
+    @override
+    def hold_out(self, is_held: np.ndarray) -> None:
+        super().hold_out(is_held)
+        if not hasattr(self, "splits"):  # decoded as for validation, without training's random crops
+            self.val_set = Picked(self._for_statistics, np.flatnonzero(is_held))
+
     def pixel_statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel of the training images, in units of 0 to 1."""
         if hasattr(self, "splits"):
-            pixels = self.splits.train.pixels[:STATISTICS_FROM_ARRAYS]
+            pixels = self.splits.train.pixels
+            if len(pixels) > STATISTICS_FROM_ARRAYS:  # spread over them: they may be in the order of their classes
+                pixels = pixels[np.linspace(0, len(pixels) - 1, STATISTICS_FROM_ARRAYS).astype(int)]
         else:
             pixels = np.concatenate(list(self.sample_pixels(STATISTICS_FROM_PICTURES)))
         sample = pixels.astype(np.float32) / 255

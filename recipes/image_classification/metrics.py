@@ -1,5 +1,6 @@
 """The metrics of validation. Each is over all images, independent of batches and number of processes."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,7 +63,7 @@ class ValidationMetrics(nn.Module):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        self.loss, self.top1 = MeanMetric(), MeanMetric()
+        self.loss, self.top1 = MeanMetric(nan_strategy=math.nan), MeanMetric()  # NaN stays in the mean
         options: dict[str, Any] = {"num_classes": classes, "ignore_index": UNREADABLE, "validate_args": False}
         top5 = MulticlassAccuracy(top_k=5, average="micro", **options) if classes > 5 else None
         ece = MulticlassCalibrationError(n_bins=CALIBRATION_BINS, norm="l1", **options)

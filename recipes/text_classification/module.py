@@ -1,5 +1,6 @@
 """Fine-tuning a BERT to classify texts, or to predict a value from them, as a LightningModule."""
 
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +59,7 @@ class TextClassifier(LionMixin, LightningModule):
         self.model = build_model(config, data, classifier_dropout, options)
         self.started_from = options.pretrained
         self._scores = options.compiled(scores)
-        self.val_loss = MeanMetric()
+        self.val_loss = MeanMetric(nan_strategy=math.nan)  # NaN stays in the mean
         self.metrics = nn.ModuleDict(build_metrics(len(data.classes)))
         logged = ["val/loss", *(f"val/{name}" for name in self.metrics)]
         if monitor not in logged:

@@ -172,3 +172,16 @@ def test_the_configuration_names_the_precision_that_was_chosen(monkeypatch):
     cfg.trainer.precision = "bf16-true"
     assert settle_precision(cfg) == "as configured"
     assert cfg.trainer.precision == "bf16-true"
+
+
+def test_a_step_of_several_micro_batches_has_one_optimizer_step(clock):
+    """40 ms for each of four micro-batches, and 60 for the optimizer's step in the last one."""
+    callback, module, owner = Throughput(), Module(), trainer()
+    owner.accumulate_grad_batches = 4
+    callback.on_train_start(owner, module)
+    for number in range(WARMUP_BATCHES + 41):
+        callback.on_train_batch_start(owner, module, text(8), 0)
+        clock.seconds += 0.04 + 0.06 * (number % 4 == 3)
+        callback.on_train_batch_end(owner, module, None, text(8), 0)
+    assert module.logged["perf/step_ms"] == pytest.approx(220)
+    assert module.logged["perf/samples_per_second"] == pytest.approx(4 * 8 / 0.22)

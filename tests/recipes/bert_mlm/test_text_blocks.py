@@ -120,6 +120,7 @@ def test_short_blocks_are_cut_from_whole_ones_at_the_same_number_of_tokens(block
     assert cut["input_ids"][:, 1:].tolist() == text[:, 1:].tolist()
     assert cut["sample"][::2].tolist() == [100, 101, 102]
     assert len(set(cut["sample"].tolist())) == 6
+    assert blocks.samples_in(cut) == blocks.samples_in(whole) == 3, "parts of a block are no samples of their own"
     later = BlockDataset(blocks.ready.train, StepValues(((0, 8), (100, 16)))).__getitems__(pairs)
     assert later["input_ids"].tolist() == whole["input_ids"].tolist()
     assert later["sample"].tolist() == whole["sample"].tolist()

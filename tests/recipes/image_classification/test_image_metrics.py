@@ -1,5 +1,6 @@
 """What validation measures, over uneven batches and over two processes, and the pictures that are drawn of it."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -157,3 +158,13 @@ def test_after_a_reset_the_next_validation_starts_afresh() -> None:
     assert both.compute() == second.compute()
     assert both.worst.compute() == second.worst.compute()
     assert np.array_equal(both.confusion_matrix(), second.confusion_matrix())  # type: ignore[arg-type]
+
+
+def test_a_loss_that_is_not_a_number_is_not_left_out_of_the_mean() -> None:
+    metrics = ValidationMetrics(3)
+    logits = torch.zeros(4, 3)
+    metrics.update(logits, torch.tensor([0, 1, 2, UNREADABLE]), torch.arange(4))
+    assert metrics.compute()["val/loss"] == pytest.approx(math.log(3))
+    logits[1] = math.nan
+    metrics.update(logits, torch.tensor([0, 1, 2, UNREADABLE]), torch.arange(4))
+    assert bool(metrics.loss.compute().isnan())

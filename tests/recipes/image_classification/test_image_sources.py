@@ -290,3 +290,25 @@ def test_the_only_picture_of_a_class_is_trained_on(tmp_path: Path) -> None:
     splits = load(tmp_path, val_fraction=0.3)
     assert set(splits.train.labels.tolist()) == set(range(8))
     assert len(splits.train) + len(splits.val) == 86
+
+
+def test_statistics_are_of_images_from_all_over_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lion_lightning.recipes.image_classification.data.STATISTICS_FROM_ARRAYS", 20)
+    write_folder(tmp_path / "train", {"cat": 40, "dog": 40})
+    write_folder(tmp_path / "val", {"cat": 2, "dog": 2})
+    mean, _ = prepared(tmp_path).pixel_statistics()
+    assert mean == pytest.approx([105 / 255, 105 / 255, 10 / 255], abs=0.01)
+
+
+def test_what_a_search_holds_out_is_decoded_as_for_validation(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"cat": 10, "dog": 10}, size=(40, 60))
+    write_folder(tmp_path / "val", {"cat": 2, "dog": 2})
+    data = prepared(tmp_path)
+    data.decoded_gib, data.classes = 0.0, ()
+    data.__dict__.pop("splits", None)
+    data.setup("fit")
+    is_held = np.arange(20) % 5 == 4
+    data.hold_out(is_held)
+    assert (len(data.train_set), len(data.val_set), len(data.train_labels)) == (16, 4, 16)
+    first, again = (data.val_set.__getitems__([(number, 0)])["pixels"] for number in (0, 7))
+    assert bool((first == again).all()), "no crop that depends on the position in the run"
