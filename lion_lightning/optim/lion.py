@@ -1,8 +1,7 @@
 """The optimizers Lion and SIGNUM: parameter groups, the step, the step counter and the state dict."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, overload
@@ -101,6 +100,7 @@ class Lion(Optimizer):
         self._nonfinite: dict[torch.device, Tensor] = {}
         self._telemetry = Telemetry()
         super().__init__(params, defaults)
+        self._saving = self.register_state_dict_post_hook(with_plain_groups)
 
     @override
     def add_param_group(self, param_group: Group) -> None:
@@ -136,6 +136,8 @@ class Lion(Optimizer):
         self.__dict__.setdefault("_telemetry", Telemetry())
         self.telemetry_every = state.get("telemetry_every", self.telemetry_every)
         super().__setstate__({name: value for name, value in state.items() if name != "telemetry_every"})
+        if "_saving" not in self.__dict__:  # a copy or a pickle, which have no hooks
+            self._saving = self.register_state_dict_post_hook(with_plain_groups)
         self._step_settings, self._places = {}, {}
         self.defaults.pop("differentiable", None)  # torch sets it, and Lion has no such option
         for group in self.param_groups:
@@ -354,8 +356,7 @@ class Lion(Optimizer):
                 state.check_gatherable(self.state.get(param, {}), param)
             except ValueError as error:
                 raise ValueError(f"{self._label(index)}: {error}") from None
-        with saving_plain_groups(self):
-            return super().state_dict()
+        return super().state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -451,20 +452,11 @@ class Signum(Lion):
         return None if settings is None else replace(settings, beta2=settings.beta1)
 
 
-@contextmanager
-def saving_plain_groups(optimizer: Optimizer) -> Iterator[None]:
-    """Lets `optimizer.state_dict` make Lion's groups plain numbers and names before other hooks see them."""
-
-    def plain(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        groups = state_dict["param_groups"]
-        groups = [group_options.saved(group) if "weight_bits" in group else group for group in groups]
-        return {**state_dict, "param_groups": groups}
-
-    handle = optimizer.register_state_dict_post_hook(plain, prepend=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+def with_plain_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A hook of `state_dict`, the first: makes Lion's groups plain numbers and names before other hooks see them."""
+    groups = state_dict["param_groups"]
+    plain = [group_options.saved(group) if "weight_bits" in group else group for group in groups]
+    return {**state_dict, "param_groups": plain}
 
 
 def _like(count: int, counter: int | Tensor) -> int | Tensor:

@@ -9,7 +9,7 @@ from torch.optim import Muon, Optimizer
 from typing_extensions import override
 
 from lion_lightning.optim import import_state, state
-from lion_lightning.optim.lion import Lion, ParamsT, saving_plain_groups
+from lion_lightning.optim.lion import Lion, ParamsT, with_plain_groups
 
 NOT_MUON = ("embed", "wte", "wpe", "head", "classifier", "decoder")
 """Parts of the names of embeddings and output layers, which Muon is not made for."""
@@ -50,6 +50,7 @@ class MuonWithLion(Optimizer):
         self._not_muon = tuple(not_muon)
         self._parts: dict[type[Optimizer], Optimizer] = {}
         super().__init__(params, {})
+        self._saving = self.register_state_dict_post_hook(with_plain_groups)
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -104,8 +105,7 @@ class MuonWithLion(Optimizer):
         """As of any torch optimizer; the groups are those of the two optimizers, in the order of `param_groups`."""
         for param, entry in self.state.items():
             state.check_gatherable(entry, param)
-        with saving_plain_groups(self):
-            return super().state_dict()
+        return super().state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -148,6 +148,12 @@ class MuonWithLion(Optimizer):
         self.__setstate__({"state": type(self.state)(dict, fresh), "param_groups": loaded})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_saving" not in self.__dict__:  # a copy or a pickle, which have no hooks
+            self._saving = self.register_state_dict_post_hook(with_plain_groups)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
