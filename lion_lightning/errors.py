@@ -2,14 +2,22 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
+
+GROUPS = ("checkpoint", "data", "guard", "logger", "model", "optim", "recipe", "schedule", "trainer")
+"""Of the configuration: what the name of a setting begins with."""
 
 
 class ConfigError(ValueError):
     """A setting that cannot work. The message is one line: the setting, its value, and what is allowed.
 
     The command line prints it without a traceback and exits with status 2.
+
+    Attributes:
+        is_argument: whether it names an argument alone, to which `configuring` adds the setting that it came from.
     """
+
+    is_argument = False
 
 
 @contextmanager
@@ -21,7 +29,9 @@ def configuring(setting: str, errors: tuple[type[Exception], ...] = (ValueError,
     """
     try:
         yield
-    except ConfigError:
+    except ConfigError as error:
+        if error.is_argument:
+            raise ConfigError(f"{setting}: {error}") from error
         raise
     except errors as error:
         raise ConfigError(f"{setting}: {error}") from error
@@ -48,10 +58,16 @@ def check_number(name: str, value: Any, interval: str, *, whole: bool = False, o
         f"[{low:g}, inf)": f"of at least {low:g}" if whole else f"at least {low:g}",
     }
     allowed = words.get(interval, f"in {interval}")
-    raise ConfigError(f"{name} must be {'a whole number ' * whole}{allowed}{' or null' * or_null}, got {value!r}")
+    _refuse(name, f"{'a whole number ' * whole}{allowed}{' or null' * or_null}", value)
 
 
 def check_flag(name: str, value: Any) -> None:
     """Raise ConfigError unless the setting `name` is true or false."""
     if not isinstance(value, bool):
-        raise ConfigError(f"{name} must be true or false, got {value!r}")
+        _refuse(name, "true or false", value)
+
+
+def _refuse(name: str, allowed: str, value: Any) -> NoReturn:
+    error = ConfigError(f"{name} must be {allowed}, got {value!r}")
+    error.is_argument = name.partition(".")[0] not in GROUPS
+    raise error

@@ -76,6 +76,8 @@ class LionMixin:
                 group.pop("param_names", None)
         if self.weight_decay_timescale is not None:
             if self.weight_decay_timescale < 1 and math.isinf(steps):
+                if (trainer := _trainer_of(module)) is not None:
+                    _ = trainer.estimated_stepping_batches  # an error of the loaders says more
                 raise ValueError(
                     f"weight_decay_timescale={self.weight_decay_timescale} is a share of the run, whose length is not "
                     "known: use a number of optimizer steps"

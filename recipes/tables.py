@@ -100,6 +100,8 @@ def read_table(file: Path, columns: Columns, by_name: bool = True, hint: str = T
                 if isinstance(row[text], str) and len(row[text]) > LONG_TEXT_CHARACTERS:
                     long.append(number)
                 found = row[label] if names is None else name_at(names, row[label])
+                if by_name and names is None and isinstance(found, str) and WHOLE_FLOAT.fullmatch(found):
+                    found = str(int(found.partition(".")[0]))  # as pandas writes numbers beside a hole
                 first, other = (_clean(row[place]) if place is not None else None for place in (text, second))
                 yield Row(first, other, found, number)
             else:
@@ -169,8 +171,6 @@ def label_name(label: Any, place: str) -> str | None:
         return None
     if not isinstance(label, str | int | float):
         raise ConfigError(f"{place} has the label {label!r}, a {type(label).__name__}; a class is one word or number")
-    if isinstance(label, str):  # as pandas writes such a column
-        return label.partition(".")[0] if WHOLE_FLOAT.fullmatch(label) else label
     return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
 
 

@@ -90,6 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = {name: make for name, make in variants().items() if not options.variants or name in options.variants}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     table = options.output.with_suffix(".csv")
+    if table.is_file() and "batch_size" not in table.read_text(encoding="utf-8").partition("\n")[0]:
+        print(f"error: {table} is of an earlier version, without the batch size: use another --output", file=sys.stderr)
+        return EXIT_USAGE
     if (reason := _of_another_run(read(table), options)) is not None:
         print(f"error: {reason}", file=sys.stderr)
         return EXIT_USAGE

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lion_lightning.errors import ConfigError, check_flag, check_number
+from lion_lightning.errors import ConfigError, check_flag, check_number, configuring
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,10 @@ def test_a_flag_is_no_number() -> None:
     check_flag("x", False)
     with pytest.raises(ConfigError, match=r"^x must be true or false, got 0$"):
         check_flag("x", 0)
+
+
+def test_an_argument_is_named_with_the_setting_that_it_came_from() -> None:
+    for name, told in (("decay", "schedule: decay must be"), ("data.seed", "data.seed must be")):
+        with pytest.raises(ConfigError) as error, configuring("schedule"):
+            check_number(name, 2, "[0, 1]")
+        assert str(error.value).startswith(told)

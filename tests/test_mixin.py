@@ -296,3 +296,14 @@ def part_trainer(tmp_path, **options):
         max_epochs=3, default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, **options,
     )  # fmt: skip
+
+
+def test_an_error_of_the_loaders_is_told_as_it_is(tmp_path):
+    class Lost(LionMixin, Regression):
+        weight_decay_timescale = 0.3
+
+        def train_dataloader(self):
+            raise FileNotFoundError("no such data")
+
+    with pytest.raises(FileNotFoundError, match="no such data"):
+        part_trainer(tmp_path).fit(Lost())

@@ -20,7 +20,7 @@ from lion_lightning.guard.events import NOT_LOGGED, Event, EventLog, TelemetryRe
 from lion_lightning.guard.lr_warmup import LinearWarmup, WarmupHook, warmup_length
 from lion_lightning.guard.preflight import MIN_BATCH_SIZE, EffectiveBatch, NoiseScale, OnSmallBatch
 from lion_lightning.guard.recovery import OnDivergence, Recovery, Remedy, Treated
-from lion_lightning.guard.rules import RULES, Reading, Thresholds
+from lion_lightning.guard.rules import RULES, Reading, StuckMomentum, Thresholds
 from lion_lightning.guard.step_monitor import Losses, StepMonitor
 from lion_lightning.lightning import total_steps
 from lion_lightning.optim import Lion
@@ -312,7 +312,7 @@ class LionGuard(Callback):
                 self._telemetry.before_step(self.steps)
         by_norm = trainer.gradient_clip_algorithm in (None, "norm")
         clip_val = float(trainer.gradient_clip_val) if trainer.gradient_clip_val and by_norm else None
-        facts = (self.steps, self.batch.last, self._micro_samples)
+        facts = (self.steps, self.batch.last, self._micro_samples, self.monitors[number].scheduled_rate())
         # Without a backward, as where `training_step` returned None, nobody misses the gradients.
         if not self.monitors[number].before_step(self.losses, clip_val, facts) and self.losses.share:
             self._report_once(trainer, "no_gradients", preflight.NO_GRADIENTS)
@@ -368,7 +368,11 @@ class LionGuard(Callback):
         streak = max((monitor.rules.nonfinite_in_a_row for monitor in self.monitors if not monitor.scaled), default=0)
         may_stop = self.on_divergence in ("recover", "stop") and "nonfinite" not in self.disabled and self.recovery.acts
         if streak >= self.thresholds.nonfinite_steps and may_stop:
-            raise TrainingStopped(f"the last {streak} steps had no finite gradient: nothing was learned. {WHAT_TO_DO}")
+            message = f"the last {streak} steps had no finite gradient"
+            is_sick = not trainer.strategy.reduce_boolean_decision(all(each.is_finite() for each in self.monitors))
+            if is_sick or any(monitor.rules.is_lost for monitor in self.monitors if not monitor.scaled):
+                raise TrainingStopped(f"{message}: nothing was learned. {WHAT_TO_DO}")
+            report(f"LionGuard: {message}; they were skipped.")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -449,6 +453,16 @@ class LionGuard(Callback):
             symptom = first.rules.averages.observe(name, found.get(f"lion/{name}", math.nan))
             if symptom is not None and name not in self.disabled:
                 self._report(trainer, self.recovery.treat(symptom, self.steps, first), self.steps)
+
+    def new_level(self) -> None:
+        """For code that changes weights or task on purpose, such as a reset of layers or pruning.
+
+        The loss is compared with its new level from now on, and no rewind goes back to before.
+        """
+        for monitor in self.monitors:
+            monitor.rules.divergence.take_level()
+            monitor.rules.stuck_momentum = StuckMomentum(self.thresholds)
+        self.recovery.forget()
 
     def turn_off(self, reason: str) -> None:
         """Takes the guard off the run, which goes on with its warm-up alone; `reason` says what it met."""

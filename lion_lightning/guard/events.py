@@ -215,12 +215,12 @@ def read_trace(path: str | Path) -> dict[int, list[Reading]]:
     found: dict[int, dict[int, Reading]] = {}
     with Path(path).open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != TRACE_COLUMNS:
+        if reader.fieldnames not in (TRACE_COLUMNS, TRACE_COLUMNS[:-1]):  # older ones have no rate
             wanted = f"its columns are {reader.fieldnames}, not {TRACE_COLUMNS}"
             raise ValueError(f"{path} is not a trace of this version of the guard: {wanted}")
         for row in reader:
             values: dict[str, Any] = {
-                field.name: int(row[field.name]) if field.type is int else float(row[field.name] or math.nan)
+                field.name: int(row[field.name]) if field.type is int else float(row.get(field.name) or math.nan)
                 for field in fields(Reading)
                 if field.type in (int, float)
             }

@@ -125,7 +125,8 @@ class Gate:
         self._to(norm.device)
         finite, values = norm.isfinite(), torch.stack([norm.log(), loss.to(norm.dtype)]).float()
         center, deviation = self._history.spread()
-        z = (values - center) / deviation.maximum(center.abs() * self._least_share + self._least)
+        scale = deviation.maximum(center.abs() * self._least_share + self._least)
+        z = torch.where(scale > 0, (values - center) / scale, torch.nan)  # losses that are mostly 0 have no scale
         is_armed = self._history.count >= self.thresholds.armed_after
         above = values[0] - center[0] - math.log(self.thresholds.outlier_ratio)
         far = (z > self._limits) & values.isfinite() & (self._history.count >= REMEMBERED_AFTER)

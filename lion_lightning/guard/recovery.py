@@ -359,6 +359,11 @@ class Recovery:
             else:  # its step is all that is told of it
                 self.ring.ring.append(Snapshot(step, {}, [], rules, trusted))
 
+    def forget(self) -> None:
+        """Drops all snapshots and a rewind on trial: nothing goes back to before now."""
+        self.ring.ring.clear()
+        self.trial = None
+
     def is_healthy(self) -> bool:
         """Whether the run is fit to be saved as one to continue from.
 
@@ -366,9 +371,11 @@ class Recovery:
         after `nonfinite_steps` steps in a row that were not finite. After fewer, which were skipped and have changed
         nothing, or after one that was taken, weights, buffers and optimizer state of this process decide.
         """
-        streak = max((monitor.rules.nonfinite_in_a_row for monitor in self.monitors), default=0)
+        rules = [monitor.rules for monitor in self.monitors]
+        streak = max((each.nonfinite_in_a_row for each in rules), default=0)
         finite = [monitor.is_finite() for monitor in self.monitors] if self._saw_nonfinite() else []
-        if streak >= self.thresholds.nonfinite_steps or not all(finite) or (finite and buffers_with_nan(self.module)):
+        is_lost = any(each.is_lost for each in rules) if self.is_ending else streak >= self.thresholds.nonfinite_steps
+        if is_lost or not all(finite) or (finite and buffers_with_nan(self.module)):
             return False
         return self.is_ending or not self.acts or self._is_settled()
 

@@ -75,7 +75,7 @@ class ReplayedRules(GatedRules):
             return
         vector = torch.zeros(len(SUMS) + len(UPDATE_SUMS) + 1, dtype=torch.float64, device="cpu")
         vector[SQUARES], vector[BACKWARD_LOSS] = reading.grad_norm**2, reading.backward_loss
-        facts = (step, reading.batch_size, reading.micro_batch_size)
+        facts = (step, reading.batch_size, reading.micro_batch_size, reading.rate)
         self.judge(vector, self.clip_val, facts)
 
     def restored(self, read: Reading) -> Reading:

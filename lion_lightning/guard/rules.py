@@ -97,6 +97,7 @@ class Reading:
         step: number of the step, from 1 on.
         batch_size: samples of the step.
         micro_norm: gradient norm of its first micro-batch alone, of `micro_batch_size` samples.
+        rate: the largest learning rate of the groups as scheduled, before any warm-up of the guard.
     """
 
     loss: float = math.nan
@@ -114,6 +115,7 @@ class Reading:
     batch_size: int = 0
     micro_norm: float = math.nan
     micro_batch_size: int = 0
+    rate: float = math.nan
 
     @property
     def level(self) -> float:
@@ -349,6 +351,8 @@ class WarningAverages(Stateful):
         return Symptom(name, AVERAGE_WARNINGS[name].format(value=mean))
 
 
+RATE_RISE = 1.5
+"""A learning rate that rises by more than this in one step, as at a warm restart, is expected to raise the loss."""
 OUTLIER_MEMORY_STEPS = 30
 """Steps after an outlier within which a frozen update is attributed to it."""
 SHOWN_BAD_LOSSES = 10
@@ -368,6 +372,8 @@ class RuleSet(Stateful):
         "bad_losses",
         "first_bad_losses",
         "steps",
+        "rate",
+        "rate_rose",
     )
 
     def __init__(self, thresholds: Thresholds) -> None:
@@ -377,15 +383,20 @@ class RuleSet(Stateful):
         self.last_outlier = -math.inf
         self.nonfinite_in_a_row = self.clipped = self.skipped = self.bad_losses = self.steps = 0
         self.first_bad_losses: list[int] = []
+        self.rate, self.rate_rose = math.nan, -math.inf
+        """The last rate, and the step at which it last rose at once."""
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
+        super().load_state_dict({"rate": math.nan, "rate_rose": -math.inf, **state})  # which older checkpoints lack
         self.last_outlier = min(self.last_outlier, self.steps)  # older checkpoints have the step of the run
 
     def observe(self, reading: Reading) -> list[Symptom]:
         """The symptoms in the next step's reading, in the order in which they should be acted on."""
         self.steps += 1
+        if reading.rate > RATE_RISE * self.rate:
+            self.rate_rose = self.steps
+        self.rate = reading.rate
         gated = reading.factor > 1 or reading.skipped
         if reading.is_finite:
             self.nonfinite_in_a_row = 0
@@ -413,12 +424,15 @@ class RuleSet(Stateful):
                 reason = "though no outlier was seen: gradients of one direction, or few that are not near 0"
                 symptoms.append(Symptom("low_flip_rate", message + reason))
         rule = self.divergence
-        if rule.observe(reading.level, reading.skipped, reading.norm_z):
+        # Steps without a finite gradient have rules of their own.
+        if reading.is_finite and rule.observe(reading.level, reading.skipped, reading.norm_z):
             kind, end = "divergence", ""
-            if rule.is_alone:
+            if self.steps - self.rate_rose <= self.thresholds.window:
+                kind, end = "raised_loss", ", after the learning rate had risen at once"
+            elif rule.is_alone:
                 kind = "raised_loss"
                 end = f", though the gradients are as before and it is not above its start ({rule.start:.4g})"
-            message = f"the loss has risen to {reading.level:.4g} and stayed above {rule.limit:.4g}"
+            message = f"the loss has risen to {rule.fast.value:.4g} on average and stayed above {rule.limit:.4g}"
             symptoms.append(Symptom(kind, f"{message} (best average {rule.best:.4g}){end}"))
         averages = (self.averages.observe(name, getattr(reading, name)) for name in ("dead", "cosine"))
         return symptoms + [symptom for symptom in averages if symptom is not None]
@@ -453,6 +467,11 @@ class RuleSet(Stateful):
             message = f"the gradient norm {seen}: in the momentum it would set the direction for hundreds of steps"
         return [Symptom(kind, message)]
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the last steps had no finite gradient, and they are at least half of all."""
+        return self.nonfinite_in_a_row >= max(self.thresholds.nonfinite_steps, self.steps / 2)
+
     def is_suspicious(self, ignored: Collection[str] = ()) -> bool:
         """Whether a rule is counting steps towards a symptom of steps that were finite: not the time for a snapshot.
 
@@ -481,13 +500,13 @@ def unpack(values: Sequence[float], world_size: int) -> Reading:
 
     Args:
         values: those of `SUMS` and `UPDATE_SUMS`, added up over ranks; one count of non-finite losses for each rank;
-            those of `VERDICT`; those of `FACTS`, which the host knows from the start.
+            those of `VERDICT`; those of `FACTS`, which the host knows from the start, and perhaps the rate.
         world_size: number of ranks.
     """
     sums, rest = values[: len(SUMS) + len(UPDATE_SUMS)], values[len(SUMS) + len(UPDATE_SUMS) :]
     loss, samples, _, micro_squares, backward_loss = sums[: len(SUMS)]
     flips, signs, projection, update_squares, grad_squares, dead = sums[len(SUMS) :]
-    norm, factor, skipped, norm_z, loss_z, step, batch_size, micro_batch_size = rest[world_size:]
+    norm, factor, skipped, norm_z, loss_z, step, batch_size, micro_batch_size, *rate = rest[world_size:]
     return Reading(
         loss=_share(loss, samples),
         grad_norm=norm,
@@ -504,6 +523,7 @@ def unpack(values: Sequence[float], world_size: int) -> Reading:
         batch_size=int(batch_size),
         micro_norm=math.sqrt(micro_squares) if micro_squares >= 0 else math.nan,
         micro_batch_size=int(micro_batch_size),
+        rate=rate[0] if rate else math.nan,
     )
 
 

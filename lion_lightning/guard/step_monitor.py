@@ -256,6 +256,12 @@ class StepMonitor(GatedRules):
             handle.remove()
         self._clean_up()
 
+    def scheduled_rate(self) -> float:
+        """The largest learning rate of the groups, without the guard's warm-up; NaN where the host has none."""
+        rates: list[Any] = [group.get("lr") for group in self.optimizer.param_groups]
+        on_host = [rate for rate in rates if not isinstance(rate, Tensor) or rate.device.type == "cpu"]
+        return max((float(rate) for rate in on_host if rate is not None), default=math.nan)
+
     @torch.no_grad()
     def before_step(self, losses: Losses, clip_val: float | None, facts: Sequence[float]) -> bool:
         """Measures the final gradients, adds up over ranks, judges, and gates the coming step.
@@ -410,7 +416,7 @@ class StepMonitor(GatedRules):
         self.rate.load_state_dict(state["warmup"])
         self.load_rules_state(state)
         length = len(SUMS) + len(UPDATE_SUMS) + self.world_size + len(VERDICT) + len(FACTS)
-        if all(len(values) == length for values in state["unread"]):
+        if all(len(values) in (length, length + 1) for values in state["unread"]):
             self.readback.load_state_dict(state["unread"])  # those of another number of ranks are dropped
             self.unread()  # raises for what is not a reading
         if self.sample is not None:

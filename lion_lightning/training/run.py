@@ -9,6 +9,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import rich
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -59,7 +60,8 @@ def run(cfg: DictConfig, more_callbacks: Sequence[pl.Callback] = ()) -> float:
         callbacks += [SmoothedLoss(), *build.build_callbacks(cfg, "callbacks")]
         callbacks += [checkpoint, ReplicaCheck(cfg.trainer.check_replicas_every)]
         callbacks += [*more_callbacks, *progress(console, ["train/loss", cfg.recipe.monitor])]
-        trainer = build.build_trainer(cfg, logger, callbacks, bar=console.is_terminal)
+        # Callbacks of others may ask for a logger.
+        trainer = build.build_trainer(cfg, DummyLogger() if is_done else logger, callbacks, bar=console.is_terminal)
         if resumed:
             checkpoint.refuse_misfit(resumed)
         about = build.describe(cfg, data, module, trainer, resumed, precision)

@@ -120,7 +120,8 @@ class ImageFiles:
             check_flag("data.source.split_folders", split_folders)
         self.path = Path(path).expanduser()
         self.image_size, self.val_fraction, self.max_broken = image_size, val_fraction, max_broken
-        self.label, self.val_share, self.split_folders = label, val_share, split_folders
+        self.label = None if label is None else str(label)  # Hydra reads 0 as a number
+        self.val_share, self.split_folders = val_share, split_folders
         self._find_files()
 
     def _find_files(self) -> None:

@@ -154,14 +154,16 @@ def account_of(path: str, config: str | None, splits: Sequence[str]) -> str | No
         return None
     files = _files_of(place, config)
     names = {part.split("[")[0].strip() for split in splits for part in split.split("+")}
-    of_split = {os.path.realpath(file): name for name, found in files.items() for file in found}
-    endings = {Path(file).suffix.lower() for file in of_split}
+    pairs = [(file, name) for name, found in files.items() for file in found]
+    of_split = {place(file): name for place in (os.path.realpath, os.path.abspath) for file, name in pairs}
+    endings = {file.suffix.lower() for file, _ in pairs}
     found = list_files(place) if place.is_dir() else [place]
-    found += [Path(file) for file in of_split.keys() - set(map(os.path.realpath, found))]
+    listed = set(map(os.path.realpath, found))
+    found += [file for file, _ in pairs if os.path.realpath(file) not in listed]
     read = 0
     unused: dict[str, list[Path]] = {}
     for file in found:
-        split = of_split.get(os.path.realpath(file))
+        split = of_split.get(os.path.abspath(file), of_split.get(os.path.realpath(file)))
         is_read = split in names or (split and "all" in names)
         if is_read and not _is_empty(file):
             read += 1

@@ -116,7 +116,8 @@ class LabeledFiles(TextSource):
     ) -> None:
         if not path:
             raise ConfigError(f"data=labeled_files needs data.path=: a folder, or a {', '.join(READERS)} file")
-        self.columns = Columns(_named("text", text_column), _named("label", label_column), second_text_column)
+        second = None if second_text_column is None else str(second_text_column)
+        self.columns = Columns(_named("text", text_column), _named("label", label_column), second)
         self.regression, self.val_fraction, self.max_left_out = regression, check_fraction(val_fraction), max_left_out
         self.train_files, self.val_files, self._account = _find(path, val_path)
 

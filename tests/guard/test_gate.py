@@ -306,3 +306,12 @@ def test_a_default_device_changes_nothing() -> None:
     there = judged("meta")
     assert there == judged("cpu")
     assert max(there) > 1, "nothing was clipped"
+
+
+def test_losses_that_are_mostly_zero_have_no_outliers() -> None:
+    """A margin that is satisfied, or a rare reward: the few other steps are those that teach something."""
+    gate = Gate(Thresholds(), skips_bad_losses=True)
+    for step in range(200):
+        verdict = gate.judge(torch.tensor(1.0 + step % 3 / 10), torch.tensor(0.05 if step % 60 == 59 else 0.0))
+        assert not verdict.skip
+        assert not verdict.loss_z > 0

@@ -280,3 +280,50 @@ def test_one_huge_loss_is_no_divergence():
 def test_a_limit_of_another_type_is_named():
     with pytest.raises(ValueError, match=r"thresholds.window must be a whole number of at least 1, got '8'"):
         Thresholds(window="8")  # type: ignore[arg-type]
+
+
+def loss_symptoms(rules, readings):
+    symptoms = [symptom for reading in readings for symptom in rules.observe(reading)]
+    return [symptom for symptom in symptoms if symptom.kind in ("divergence", "raised_loss")]
+
+
+def risen(seed, rate):
+    """A healthy run of 300 steps at a rate of 1e-4, then 30 at `rate` with twice the loss and larger gradients."""
+    readings = [replace(reading, rate=1e-4) for reading in healthy(seed, 330)]
+    return readings[:300] + [
+        replace(each, loss=2.4, backward_loss=2.4, norm_z=4.0, rate=rate) for each in readings[300:]
+    ]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_loss_that_rises_with_a_rate_that_rose_at_once_is_no_divergence(seed):
+    (symptom,) = loss_symptoms(RuleSet(LIMITS), risen(seed, rate=1e-4))
+    assert symptom.kind == "divergence"
+    (symptom,) = loss_symptoms(RuleSet(LIMITS), risen(seed, rate=1e-3))
+    assert symptom.kind == "raised_loss"
+    assert "after the learning rate had risen at once" in symptom.message
+    first, second = RuleSet(LIMITS), RuleSet(LIMITS)
+    assert loss_symptoms(first, risen(seed, rate=1e-3)[:305]) == []
+    second.load_state_dict(first.state_dict())
+    (symptom,) = loss_symptoms(second, risen(seed, rate=1e-3)[305:])
+    assert symptom.kind == "raised_loss"
+
+
+def test_the_message_has_the_average_that_was_compared():
+    rules = RuleSet(LIMITS)
+    (symptom,) = loss_symptoms(rules, risen(1, rate=1e-4))
+    words = symptom.message.split()
+    assert float(words[words.index("to") + 1]) > float(words[words.index("above") + 1])
+
+
+def test_gradients_that_are_not_finite_are_no_divergence_of_the_loss():
+    rules = RuleSet(LIMITS)
+    readings = list(healthy(1, 330))
+    sick = [replace(each, grad_norm=math.nan, norm_z=math.nan, skipped=True) for each in readings[300:]]
+    assert loss_symptoms(rules, readings[:300] + sick) == []
+    assert rules.nonfinite_in_a_row == 30
+    assert not rules.is_lost, "300 steps were learned from"
+    state = rules.state_dict()
+    older = {name: value for name, value in state.items() if not name.startswith("rate")}
+    rules.load_state_dict(older)
+    assert math.isnan(rules.rate)

@@ -129,3 +129,44 @@ def test_a_nan_in_the_imaginary_part_of_a_gradient_is_skipped(tmp_path):
     trainer_with(guard, tmp_path, max_steps=4).fit(module)
     assert "nonfinite" in [event.kind for event in guard.events]
     assert bool(module.spectrum.isfinite().all())
+
+
+def test_a_few_gradients_that_are_not_finite_at_the_end_do_not_end_a_finished_run(tmp_path):
+    class BrokenTail(Regression):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * math.nan if self.trainer.global_step >= 36 else loss
+
+    module, guard = BrokenTail(), LionGuard(on_divergence="recover", disabled=["settings", "batch_size"])
+    trainer = trainer_with(guard, tmp_path, max_epochs=5)
+    trainer.fit(module)
+    assert trainer.global_step == 40
+    assert bool(module.net.weight.isfinite().all())
+    assert guard.is_healthy()
+
+
+def test_a_reset_on_purpose_is_not_undone(tmp_path):
+    """Layers that are made anew in the middle of a run, which older weights would always be better than."""
+
+    class Reset(Regression):
+        def on_train_batch_end(self, *_):
+            if self.trainer.global_step == 300:
+                with torch.no_grad():
+                    self.net.weight.fill_(-3.0)
+                if guard is not None:
+                    guard.new_level()
+
+    losses, kinds = [], []
+    for guard in (
+        None,
+        LionGuard(on_divergence="recover", on_bad_loss="note", disabled=["settings", "batch_size", "outlier"]),
+    ):
+        torch.manual_seed(1)
+        module = Reset()
+        module.lr = 5e-3
+        callbacks = guard if guard is not None else Callback()
+        trainer_with(callbacks, tmp_path, max_epochs=50).fit(module)
+        losses.append(module.net.weight.detach().clone())
+        kinds.append([event.kind for event in guard.events] if guard is not None else [])
+    assert torch.equal(*losses)
+    assert "divergence" not in kinds[1]

@@ -485,3 +485,11 @@ def test_a_group_that_another_rank_owns_counts_its_steps() -> None:
 def test_what_is_no_state_dict_is_named(wrong: Any) -> None:
     with pytest.raises(ValueError, match="which is not allowed: use a dict of 'state' and 'param_groups'"):
         Lion([random_param()]).load_state_dict(wrong)
+
+
+def test_a_signum_that_loads_unequal_betas_says_which_it_uses() -> None:
+    other = Lion([random_param()], betas=(0.9, 0.99))
+    optimizer = Signum([random_param()])
+    optimizer.load_state_dict(other.state_dict())
+    advance(optimizer, 0, 1)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.9)

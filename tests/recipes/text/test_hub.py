@@ -246,3 +246,14 @@ def test_brackets_in_a_name_are_no_pattern(tmp_path: Path) -> None:
 def test_files_behind_a_link_to_their_folder_count_once(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "link").symlink_to(folder)
     assert HubText(str(tmp_path / "link")).account() == HubText(str(folder)).account()
+
+
+def test_links_into_a_cache_count_by_their_own_names(tmp_path: Path, folder: Path) -> None:
+    """As in a snapshot of the hub's cache, where the files are called by a hash."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    (blobs / "0a1b2c").write_bytes((folder / "data" / "validation-00000-of-00001.parquet").read_bytes())
+    (snapshot / "train.parquet").symlink_to(blobs / "0a1b2c")
+    (snapshot / "README.md").write_text("# Words")
+    assert HubText(str(snapshot)).account() == "2 on disk = 1 read + 1 not used: not .parquet, such as README.md"

@@ -355,3 +355,17 @@ def test_a_column_of_another_type_does_not_matter(tmp_path: Path) -> None:
     table = pyarrow.table({**columns, "extra": pyarrow.array([[("a", 1)]] * 60, kinds)})
     pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
     assert LabeledFiles(str(tmp_path)).load().classes == ("0", "1")
+
+
+def test_declared_names_that_look_like_numbers_stay(tmp_path: Path) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["1.0", "2.0"])})
+    columns = {"text": [f"text {number}" for number in range(60)], "label": [number % 2 for number in range(60)]}
+    Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
+    assert LabeledFiles(str(tmp_path)).load().classes == ("1.0", "2.0")
+
+
+def test_a_second_column_with_a_number_for_a_name(tmp_path: Path) -> None:
+    table = tmp_path / "pairs.csv"
+    table.write_text("0,1,2\n" + "".join(f"a {number},b {number},{number % 2}\n" for number in range(60)))
+    source = LabeledFiles(str(table), text_column=0, second_text_column=1, label_column=2)  # type: ignore[arg-type]
+    assert source.load().train.seconds is not None
