@@ -139,7 +139,7 @@ class GatedRules:
         Args:
             vector: sums over all ranks in the order of `rules.unpack`, float64.
             clip_val: norm that the Trainer clips to afterwards.
-            facts: in the order of `rules.FACTS`.
+            facts: in the order of `rules.FACTS`, and perhaps the rate.
 
         Returns:
             The verdict, and the factor by which the Trainer has yet to clip.
@@ -269,7 +269,7 @@ class StepMonitor(GatedRules):
         Args:
             losses: of the micro-batches since the last reading.
             clip_val: norm that the Trainer clips to afterwards.
-            facts: in the order of `rules.FACTS`.
+            facts: in the order of `rules.FACTS`, and perhaps the rate.
 
         Returns:
             Whether there were gradients.

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -447,8 +448,9 @@ class Signum(Lion):
 
     @override
     def _read_settings(self, group: Group, device: torch.device) -> Settings | None:
+        settings = super()._read_settings(group, device)  # which checks the group
         group["betas"] = (group["betas"][0],) * 2
-        return super()._read_settings(group, device)
+        return None if settings is None else replace(settings, beta2=settings.beta1)
 
 
 def with_plain_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lion_lightning.training import build
 from lion_lightning.training.callbacks import ReplicaCheck, SmoothedLoss, StepSeed, ValidateAtEnd, progress
-from lion_lightning.training.checkpoint.files import is_of_step
+from lion_lightning.training.checkpoint.files import has_reached
 from lion_lightning.training.checkpoint.resume import AUTO, checkpoint_to_resume
 from lion_lightning.training.checkpoint.sharded import ShardedStrategy
 from lion_lightning.training.logging_setup import closing, keep_config, log_config, quiet_libraries
@@ -48,7 +48,7 @@ def run(cfg: DictConfig, more_callbacks: Sequence[pl.Callback] = ()) -> float:
     data = build.build_data(cfg)
     cfg.trainer.max_steps = build.max_steps(cfg, data)
     module = build.build_module(cfg, data)
-    is_done = resumed is not None and is_of_step(resumed, cfg.trainer.max_steps)  # nothing is left to be logged
+    is_done = resumed is not None and has_reached(resumed, cfg.trainer.max_steps)  # nothing is left to be logged
     logger = None if is_done else build.build_logger(cfg, resumed if cfg.resume == AUTO else None)
     throughput = Throughput()
     with StopFlag(alone=not build.started_by_launcher()) as stop:

@@ -155,7 +155,8 @@ def account_of(path: str, config: str | None, splits: Sequence[str]) -> str | No
     files = _files_of(place, config)
     names = {part.split("[")[0].strip() for split in splits for part in split.split("+")}
     pairs = [(file, name) for name, found in files.items() for file in found]
-    of_split = {place(file): name for place in (os.path.realpath, os.path.abspath) for file, name in pairs}
+    # `datasets` resolves links to folders but not those to files; of two names of one file each keeps its own split.
+    of_split = {resolve(file): name for resolve in (os.path.realpath, os.path.abspath) for file, name in pairs}
     endings = {file.suffix.lower() for file, _ in pairs}
     found = list_files(place) if place.is_dir() else [place]
     listed = set(map(os.path.realpath, found))

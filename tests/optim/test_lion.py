@@ -493,3 +493,11 @@ def test_a_signum_that_loads_unequal_betas_says_which_it_uses() -> None:
     optimizer.load_state_dict(other.state_dict())
     advance(optimizer, 0, 1)
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.9)
+
+
+@pytest.mark.parametrize("betas", [0.9, (), (0.9, 1.5)])
+def test_wrong_betas_of_a_signum_are_named_as_those_of_a_lion(betas: Any) -> None:
+    optimizer = Signum([random_param()])
+    optimizer.param_groups[0]["betas"] = betas
+    with pytest.raises(ValueError, match=r"betas=.* is not allowed: use two numbers"):
+        advance(optimizer, 0, 1)

@@ -258,7 +258,7 @@ def read_marker(path: Path) -> Marker:
         raise InvalidCheckpoint(f"{path}: its marker cannot be read ({error})") from error
 
 
-def is_of_step(path: Path, global_step: int) -> bool:
+def has_reached(path: Path, global_step: int) -> bool:
     """Whether the checkpoint at `path` is marked as one of this step or a later one."""
     return marker_of(path).is_file() and read_marker(path).global_step >= global_step
 
