@@ -42,6 +42,8 @@ DECISIVE_DEVIATIONS = 3.0
 """Distance of their mean from the middle, in its own deviations, at which the losses after a rewind end its trial."""
 UNDONE_LIMIT = 2
 """Rewinds undone within `thresholds.horizon` steps after which a raised loss is only noted."""
+UNFIT = 0.5
+"""Share of the steps that a symptom needs from which the run is not fit to be saved."""
 AT_ONCE = {"outlier": Remedy.CLIP, "bad_loss": Remedy.SKIP, "nonfinite": Remedy.SKIP}
 REWINDS = (Remedy.REWIND, Remedy.REWIND_AT_HALF_RATE)
 RESTORED = {"divergence", "sick_weights"}
@@ -352,7 +354,7 @@ class Recovery:
         """
         first = trusted and not self.ring.ring  # there is nothing else to go back to
         restores = self.policy.on_divergence == "recover" and not self.ignored >= RESTORED
-        if restores and self.ring.is_due(step) and not self._saw_nonfinite() and (first or self._is_settled()):
+        if restores and self.ring.is_due(step) and not self._saw_nonfinite() and (first or self._suspicion() == 0):
             rules = [monitor.rules_state() for monitor in self.monitors]
             if self.acts:
                 self.ring.ring.append(Snapshot.of_run(step, self.module, self.optimizers, rules, trusted))
@@ -367,8 +369,8 @@ class Recovery:
     def is_healthy(self) -> bool:
         """Whether the run is fit to be saved as one to continue from.
 
-        It is not while a rewind is on trial or a rule counts steps towards a symptom on which the guard would act, nor
-        after `nonfinite_steps` steps in a row that were not finite. After fewer, which were skipped and have changed
+        It is not while a rewind is on trial or a rule has counted half the steps towards a symptom on which the guard
+        would act (fewer are common where losses have heavy tails), nor after `nonfinite_steps` steps in a row that were not finite. After fewer, which were skipped and have changed
         nothing, or after one that was taken, weights, buffers and optimizer state of this process decide.
         """
         rules = [monitor.rules for monitor in self.monitors]
@@ -377,14 +379,16 @@ class Recovery:
         is_lost = any(each.is_lost for each in rules) if self.is_ending else streak >= self.thresholds.nonfinite_steps
         if is_lost or not all(finite) or (finite and buffers_with_nan(self.module)):
             return False
-        return self.is_ending or not self.acts or self._is_settled()
+        return self.is_ending or not self.acts or self._suspicion() < UNFIT
 
     def _saw_nonfinite(self) -> bool:
         return any(monitor.rules.nonfinite_in_a_row or not monitor.is_latest_finite() for monitor in self.monitors)
 
-    def _is_settled(self) -> bool:
+    def _suspicion(self) -> float:
+        """As of the rules; 1 while a rewind is on trial."""
         ignored = self.ignored | ({"divergence"} if self.policy.on_divergence == "warn" else set())
-        return self.trial is None and not any(monitor.rules.is_suspicious(ignored) for monitor in self.monitors)
+        shares = [monitor.rules.suspicion(ignored) for monitor in self.monitors]
+        return 1.0 if self.trial is not None else max(shares, default=0.0)
 
     def state_dict(self, snapshots: bool) -> dict[str, Any]:
         """Policy, snapshots and a rewind on trial; the last two only with `snapshots`."""

@@ -472,17 +472,18 @@ class RuleSet(Stateful):
         """Whether the last steps had no finite gradient, and they are at least half of all."""
         return self.nonfinite_in_a_row >= max(self.thresholds.nonfinite_steps, self.steps / 2)
 
-    def is_suspicious(self, ignored: Collection[str] = ()) -> bool:
-        """Whether a rule is counting steps towards a symptom of steps that were finite: not the time for a snapshot.
+    def suspicion(self, ignored: Collection[str] = ()) -> float:
+        """How far a rule has counted steps towards a symptom of steps that were finite: 0 not at all, 1 the symptom.
 
         Args:
             ignored: kinds of symptom on which nobody acts.
         """
-        counts = {
-            "poison": self.stuck_momentum.low_steps if self._outlier_seen else 0,
-            "divergence": self.divergence.high_steps,
+        limits = self.thresholds
+        shares = {
+            "poison": self.stuck_momentum.low_steps / limits.poison_steps if self._outlier_seen else 0.0,
+            "divergence": self.divergence.high_steps / limits.divergence_steps,
         }
-        return any(count for kind, count in counts.items() if kind not in ignored)
+        return max((share for kind, share in shares.items() if kind not in ignored), default=0.0)
 
     @property
     def _outlier_seen(self) -> bool:

@@ -169,7 +169,7 @@ def test_a_gauge_without_values_says_nothing():
 def test_nothing_is_seen_in_a_healthy_run(seed):
     monitors = RuleSet(LIMITS)
     assert [kind for reading in healthy(seed, 1500) for kind in kinds(monitors, reading)] == []
-    assert not monitors.is_suspicious()
+    assert monitors.suspicion() == 0
 
 
 def test_what_the_gate_did_is_put_on_record():
@@ -188,16 +188,16 @@ def test_a_run_is_suspicious_while_a_rule_is_on_its_way_to_a_verdict():
     monitors = RuleSet(LIMITS)
     for reading in healthy(1, 400):
         monitors.observe(reading)
-    assert not monitors.is_suspicious()
+    assert monitors.suspicion() == 0
     monitors.observe(Reading(flip_rate=0.001, loss=1.1, grad_norm=1.0))
-    assert not monitors.is_suspicious(), "without an outlier a low flip rate is only noted"
+    assert monitors.suspicion() == 0, "without an outlier a low flip rate is only noted"
     monitors.observe(Reading(flip_rate=0.001, loss=1.1, grad_norm=1.0, norm_z=20.0))
-    assert monitors.is_suspicious()
-    assert not monitors.is_suspicious(ignored=("poison",))
+    assert 0 < monitors.suspicion() < 1
+    assert monitors.suspicion(ignored=("poison",)) == 0
     for _ in range(8):
         monitors.observe(Reading(flip_rate=0.2, loss=3.0, grad_norm=1.0))
-    assert monitors.is_suspicious()
-    assert not monitors.is_suspicious(ignored=("divergence",))
+    assert 0 < monitors.suspicion() < 1
+    assert monitors.suspicion(ignored=("divergence",)) == 0
 
 
 def test_a_frozen_sign_is_attributed_to_an_outlier_only_if_one_was_seen():
@@ -235,7 +235,7 @@ def test_rules_restored_in_the_middle_decide_the_same(seed):
             again.load_state_dict(state)
         expected = monitors.observe(reading)
         assert again.observe(reading) == expected
-        assert again.is_suspicious() == monitors.is_suspicious()
+        assert again.suspicion() == monitors.suspicion()
         seen += expected
     assert len({symptom.kind for symptom in seen}) >= 5, "the series has enough trouble to be worth it"
 

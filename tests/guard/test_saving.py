@@ -318,3 +318,19 @@ def test_a_run_that_early_stopping_may_not_end_yet_is_saved_as_often(tmp_path):
     options = {"check_val_every_n_epoch": None, "val_check_interval": 25, "max_epochs": -1, "min_steps": 90}
     trainer(stops, checkpoint, plugins=[DurableCheckpointIO()], max_steps=100, **options).fit(Task())
     assert {10, 20, 30, 40, 50, 60, 70, 80, 90} <= set(checkpoint.steps)
+
+
+def test_a_high_loss_keeps_a_run_from_being_saved_from_half_way_to_the_verdict_on(tmp_path):
+    """A few high losses in a row are common where losses have heavy tails."""
+    unfit = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            unfit.extend([trainer.global_step] * (not guard.is_healthy()))
+
+    guard = LionGuard(warmup_steps=0, on_divergence="recover", on_bad_loss="ignore")
+    trainer(guard, Watch(), max_steps=317, max_epochs=-1).fit(Task(raised(200), batches=100))
+    assert unfit
+    assert 310 <= unfit[0] <= 312
+    assert unfit == list(range(unfit[0], 318))
+    assert guard.is_healthy(), "the end is saved"

@@ -124,7 +124,7 @@ class Outcome:
         clipped: steps that the guard says it has clipped.
         rewinds: events in which the guard went back to a snapshot.
         unsaved: steps after which the guard would have kept a checkpoint from being written.
-        unsaved_at_end: whether the last step was one of them, so that the result would have been lost.
+        unsaved_at_end: whether the guard would have kept the end of the run from being saved: the result would be lost.
         ended: message of the guard that ended the run, or the error that came with the guard alone, or None.
         events: kinds of the guard's events after the start, with their numbers.
         messages: the guard's messages after the start, the first of each kind.
@@ -162,8 +162,10 @@ class StepCounter(Callback):
         self.asked += 1
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.unsaved_at_end = self.guard is not None and not self.guard.is_healthy()
-        self.unsaved += self.unsaved_at_end
+        self.unsaved += self.guard is not None and not self.guard.is_healthy()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.unsaved_at_end = self.guard is not None and not self.guard.is_healthy()  # the guard is before this in the list
 
     def _remember(self, optimizer: Optimizer, *_: Any) -> None:
         self._before[id(optimizer)] = [param.detach().clone() for param in _parameters(optimizer)]

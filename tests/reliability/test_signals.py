@@ -121,6 +121,18 @@ def test_a_sick_run_is_not_saved(go: Any, tmp_path: Path, caplog: pytest.LogCapt
     assert caplog.text.count("is not saved: the guard reports a fault") == 1
 
 
+def test_a_run_that_is_fit_again_at_its_end_has_a_best_one(go: Any, tmp_path: Path) -> None:
+    """Its last validation came while the guard watched a raised loss; at the end no step is left to watch."""
+
+    class Watching(At):
+        def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+            self.sick_from = 10**9
+
+    go(Watching(0, lambda trainer: None, sick_from=1))
+    folder = tmp_path / "checkpoints"
+    assert load(folder / "last.ckpt")["global_step"] == load(folder / "best.ckpt")["global_step"] == 6
+
+
 def test_a_signal_does_not_save_a_sick_run(go: Any, tmp_path: Path) -> None:
     with pytest.raises(TrainingInterrupted, match="after step 4: not saved, because the guard reports a fault"):
         go(At(4, send(signal.SIGTERM), sick_from=4), "checkpoint.every_n_steps=1")

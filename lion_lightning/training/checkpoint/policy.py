@@ -92,6 +92,7 @@ class RunCheckpoint(Checkpoint):
         self.first_step = 0
         """Optimizer steps before this process began: those of the checkpoint that it resumed from."""
         self._step = self._saved_step = 0
+        self._validated_step = -1
         self._has_begun = self._validation_due = self._warned_unhealthy = self._warned_monitor = False
         self._restored: dict[str, int] = {}  # optimizers and schedules in the checkpoint
 
@@ -223,12 +224,13 @@ class RunCheckpoint(Checkpoint):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._validated_step = trainer.global_step
             self._save(trainer, best=self._is_best(trainer))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._saved_step != trainer.global_step:
-            self._save(trainer)
+        if self._saved_step != trainer.global_step:  # the guard's last word may be another than at the validation
+            self._save(trainer, best=self._validated_step == trainer.global_step and self._is_best(trainer))
 
     def _is_over(self, trainer: Trainer) -> bool:
         """After the last step only its validation is left, which a resumed run would skip: a signal waits for it."""
