@@ -370,8 +370,9 @@ class Recovery:
         """Whether the run is fit to be saved as one to continue from.
 
         It is not while a rewind is on trial or a rule has counted half the steps towards a symptom on which the guard
-        would act (fewer are common where losses have heavy tails), nor after `nonfinite_steps` steps in a row that were not finite. After fewer, which were skipped and have changed
-        nothing, or after one that was taken, weights, buffers and optimizer state of this process decide.
+        would act (fewer are common where losses have heavy tails), nor after `nonfinite_steps` steps in a row that were
+        not finite. After fewer, which were skipped and have changed nothing, or after one that was taken, weights,
+        buffers and optimizer state of this process decide.
         """
         rules = [monitor.rules for monitor in self.monitors]
         streak = max((each.nonfinite_in_a_row for each in rules), default=0)

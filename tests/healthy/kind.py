@@ -165,7 +165,8 @@ class StepCounter(Callback):
         self.unsaved += self.guard is not None and not self.guard.is_healthy()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.unsaved_at_end = self.guard is not None and not self.guard.is_healthy()  # the guard is before this in the list
+        # The guard comes before this in the list of callbacks.
+        self.unsaved_at_end = self.guard is not None and not self.guard.is_healthy()
 
     def _remember(self, optimizer: Optimizer, *_: Any) -> None:
         self._before[id(optimizer)] = [param.detach().clone() for param in _parameters(optimizer)]
