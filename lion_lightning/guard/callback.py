@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -285,7 +286,7 @@ class LionGuard(Callback):
         """Measures the gradient of the first of several micro-batches: with the whole one it gives the noise scale."""
         if not self.monitors:
             return
-        several = trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization
+        several = trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization and self._samples > 0
         if several and self._samples * trainer.world_size == self.batch.pending and self.monitors[0].measures_noise:
             self.losses.micro_square = self.monitors[0].squared_norm() * trainer.accumulate_grad_batches**2
 
@@ -418,6 +419,19 @@ class LionGuard(Callback):
                 is_finite = lambda monitor=monitor: all_ranks(monitor.is_finite())  # noqa: E731
                 for treated in self.recovery.process(monitor, reading, is_finite):
                     self._report(trainer, treated, reading.step)
+                streak = monitor.rules.nonfinite_in_a_row
+                if (
+                    streak == self.thresholds.nonfinite_steps
+                    and not monitor.scaled
+                    and self._module_changes_gradients()
+                ):
+                    monitor.defers = True
+                    self._report_once(trainer, "late_gradients", preflight.LATE_GRADIENTS)
+
+    def _module_changes_gradients(self) -> bool:
+        """Whether the module has hooks that run after the guard's and may change the gradients."""
+        hooks = ("on_before_optimizer_step", "configure_gradient_clipping")
+        return any(is_overridden(hook, self.recovery.module) for hook in hooks)
 
     def _report(self, trainer: Trainer, treated: Treated, step: int) -> None:
         symptom = treated.symptom
@@ -527,8 +541,11 @@ class LionGuard(Callback):
         """
         if self._stage not in (None, "fit"):
             return
-        if self.monitors:
+        if self.monitors:  # a tuner puts the run back
             self._restore(state_dict)
+            for monitor in self.monitors:
+                monitor.steps_unseen = 0
+            self.recovery.keep(self.steps, trusted=True)
         elif not isinstance(state_dict, dict):
             report(f"LionGuard starts afresh: its state in the checkpoint is a {type(state_dict).__name__}.")
         elif state_dict.get("monitors") != []:

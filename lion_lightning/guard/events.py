@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 COLUMNS = ["step", "kind", "remedy", "message"]
 TRACE_COLUMNS = ["optimizer", *(field.name for field in fields(Reading))]
 FLUSH_EVERY_ROWS = 100
+MAX_EVENTS_OF_A_KIND = 1000
 MAX_LOGGED_GROUPS = 4
 NOT_LOGGED = ("lion/flip_rate", "lion/nonfinite", "lion/step_ratio_scalar", "lion/step_ratio_vector")
 """Telemetry that is left out of the logs: `guard/sign_flip_rate` and `guard/skipped_steps` see every step."""
@@ -48,7 +49,7 @@ class Event:
 class EventLog:
     """Every event in order. Prints the first few of a kind, and after that every tenth, hundredth, ...
 
-    So a run of a million steps prints a bounded number of lines about clipped steps.
+    So a run of a million steps prints a bounded number of lines about clipped steps. It keeps `MAX_EVENTS_OF_A_KIND`.
     """
 
     def __init__(self) -> None:
@@ -57,9 +58,10 @@ class EventLog:
 
     def add(self, event: Event, loggers: Sequence[Logger]) -> None:
         """Stores an event and reports it in the terminal and in W&B (rank 0)."""
-        self.events.append(event)
         self._counts[event.kind] += 1
         count = self._counts[event.kind]
+        if count <= MAX_EVENTS_OF_A_KIND:
+            self.events.append(event)
         if count <= 3 or count in (10, 100, 1000, 10_000):
             times = f" (number {count})" if count > 1 else ""
             report(f"LionGuard, step {event.step}, {event.kind}{times}: {event.message}; {event.remedy}.")

@@ -48,6 +48,10 @@ EVAL_MODE = (
     "the module is in evaluation mode in a training step: dropout is off and batch norm learns no statistics; "
     "call train() if an eval() was left behind"
 )
+LATE_GRADIENTS = (
+    "the gradients were not finite step after step, and the module has hooks before the optimizer's step: from "
+    "now on they are judged after these"
+)
 UNSEEN_STEPS = (
     "the optimizer steps without Lightning's hook on_before_optimizer_step (a raw optimizer, as of "
     "self.optimizers(use_pl_optimizer=False)?): the guard does not see these steps; warm-up applies to them"
@@ -284,7 +288,10 @@ def samples_in(batch: Any) -> int:
     Tensors of unequal first dimensions (time-major or ragged data), lists of images, and lists of batches, as several
     data loaders give, are ambiguous.
     """
-    graphs = getattr(batch, "num_graphs", None)
+    try:
+        graphs = getattr(batch, "num_graphs", None)
+    except Exception:  # dicts whose items are attributes raise KeyError
+        graphs = None
     if isinstance(graphs, int):
         return graphs
     if isinstance(batch, PackedSequence):

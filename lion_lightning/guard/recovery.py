@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lion_lightning.guard.rules import RULES, Reading, Stateful, StuckMomentum, Symptom, Thresholds
 from lion_lightning.guard.snapshots import Snapshot, SnapshotRing, buffers_with_nan, repair, restore
 from lion_lightning.guard.step_monitor import GatedRules
+from lion_lightning.optim import layout
 
 OnDivergence = Literal["recover", "stop", "warn", "ignore"]
 ON_DIVERGENCE: tuple[OnDivergence, ...] = get_args(OnDivergence)
@@ -230,11 +231,12 @@ class Recovery:
         elif count and count % limits.nonfinite_steps == 0 and not reading.is_finite and not is_finite():
             message = "weights or optimizer state are no longer finite: every further step is lost"
             symptoms.append(Symptom("sick_weights", message))
-        if not reading.is_finite and (sick := buffers_with_nan(self.module)):
+        overflowed = monitor.scaled and not reading.bad_ranks  # the GradScaler finds its scale by such steps
+        if not reading.is_finite and not overflowed and (sick := buffers_with_nan(self.module)):
             more = f" and {len(sick) - 1} more" if len(sick) > 1 else ""
             message = f"the forward pass has left NaN in buffers ({sick[0]}{more}): evaluation may be NaN from now on"
             symptoms.append(Symptom("sick_buffers", message))
-        if monitor.scaled and not reading.bad_ranks:  # the GradScaler finds its scale by steps that overflow
+        if overflowed:
             symptoms = [symptom for symptom in symptoms if symptom.kind != "nonfinite"]
         for symptom in symptoms:
             if symptom.kind not in self.ignored:
@@ -283,23 +285,28 @@ class Recovery:
         level, last_escalation = self.policy.level, self.policy.last_escalation
         remedy = self.policy.remedy(symptom.kind, step)
         kept = None
-        if self.is_ending and remedy in REWINDS and symptom.kind == "divergence":
+        recovers = symptom.kind == "divergence" and self.policy.on_divergence == "recover"
+        if recovers and self.is_ending:
             remedy = Remedy.NEW_LEVEL  # no step is left to show whether a rewind helps
-            self.policy.level, self.policy.last_escalation = level, last_escalation
         if remedy is Remedy.REPAIR or remedy in REWINDS:
             older = remedy is Remedy.REWIND_AT_HALF_RATE
             kept = self.ring.newest if remedy is Remedy.REPAIR else self.ring.proven(step, older)
             if kept is None:
-                remedy = Remedy.RESET_STATISTICS if symptom.kind == "sick_buffers" else Remedy.STOP
+                otherwise = {"sick_buffers": Remedy.RESET_STATISTICS, "divergence": Remedy.NEW_LEVEL}
+                remedy = otherwise.get(symptom.kind, Remedy.STOP)
+        if remedy is Remedy.NEW_LEVEL:
+            self.policy.level, self.policy.last_escalation = level, last_escalation
         said = remedy.value if kept is None else f"{remedy.value} (of step {kept.step})"
+        if remedy is Remedy.REBASELINE:  # of the rules alone, also where the run is only watched
+            monitor.rules.stuck_momentum = StuckMomentum(self.thresholds)
+            return Treated(symptom, remedy, said)
+        if remedy is Remedy.NEW_LEVEL:
+            monitor.rules.divergence.take_level()
+            return Treated(symptom, remedy, said)
         if not self.acts or (not self.gates and remedy in (Remedy.CLIP, Remedy.SKIP)):
             return Treated(symptom, remedy, f"nothing was done (would be: {said})")
         if remedy is Remedy.ZERO_MOMENTUM:
             monitor.zero_momentum()
-        elif remedy is Remedy.REBASELINE:
-            monitor.rules.stuck_momentum = StuckMomentum(self.thresholds)
-        elif remedy is Remedy.NEW_LEVEL:
-            monitor.rules.divergence.take_level()
         elif remedy is Remedy.REPAIR and kept is not None:
             repair(kept, self.module, self.optimizers)
             if symptom.kind == "sick_weights":
@@ -392,11 +399,16 @@ class Recovery:
         return 1.0 if self.trial is not None else max(shares, default=0.0)
 
     def state_dict(self, snapshots: bool) -> dict[str, Any]:
-        """Policy, snapshots and a rewind on trial; the last two only with `snapshots`."""
+        """Policy, snapshots and a rewind on trial.
+
+        The last two only with `snapshots`, and not of sharded parameters, of which a checkpoint would have the parts of
+        rank 0 alone.
+        """
+        snapshots = snapshots and self.acts and not any(map(layout.is_sharded, self.module.parameters()))
         trial = self.trial.state_dict() if snapshots and self.trial is not None else None
         return {
             "policy": self.policy.state_dict(),
-            "snapshots": self.ring.state_dict() if snapshots and self.acts else [],
+            "snapshots": self.ring.state_dict() if snapshots else [],
             "trial": trial,
         }
 

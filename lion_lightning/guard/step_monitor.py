@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class Losses:
 
     def add(self, loss: Tensor, samples: int) -> None:
         """Takes in the loss that `training_step` returned for a micro-batch of `samples`."""
-        self.total = self.total + loss.detach().float().mean() * samples
+        self.total = self.total + _mean(loss) * samples
         self.samples += samples
 
     def before_backward(self, loss: Tensor, comparable: bool, accumulate: int = 1) -> None:
@@ -94,7 +94,7 @@ class Losses:
             comparable: whether its size may be compared from step to step.
             accumulate: what Lightning divided the loss by, also in a shorter last step of an epoch.
         """
-        value = loss.detach().float().mean()
+        value = _mean(loss)
         if comparable:
             self.backward = self.backward + value if self.share else value
         self.share += 1 / accumulate
@@ -227,6 +227,9 @@ class StepMonitor(GatedRules):
         """What a hook on the optimizer's step has met; the hooks do nothing from then on."""
         self.is_measured = False
         """Whether the step under way has been measured: further closures of the same step are not."""
+        self.defers = False
+        """Whether gradients are measured inside the optimizer's step: the module changes them before it."""
+        self._deferred: tuple[Losses, Sequence[float]] | None = None
         self._is_in_step = False
         """Between the first hook before a step and the first one after it. torch before 2.13 runs both twice for an
         optimizer whose `step` calls that of its base class."""
@@ -247,6 +250,7 @@ class StepMonitor(GatedRules):
     def begin_batch(self) -> None:
         """Forgets a step that an exception ended in an earlier batch."""
         self.is_measured = self._is_in_step = False
+        self._deferred = None
 
     def remove(self, but_warmup: bool = False) -> None:
         """Leaves the optimizer as it was found; with `but_warmup` the warm-up goes on."""
@@ -264,7 +268,7 @@ class StepMonitor(GatedRules):
 
     @torch.no_grad()
     def before_step(self, losses: Losses, clip_val: float | None, facts: Sequence[float]) -> bool:
-        """Measures the final gradients, adds up over ranks, judges, and gates the coming step.
+        """Measures the gradients, adds up over ranks, judges, and gates the coming step; if `defers`, in that step.
 
         Args:
             losses: of the micro-batches since the last reading.
@@ -275,6 +279,12 @@ class StepMonitor(GatedRules):
             Whether there were gradients.
         """
         self.is_measured = not self.scaled  # a GradScaler may make no step at all, and takes no further closures
+        if self.defers:
+            self._deferred = replace(losses), facts
+            return any(param.grad is not None for param in self._params())
+        return self._measure(losses, clip_val, facts)
+
+    def _measure(self, losses: Losses, clip_val: float | None, facts: Sequence[float]) -> bool:
         grads = [param.grad for param in self._params() if param.grad is not None]
         update_sums = self.sample.measure() if self.sample is not None else ()
         vector = torch.stack([self._scalar(value) for value in self._sums(losses, update_sums, bool(grads))])
@@ -352,22 +362,25 @@ class StepMonitor(GatedRules):
         return call
 
     def _begin_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        """Hides the gradients of a step that is to be skipped, after its closure has made them."""
+        """Settles a step before it and after its closure, which may make the gradients."""
         if not self._is_in_step:
             self.is_measured, self._is_in_step = False, True
-        if self._takes_scalars:
-            return None
-        if self._skips:
-            self._hide_gradients()
-        return with_closure(args, kwargs, self._hiding)
+        self._settle()
+        return None if self._takes_scalars and not self.defers else with_closure(args, kwargs, self._settling)
 
-    def _hiding(self, closure: Callable[[], Any]) -> Any:
+    def _settling(self, closure: Callable[[], Any]) -> Any:
         loss = closure()
-        if self._skips:
-            self._hide_gradients()
+        self._settle()
         return loss
 
-    def _hide_gradients(self) -> None:
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Makes a measurement that was deferred, and hides the gradients of a step that is to be skipped."""
+        if self._deferred is not None:
+            (losses, facts), self._deferred = self._deferred, None
+            self._measure(losses, None, facts)
+        if not self._skips:
+            return
         for param in self._params():
             if param.grad is not None:
                 self._hidden[param], param.grad = param.grad, None
@@ -410,6 +423,7 @@ class StepMonitor(GatedRules):
             **self.rules_state(),
             "unread": self.readback.state_dict(),
             "signs": None if self.sample is None else self.sample.state_dict(),
+            "defers": self.defers,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -421,6 +435,14 @@ class StepMonitor(GatedRules):
             self.unread()  # raises for what is not a reading
         if self.sample is not None:
             self.sample.load_state_dict(state["signs"])
+        self.defers = bool(state.get("defers", False))
+
+
+def _mean(loss: Tensor) -> Tensor:
+    """The whole of a loss, float32 of shape (); with tensor parallelism it may be a DTensor."""
+    loss = loss.detach()
+    whole: Tensor = loss.full_tensor() if layout.is_sharded(loss) else loss  # type: ignore[attr-defined]
+    return whole.float().mean()
 
 
 def _sum_of_squares(grads: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:

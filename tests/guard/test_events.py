@@ -26,6 +26,9 @@ def test_the_first_lines_are_said_and_then_ever_fewer(caplog):
     assert len(said) == 5
     assert said[0] == "LionGuard, step 0, outlier: the gradient norm 783 is an outlier; the step was clipped."
     assert "(number 100)" in said[-1]
+    for step in range(120, 2000):
+        log.add(event(step), [])
+    assert len(log.events) == 1000, "a checkpoint does not grow for ever"
 
 
 def test_a_log_goes_on_counting_after_a_resume(caplog):

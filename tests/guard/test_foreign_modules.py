@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lion_lightning import Lion, LionGuard, LionMixin
 from lion_lightning.guard.lr_warmup import LinearWarmup
+from lion_lightning.guard.preflight import samples_in
 from lion_lightning.guard.recovery import Recovery
 from lion_lightning.guard.rules import Reading, Thresholds
-from lion_lightning.guard.step_monitor import Losses, StepMonitor
+from lion_lightning.guard.step_monitor import GatedRules, Losses, StepMonitor
 from lion_lightning.hyperparams import linear
 from tests.guard.regression import Regression, trainer_with
 
@@ -433,3 +434,91 @@ def test_ddp_spawn_which_pickles_the_guard(root, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "for the rest of this run" not in done.stderr
+
+
+class MendsGradients(Regression):
+    """One element of the gradient is NaN in every step, and the module's own hook sees to it."""
+
+    def __init__(self, optimizer):
+        super().__init__()
+        self.optimizer = optimizer
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters(), lr=3e-2)
+
+    def on_after_backward(self):
+        self.net.weight.grad[0, 0] = torch.nan
+
+    def on_before_optimizer_step(self, optimizer):
+        self.net.weight.grad.nan_to_num_()
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 1.0}], ids=["", "clipped"])
+@pytest.mark.parametrize(
+    "optimizer", [Lion, torch.optim.AdamW, lambda params, lr: torch.optim.AdamW(params, lr, fused=True)]
+)
+def test_gradients_that_the_module_mends_before_the_step_are_judged_after_that(tmp_path, optimizer, options):
+    guard = LionGuard(warmup_steps=0, on_divergence="recover", disabled=["settings", "batch_size"])
+    trainer_with(guard, tmp_path, max_epochs=10, **options).fit(module := MendsGradients(optimizer))
+    assert [event.kind for event in guard.events].count("late_gradients") == 1
+    assert {event.kind for event in guard.events} == {"nonfinite", "late_gradients"}
+    (rules,) = [monitor["rules"] for monitor in guard.state_dict()["monitors"]]
+    assert 4 <= rules["skipped"] <= 6
+    assert rules["nonfinite_in_a_row"] == 0
+    assert module.net.weight.isfinite().all()
+    assert module.net.weight[0, 1:].sub(1).abs().mean() < 0.3, "it has learned"
+
+
+def test_gradients_that_stay_not_finite_are_skipped_after_the_hooks_of_the_module_too(tmp_path):
+    class Looks(MendsGradients):
+        def on_before_optimizer_step(self, optimizer):
+            self.seen = self.net.weight.grad.norm()
+
+    for optimizer in (Lion, torch.optim.AdamW):
+        guard = LionGuard(warmup_steps=0, disabled=["settings", "batch_size"])
+        trainer_with(guard, tmp_path, max_epochs=2).fit(module := Looks(optimizer))
+        assert guard.state_dict()["monitors"][0]["rules"]["skipped"] == 16
+        trainer_with(guard, tmp_path)  # seeds
+        assert torch.equal(module.net.weight, Looks(optimizer).net.weight)
+
+
+def test_a_batch_whose_items_are_attributes_is_counted(tmp_path):
+    class Items(dict):
+        def __getattr__(self, name):
+            return self[name]
+
+    assert samples_in(Items(x=torch.zeros(5, 2))) == 5
+
+
+@pytest.mark.parametrize("acts", [True, False])
+def test_every_rise_of_the_loss_is_reported_also_where_the_run_is_only_watched(acts):
+    recovery, monitor = Recovery(Thresholds(), "warn", acts=acts), GatedRules(Thresholds())
+    recovery.monitors = [monitor]
+    seen = []
+    for step in range(1, 1100):
+        loss = 1 + 0.01 * (step % 2) + (step > 300) + (step > 800) * 1e4
+        reading = Reading(loss=loss, backward_loss=loss, grad_norm=1 + 4 * (step > 300) + 500 * (step > 800), step=step)
+        seen += [
+            (treated.symptom.kind, treated.said) for treated in recovery.process(monitor, replace(reading, norm_z=9))
+        ]
+    said = "noted; the loss is compared with its new level from now on"
+    assert [event for event in seen if event[0] == "divergence"] == [("divergence", said)] * 2
+
+
+def test_a_loss_that_is_spread_over_a_mesh_is_read_whole(tmp_path):
+    script = """
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
+from lion_lightning.guard.step_monitor import Losses
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+weight = torch.nn.Parameter(distribute_tensor(torch.zeros(8, 4), init_device_mesh("cpu", (1,)), [Replicate()]))
+loss, losses = (weight - 1).square().mean(), Losses()
+losses.before_backward(loss, True)
+losses.add(loss, 2)
+assert type(losses.backward) is type(losses.total) is torch.Tensor
+assert (losses.backward, losses.total) == (1, 2)
+dist.destroy_process_group()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr

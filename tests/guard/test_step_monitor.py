@@ -290,11 +290,13 @@ def test_no_snapshot_is_taken_right_after_a_step_that_was_not_finite():
     assert recovery.ring.newest.step == 3
 
 
-def test_a_rewind_without_a_snapshot_is_the_end():
+def test_without_a_snapshot_a_raised_loss_is_noted_and_sick_weights_are_the_end():
     _, _, monitor = made("lion")
     recovery = Recovery(Thresholds(), "recover", acts=True, gates=True)
     recovery.monitors = [monitor]
-    assert recovery.treat(Symptom("divergence", "the loss has risen"), 50, monitor).remedy is Remedy.STOP
+    assert recovery.treat(Symptom("divergence", "the loss has risen"), 50, monitor).remedy is Remedy.NEW_LEVEL
+    assert recovery.policy.level == 0
+    assert recovery.treat(Symptom("sick_weights", "weights are not finite"), 60, monitor).remedy is Remedy.STOP
 
 
 def test_without_gradients_no_step_is_said_to_be_skipped():
