@@ -505,11 +505,13 @@ def test_every_rise_of_the_loss_is_reported_also_where_the_run_is_only_watched(a
     assert [event for event in seen if event[0] == "divergence"] == [("divergence", said)] * 2
 
 
-def test_a_loss_that_is_spread_over_a_mesh_is_read_whole(tmp_path):
+def test_losses_and_weights_on_a_mesh(tmp_path):
     script = """
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
+from lion_lightning.guard.recovery import Recovery
+from lion_lightning.guard.rules import Thresholds
 from lion_lightning.guard.step_monitor import Losses
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 weight = torch.nn.Parameter(distribute_tensor(torch.zeros(8, 4), init_device_mesh("cpu", (1,)), [Replicate()]))
@@ -518,7 +520,41 @@ losses.before_backward(loss, True)
 losses.add(loss, 2)
 assert type(losses.backward) is type(losses.total) is torch.Tensor
 assert (losses.backward, losses.total) == (1, 2)
+recovery = Recovery(Thresholds(), "recover")
+recovery.module = torch.nn.ParameterList([weight])
+recovery.keep(0, trusted=True)
+assert recovery.ring.newest is not None
+assert recovery.state_dict(snapshots=True)["snapshots"] == [], "every rank would load the part of rank 0"
 dist.destroy_process_group()
 """
     ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_a_learning_rate_finder_in_the_middle_of_a_run_leaves_the_guard_as_it_was(tmp_path):
+    class LaterFinder(LearningRateFinder):
+        """As FineTuneLearningRateFinder in Lightning's documentation."""
+
+        def on_fit_start(self, trainer, pl_module):
+            pass
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 2:
+                self.lr_find(trainer, pl_module)
+                assert trainer.global_step == 16
+
+    guard = LionGuard(warmup_steps=0, on_divergence="recover", disabled=["settings", "batch_size"])
+    finder = LaterFinder(min_lr=1e-6, max_lr=1e-4, num_training_steps=40, update_attr=False)
+    trainer = trainer_with(guard, tmp_path, max_epochs=4)
+    trainer.callbacks.append(finder)
+    kept = []
+
+    class Watch(Callback):
+        def on_train_end(self, trainer, pl_module):
+            kept.append(guard.recovery.ring.newest)
+
+    trainer.callbacks.insert(0, Watch())
+    trainer.fit(Regression())
+    assert guard.steps == trainer.global_step == 32
+    assert guard.events == []
+    assert kept[0] is not None, "there is something to go back to"

@@ -290,6 +290,14 @@ def test_no_snapshot_is_taken_right_after_a_step_that_was_not_finite():
     assert recovery.ring.newest.step == 3
 
 
+def test_a_third_divergence_at_the_end_does_not_fail_a_run_that_is_over():
+    _, _, monitor = made("lion")
+    recovery = Recovery(Thresholds(), "recover", acts=True, gates=True)
+    recovery.monitors, recovery.policy.level, recovery.policy.last_escalation = [monitor], 2, 40
+    recovery.is_ending = True
+    assert recovery.treat(Symptom("divergence", "the loss has risen"), 50, monitor).remedy is Remedy.NEW_LEVEL
+
+
 def test_without_a_snapshot_a_raised_loss_is_noted_and_sick_weights_are_the_end():
     _, _, monitor = made("lion")
     recovery = Recovery(Thresholds(), "recover", acts=True, gates=True)
