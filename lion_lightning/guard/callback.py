@@ -99,7 +99,7 @@ class LionGuard(Callback):
         thresholds: limits of all rules.
         telemetry_every: optimizer steps between `lion/*` samples; 0 for none.
         checkpoint_snapshots: whether checkpoints include the snapshots (a model and its optimizer state each), so
-            that a rewind right after a resume goes back as far as it would have without.
+            that a rewind right after a resume goes back as far as it would have without; never of sharded parameters.
         samples: a function from a batch to its number of samples, for batches whose structure does not tell.
         manual_optimization: under manual optimization, or with several optimizers, only "watch" and warn, or "act" too.
         trace: a CSV file for every step's readings, input of `lion-replay-guard`; None for none.
@@ -381,6 +381,7 @@ class LionGuard(Callback):
             self._leave(trainer)
         finally:
             self._end_warmups()
+        self.recovery.forget()  # copies of the model
         if stage == "fit" and self._loaded is not None:  # the run was over: no later one begins with its state
             self._final, self._loaded = self._loaded, None
         self._stage = None
