@@ -21,9 +21,9 @@ from rich.table import Table
 from yaml import YAMLError
 
 from lion_lightning.guard.events import read_trace
+from lion_lightning.guard.reading import Reading
 from lion_lightning.guard.recovery import ON_DIVERGENCE, Remedy
 from lion_lightning.guard.replay import Replayed, Settings, changed, logged_readings, replay, settings_of
-from lion_lightning.guard.rules import Reading
 from lion_lightning.tracking.runs import STEP, find_runs, read_run
 
 STRETCHES_SHOWN = 12

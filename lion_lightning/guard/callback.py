@@ -20,8 +20,9 @@ from lion_lightning.guard import preflight
 from lion_lightning.guard.events import NOT_LOGGED, Event, EventLog, TelemetryReader, Trace, metrics, report
 from lion_lightning.guard.lr_warmup import LinearWarmup, WarmupHook, warmup_length
 from lion_lightning.guard.preflight import MIN_BATCH_SIZE, EffectiveBatch, NoiseScale, OnSmallBatch
+from lion_lightning.guard.reading import Reading
 from lion_lightning.guard.recovery import OnDivergence, Recovery, Remedy, Treated
-from lion_lightning.guard.rules import RULES, Reading, StuckMomentum, Thresholds
+from lion_lightning.guard.rules import RULES, StuckMomentum, Thresholds
 from lion_lightning.guard.step_monitor import Losses, StepMonitor
 from lion_lightning.lightning import total_steps
 from lion_lightning.optim import Lion

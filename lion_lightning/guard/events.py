@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from lion_lightning.guard.rules import Reading
+from lion_lightning.guard.reading import Reading
 from lion_lightning.guard.step_monitor import AsyncReadback, StepMonitor
 from lion_lightning.optim import Lion
 

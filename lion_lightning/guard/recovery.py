@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 from torch import nn
 from torch.optim import Optimizer
 
-from lion_lightning.guard.rules import RULES, Reading, Stateful, StuckMomentum, Symptom, Thresholds
+from lion_lightning.guard.reading import Reading
+from lion_lightning.guard.rules import RULES, Stateful, StuckMomentum, Symptom, Thresholds
 from lion_lightning.guard.snapshots import Snapshot, SnapshotRing, buffers_with_nan, repair, restore
 from lion_lightning.guard.step_monitor import GatedRules
 from lion_lightning.optim import layout

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from lion_lightning.guard.reading import SUMS, UPDATE_SUMS, Reading
 from lion_lightning.guard.recovery import AT_ONCE, ON_DIVERGENCE, OnDivergence, Recovery, Remedy
-from lion_lightning.guard.rules import SUMS, UPDATE_SUMS, Reading, Thresholds
+from lion_lightning.guard.rules import Thresholds
 from lion_lightning.guard.step_monitor import BACKWARD_LOSS, SQUARES, GatedRules
 
 LOGGED = {

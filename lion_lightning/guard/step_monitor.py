@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from lion_lightning.guard.gate import Gate, Verdict
 from lion_lightning.guard.lr_warmup import LinearWarmup, WarmupHook, with_closure
-from lion_lightning.guard.rules import FACTS, SUMS, UPDATE_SUMS, VERDICT, Reading, RuleSet, Thresholds, unpack
+from lion_lightning.guard.reading import FACTS, SUMS, UPDATE_SUMS, VERDICT, Reading, unpack
+from lion_lightning.guard.rules import RuleSet, Thresholds
 from lion_lightning.guard.sampled_coordinates import SampledCoordinates
 from lion_lightning.guard.snapshots import nonfinite
 from lion_lightning.optim import Lion, layout
@@ -137,9 +138,9 @@ class GatedRules:
         """Judges a step and posts its reading.
 
         Args:
-            vector: sums over all ranks in the order of `rules.unpack`, float64.
+            vector: sums over all ranks in the order of `reading.unpack`, float64.
             clip_val: norm that the Trainer clips to afterwards.
-            facts: in the order of `rules.FACTS`, and perhaps the rate.
+            facts: in the order of `reading.FACTS`, and perhaps the rate.
 
         Returns:
             The verdict, and the factor by which the Trainer has yet to clip.
@@ -273,7 +274,7 @@ class StepMonitor(GatedRules):
         Args:
             losses: of the micro-batches since the last reading.
             clip_val: norm that the Trainer clips to afterwards.
-            facts: in the order of `rules.FACTS`, and perhaps the rate.
+            facts: in the order of `reading.FACTS`, and perhaps the rate.
 
         Returns:
             Whether there were gradients.
@@ -295,7 +296,7 @@ class StepMonitor(GatedRules):
         return bool(grads)
 
     def _sums(self, losses: Losses, update_sums: Sequence[Tensor], has_gradients: bool) -> list[Tensor | float]:
-        """Scalars in the order of `rules.unpack`."""
+        """Scalars in the order of `reading.unpack`."""
         bad: list[Tensor | float] = [0.0] * self.world_size
         bad[self.rank] = losses.nonfinite
         no_sums: list[Tensor | float] = [0.0] * len(UPDATE_SUMS)

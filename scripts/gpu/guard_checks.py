@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for the project'
 
 from lion_lightning.guard.gate import Gate
 from lion_lightning.guard.lr_warmup import LinearWarmup
-from lion_lightning.guard.rules import FACTS, Thresholds
+from lion_lightning.guard.reading import FACTS
+from lion_lightning.guard.rules import Thresholds
 from lion_lightning.guard.step_monitor import Losses, StepMonitor
 from lion_lightning.optim import Lion
 from scripts.bench.bench_measure import Arena, Clock

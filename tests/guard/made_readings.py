@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
-from lion_lightning.guard.rules import Reading
+from lion_lightning.guard.reading import Reading
 
 
 def healthy(seed: int, steps: int) -> Iterator[Reading]:

@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lion_lightning import Lion, LionGuard, LionMixin
 from lion_lightning.guard.lr_warmup import LinearWarmup
 from lion_lightning.guard.preflight import samples_in
+from lion_lightning.guard.reading import Reading
 from lion_lightning.guard.recovery import Recovery
-from lion_lightning.guard.rules import Reading, Thresholds
+from lion_lightning.guard.rules import Thresholds
 from lion_lightning.guard.step_monitor import GatedRules, Losses, StepMonitor
 from lion_lightning.hyperparams import linear
 from tests.guard.regression import Regression, trainer_with

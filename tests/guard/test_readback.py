@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lion_lightning.guard.rules import FACTS, SUMS, UPDATE_SUMS, VERDICT, Reading, unpack
+from lion_lightning.guard.reading import FACTS, SUMS, UPDATE_SUMS, VERDICT, Reading, unpack
 from lion_lightning.guard.step_monitor import AsyncReadback
 
 

@@ -6,16 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from lion_lightning.guard.reading import Reading
 from lion_lightning.guard.recovery import EscalationPolicy, Remedy
-from lion_lightning.guard.rules import (
-    Average,
-    Divergence,
-    Reading,
-    RuleSet,
-    StuckMomentum,
-    Thresholds,
-    WarningAverages,
-)
+from lion_lightning.guard.rules import Average, Divergence, RuleSet, StuckMomentum, Thresholds, WarningAverages
 from tests.guard.made_readings import healthy, troubled
 
 LIMITS = Thresholds()

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lion_lightning import Lion
-from lion_lightning.guard.rules import UPDATE_SUMS, StuckMomentum, Thresholds
+from lion_lightning.guard.reading import UPDATE_SUMS
+from lion_lightning.guard.rules import StuckMomentum, Thresholds
 from lion_lightning.guard.sampled_coordinates import SLICE_ELEMENTS, SLICES, SampledCoordinates
 from lion_lightning.optim.kernels import storage_formats
 

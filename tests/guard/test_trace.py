@@ -6,7 +6,7 @@ import random
 import pytest
 
 from lion_lightning.guard.events import FLUSH_EVERY_ROWS, Trace, read_trace
-from lion_lightning.guard.rules import Reading
+from lion_lightning.guard.reading import Reading
 from tests.guard.made_readings import troubled
 
 
