@@ -174,7 +174,7 @@ class LionGuard(Callback):
         self._lion_metrics: dict[str, float] = {}  # not logged yet
         self._latest = Reading()
         self._samples = self._micro_samples = 0
-        self._stepped = self._loss_compares = self._was_small = self._losses_are_read = False
+        self._stepped = self._loss_compares = self._was_small = self._losses_are_read = self._keeps_anew = False
 
     def _new_recovery(self) -> Recovery:
         return Recovery(self.thresholds, self.on_divergence, acts=self.acts, gates=self.gates, disabled=self.disabled)
@@ -187,6 +187,10 @@ class LionGuard(Callback):
     def is_healthy(self) -> bool:
         """Whether the run may be saved as one to continue from; a guard that is off has no say."""
         return self.is_off or self.recovery.is_healthy()
+
+    def has_restored(self) -> bool:
+        """Whether weights were put back since the last validation began, which measured others."""
+        return self.recovery.has_restored
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -267,6 +271,9 @@ class LionGuard(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         for monitor in self.monitors:
             monitor.begin_batch()
+        if self._keeps_anew:
+            self._keeps_anew = False
+            self.recovery.keep(self.steps, trusted=True)
         if self._telemetry is not None:
             self._telemetry.before_step(self.steps + 1)  # gradient release steps inside backward
         self._samples = int(self.samples(batch)) if self.samples is not None else preflight.samples_in(batch)
@@ -355,6 +362,10 @@ class LionGuard(Callback):
             self._log_metrics(trainer)
 
     @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.recovery.has_restored = False
+
+    @override
     @harmless
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.recovery.is_ending = True
@@ -378,11 +389,7 @@ class LionGuard(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        try:
-            self._leave(trainer)
-        finally:
-            self._end_warmups()
-        self.recovery.forget()  # copies of the model
+        self._leave(trainer)
         if stage == "fit" and self._loaded is not None:  # the run was over: no later one begins with its state
             self._final, self._loaded = self._loaded, None
         self._stage = None
@@ -392,13 +399,18 @@ class LionGuard(Callback):
         """Detaches, as Lightning calls no teardown then. A state loaded for this run is not of the next one."""
         if self._stage == "fit":
             self._loaded = None
+        self._leave(trainer)
+
+    def _leave(self, trainer: Trainer) -> None:
+        """Leaves the optimizers, and lets go of the snapshots, which are copies of the run."""
         try:
-            self._leave(trainer)
+            self._stop_watching(trainer)
         finally:
             self._end_warmups()
+            self.recovery.forget()
 
     @harmless
-    def _leave(self, trainer: Trainer) -> None:
+    def _stop_watching(self, trainer: Trainer) -> None:
         if self.trace is not None:
             self.trace.flush()  # what follows may wait for a device that is broken
             for number, monitor in enumerate(self.monitors):
@@ -428,6 +440,7 @@ class LionGuard(Callback):
                     and self._module_changes_gradients()
                 ):
                     monitor.defers = True
+                    monitor.gate.forget()  # the norms were those of other gradients
                     self._report_once(trainer, "late_gradients", preflight.LATE_GRADIENTS)
 
     def _module_changes_gradients(self) -> bool:
@@ -488,6 +501,7 @@ class LionGuard(Callback):
         with contextlib.suppress(Exception):
             self._warming = [monitor.warmup for monitor in self.monitors if monitor.failure is None]
             self._detach()
+            self.recovery.forget()
 
     def _detach(self) -> None:
         """Leaves the optimizers as they were found but for warm-ups to go on, and keeps the state for `state_dict`."""
@@ -533,6 +547,7 @@ class LionGuard(Callback):
             "monitors": [monitor.state_dict() for monitor in self.monitors],
             **self.recovery.state_dict(snapshots=self.checkpoint_snapshots),
             "telemetry": None if self._telemetry is None else self._telemetry.state_dict(),
+            "lion_metrics": self._lion_metrics,
         }
 
     @override
@@ -547,7 +562,7 @@ class LionGuard(Callback):
             self._restore(state_dict)
             for monitor in self.monitors:
                 monitor.steps_unseen = 0
-            self.recovery.keep(self.steps, trusted=True)
+            self._keeps_anew = True  # later: Lightning restores the optimizers after its callbacks
         elif not isinstance(state_dict, dict):
             report(f"LionGuard starts afresh: its state in the checkpoint is a {type(state_dict).__name__}.")
         elif state_dict.get("monitors") != []:
@@ -584,3 +599,4 @@ class LionGuard(Callback):
             part.load_state_dict(state[name])
         if self._telemetry is not None and state["telemetry"] is not None:
             self._telemetry.load_state_dict(state["telemetry"])
+        self._lion_metrics = {name: float(value) for name, value in state.get("lion_metrics", {}).items()}

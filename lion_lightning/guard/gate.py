@@ -106,14 +106,18 @@ class Gate:
     ) -> None:
         self.thresholds, self.skips_bad_losses = thresholds, skips_bad_losses
         self.clips_outliers, self.skips_nonfinite = "outlier" not in disabled, "nonfinite" not in disabled
-        self._outliers = torch.full((2, KEPT_OUTLIERS), -torch.inf, dtype=torch.float32, device="cpu")
-        self._outlier_steps = torch.full((2, KEPT_OUTLIERS), -(10**9), device="cpu")
-        self._step = 0
-        self._history = History(2, thresholds.window)
+        self.forget()
         single = partial(torch.tensor, dtype=torch.float32, device="cpu")  # whatever torch.set_default_dtype says
         self._limits = single([thresholds.outlier_z, thresholds.loss_z])
         self._least = single([LEAST_LOG_NORM_DEVIATION, 0.0])
         self._least_share = single([0.0, LEAST_LOSS_DEVIATION_SHARE])
+
+    def forget(self) -> None:
+        """Starts a new history."""
+        self._outliers = torch.full((2, KEPT_OUTLIERS), -torch.inf, dtype=torch.float32, device="cpu")
+        self._outlier_steps = torch.full((2, KEPT_OUTLIERS), -(10**9), device="cpu")
+        self._step = 0
+        self._history = History(2, self.thresholds.window)
 
     def judge(self, norm: Tensor, loss: Tensor) -> Verdict:
         """Judges one step and stores its values.
@@ -158,7 +162,7 @@ class Gate:
 
     def _to(self, device: torch.device) -> None:
         self._history.to(device)
-        if self._limits.device != device:
+        if self._outliers.device != device:
             self._limits, self._least = self._limits.to(device), self._least.to(device)
             self._least_share = self._least_share.to(device)
             self._outliers, self._outlier_steps = self._outliers.to(device), self._outlier_steps.to(device)

@@ -298,7 +298,10 @@ def samples_in(batch: Any) -> int:
         return int(batch.batch_sizes[0])
     if isinstance(batch, (list, tuple)) and batch and all(isinstance(it, Tensor) and it.ndim == 3 for it in batch):
         return 0  # images
-    entries = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else (batch,)
+    if isinstance(batch, Mapping):
+        entries: Sequence[Any] = [batch[key] for key in batch]  # `batch.values` may be an item
+    else:
+        entries = batch if isinstance(batch, (list, tuple)) else (batch,)
     sizes = [entry.size(0) for entry in entries if isinstance(entry, Tensor) and entry.ndim]
     if not sizes and isinstance(batch, (list, tuple, Mapping)):
         lists = [entry for entry in entries if isinstance(entry, (list, tuple))]

@@ -212,6 +212,8 @@ class Recovery:
         self.monitors: Sequence[GatedRules] = ()
         self.module: nn.Module = nn.Module()
         self.optimizers: Sequence[Optimizer] = ()
+        self.has_restored = False
+        """Whether weights were put back, since whoever asks has set this to False."""
 
     def process(
         self, monitor: GatedRules, reading: Reading, is_finite: Callable[[], bool] = lambda: True
@@ -268,6 +270,7 @@ class Recovery:
     def _undo(self, trial: Trial, step: int, message: str) -> Treated:
         """Restores the run before the rewind."""
         left = _named(restore(trial.newer, self.module, self.optimizers))
+        self.has_restored = True
         for monitor, rules, rate in zip(self.monitors, trial.newer.rules, trial.rates, strict=True):
             monitor.return_to(rules)
             monitor.rules.divergence.take_level()
@@ -295,14 +298,13 @@ class Recovery:
             if kept is None:
                 otherwise = {"sick_buffers": Remedy.RESET_STATISTICS, "divergence": Remedy.NEW_LEVEL}
                 remedy = otherwise.get(symptom.kind, Remedy.STOP)
-        if remedy is Remedy.NEW_LEVEL:
-            self.policy.level, self.policy.last_escalation = level, last_escalation
         said = remedy.value if kept is None else f"{remedy.value} (of step {kept.step})"
-        if remedy is Remedy.REBASELINE:  # of the rules alone, also where the run is only watched
-            monitor.rules.stuck_momentum = StuckMomentum(self.thresholds)
-            return Treated(symptom, remedy, said)
-        if remedy is Remedy.NEW_LEVEL:
-            monitor.rules.divergence.take_level()
+        if remedy in (Remedy.REBASELINE, Remedy.NEW_LEVEL):  # of the rules alone, also where the run is only watched
+            if remedy is Remedy.REBASELINE:
+                monitor.rules.stuck_momentum = StuckMomentum(self.thresholds)
+            else:
+                self.policy.level, self.policy.last_escalation = level, last_escalation
+                monitor.rules.divergence.take_level()
             return Treated(symptom, remedy, said)
         if not self.acts or (not self.gates and remedy in (Remedy.CLIP, Remedy.SKIP)):
             return Treated(symptom, remedy, f"nothing was done (would be: {said})")
@@ -310,6 +312,7 @@ class Recovery:
             monitor.zero_momentum()
         elif remedy is Remedy.REPAIR and kept is not None:
             repair(kept, self.module, self.optimizers)
+            self.has_restored = True
             if symptom.kind == "sick_weights":
                 monitor.rules.nonfinite_in_a_row = 0
         elif remedy is Remedy.RESET_STATISTICS:
@@ -340,6 +343,7 @@ class Recovery:
         rates = [each.rate.state_dict() for each in self.monitors]
         # A buffer may be part of the task: a queue that fills raises the loss, whatever the weights are.
         left = restore(kept, self.module, self.optimizers, buffers=level is None)
+        self.has_restored = True
         scale = HALF_RATE if remedy is Remedy.REWIND_AT_HALF_RATE else 1.0
         for each, kept_rules in zip(self.monitors, kept.rules, strict=True):
             each.return_to(kept_rules)
@@ -382,7 +386,8 @@ class Recovery:
         not finite. After fewer, which were skipped and have changed nothing, or after one that was taken, weights,
         buffers and optimizer state of this process decide.
         """
-        rules = [monitor.rules for monitor in self.monitors]
+        # A GradScaler finds its scale by steps that overflow.
+        rules = [monitor.rules for monitor in self.monitors if not monitor.scaled]
         streak = max((each.nonfinite_in_a_row for each in rules), default=0)
         finite = [monitor.is_finite() for monitor in self.monitors] if self._saw_nonfinite() else []
         is_lost = any(each.is_lost for each in rules) if self.is_ending else streak >= self.thresholds.nonfinite_steps

@@ -281,7 +281,8 @@ class StepMonitor(GatedRules):
         """
         self.is_measured = not self.scaled  # a GradScaler may make no step at all, and takes no further closures
         if self.defers:
-            self._deferred = replace(losses), facts
+            # The trainer may clip before the step, which a norm of the first micro-batch does not compare with.
+            self._deferred = replace(losses, micro_square=math.nan), facts
             return any(param.grad is not None for param in self._params())
         return self._measure(losses, clip_val, facts)
 
@@ -371,7 +372,7 @@ class StepMonitor(GatedRules):
 
     def _settling(self, closure: Callable[[], Any]) -> Any:
         loss = closure()
-        self._settle()
+        self._safely(self._settle)()
         return loss
 
     @torch.no_grad()
@@ -425,6 +426,7 @@ class StepMonitor(GatedRules):
             "unread": self.readback.state_dict(),
             "signs": None if self.sample is None else self.sample.state_dict(),
             "defers": self.defers,
+            "clips_outliers": self.gate.clips_outliers,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -436,7 +438,8 @@ class StepMonitor(GatedRules):
             self.unread()  # raises for what is not a reading
         if self.sample is not None:
             self.sample.load_state_dict(state["signs"])
-        self.defers = bool(state.get("defers", False))
+        self.defers = bool(state.get("defers", False)) and not self.scaled
+        self.gate.clips_outliers &= bool(state.get("clips_outliers", True))
 
 
 def _mean(loss: Tensor) -> Tensor:

@@ -470,6 +470,83 @@ def test_gradients_that_the_module_mends_before_the_step_are_judged_after_that(t
     assert module.net.weight[0, 1:].sub(1).abs().mean() < 0.3, "it has learned"
 
 
+def test_a_module_that_changes_the_size_of_its_gradients_is_not_clipped_once_they_are_judged_later(tmp_path):
+    """Norms of before are no history of those after."""
+
+    class Unscales(Regression):
+        def on_after_backward(self):
+            for param in self.parameters():
+                param.grad.mul_(torch.nan if 60 <= self.trainer.global_step < 64 else 1e-3)
+
+        def on_before_optimizer_step(self, optimizer):
+            for param in self.parameters():
+                param.grad.nan_to_num_().mul_(1e3)
+
+    guard = LionGuard(warmup_steps=0, disabled=["settings", "batch_size"])
+    trainer_with(guard, tmp_path, max_epochs=20).fit(Unscales())
+    assert {event.kind for event in guard.events} == {"nonfinite", "late_gradients"}
+
+
+def test_no_norm_of_a_micro_batch_is_compared_with_gradients_that_were_clipped_since(tmp_path):
+    guard = LionGuard(warmup_steps=0, disabled=["settings", "batch_size"])
+
+    class Watch(Callback):
+        def on_train_start(self, trainer, pl_module):
+            guard.monitors[0].defers = True
+
+    trainer = trainer_with(guard, tmp_path, max_epochs=10, accumulate_grad_batches=2, gradient_clip_val=1e-6)
+    trainer.callbacks.append(Watch())
+    trainer.fit(Regression())
+    assert not guard.is_off
+    assert math.isnan(guard.noise.value)
+
+
+def test_an_error_while_gradients_are_judged_in_the_step_turns_the_guard_off_and_the_run_goes_on(tmp_path):
+    guard = LionGuard(warmup_steps=0, disabled=["settings", "batch_size"])
+
+    class Breaks(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 5:
+                guard.monitors[0].defers = True
+                guard.monitors[0].sample.measure = lambda: 1 / 0
+
+    trainer = trainer_with(guard, tmp_path, max_steps=10)
+    trainer.callbacks.append(Breaks())
+    trainer.fit(Regression())
+    assert trainer.global_step == 8
+    assert guard.is_off
+
+
+def test_gradients_of_a_grad_scaler_are_never_judged_in_the_step():
+    """The state may be of a run in another precision."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(4))], lr=0.1)
+    monitor = StepMonitor(optimizer, Thresholds(), LinearWarmup(0), scaled=True)
+    monitor.load_state_dict({**monitor.state_dict(), "defers": True})
+    assert not monitor.defers
+
+
+def test_an_optimizer_that_compares_gradients_is_not_clipped_after_a_resume_either():
+    optimizer = torch.optim.LBFGS([nn.Parameter(torch.ones(4))])
+    first, second = (StepMonitor(optimizer, Thresholds(), LinearWarmup(0)) for _ in range(2))
+    first.gate.clips_outliers = False
+    second.load_state_dict(first.state_dict())
+    assert not second.gate.clips_outliers
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_run_that_ends_by_an_exception_leaves_no_copies_of_the_model(tmp_path, error):
+    class Interrupted(Regression):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.global_step == 20:
+                raise error
+            return super().training_step(batch, batch_idx)
+
+    guard = LionGuard(warmup_steps=0, on_divergence="recover")
+    with pytest.raises((SystemExit, error)):
+        trainer_with(guard, tmp_path, max_epochs=4).fit(Interrupted())
+    assert not guard.recovery.ring.ring
+
+
 def test_gradients_that_stay_not_finite_are_skipped_after_the_hooks_of_the_module_too(tmp_path):
     class Looks(MendsGradients):
         def on_before_optimizer_step(self, optimizer):
@@ -489,6 +566,9 @@ def test_a_batch_whose_items_are_attributes_is_counted(tmp_path):
             return self[name]
 
     assert samples_in(Items(x=torch.zeros(5, 2))) == 5
+    named = Items(values=torch.zeros(5, 2))
+    named.values = named["values"]  # as where `self.__dict__ = self`
+    assert samples_in(named) == 5
 
 
 @pytest.mark.parametrize("acts", [True, False])
@@ -545,6 +625,17 @@ def test_a_learning_rate_finder_in_the_middle_of_a_run_leaves_the_guard_as_it_wa
                 assert trainer.global_step == 16
 
     guard = LionGuard(warmup_steps=0, on_divergence="recover", disabled=["settings", "batch_size"])
+    momenta = {}
+
+    class Compare(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 16 and trainer.current_epoch == 2:  # after the guard's own hook
+                (state,) = guard.recovery.ring.newest.optimizers
+                momenta["kept"] = [entry["exp_avg"].clone() for entry in state["state"].values()]
+                optimizer = trainer.optimizers[0]
+                params = optimizer.param_groups[0]["params"]
+                momenta["found"] = [optimizer.state[param]["exp_avg"].clone() for param in params]
+
     finder = LaterFinder(min_lr=1e-6, max_lr=1e-4, num_training_steps=40, update_attr=False)
     trainer = trainer_with(guard, tmp_path, max_epochs=4)
     trainer.callbacks.append(finder)
@@ -555,7 +646,9 @@ def test_a_learning_rate_finder_in_the_middle_of_a_run_leaves_the_guard_as_it_wa
             kept.append(guard.recovery.ring.newest)
 
     trainer.callbacks.insert(0, Watch())
+    trainer.callbacks.append(Compare())
     trainer.fit(Regression())
     assert guard.steps == trainer.global_step == 32
+    torch.testing.assert_close(momenta["kept"], momenta["found"], rtol=0, atol=0)
     assert guard.events == []
     assert kept[0] is not None, "there is something to go back to"

@@ -11,8 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lion_lightning import Lion, LionGuard
+from lion_lightning.guard.rules import Symptom
 from lion_lightning.training.checkpoint.files import DurableCheckpointIO
 from lion_lightning.training.checkpoint.policy import RunCheckpoint
+from tests.guard.memory_logger import MemoryLogger
 
 BATCH, BATCHES = 64, 20
 
@@ -214,6 +216,42 @@ def test_a_short_fp16_run_whose_scale_is_not_found_yet_does_not_end_in_an_error(
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
     trainer(LionGuard(on_divergence="recover"), plugins=[plugin], max_steps=4).fit(Task())
+
+
+def test_overflows_of_a_grad_scaler_do_not_keep_a_run_from_being_saved(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    plugins = [MixedPrecision("16-mixed", "cpu", scaler=scaler), DurableCheckpointIO()]
+    checkpoint = RunCheckpoint(tmp_path, monitor="val/loss", every_n_steps=6)
+    options = {"check_val_every_n_epoch": None, "val_check_interval": 6, "max_epochs": -1}
+    trainer(LionGuard(on_divergence="recover"), checkpoint, plugins=plugins, max_steps=6, **options).fit(Task())
+    assert checkpoint.best_step == 6
+
+
+def test_weights_that_are_put_back_after_their_validation_are_not_the_best(tmp_path):
+    """The rewind that is on trial at the last step is undone: what was validated were other weights."""
+
+    class Rewinds(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 20:
+                guard.recovery.treat(Symptom("divergence", "made up"), 20, guard.monitors[0])
+                assert guard.recovery.trial is not None
+
+    guard = LionGuard(warmup_steps=0, on_divergence="recover")
+    checkpoint = RunCheckpoint(tmp_path, monitor="val/loss")
+    options = {"check_val_every_n_epoch": None, "val_check_interval": 10, "max_epochs": -1, "max_steps": 20}
+    climbing = Task(lambda loss, step: -loss)  # so the weights of the snapshot are better than any since
+    trainer(Rewinds(), guard, checkpoint, plugins=[DurableCheckpointIO()], **options).fit(climbing)
+    assert (checkpoint.best_step, guard.events[-1].kind) == (10, "new_level")
+    assert (tmp_path / "step-000000020.ckpt").exists(), "the end is saved all the same"
+
+
+def test_telemetry_that_was_read_and_not_logged_yet_is_in_the_checkpoint(tmp_path):
+    keeps = ModelCheckpoint(tmp_path, every_n_train_steps=104, save_top_k=-1, filename="{step}")
+    trainer(LionGuard(), keeps, max_epochs=-1, max_steps=104).fit(Task())
+    logger = MemoryLogger()
+    options = {"logger": logger, "log_every_n_steps": 10, "max_epochs": -1, "max_steps": 112}
+    trainer(LionGuard(), **options).fit(Task(), ckpt_path=tmp_path / "step=104.ckpt", weights_only=False)
+    assert [name for name in logger.latest if name.startswith("lion/")]
 
 
 def test_a_run_resumed_while_its_loss_is_judged_goes_through_as_the_uninterrupted_one(tmp_path):

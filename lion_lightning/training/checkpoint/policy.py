@@ -43,7 +43,8 @@ class RunCheckpoint(Checkpoint):
     """Saves a run as `step-000001200.ckpt`, with `last.ckpt` and `best.ckpt` as further names of such files.
 
     Saves after every validation, at intervals of steps and minutes, and when a signal ends the run. A callback of the
-    Trainer whose method `is_healthy() -> bool` returns False keeps the run from being saved.
+    Trainer whose method `is_healthy() -> bool` returns False keeps the run from being saved; one whose
+    `has_restored() -> bool` returns True keeps the end from being the best, as it was not validated.
 
     Args:
         folder: where the checkpoints are.
@@ -229,8 +230,13 @@ class RunCheckpoint(Checkpoint):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._saved_step != trainer.global_step:  # the guard's last word may be another than at the validation
-            self._save(trainer, best=self._validated_step == trainer.global_step and self._is_best(trainer))
+        if self._saved_step == trainer.global_step:
+            return
+        # The guard's last word may be another than at the validation, and the weights may be others, too.
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        restored = any(callback.has_restored() for callback in callbacks if hasattr(callback, "has_restored"))
+        is_validated = self._validated_step == trainer.global_step and not restored
+        self._save(trainer, best=is_validated and self._is_best(trainer))
 
     def _is_over(self, trainer: Trainer) -> bool:
         """After the last step only its validation is left, which a resumed run would skip: a signal waits for it."""
