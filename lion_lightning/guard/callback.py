@@ -18,6 +18,7 @@ from typing_extensions import override
 from lion_lightning.errors import check_flag, check_number
 from lion_lightning.guard import preflight
 from lion_lightning.guard.events import NOT_LOGGED, Event, EventLog, TelemetryReader, Trace, metrics, report
+from lion_lightning.guard.gate import clip_norm
 from lion_lightning.guard.lr_warmup import LinearWarmup, WarmupHook, warmup_length
 from lion_lightning.guard.preflight import MIN_BATCH_SIZE, EffectiveBatch, NoiseScale, OnSmallBatch
 from lion_lightning.guard.reading import Reading
@@ -319,8 +320,7 @@ class LionGuard(Callback):
             self._stepped = True
             if self._telemetry is not None:
                 self._telemetry.before_step(self.steps)
-        by_norm = trainer.gradient_clip_algorithm in (None, "norm")
-        clip_val = float(trainer.gradient_clip_val) if trainer.gradient_clip_val and by_norm else None
+        clip_val = clip_norm(trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
         facts = (self.steps, self.batch.last, self._micro_samples, self.monitors[number].scheduled_rate())
         # Without a backward, as where `training_step` returned None, nobody misses the gradients.
         if not self.monitors[number].before_step(self.losses, clip_val, facts) and self.losses.share:

@@ -103,9 +103,9 @@ def metrics(monitors: Sequence[StepMonitor], reading: Reading) -> dict[str, floa
         monitors: of all optimizers.
         reading: of the first.
     """
-    rules, warmup = monitors[0].rules, monitors[0].rate
+    rules = monitors[0].rules
     values = {
-        "warmup_factor": min(1.0, warmup.step / max(1, warmup.warmup_steps)),
+        "warmup_factor": monitors[0].warmup.factor,
         "loss": reading.loss,
         "grad_norm": reading.grad_norm,
         "sign_flip_rate": reading.flip_rate,

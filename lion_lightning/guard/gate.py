@@ -32,6 +32,11 @@ REMEMBERED_AFTER = 8
 """Steps after which outliers are remembered, though nothing is done about them before the gate is armed."""
 
 
+def clip_norm(value: float | None, algorithm: str | None) -> float | None:
+    """The norm that the Trainer clips gradients to, from its arguments; None where it clips none, or by value."""
+    return float(value) if value and algorithm in (None, "norm") else None
+
+
 class History:
     """The values of the last `size` finite steps, of several kinds side by side: a (kinds, size) tensor.
 

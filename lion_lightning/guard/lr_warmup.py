@@ -103,6 +103,8 @@ class WarmupHook:
         wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda hook: hook,
     ) -> None:
         self.optimizer, self.warmup = optimizer, warmup
+        self.factor = 1.0
+        """Of the last step."""
         self.applied: list[float | Tensor | None] = []
         self._true_rates: list[float | Tensor | None] = []
         self._is_in_step = False  # torch before 2.13 runs the hooks twice for a step that calls its base class's
@@ -132,7 +134,8 @@ class WarmupHook:
 
     def _multiply(self) -> None:
         self._restore()
-        factor, groups = self.warmup.factor, self.optimizer.param_groups
+        groups = self.optimizer.param_groups
+        factor = self.factor = self.warmup.factor
         if factor != 1:
             self._true_rates = [_copy(group.get("lr")) for group in groups]
             for group, rate in zip(groups, self._true_rates, strict=True):

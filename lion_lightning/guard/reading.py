@@ -12,8 +12,8 @@ class Reading:
     Attributes:
         loss: mean over the samples of the micro-batches that have ended since the step before.
         grad_norm: of the gradient before any clipping.
-        factor: the gate divided the gradients by it.
-        skipped: whether the gate let the step change nothing.
+        factor: the gate's verdict: divide the gradients by it. Carried out unless the gate is off or only watches.
+        skipped: its verdict on whether the step may change nothing.
         norm_z, loss_z: robust z of the log norm and of the loss of the same step.
         backward_loss: argument of backward, summed over the step's micro-batches, mean over ranks.
         flip_rate: share of sampled coordinates whose update changed its sign since the step before.

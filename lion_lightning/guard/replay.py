@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lion_lightning.guard.gate import clip_norm
 from lion_lightning.guard.reading import SUMS, UPDATE_SUMS, Reading
 from lion_lightning.guard.recovery import AT_ONCE, ON_DIVERGENCE, OnDivergence, Recovery, Remedy
 from lion_lightning.guard.rules import Thresholds
@@ -145,13 +146,12 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
     on_divergence = guard.get("on_divergence", "warn")
     if on_divergence not in ON_DIVERGENCE:
         raise ValueError(f"on_divergence must be one of {', '.join(ON_DIVERGENCE)}, got {on_divergence!r}")
-    by_norm = trainer.get("gradient_clip_algorithm") in (None, "norm")
     return Settings(
         thresholds=changed(Thresholds(), [f"{name}={value}" for name, value in given.items()]),
         on_divergence=on_divergence,
         on_bad_loss=guard.get("on_bad_loss", "note"),
         disabled=tuple(guard.get("disabled") or ()),
-        clip_val=trainer.get("gradient_clip_val") if by_norm else None,
+        clip_val=clip_norm(trainer.get("gradient_clip_val"), trainer.get("gradient_clip_algorithm")),
     )
 
 

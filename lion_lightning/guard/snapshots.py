@@ -133,7 +133,7 @@ def restore(
     tensors += [pair for pair in _buffers_of(module) if buffers or nonfinite(pair[1]) is not None]
     for name, tensor in tensors:
         kept = snapshot.tensors.get(name)
-        if kept is None or kept.shape != tensor.shape or _is_expanded(tensor):
+        if kept is None or kept.shape != tensor.shape or layout.is_expanded(tensor):
             left.append(name)
         else:
             tensor.copy_(kept, non_blocking=True)
@@ -169,17 +169,10 @@ def repair(snapshot: Snapshot, module: nn.Module, optimizers: Sequence[Optimizer
                     pairs.append((here, torch.zeros_like(here) if before is None else before))
     count = 0
     for tensor, before in pairs:
-        if tensor.shape == before.shape and not _is_expanded(tensor) and (sick := nonfinite(tensor)) is not None:
+        if tensor.shape == before.shape and not layout.is_expanded(tensor) and (sick := nonfinite(tensor)) is not None:
             count += int(sick.sum())
             tensor.copy_(torch.where(sick, before.to(tensor.device), tensor))
     return count
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    """Whether elements share memory, as after `expand`: such a tensor cannot be written."""
-    if tensor.layout is not torch.strided:
-        return False
-    return any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def nonfinite(tensor: Tensor) -> Tensor | None:

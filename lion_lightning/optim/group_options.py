@@ -110,7 +110,7 @@ def check_param(param: Tensor) -> None:
     if param.dtype not in PARAM_DTYPES:
         allowed = ", ".join(str(dtype) for dtype in PARAM_DTYPES)
         raise ValueError(f"params contain a tensor of dtype {param.dtype}, which is not allowed: use {allowed}")
-    if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
+    if layout.is_expanded(param):
         raise ValueError(
             f"params contain an expanded tensor (shape {tuple(param.shape)}, strides {param.stride()}), whose elements "
             "share memory, which is not allowed: use a clone of it"

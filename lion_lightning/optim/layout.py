@@ -50,6 +50,12 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or same_layout(tensor, torch.empty_like(tensor, device="meta"))
 
 
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether elements share memory, as after `expand`: such a tensor cannot be written."""
+    strided = tensor.layout is torch.strided  # others have no strides
+    return strided and any(size > 1 and not by for size, by in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def same_layout(tensor: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same shape and order of elements in memory."""
     if tensor.shape != other.shape or tensor.stride() == other.stride():

@@ -94,7 +94,7 @@ class Throughput(Callback):
         flops = getattr(pl_module, "flops_per_sample", None)
         if flops is not None:
             self._flops_per_sample = flops()
-            self._tokens_per_sample = getattr(pl_module, "tokens_per_sample", int)() or 0
+            self._tokens_per_sample = getattr(pl_module, "tokens_per_sample", int)()
             self._peak_flops = peak_flops(trainer.strategy.root_device, str(trainer.precision))
         self._began = self._mark = time.perf_counter()
 

@@ -155,9 +155,6 @@ class ImageClassifier(LionMixin, LightningModule):
             lines["validation"] = "takes the mean over an image and its mirror image; the export takes the image alone"
         return lines
 
-    def tokens_per_sample(self) -> int | None:
-        return None
-
     def flops_per_sample(self) -> int:
         """Floating-point operations of forward and backward for one image."""
         return BACKWARD_AND_FORWARD * self._forward_flops

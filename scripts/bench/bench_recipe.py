@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import io
 import multiprocessing
-import platform
 import statistics
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from lion_lightning.__main__ import composed
 from lion_lightning.training import run as training_run
 from lion_lightning.training.build import build_data, build_module, settle_precision
 from lion_lightning.training.performance import WARMUP_BATCHES, Throughput, peak_flops
+from scripts.bench.bench_hardware import hardware
 from scripts.bench.bench_usual import Clock, Turn, usual_way
 from scripts.trained import trainer_stand_in
 
@@ -129,9 +129,10 @@ def report(
     """
     amount, unit = step
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines = [
         f"`python scripts/bench/bench_recipe.py {' '.join(options.overrides)}`",
-        f"{time.strftime('%Y-%m-%d')}, {_hardware()}, torch {torch.__version__}, "
+        f"{time.strftime('%Y-%m-%d')}, {hardware(device)}, torch {torch.__version__}, "
         f"{options.rounds} rounds of {options.steps} steps after {WARMUP_BATCHES} in each",
         "",
         f"| | ms a step | {unit} | the recipe is faster by |" + (" MFU |" if least else ""),
@@ -144,12 +145,6 @@ def report(
             + (f" {least / seconds:.1%} |" if least else "")
         )
     return "\n".join(lines)
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def _configuration(overrides: Sequence[str], steps: int) -> DictConfig:

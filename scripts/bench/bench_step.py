@@ -10,8 +10,6 @@ two written in place, is measured in every repeat. Missing peers are named and s
 import argparse
 import datetime
 import os
-import platform
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -24,6 +22,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for the modules beside this one
 
 from scripts.bench import bench_measure, bench_peers, bench_report
+from scripts.bench.bench_hardware import hardware
 from scripts.bench.bench_models import MODELS
 
 
@@ -60,20 +59,6 @@ def chosen(options: argparse.Namespace, device: torch.device) -> list[bench_peer
         wanted = [name.lower() for name in options.only]
         subjects = [s for s in subjects if "AdamW fused" in s.name or any(name in s.name.lower() for name in wanted)]
     return subjects
-
-
-def hardware(device: torch.device) -> str:
-    """The processor or GPU, and the threads or memory in use."""
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    name = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists() and (found := re.search(r"model name\s*:\s*(.+)", information.read_text())):
-        name = found.group(1)
-    return (
-        f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    )
 
 
 def load_average() -> str:

@@ -125,6 +125,7 @@ def test_the_settings_of_a_configuration():
     assert settings_of({"guard": {"name": "none"}}) == Settings()
     by_value = {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"}
     assert settings_of({"trainer": by_value}) == Settings()
+    assert settings_of({"trainer": {"gradient_clip_val": 0}}) == Settings(), "0 clips nothing, as for the Trainer"
 
 
 def test_an_offline_wandb_run_is_replayed_from_what_it_logged(capsys, monkeypatch, tmp_path):

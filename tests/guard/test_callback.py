@@ -184,6 +184,20 @@ def test_bad_arguments_are_refused():
             LionGuard(**arguments)
 
 
+def test_the_factor_that_is_logged_after_a_rewind_is_the_one_that_was_applied(tmp_path):
+    class Rewinds(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 3:
+                guard.monitors[0].rate.rewarm()
+
+    guard = LionGuard(warmup_steps=0)
+    _, rows = fit(AdamRegression(), guard, tmp_path, callbacks=[guard, Rewinds()])
+    factors = [row["guard/warmup_factor"] for row in rows]
+    assert factors == pytest.approx([row["lr/AdamW/0"] / 0.1 for row in rows])
+    assert factors[:3] == [1, 1, 1]
+    assert max(factors[3:5]) < 0.2
+
+
 def test_a_warm_up_below_one_is_a_share_of_the_run():
     assert [warmup_length(given, 400) for given in (0, 0.03, 0.2, 1, 30)] == [0, 12, 80, 1, 30]
     assert warmup_length(0.2, math.inf) == warmup_length(None, math.inf), "there is no share of it"
