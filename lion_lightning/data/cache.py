@@ -16,8 +16,10 @@ from lion_lightning.errors import ConfigError
 log = logging.getLogger(__name__)
 
 
-def default_cache() -> Path:
-    """`lion_lightning` in the user's cache folder (`XDG_CACHE_HOME`, or `~/.cache`)."""
+def cache_at(folder: str | None = None) -> Path:
+    """`folder`, by default `lion_lightning` in the user's cache folder (`XDG_CACHE_HOME`, or `~/.cache`)."""
+    if folder:
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lion_lightning"
 
 

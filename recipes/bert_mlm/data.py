@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,17 +11,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from lion_lightning.data.cache import default_cache
+from lion_lightning.data.cache import cache_at
 from lion_lightning.data.sampler import StepValues, StreamOrder
 from lion_lightning.data.stream import StreamDataModule, read_schedule
-from lion_lightning.errors import ConfigError, check_flag, check_number
+from lion_lightning.errors import ConfigError
 
 from ..files import check_fraction
 from ..text.blocks import Blocks, BlockSettings, prepare_blocks
 from ..text.corpus import Corpus, Mixture, Source, mixture_of
-from ..text.tokenizer import special_tokens, vocabulary_of
+from ..text.tokenizer import MIN_SEQUENCE_LENGTH, check_text_settings, special_tokens, vocabulary_of
 
-MIN_VOCAB_SIZE, MIN_SEQUENCE_LENGTH = 256, 8
 COUNTED_BLOCKS = 4096  # counted at once, since numpy makes a copy that takes eight bytes a token
 SUB_BLOCK = 2**40  # added to a block's number for each further part: no whole block has so high a number
 
@@ -103,9 +101,7 @@ class TextBlocks(StreamDataModule):
         path: str | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, limit_train_samples, batch_schedule)
-        check_number("data.sequence_length", sequence_length, f"[{MIN_SEQUENCE_LENGTH}, inf)", whole=True)
-        check_number("data.vocab_size", vocab_size, f"[{MIN_VOCAB_SIZE}, inf)", whole=True)
-        check_flag("data.lowercase", lowercase)
+        check_text_settings(sequence_length, vocab_size, lowercase)
         corpus = mixture_of(sources) if corpus is None else corpus
         self.sources = corpus.sources if isinstance(corpus, Mixture) else (Source("text", corpus, 1.0),)
         if limit_train_samples is not None and len(self.sources) > 1:
@@ -118,7 +114,7 @@ class TextBlocks(StreamDataModule):
                     f"data.sequence_length={sequence_length}"
                 )
         self.settings = BlockSettings(sequence_length, vocab_size, check_fraction(val_fraction), lowercase, tokenizer)
-        self.cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
+        self.cache = cache_at(cache_dir)
         self.blocks: Blocks | None = None
 
     def prepare_data(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from lion_lightning.data.cache import cached_folder, default_cache
+from lion_lightning.data.cache import cache_at, cached_folder
 from lion_lightning.data.stream import Picked, StreamDataModule
 from lion_lightning.errors import ConfigError
 
@@ -82,7 +82,7 @@ class ImageArrays(StreamDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, seed, limit_train_samples)
         self.source, self.path, self.decoded_gib = source, path, decoded_gib
-        self.cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
+        self.cache = cache_at(cache_dir)
         self.classes: tuple[str, ...] = ()
         self.notes: dict[str, str] = {}
         self.unreadable = 0

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
-from lion_lightning.errors import ConfigError
+from lion_lightning.errors import ConfigError, check_flag, check_number
 
 from ..files import one_line
 
@@ -25,6 +25,14 @@ HUGGING_FACE_FILES = ("config.json", "*token*", "*vocab*", "*.model")
 UNUSED = re.compile(r"\[unused\d+\]")  # places that BERT's and ModernBERT's vocabularies keep free
 CONTINUES = "##"  # WordPiece marks the pieces that continue a word
 BEGINS = ("Ġ", "▁", "Ċ")  # byte-level BPE and SentencePiece mark those that begin one
+MIN_SEQUENCE_LENGTH, MIN_VOCAB_SIZE = 8, 256
+
+
+def check_text_settings(sequence_length: int, vocab_size: int, lowercase: bool) -> None:
+    """Raise ConfigError for settings of `data` with which no text can be cut into tokens."""
+    check_number("data.sequence_length", sequence_length, f"[{MIN_SEQUENCE_LENGTH}, inf)", whole=True)
+    check_number("data.vocab_size", vocab_size, f"[{MIN_VOCAB_SIZE}, inf)", whole=True)
+    check_flag("data.lowercase", lowercase)
 
 
 def train_tokenizer(documents: Sequence[str], vocab_size: int, lowercase: bool) -> Tokenizer:

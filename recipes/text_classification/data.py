@@ -12,16 +12,22 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lion_lightning.data.cache import cached_folder, default_cache
+from lion_lightning.data.cache import cache_at, cached_folder
 from lion_lightning.data.stream import StreamDataModule
-from lion_lightning.errors import ConfigError, check_flag, check_number
+from lion_lightning.errors import ConfigError
 
-from ..text.tokenizer import as_transformers, identity, load_tokenizer, train_tokenizer, vocabulary_of
+from ..text.tokenizer import (
+    as_transformers,
+    check_text_settings,
+    identity,
+    load_tokenizer,
+    train_tokenizer,
+    vocabulary_of,
+)
 from .labels import Labeled
 from .sources import TextSource
 
 FORMAT_VERSION = 2  # raise it when what is written to the cache changes
-MIN_SEQUENCE_LENGTH, MIN_VOCAB_SIZE = 8, 256
 PADDINGS = ("longest", "fixed")
 TEXTS_PER_BATCH = 2048
 TOKEN_TYPES = "token_type_ids"
@@ -113,14 +119,12 @@ class LabeledTexts(StreamDataModule):
         task: str | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, limit_train_samples)
-        check_number("data.sequence_length", sequence_length, f"[{MIN_SEQUENCE_LENGTH}, inf)", whole=True)
-        check_number("data.vocab_size", vocab_size, f"[{MIN_VOCAB_SIZE}, inf)", whole=True)
-        check_flag("data.lowercase", lowercase)
+        check_text_settings(sequence_length, vocab_size, lowercase)
         if padding not in PADDINGS:
             raise ConfigError(f"data.padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
         self.source, self.sequence_length, self.padding = source, sequence_length, padding
         self.named, self.vocab_size, self.lowercase = tokenizer, vocab_size, lowercase
-        self.cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
+        self.cache = cache_at(cache_dir)
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def prepare_data(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lion_lightning.data.cache import cached_folder, default_cache
+from lion_lightning.data.cache import cache_at, cached_folder
 from lion_lightning.errors import ConfigError
 
 PARTS = 20
@@ -76,10 +76,10 @@ def test_a_writer_that_raises_leaves_nothing(tmp_path: Path) -> None:
 
 def test_the_default_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "lion_lightning"
+    assert cache_at() == tmp_path / "lion_lightning"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_cache() == tmp_path / ".cache" / "lion_lightning"
+    assert cache_at() == tmp_path / ".cache" / "lion_lightning"
 
 
 def write_and_wait(folder: Path) -> None:
