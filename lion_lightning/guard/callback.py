@@ -211,13 +211,30 @@ class LionGuard(Callback):
         """Attaches to the optimizers; by now the data are there, and a resumed run has its state."""
         loaded, self._loaded = self._loaded, None
         optimizers = [optimizer for optimizer in trainer.optimizers if any(g["params"] for g in optimizer.param_groups)]
-        plain = len(optimizers) == 1 and pl_module.automatic_optimization
-        acts = self.acts and (plain or self.manual_optimization == "act")
-        self.recovery.acts = acts
         steps = total_steps(trainer)
         length = warmup_length(self.warmup_steps, steps)
-        warmups = [LinearWarmup(length) for _ in optimizers] or [LinearWarmup(length)]
-        self.warmup, self.steps = warmups[0], trainer.global_step
+        self.steps = trainer.global_step
+        self._watch(trainer, pl_module, optimizers, length)
+        if loaded is not None and self._restore(loaded):
+            self._catch_up(trainer, length)
+        elif self.monitors:
+            if loaded is None and self.steps:
+                report(f"LionGuard starts at step {self.steps} without a state of its own; warm-up counts from step 0.")
+            size, clip = preflight.batch_size(trainer), trainer.gradient_clip_val
+            run = preflight.RunSettings(steps, self.warmup.warmup_steps, size, clip, self.gates, self.min_batch_size)
+            for finding in [found for optimizer in optimizers for found in preflight.inspect(optimizer, run)]:
+                self._report_once(trainer, finding.kind, finding.message)
+        if self.monitors:
+            self.recovery.keep(self.steps, trusted=True)
+
+    def _watch(
+        self, trainer: Trainer, pl_module: LightningModule, optimizers: Sequence[Optimizer], warmup_steps: int
+    ) -> None:
+        """Makes a monitor for each optimizer, and gives the recovery what it restores."""
+        plain = len(optimizers) == 1 and pl_module.automatic_optimization
+        acts = self.acts and (plain or self.manual_optimization == "act")
+        warmups = [LinearWarmup(warmup_steps) for _ in optimizers] or [LinearWarmup(warmup_steps)]
+        self.warmup = warmups[0]
         for each in warmups:
             each.step = self.steps
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
@@ -245,27 +262,21 @@ class LionGuard(Callback):
         if foreign:
             left_out = "the rules of Lion's update are left out (stuck momentum, cosine, dead units, lion/* metrics)"
             report(f"LionGuard: {', '.join(sorted(foreign))}: {left_out}", logging.INFO)
+        self.recovery.acts = acts
         self.recovery.monitors, self.recovery.optimizers = self.monitors, optimizers
         self.recovery.module = pl_module
-        if loaded is not None and self._restore(loaded):
-            if len(self.monitors) == 1:  # the state of a guard that was off is older than the run
-                missed = max(0, trainer.global_step - self.steps)
-                self.steps, self.warmup.step = self.steps + missed, self.warmup.step + missed
-            # A number of steps that was given counts, even if the checkpoint has another.
-            is_number = self.warmup_steps is not None and not 0 < self.warmup_steps < 1
-            if is_number and length != self.warmup.warmup_steps:
-                report(f"LionGuard: warmup_steps={length}, not {self.warmup.warmup_steps} as in the checkpoint.")
-                for monitor in self.monitors:
-                    monitor.rate.warmup_steps = length
-        elif self.monitors:
-            if loaded is None and self.steps:
-                report(f"LionGuard starts at step {self.steps} without a state of its own; warm-up counts from step 0.")
-            size, clip = preflight.batch_size(trainer), trainer.gradient_clip_val
-            run = preflight.RunSettings(steps, self.warmup.warmup_steps, size, clip, self.gates, self.min_batch_size)
-            for finding in [found for optimizer in optimizers for found in preflight.inspect(optimizer, run)]:
-                self._report_once(trainer, finding.kind, finding.message)
-        if self.monitors:
-            self.recovery.keep(self.steps, trusted=True)
+
+    def _catch_up(self, trainer: Trainer, warmup_steps: int) -> None:
+        """After a resume: brings a state that is older than the run up to it, and the warm-up to what is asked for."""
+        if len(self.monitors) == 1:  # the state of a guard that was off is older than the run
+            missed = max(0, trainer.global_step - self.steps)
+            self.steps, self.warmup.step = self.steps + missed, self.warmup.step + missed
+        # A number of steps that was given counts, even if the checkpoint has another.
+        is_number = self.warmup_steps is not None and not 0 < self.warmup_steps < 1
+        if is_number and warmup_steps != self.warmup.warmup_steps:
+            report(f"LionGuard: warmup_steps={warmup_steps}, not {self.warmup.warmup_steps} as in the checkpoint.")
+            for monitor in self.monitors:
+                monitor.rate.warmup_steps = warmup_steps
 
     @override
     @harmless
