@@ -586,7 +586,7 @@ def test_every_rise_of_the_loss_is_reported_also_where_the_run_is_only_watched(a
     assert [event for event in seen if event[0] == "divergence"] == [("divergence", said)] * 2
 
 
-def test_losses_and_weights_on_a_mesh(tmp_path):
+def test_losses_and_weights_on_a_mesh(root, tmp_path):
     script = """
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -608,7 +608,10 @@ assert recovery.ring.newest is not None
 assert recovery.state_dict(snapshots=True)["snapshots"] == [], "every rank would load the part of rank 0"
 dist.destroy_process_group()
 """
-    ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    command, environment = [sys.executable, "-c", script], {**os.environ, "PYTHONPATH": str(root)}
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert ended.returncode == 0, ended.stderr
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lion_lightning import Lion, LionGuard
+from lion_lightning.guard.callback import TrainingStopped
 from lion_lightning.guard.rules import Symptom
 from lion_lightning.training.checkpoint.files import DurableCheckpointIO
 from lion_lightning.training.checkpoint.policy import RunCheckpoint
@@ -207,7 +208,9 @@ def test_a_dry_run_and_a_guard_that_only_watches_do_not_end_a_run(mode):
             self.manual_backward(super().training_step(batch, batch_idx))
             optimizer.step()
 
-    lost = lambda loss, step: loss * float("nan") if step >= 16 else loss  # noqa: E731
+    lost = lambda loss, step: loss * float("nan") if step >= 8 else loss  # noqa: E731
+    with pytest.raises(TrainingStopped):
+        trainer(LionGuard(on_divergence=mode)).fit(Task(lost))
     trainer(LionGuard(dry_run=True, on_divergence=mode)).fit(Task(lost))
     trainer(LionGuard(on_divergence=mode)).fit(ByHand(lost))
 

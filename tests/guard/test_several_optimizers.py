@@ -84,7 +84,6 @@ def test_the_loss_of_one_that_steps_alone_is_that_of_its_step(tmp_path):
             losses.append(float(outputs["loss"]))
 
     trainer_with(watching, tmp_path).fit(Watched(trained=(0,)))
-    pairs = [(loss, losses) for loss in shown if math.isfinite(loss)]
-    assert len(pairs) > 3
-    assert all(min(abs(loss - one) for one in losses) < 1e-5 for loss, losses in pairs)
+    assert len(shown) > 4
+    assert shown[2:] == pytest.approx(losses[:-2], abs=1e-5), "read a step late, when the next one has begun"
     assert shown[-1] < shown[2]

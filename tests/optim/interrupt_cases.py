@@ -187,13 +187,18 @@ def test_where_no_thread_can_be_had_the_calling_one_does_the_work() -> None:
         import resource
 
         expected = after(3)
-        torch.set_num_threads(4)
         param, optimizer = large()
-        limit = resource.RLIMIT_NPROC if os.getuid() else resource.RLIMIT_AS  # a thread needs a stack
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(limit, (1, 1) if os.getuid() else (used + (40 << 20), -1))
-        for _ in range(3):
+        torch.set_num_threads(1)
+        optimizer.step()  # makes the state, which needs memory
+        torch.set_num_threads(4)
+        if not os.getuid():
+            os.setuid(65534)  # the limit is not for root
+        resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+        with pytest.raises(RuntimeError, match="start new thread"):
+            threading.Thread(target=int).start()
+        for _ in range(2):
             optimizer.step()
+        torch.set_num_threads(1)  # torch itself ends the process where it finds no thread
         assert torch.equal(param, expected)
 
     in_a_fork(check)

@@ -77,8 +77,8 @@ def test_the_pipeline_says_of_any_picture_what_validation_says(
     module = build(config, data)
     module.export(tmp_path / "export", "card")
     exact = AutoImageProcessor.from_pretrained(tmp_path / "export", backend="pil")
-    classify = pipeline("image-classification", str(tmp_path / "export"), image_processor=exact)
-    by_default = pipeline("image-classification", str(tmp_path / "export"))
+    classify = pipeline("image-classification", str(tmp_path / "export"), image_processor=exact, device="cpu")
+    by_default = pipeline("image-classification", str(tmp_path / "export"), device="cpu")
     # torchvision, if it is installed, resizes a little otherwise; without it the default is the exact one.
     tolerance, compared = (1e-3, files) if find_spec("torchvision") else (1e-5, files[:1])
     # Pictures are prepared alike for every net of a size; every fifth is of each size and mode.
@@ -114,7 +114,7 @@ def test_the_text_pipeline_says_what_validation_says(tmp_path: Path) -> None:
     config = BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64)
     module = TextClassifier(config, data, partial(Lion, lr=1e-3), cosine).eval()
     module.export(tmp_path / "export", "card")
-    classify: Any = pipeline("text-classification", str(tmp_path / "export"), top_k=None)
+    classify: Any = pipeline("text-classification", str(tmp_path / "export"), top_k=None, device="cpu")
     validation: Any = data.val_set
     assert len(validation) == 80
     for index in range(80):

@@ -1,6 +1,7 @@
 """What preparing a corpus took is given back before there is a model."""
 
 import ctypes
+import resource
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def test_freed_memory_goes_back_to_the_machine() -> None:
 
 def resident_mib() -> float:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**20
+    return pages * resource.getpagesize() / 2**20
 
 
 def test_it_is_given_back_when_blocks_were_made_and_not_when_they_are_reused(

@@ -214,7 +214,8 @@ def differences(left: Any, right: Any, where: str = "") -> list[str]:
     if isinstance(left, torch.Tensor):
         same = left.dtype == right.dtype and left.shape == right.shape
         return [] if same and torch.equal(left, right) else [f"{where}: {left.dtype} tensors differ"]
-    return [] if type(left) is type(right) and (left == right or left != left) else [f"{where}: {left!r} != {right!r}"]
+    same = left == right or (left != left and right != right)  # NaN is no number, and the same as NaN
+    return [] if type(left) is type(right) and same else [f"{where}: {left!r} != {right!r}"]
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,12 @@ from lion_lightning.training.run import run
 
 TUNED = Path(__file__).parents[2] / "conf/tuned/image_classification_adamw.yaml"
 
-CLI = Path(sys.executable).with_name("wandb")
 QUICK = ("trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1", "export=false")
 
 
 @functools.cache  # loading W&B's command line takes seconds
 def wandb_cli(*arguments: str) -> str:
-    command = [str(CLI), "leet", "inspect", *arguments]
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 

@@ -280,12 +280,15 @@ def test_overfitting_sees_the_same_samples_again_and_again(bert: Go, watch: Call
         pytest.param("digits", "bf16-mixed", marks=pytest.mark.slow),
     ],
 )
-def test_every_precision_trains(recipe: str, precision: str, request: pytest.FixtureRequest) -> None:
+def test_every_precision_trains(recipe: str, precision: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     go: Go = request.getfixturevalue(recipe)
     best = go(
         f"trainer.precision={precision}", "trainer.max_steps=2", "trainer.val_check_interval=2", "data.batch_size=16"
     )
     assert best == best, "not a number"
+    weights = torch.load(tmp_path / recipe / "checkpoints/last.ckpt", weights_only=True)["state_dict"].values()
+    kept = {"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision, torch.float32)
+    assert {weight.dtype for weight in weights if weight.is_floating_point()} == {kept}
 
 
 @pytest.mark.parametrize("logger", ["csv", "tensorboard"])

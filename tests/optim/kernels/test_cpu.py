@@ -1,6 +1,7 @@
 """How cpu.c gets compiled: into the cache, by many processes at once, or not at all and said once."""
 
 import logging
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ Lion([param], fused={fused}).step()
 
 
 def run(code: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {"XDG_CACHE_HOME": str(cache), "PATH": "/usr/bin:/bin", **environment}
+    variables = {**os.environ, "XDG_CACHE_HOME": str(cache), **environment}
     command = [sys.executable, "-c", code]
     root = Path(__file__).parents[3]
     return subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True, timeout=300, check=False)

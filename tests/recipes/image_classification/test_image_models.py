@@ -1,6 +1,5 @@
 """Models by name have their published sizes and costs; those that cannot be built say why."""
 
-import time
 from typing import Any
 
 import pytest
@@ -49,14 +48,13 @@ def test_the_cost_of_a_transformer_is_that_of_its_matrix_products() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_the_cost_is_counted_once_and_quickly(compose: Any) -> None:
+def test_the_cost_is_counted_once(compose: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     data = prepared(Digits())
     module = build(instantiate(compose("recipe=image_classification", "run_dir=out").model.config), data)
     first = module.flops_per_sample()
     assert first == 3 * forward_flops(module.model, (3, 8, 8))
-    began = time.perf_counter()
-    assert [module.flops_per_sample() for _ in range(100)] == [first] * 100
-    assert time.perf_counter() - began < 0.1
+    monkeypatch.setattr("lion_lightning.recipes.image_classification.module.forward_flops", None)
+    assert module.flops_per_sample() == first
 
 
 def test_timm_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

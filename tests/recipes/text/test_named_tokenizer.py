@@ -133,7 +133,7 @@ def test_a_run_ends_in_a_folder_that_fills_masks(folder: Path, prose: Path, comp
         "trainer.max_steps=4", "trainer.val_check_interval=4", "logger=none", f"run_dir={tmp_path}/run",
     )  # fmt: skip
     run(cfg)
-    fill = pipeline("fill-mask", model=str(tmp_path / "run" / "export"))
+    fill = pipeline("fill-mask", model=str(tmp_path / "run" / "export"), device="cpu")
     assert fill.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(folder).get_vocab()
     best = fill("The statement is [MASK] by the interpreter.", top_k=5)
     assert len(best) == 5
