@@ -259,14 +259,16 @@ def test_telemetry_that_was_read_and_not_logged_yet_is_in_the_checkpoint(tmp_pat
 
 def test_a_run_resumed_while_its_loss_is_judged_goes_through_as_the_uninterrupted_one(tmp_path):
     def guard():
-        return LionGuard(on_divergence="recover", disabled=["bad_loss"])
+        return LionGuard(on_divergence="recover", disabled=["bad_loss"], checkpoint_snapshots=True)
 
     keeps = ModelCheckpoint(tmp_path, every_n_train_steps=310, save_top_k=-1, filename="{step}")
-    whole = trainer(guard(), keeps, max_epochs=4)
-    whole.fit(Task(raised(200), batches=100))
-    resumed = trainer(guard(), max_epochs=4)
-    resumed.fit(Task(raised(200), batches=100), ckpt_path=tmp_path / "step=310.ckpt", weights_only=False)
-    assert resumed.global_step == whole.global_step == 400
+    whole, resumed = guard(), guard()
+    trainer(whole, keeps, max_epochs=40).fit(one := Task(raised(200), batches=10))
+    path = tmp_path / "step=310.ckpt"
+    trainer(resumed, max_epochs=40).fit(two := Task(raised(200), batches=10), ckpt_path=path, weights_only=False)
+    assert resumed.steps == whole.steps == 400
+    assert [(event.step, event.kind) for event in resumed.events] == [(each.step, each.kind) for each in whole.events]
+    torch.testing.assert_close(two.state_dict(), one.state_dict(), rtol=0, atol=0)
 
 
 def test_a_state_that_was_loaded_for_a_run_that_failed_is_not_of_the_next_one(tmp_path):
