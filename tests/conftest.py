@@ -95,8 +95,6 @@ def compose() -> Compose:
             cfg = copy.deepcopy(composed_by_hydra(*chosen))
             for override in filter(is_setting, parsed):
                 OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
-            if cfg.trainer.accelerator == "auto":
-                cfg.trainer.accelerator = "cpu"  # the same numbers on a machine with a GPU
             return cfg
         except (HydraException, OmegaConfBaseException):
             return copy.deepcopy(composed_by_hydra(*overrides))
